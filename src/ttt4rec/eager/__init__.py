@@ -1,0 +1,11 @@
+"""The inner loops for machines without a GPU: the algorithm of the fused kernels in eager PyTorch.
+
+Like the kernels, a forward keeps only the inner gradients (and, for TTT-MLP, the hidden pre-activations); the backward
+walks from the last mini-batch to the first and rebuilds the weights before each one by adding its update back.
+Nothing is stored per mini-batch and no graph is recorded. The specification these follow is ``ttt4rec.reference``.
+"""
+
+from .linear import linear_backward, linear_forward
+from .mlp import mlp_backward, mlp_forward
+
+__all__ = ["linear_backward", "linear_forward", "mlp_backward", "mlp_forward"]
