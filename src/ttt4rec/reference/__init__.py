@@ -10,7 +10,7 @@ Everything here takes any float dtype and computes in it; nothing is cast, cache
 from .dual import dual_form
 from .inner_models import inner_loss, layer_norm, linear_model, mlp_model
 from .primal import primal_form
-from .views import inner_learning_rate, rotate, token_scale
+from .views import inner_learning_rate, rotate, rotation, token_scale
 
 __all__ = [
     "dual_form",
@@ -21,5 +21,6 @@ __all__ = [
     "mlp_model",
     "primal_form",
     "rotate",
+    "rotation",
     "token_scale",
 ]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Weights = tuple[Tensor, ...]
-"""``(W1, b1)`` for TTT-Linear, ``(W1, b1, W2, b2)`` for TTT-MLP; matrices ``[B, H, in, out]``, biases ``[B, H, out]``."""
+"""``(W1, b1)`` for TTT-Linear, ``(W1, b1, W2, b2)`` for TTT-MLP; ``[B, H, in, out]`` and ``[B, H, out]``."""
 
 InnerModel = Callable[[Tensor, Weights], Tensor]
 

@@ -21,7 +21,7 @@ def primal_form(
 ) -> tuple[Tensor, Weights]:
     """Run the inner loop token by token.
 
-    With W⁰ the weights at the start of token i's mini-batch and g_j the gradient of token j's inner loss at W⁰::
+    With W⁰ the weights at the start of token i's mini-batch and g_j token j's inner gradient at W⁰::
 
         W_i = W⁰ - s_i Σ_{j <= i} lr_j g_j
         o_i = q_i + LN(f(q_i; W_i))

@@ -4,25 +4,20 @@ import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotate interleaved feature pairs (2i, 2i+1) by the angle ``position · θ^(-2i/D)`` (RoPE).
+def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles ``position · θ^(-2i/D)`` (RoPE), ``[..., D/2]`` for positions ``[...]``.
 
-    TTT restarts positions in every mini-batch: pass ``t mod K``.
-
-    Args:
-        x: ``[B, L, H, D]`` with D even.
-        positions: integers ``[B, L]`` or ``[L]``.
-        theta: the base of the frequencies.
-
-    Returns:
-        The rotated tensor, shape and dtype of x.
+    TTT restarts positions in every mini-batch: pass ``t mod K``. Computed in ``dtype``.
     """
-    D = x.shape[-1]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    exponents = torch.arange(0, D, 2, device=x.device, dtype=dtype) / D
-    angles = positions.unsqueeze(-1).to(dtype) * theta ** (-exponents)  # [.., L, D/2]
-    cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)  # broadcast over heads
-    even, odd = x.to(dtype).unflatten(-1, (D // 2, 2)).unbind(-1)
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
+    angles = positions.unsqueeze(-1).to(dtype) * theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate interleaved feature pairs (2i, 2i+1) of x ``[B, L, H, D]`` by angles ``[L, D/2]`` or ``[B, L, D/2]``."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -45,6 +40,6 @@ def inner_learning_rate(x: Tensor, weight: Tensor, bias: Tensor, base_lr: float)
 
 
 def token_scale(offset: Tensor) -> Tensor:
-    """``s_i = max(0, 1/(i+1) + τ_i)`` for the learned offsets τ ``[K]``, i counted from 0 in the mini-batch."""
+    """``s_i = max(0, 1/(i+1) + τ_i)`` for the learned offsets τ ``[K]``, i from 0 in the mini-batch."""
     positions = torch.arange(1, offset.numel() + 1, device=offset.device, dtype=offset.dtype)
     return (1 / positions + offset).clamp_min(0)

@@ -1,0 +1,216 @@
+"""The public inner loops: arguments validated once, here; state in, state out.
+
+Whatever way a sequence is cut into calls, packed or padded, the outputs are the same numbers.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .spans import Spans, dense_spans, last_tokens
+from .state import TTTState
+from .validation import check_inner_loop_arguments
+
+Backend = Literal["auto", "reference", "triton"]
+
+
+def ttt_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    *,
+    mini_batch_size: int,
+    state: TTTState | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: Backend = "auto",
+) -> tuple[Tensor, TTTState]:
+    """TTT-Linear (Sun et al. 2024, section 2): the inner model is ``x W1 + b1``.
+
+    Args:
+        q: queries ``[B, L, H, D]``, float32, bfloat16, float16 or float64, as are k and v.
+        k: keys.
+        v: values.
+        inner_lr: each token's own inner rate ``lr_j``, ``[B, L, H]``.
+        token_scale: ``s_i >= 0`` for each place i in a mini-batch, ``[K]``; η[i, j] = s_i lr_j.
+        W1: initial weights ``[H, D, D]``; a given state takes their place.
+        b1: initial bias ``[H, D]``.
+        ln_weight: γ of the layer norm ``[H, D]``.
+        ln_bias: β ``[H, D]``.
+        mini_batch_size: K.
+        state: where the streams stopped; None starts at the initial weights.
+        mask: bool ``[B, L]``, True for tokens, which must be adjacent in a row. Padding yields zeros and leaves the
+            state alone.
+        cu_seqlens: int ``[N + 1]``: the sequences ``[cu[n], cu[n+1])`` packed in q ``[1, total, H, D]``.
+        eps: added to the layer norm's variance.
+        backend: ``"reference"`` is the dual form under autograd, ``"triton"`` the fused kernels, ``"auto"`` the fastest
+            that runs on the tensors' device.
+
+    Returns:
+        Outputs ``[B, L, H, D]`` in q's dtype, and the outgoing state. State and arithmetic are float32 (float64 for
+        float64 inputs).
+
+    Raises:
+        ValueError: a shape, a combination or a value is wrong.
+        TypeError: a dtype is wrong.
+        RuntimeError: the backend cannot run here.
+    """
+    return _inner_loop(
+        (q, k, v), inner_lr, token_scale, (W1, b1), (ln_weight, ln_bias), mini_batch_size, state, mask, cu_seqlens,
+        eps, backend,
+    )  # fmt: skip
+
+
+def ttt_mlp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    W2: Tensor,
+    b2: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    *,
+    mini_batch_size: int,
+    state: TTTState | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: Backend = "auto",
+) -> tuple[Tensor, TTTState]:
+    """TTT-MLP (Sun et al. 2024, section 2): the inner model is ``gelu_tanh(x W1 + b1) W2 + b2``.
+
+    Arguments, results and errors as in ``ttt_linear``, with initial weights W1 ``[H, D, F]``, b1 ``[H, F]``,
+    W2 ``[H, F, D]`` and b2 ``[H, D]``; F is 4D in the paper.
+    """
+    return _inner_loop(
+        (q, k, v), inner_lr, token_scale, (W1, b1, W2, b2), (ln_weight, ln_bias), mini_batch_size, state, mask,
+        cu_seqlens, eps, backend,
+    )  # fmt: skip
+
+
+def _inner_loop(
+    tokens: tuple[Tensor, Tensor, Tensor],
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    initial: tuple[Tensor, ...],
+    layer_norm: tuple[Tensor, Tensor],
+    K: int,
+    state: TTTState | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    backend: Backend,
+) -> tuple[Tensor, TTTState]:
+    check_inner_loop_arguments(tokens, inner_lr, token_scale, initial, layer_norm, K, state, mask, cu_seqlens)
+    check_backend(backend)
+    B, L = tokens[0].shape[:2]
+    dtype = torch.promote_types(tokens[0].dtype, torch.float32)
+    spans = make_spans(mask, cu_seqlens, L)
+    N = B if spans is None else spans.starts.numel()
+    inner_lr, token_scale = inner_lr.to(dtype), token_scale.to(dtype)
+    sequence_tokens: tuple[Tensor, ...] = (*tokens, inner_lr)
+    extended = None
+    if state is None:
+        weights = tuple(w.to(dtype).expand(N, *w.shape) for w in initial)
+        starts, lengths = (
+            dense_spans(B, L, tokens[0].device) if spans is None else (spans.starts, spans.lengths)
+        )
+        seen = lengths
+    else:
+        # A mini-batch is taken up again by running its pending tokens once more, in front of the new ones.
+        weights, pending = state.weights, state.position % K
+        dense = (
+            Spans.from_mask(torch.ones(B, L, dtype=torch.bool, device=tokens[0].device))
+            if spans is None
+            else spans
+        )
+        extended = dense.with_context(K - 1)
+        contexts = (torch.zeros_like(state.pending_k), state.pending_k, state.pending_v, state.pending_lr)
+        sequence_tokens = tuple(map(extended.join, contexts, sequence_tokens))
+        starts, lengths = extended.first - pending, extended.lengths + pending
+        seen = state.position + extended.lengths
+    scan_spans = (None, None) if spans is None and state is None else (starts, lengths)
+    o, *outgoing = _scan(sequence_tokens, token_scale, weights, layer_norm, scan_spans, eps, backend)
+    _, k, v, lr = sequence_tokens
+    pending_k, pending_v, pending_lr = (
+        last_tokens(x.to(dtype), starts, lengths, K - 1, seen % K) for x in (k, v, lr)
+    )
+    if extended is not None:
+        o = extended.part(o)
+    return o, TTTState(tuple(outgoing), pending_k, pending_v, pending_lr, seen)
+
+
+def _scan(
+    tokens: tuple[Tensor, ...],
+    token_scale: Tensor,
+    weights: tuple[Tensor, ...],
+    layer_norm: tuple[Tensor, Tensor],
+    spans: tuple[Tensor | None, Tensor | None],
+    eps: float,
+    backend: Backend,
+) -> tuple[Tensor, ...]:
+    """Outputs and outgoing weights of sequences that all start at a mini-batch boundary."""
+    if backend == "reference":
+        return _reference_scan(tokens, token_scale, weights, layer_norm, spans, eps)
+    operator = ops.linear_scan if len(weights) == 2 else ops.mlp_scan
+    outputs: tuple[Tensor, ...] = operator(*tokens, token_scale, *weights, *layer_norm, *spans, eps)
+    return outputs[: 1 + len(weights)]
+
+
+def _reference_scan(
+    tokens: tuple[Tensor, ...],
+    token_scale: Tensor,
+    weights: tuple[Tensor, ...],
+    layer_norm: tuple[Tensor, Tensor],
+    spans: tuple[Tensor | None, Tensor | None],
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """The dual form; unequal sequences one after the other."""
+    dtype = weights[0].dtype
+    q, k, v, lr = (x.to(dtype) for x in tokens)
+    gamma, beta = (p.to(dtype) for p in layer_norm)
+    starts, lengths = spans
+    if starts is None or lengths is None:
+        o, outgoing = reference.dual_form(q, k, v, lr, token_scale, weights, gamma, beta, eps=eps)
+        return o.to(tokens[0].dtype), *outgoing
+    flat = [x.flatten(0, 1) for x in (q, k, v, lr)]
+    o = torch.zeros_like(flat[0])
+    rows = []
+    for n, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        own = tuple(w[n : n + 1] for w in weights)
+        if length:
+            slots = slice(start, start + length)
+            sequence = [x[None, slots] for x in flat]
+            o_n, own = reference.dual_form(*sequence, token_scale, own, gamma, beta, eps=eps)
+            o = torch.cat((o[:start], o_n[0], o[slots.stop :]))
+        rows.append(own)
+    outgoing = tuple(torch.cat(column) for column in zip(*rows, strict=True))
+    return o.unflatten(0, q.shape[:2]).to(tokens[0].dtype), *outgoing
+
+
+def make_spans(mask: Tensor | None, cu_seqlens: Tensor | None, L: int) -> Spans | None:
+    """Where the sequences are; None when every row is one."""
+    if mask is not None:
+        return Spans.from_mask(mask)
+    return None if cu_seqlens is None else Spans.from_cu_seqlens(cu_seqlens, L)
+
+
+def check_backend(backend: str) -> None:
+    """Raise unless the backend exists and can run here."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; given {backend!r}")
+    if backend == "triton":
+        raise RuntimeError("backend 'triton' is not part of this version; use 'auto' or 'reference'")

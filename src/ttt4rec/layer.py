@@ -1,0 +1,264 @@
+"""TTTLayer: the drop-in module around the inner loop (Sun et al. 2024, section 2 and figure 2)."""
+
+import dataclasses
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import Backend, check_backend, make_spans, ttt_linear, ttt_mlp
+from .reference import inner_learning_rate, rotate, rotation, token_scale
+from .release import load_release_layer
+from .spans import Spans, last_tokens
+from .state import TTTState
+from .validation import check_cu_seqlens, check_layer_input, check_layer_options, check_mask
+
+Inner = Literal["linear", "mlp"]
+Backbone = Literal["transformer", "mamba"]
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over the tokens of each sequence, ``y_t = b + Σ_j w_j x_{t - (kernel - 1) + j}``."""
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, kernel).uniform_(-(kernel**-0.5), kernel**-0.5))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[B, kernel - 1 + L, width]``, context first, to ``[B, L, width]``."""
+        taps = self.weight.shape[1]
+        L = x.shape[1] - taps + 1
+        y = self.bias.to(x.dtype) + x[:, :L] * self.weight[:, 0].to(x.dtype)
+        for j in range(1, taps):
+            y = torch.addcmul(y, x[:, j : j + L], self.weight[:, j].to(x.dtype))
+        return y
+
+
+class TTTLayer(nn.Module):
+    """A sequence layer whose hidden state is a model trained on every token it reads.
+
+    Maps ``[B, L, width]`` to ``[B, L, width]``, causally, like a self-attention layer.
+
+    Args:
+        width: feature size C of the input.
+        num_heads: H; the head dimension D = C / H must be even.
+        inner: the inner model, ``"linear"`` (x W1 + b1) or ``"mlp"`` (gelu(x W1 + b1) W2 + b2, hidden size 4D).
+        backbone: ``"transformer"`` has its own projections for q and k; ``"mamba"`` shares one, followed by a causal
+            convolution each, and gates the output.
+        mini_batch_size: K, tokens whose inner gradients are taken at the same weights.
+        rope_theta: base of the rotary frequencies; positions restart in every mini-batch.
+        base_lr: η_base; a token's inner rate is ``base_lr · sigmoid(x · w_lr + b_lr) / D``.
+        conv_kernel: taps of the Mamba backbone's convolutions.
+        adapt: False freezes the inner loop at the initial weights, for ablations. The switch may be flipped later.
+        max_inner_step: bounds every token's rate at ``max_inner_step / (1 + |k|²)``: the step a linear model takes
+            on a sample is then at most that fraction of the way to fitting it (2 is the limit of stability). None
+            leaves the rates as learned.
+        backend: see ``ttt4rec.functional.ttt_linear``.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        inner: Inner = "linear",
+        backbone: Backbone = "transformer",
+        mini_batch_size: int = 16,
+        rope_theta: float = 10000.0,
+        base_lr: float = 1.0,
+        conv_kernel: int = 4,
+        adapt: bool = True,
+        max_inner_step: float | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        check_layer_options(
+            width,
+            num_heads,
+            inner,
+            backbone,
+            mini_batch_size,
+            rope_theta,
+            base_lr,
+            conv_kernel,
+            max_inner_step,
+        )
+        check_backend(backend)
+        self.width, self.num_heads, self.head_dim = width, num_heads, width // num_heads
+        self.inner, self.backbone, self.mini_batch_size = inner, backbone, mini_batch_size
+        self.rope_theta, self.base_lr, self.conv_kernel = rope_theta, base_lr, conv_kernel
+        self.adapt, self.max_inner_step, self.backend = adapt, max_inner_step, backend
+
+        self.query = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        if backbone == "transformer":
+            self.key = nn.Linear(width, width, bias=False)
+        else:
+            self.query_conv = CausalConv(width, conv_kernel)
+            self.key_conv = CausalConv(width, conv_kernel)
+            self.gate = nn.Linear(width, width, bias=False)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+        H, D = num_heads, self.head_dim
+        hidden = D if inner == "linear" else 4 * D
+        self.W1 = nn.Parameter(torch.empty(H, D, hidden))
+        self.b1 = nn.Parameter(torch.empty(H, hidden))
+        if inner == "mlp":
+            self.W2 = nn.Parameter(torch.empty(H, hidden, D))
+            self.b2 = nn.Parameter(torch.empty(H, D))
+        self.inner_norm_weight = nn.Parameter(torch.empty(H, D))
+        self.inner_norm_bias = nn.Parameter(torch.empty(H, D))
+        self.inner_lr_weight = nn.Parameter(torch.empty(H, width))
+        self.inner_lr_bias = nn.Parameter(torch.empty(H))
+        self.token_offset = nn.Parameter(torch.empty(mini_batch_size))
+        self.inner_lr_scale: Tensor
+        self.register_buffer("inner_lr_scale", torch.ones(()), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights from N(0, 0.02); biases and offsets zero, norms one."""
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        for name, parameter in self.named_parameters(recurse=False):
+            if name in ("W1", "W2", "inner_lr_weight"):
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.constant_(parameter, 1.0 if name == "inner_norm_weight" else 0.0)
+
+    def set_inner_lr_scale(self, scale: float) -> None:
+        """Multiply all inner rates by ``scale``: raise it from 0 to 1 over the first steps to warm the inner loop up."""
+        if not 0 <= scale < float("inf"):
+            raise ValueError(f"the scale of the inner rates must be finite and at least 0; given {scale}")
+        self.inner_lr_scale.fill_(scale)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: TTTState | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, TTTState]:
+        """Map x ``[B, L, width]`` to the same shape.
+
+        Args:
+            x: the input, any float dtype the parameters have.
+            mask: bool ``[B, L]``, True for real tokens, padding on the right or the left. Padding yields zeros and
+                never touches the state; each real token gets what it gets alone.
+            cu_seqlens: int ``[N + 1]``: N sequences packed one behind the other in x ``[1, total, width]``.
+            state: continue these streams, at any token; None starts them.
+            return_state: also return the state after the last token.
+
+        Returns:
+            y, or (y, state).
+
+        Raises:
+            ValueError: a wrong shape, or mask and cu_seqlens together.
+            TypeError: a wrong dtype.
+        """
+        check_layer_input(x, self.width, mask, cu_seqlens)
+        if mask is not None:
+            check_mask(mask, *x.shape[:2])
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, *x.shape[:2])
+        if state is not None and (state.conv is None) != (self.backbone == "transformer"):
+            raise ValueError(f"state comes from another backbone than this layer's, {self.backbone}")
+        spans = make_spans(mask, cu_seqlens, x.shape[1])
+        q, k, v, conv = self._views(x, spans, state)
+        inner_lr = self._inner_lr(x, k)
+        inner_loop = ttt_linear if self.inner == "linear" else ttt_mlp
+        weights = (self.W1, self.b1) if self.inner == "linear" else (self.W1, self.b1, self.W2, self.b2)
+        o, new_state = inner_loop(
+            q, k, v, inner_lr, token_scale(self.token_offset.to(inner_lr.dtype)), *weights,
+            self.inner_norm_weight, self.inner_norm_bias, mini_batch_size=self.mini_batch_size,
+            state=state, mask=mask, cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+        y = self.norm(o.flatten(2).to(self.norm.weight.dtype))
+        if self.backbone == "mamba":
+            y = F.gelu(self.gate(x), approximate="tanh") * y
+        y = self.output(y.to(x.dtype))
+        if mask is not None:
+            y = y.masked_fill(~mask.unsqueeze(-1), 0)
+        return (y, dataclasses.replace(new_state, conv=conv)) if return_state else y
+
+    def _views(
+        self, x: Tensor, spans: Spans | None, state: TTTState | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q and k, rotated, and v, each ``[B, L, H, D]``, and the convolutions' outgoing context."""
+        q, v, conv = self.query(x), self.value(x), None
+        if self.backbone == "transformer":
+            k = self.key(x)
+        else:
+            q, k, conv = self._convolve(q, spans, state)
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        table = rotation(
+            torch.arange(self.mini_batch_size, device=x.device), self.head_dim, self.rope_theta, dtype
+        )
+        positions = self._positions(x, spans, state)
+        cos, sin = (entry[positions] for entry in table)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v, conv
+
+    def _positions(self, x: Tensor, spans: Spans | None, state: TTTState | None) -> Tensor:
+        """Each token's place in its mini-batch, ``[L]`` or ``[B, L]``."""
+        if spans is None:
+            offset = torch.arange(x.shape[1], device=x.device)
+            if state is not None:
+                offset = state.position[:, None] + offset
+        else:
+            offset = spans.offset
+            if state is not None:
+                offset = offset + state.position[spans.sequence]
+        return offset % self.mini_batch_size
+
+    def _convolve(
+        self, x: Tensor, spans: Spans | None, state: TTTState | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The Mamba backbone's two causal convolutions of the shared projection."""
+        size = self.conv_kernel - 1
+        N = x.shape[0] if spans is None else spans.starts.numel()
+        context = x.new_zeros(N, size, self.width)
+        if state is not None and state.conv is not None:
+            context = state.conv.to(x.dtype)
+        float_dtype = torch.promote_types(x.dtype, torch.float32)
+        if spans is None:
+            joined = torch.cat((context, x), dim=1)
+            q, k = self.query_conv(joined), self.key_conv(joined)
+            return q, k, joined[:, joined.shape[1] - size :].to(float_dtype)
+        extended = spans.with_context(size)
+        joined = extended.join(context, x)
+        padded = F.pad(joined, (0, 0, size, 0))
+        q, k = (extended.part(conv(padded)) for conv in (self.query_conv, self.key_conv))
+        count = torch.full_like(extended.lengths, size)
+        return q, k, last_tokens(joined, extended.first, extended.lengths, size, count).to(float_dtype)
+
+    def _inner_lr(self, x: Tensor, k: Tensor) -> Tensor:
+        """Each token's inner rate ``[B, L, H]``, float32 at least, whatever autocast is set to."""
+        with torch.autocast(x.device.type, enabled=False):
+            lr = inner_learning_rate(x, self.inner_lr_weight, self.inner_lr_bias, self.base_lr)
+            if self.max_inner_step is not None:
+                lr = torch.minimum(lr, self.max_inner_step / (1 + k.to(lr.dtype).square().sum(-1)))
+            return lr * self.inner_lr_scale if self.adapt else torch.zeros_like(lr)
+
+    def load_release_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Load weights of the original ``ttt-lm-pytorch`` TTTLinear or TTTMLP.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a shape does not fit; nothing is loaded then.
+        """
+        load_release_layer(self, state_dict)
+
+    def extra_repr(self) -> str:
+        """The options, for ``print``."""
+        return (
+            f"width={self.width}, num_heads={self.num_heads}, inner={self.inner!r}, backbone={self.backbone!r}, "
+            f"mini_batch_size={self.mini_batch_size}"
+        )

@@ -1,0 +1,181 @@
+"""The registered operators: schema, shapes for tracing, autograd, and the choice between kernel and eager path.
+
+``torch.library`` operators, rather than bare autograd Functions, so that ``torch.compile`` takes each as one node and
+``opcheck`` can hold them to their contract. They always start at a mini-batch boundary; a stream that goes on inside
+a mini-batch is handled above them, in ``functional``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import eager
+
+
+@torch.library.custom_op("ttt4rec::linear_scan", mutates_args=())
+def linear_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """TTT-Linear's inner loop: o, W1, b1 after the last complete mini-batch, and what the backward keeps."""
+    o, W1_out, b1_out, G = eager.linear_forward(
+        q, k, v, inner_lr, token_scale, W1, b1, ln_weight, ln_bias, starts, lengths, eps
+    )
+    return o, W1_out, b1_out, G
+
+
+@torch.library.custom_op("ttt4rec::linear_scan_backward", mutates_args=())
+def linear_scan_backward(
+    grad_o: Tensor,
+    grad_W1: Tensor,
+    grad_b1: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    W1_out: Tensor,
+    b1_out: Tensor,
+    G: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    eps: float,
+) -> list[Tensor]:
+    """Gradients of ``linear_scan``'s first nine arguments."""
+    return list(
+        eager.linear_backward(
+            grad_o, grad_W1, grad_b1, q, k, v, inner_lr, token_scale, W1_out, b1_out, G, ln_weight, ln_bias,
+            starts, lengths, eps,
+        )
+    )  # fmt: skip
+
+
+@torch.library.custom_op("ttt4rec::mlp_scan", mutates_args=())
+def mlp_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    W2: Tensor,
+    b2: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """TTT-MLP's inner loop: o, the four weights after the last complete mini-batch, Z1 and G2 kept."""
+    o, W1_out, b1_out, W2_out, b2_out, Z1, G2 = eager.mlp_forward(
+        q, k, v, inner_lr, token_scale, W1, b1, W2, b2, ln_weight, ln_bias, starts, lengths, eps
+    )
+    return o, W1_out, b1_out, W2_out, b2_out, Z1, G2
+
+
+@torch.library.custom_op("ttt4rec::mlp_scan_backward", mutates_args=())
+def mlp_scan_backward(
+    grad_o: Tensor,
+    grad_W1: Tensor,
+    grad_b1: Tensor,
+    grad_W2: Tensor,
+    grad_b2: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    W1_out: Tensor,
+    b1_out: Tensor,
+    W2_out: Tensor,
+    b2_out: Tensor,
+    Z1: Tensor,
+    G2: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    eps: float,
+) -> list[Tensor]:
+    """Gradients of ``mlp_scan``'s first eleven arguments."""
+    return list(
+        eager.mlp_backward(
+            grad_o, grad_W1, grad_b1, grad_W2, grad_b2, q, k, v, inner_lr, token_scale, W1_out, b1_out, W2_out,
+            b2_out, Z1, G2, ln_weight, ln_bias, starts, lengths, eps,
+        )
+    )  # fmt: skip
+
+
+@linear_scan.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    q, W1, b1 = args[0], args[5], args[6]
+    return _like(q), _like(W1), _like(b1), _like(q, dtype=W1.dtype)
+
+
+@mlp_scan.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    q, weights = args[0], args[5:9]
+    Z1 = q.new_empty(*q.shape[:3], weights[0].shape[-1], dtype=weights[0].dtype)
+    return _like(q), *map(_like, weights), Z1, _like(q, dtype=weights[0].dtype)
+
+
+@linear_scan_backward.register_fake
+def _(*args: Any) -> list[Tensor]:
+    return _fake_gradients(args[3:8], args[8:10], args[11:13])
+
+
+@mlp_scan_backward.register_fake
+def _(*args: Any) -> list[Tensor]:
+    return _fake_gradients(args[5:10], args[10:14], args[16:18])
+
+
+def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _fake_gradients(tokens: Any, weights: Any, layer_norm: Any) -> list[Tensor]:
+    """q, k, v and the rates keep their dtype; parameters' gradients come in that of the weights."""
+    dtype = weights[0].dtype
+    return [*map(_like, tokens[:4]), *(_like(x, dtype=dtype) for x in (tokens[4], *weights, *layer_norm))]
+
+
+def _save(num_weights: int) -> Any:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        num_inputs = 5 + num_weights
+        tokens, layer_norm = inputs[:5], inputs[num_inputs : num_inputs + 2]
+        starts, lengths, ctx.eps = inputs[num_inputs + 2 :]
+        ctx.save_for_backward(*tokens, *output[1:], *layer_norm, starts, lengths)
+
+    return setup_context
+
+
+def _backward(operator: Any, num_weights: int) -> Any:
+    def backward(ctx: Any, grad_o: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        weights = saved[5 : 5 + num_weights]
+        d_weights = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=False)]
+        d_out = torch.zeros_like(saved[0]) if grad_o is None else grad_o
+        gradients = operator(d_out, *d_weights, *saved, ctx.eps)
+        inputs = (*saved[:5], *weights, *saved[-4:-2])
+        return *(g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)), None, None, None
+
+    return backward
+
+
+linear_scan.register_autograd(_backward(linear_scan_backward, 2), setup_context=_save(2))
+mlp_scan.register_autograd(_backward(mlp_scan_backward, 4), setup_context=_save(4))

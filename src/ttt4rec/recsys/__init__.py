@@ -1,0 +1,1 @@
+"""Sequential recommendation with TTT layers: data, splits, windows, metrics and training."""

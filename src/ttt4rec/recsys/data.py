@@ -1,0 +1,351 @@
+"""Interactions read from text files, filtered to a k-core, and grouped into per-user histories."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Protocol, TextIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray: TypeAlias = NDArray[np.int64]
+TimeArray: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
+
+_SEPARATORS = {".inter": "\t", ".tsv": "\t", ".csv": ","}
+_ROWS_PER_CHUNK = 65_536
+
+
+class DataError(ValueError):
+    """A mistake in the user's data or its location, told in one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions:
+    """Who took what when, one row an interaction, in file order.
+
+    Attributes:
+        users: int64 [n], 0-based codes into ``user_ids``.
+        items: int64 [n], 0-based codes into ``item_ids``.
+        times: int64 or float64 [n], in the unit of the file.
+        user_ids: original id of every user code.
+        item_ids: original id of every item code.
+    """
+
+    users: IntArray
+    items: IntArray
+    times: TimeArray
+    user_ids: tuple[str, ...]
+    item_ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+
+@dataclass(frozen=True, eq=False)
+class Histories:
+    """Every user's items in time order, all users in one flat array.
+
+    Attributes:
+        items: int64 [n], item codes 1..num_items; 0 is left for padding.
+        offsets: int64 [num_users + 1]; user u owns the slice offsets[u]:offsets[u + 1].
+        times: int64 or float64 [n], never decreasing within a user.
+        user_ids: original id of every user code 0..num_users - 1.
+        item_ids: ``item_ids[j]`` is the original id of item code j + 1.
+    """
+
+    items: IntArray
+    offsets: IntArray
+    times: TimeArray
+    user_ids: tuple[str, ...]
+    item_ids: tuple[str, ...]
+
+    @property
+    def num_users(self) -> int:
+        """Number of users."""
+        return len(self.user_ids)
+
+    @property
+    def num_items(self) -> int:
+        """Number of items, padding not counted."""
+        return len(self.item_ids)
+
+    def history(self, user_code: int) -> IntArray:
+        """Item codes of one user, oldest first, int64 [length]; IndexError for a code that does not exist."""
+        if not 0 <= user_code < self.num_users:
+            raise IndexError(f"expected a user code from 0 to {self.num_users - 1}, got {user_code}")
+        return self.items[self.offsets[user_code] : self.offsets[user_code + 1]]
+
+    def user_code(self, user_id: str) -> int:
+        """Code of an original user id; DataError when the data has no such user."""
+        code = self._user_codes.get(user_id)
+        if code is None:
+            raise DataError(
+                f"unknown user id {user_id!r}: expected one of the {self.num_users} users of the data"
+            )
+        return code
+
+    def item_codes(self, item_ids: Sequence[str]) -> tuple[IntArray, tuple[str, ...]]:
+        """Codes (int64, 1-based, in the order given) of the known ids, and the ids that are unknown."""
+        codes = [self._item_codes[item] for item in item_ids if item in self._item_codes]
+        unknown = tuple(item for item in item_ids if item not in self._item_codes)
+        return np.array(codes, dtype=np.int64), unknown
+
+    @cached_property
+    def _user_codes(self) -> dict[str, int]:
+        return {user: code for code, user in enumerate(self.user_ids)}
+
+    @cached_property
+    def _item_codes(self) -> dict[str, int]:
+        return {item: code for code, item in enumerate(self.item_ids, start=1)}
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Where the three fields stand in a row of ``width`` fields."""
+
+    width: int
+    user: int
+    item: int
+    time: int
+
+
+def read_interactions(
+    path: str | os.PathLike[str],
+    *,
+    user_field: str = "user_id",
+    item_field: str = "item_id",
+    time_field: str = "timestamp",
+    separator: str | None = None,
+) -> Interactions:
+    """Read a delimited text file with a header line.
+
+    RecBole atomic files (``.inter``, header ``name:type``), ``.tsv`` and ``.csv`` are told apart by their
+    suffix, each also with ``.gz`` behind it; another suffix needs ``separator``. Commas and other separators
+    allow quoted fields, tabs do not. Blank lines are passed over, other columns ignored.
+
+    Ids are strings, coded in the order of their first appearance. Times become int64 when all of them are
+    whole numbers ("874965478.0" is one) and float64 otherwise.
+
+    Raises:
+        DataError: no such file, no such column, no rows, or rows that cannot be understood; it names the
+            file, the first bad line and how many there are.
+    """
+    path = Path(path)
+    separator = _separator_of(path) if separator is None else separator
+    if len(separator) != 1:
+        raise DataError(f"expected a separator of one character, got {separator!r}")
+    if not path.is_file():
+        raise DataError(
+            f"expected a data file at {path}, got {'a directory' if path.is_dir() else 'nothing'}"
+        )
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    try:
+        with _open_text(path) as file:
+            reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
+            header = next(reader, None)
+            if not header:
+                raise DataError(
+                    f"{path} line 1: expected a header line, got an empty {'file' if header is None else 'line'}"
+                )
+            columns = _find_columns(path, header, user_field, item_field, time_field)
+            return _read_rows(path, reader, columns)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: expected a whole gzip file, got one that cannot be unpacked ({error})"
+        ) from error
+    except csv.Error as error:
+        raise DataError(f"{path} line {reader.line_num}: expected delimited text, got {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: expected a readable file, got {error.strerror or error}") from error
+
+
+def _separator_of(path: Path) -> str:
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    if plain.suffix not in _SEPARATORS:
+        known = ", ".join(_SEPARATORS)
+        raise DataError(f"{path}: expected a suffix out of {known} (or a separator), got {plain.suffix!r}")
+    return _SEPARATORS[plain.suffix]
+
+
+def _open_text(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _find_columns(
+    path: Path, header: list[str], user_field: str, item_field: str, time_field: str
+) -> _Columns:
+    bare = [name.split(":")[0] for name in header]
+
+    def find(field: str) -> int:
+        names = header if field in header else bare
+        if names.count(field) != 1:
+            given = ", ".join(header)
+            raise DataError(
+                f"{path} line 1: expected one column {field!r}, got {names.count(field)} among {given}"
+            )
+        return names.index(field)
+
+    return _Columns(len(header), find(user_field), find(item_field), find(time_field))
+
+
+class _Reader(Protocol):
+    """What ``csv.reader`` returns."""
+
+    @property
+    def line_num(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[str]]: ...
+
+
+class _Codes(dict[str, int]):
+    """Codes 0, 1, 2, ... given out in the order in which ids first appear."""
+
+    def __missing__(self, key: str) -> int:
+        code = self[key] = len(self)
+        return code
+
+    def encode(self, ids: Sequence[str]) -> IntArray:
+        return np.fromiter(map(self.__getitem__, ids), dtype=np.int64, count=len(ids))
+
+
+def _read_rows(path: Path, reader: _Reader, columns: _Columns) -> Interactions:
+    user_codes, item_codes = _Codes(), _Codes()
+    users: list[IntArray] = []
+    items: list[IntArray] = []
+    times: list[TimeArray] = []
+    problems: list[tuple[int, str]] = []
+    while chunk := [(reader.line_num, row) for row in islice(reader, _ROWS_PER_CHUNK)]:
+        rows = [row for _, row in chunk if row]
+        if not rows:
+            continue
+        try:
+            user_column, item_column, time_column = _parse_chunk(rows, columns)
+        except ValueError:
+            problems += [(line, what) for line, row in chunk if row and (what := _problem(row, columns))]
+            continue
+        users.append(user_codes.encode(user_column))
+        items.append(item_codes.encode(item_column))
+        times.append(time_column)
+    if problems:
+        line, what = problems[0]
+        count = "the only bad line" if len(problems) == 1 else f"the first of {len(problems)} bad lines"
+        raise DataError(f"{path} line {line}: {what} ({count})")
+    if not users:
+        raise DataError(f"{path}: expected rows after the header, got none")
+    return Interactions(
+        np.concatenate(users),
+        np.concatenate(items),
+        np.concatenate(times),
+        tuple(user_codes),
+        tuple(item_codes),
+    )
+
+
+def _parse_chunk(
+    rows: list[list[str]], columns: _Columns
+) -> tuple[tuple[str, ...], tuple[str, ...], TimeArray]:
+    """The user ids, item ids and times of some rows; ValueError when any of them is malformed."""
+    by_column = list(zip(*rows, strict=True))
+    if len(by_column) != columns.width:
+        raise ValueError("wrong number of fields")
+    users, items, times = (by_column[position] for position in (columns.user, columns.item, columns.time))
+    if not all(map(str.strip, users)) or not all(map(str.strip, items)):
+        raise ValueError("empty id")
+    return users, items, _parse_times(times)
+
+
+def _parse_times(column: Sequence[str]) -> TimeArray:
+    if not any("_" in text for text in column):  # int() would take 1_000 for a number
+        try:
+            return np.array(list(map(int, column)), dtype=np.int64)
+        except (ValueError, OverflowError):
+            pass
+    numbers = [_parse_time(text) for text in column]
+    whole = all(isinstance(number, int) for number in numbers)
+    return np.array(numbers, dtype=np.int64 if whole else np.float64)
+
+
+def _parse_time(text: str) -> int | float:
+    try:
+        number = Decimal("" if "_" in text else text.strip())
+    except InvalidOperation as error:
+        raise ValueError("not a number") from error
+    if not number.is_finite() or not -(2**63) <= number < 2**63:
+        raise ValueError("not a finite number of 64 bits")
+    return int(number) if number == number.to_integral_value() else float(number)
+
+
+def _problem(row: list[str], columns: _Columns) -> str | None:
+    """What is wrong with a row, or None."""
+    if len(row) != columns.width:
+        return f"expected {columns.width} fields, got {len(row)}"
+    for position, what in ((columns.user, "user"), (columns.item, "item")):
+        if not row[position].strip():
+            return f"expected a {what} id in field {position + 1}, got {row[position]!r}"
+    try:
+        _parse_time(row[columns.time])
+    except ValueError:
+        return (
+            f"expected a time (a finite 64-bit number) in field {columns.time + 1}, got {row[columns.time]!r}"
+        )
+    return None
+
+
+def filter_k_core(interactions: Interactions, *, min_user: int, min_item: int) -> Interactions:
+    """Drop users with fewer than ``min_user`` interactions and items with fewer than ``min_item``.
+
+    Repeated until every remaining user and item has enough. Codes are closed up, keeping their order, and the
+    interactions keep theirs.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    users, items = interactions.users, interactions.items
+    kept = np.arange(len(users))
+    while True:
+        enough_user = np.bincount(users[kept], minlength=1) >= min_user
+        enough_item = np.bincount(items[kept], minlength=1) >= min_item
+        still = kept[enough_user[users[kept]] & enough_item[items[kept]]]
+        if len(still) == len(kept):
+            break
+        kept = still
+    if not len(kept):
+        raise DataError(
+            f"expected interactions left after filtering, got none of {len(users)}: "
+            f"no users with >= {min_user} and items with >= {min_item} interactions among themselves"
+        )
+    user_codes, users = np.unique(users[kept], return_inverse=True)
+    item_codes, items = np.unique(items[kept], return_inverse=True)
+    return Interactions(
+        users.astype(np.int64),
+        items.astype(np.int64),
+        interactions.times[kept],
+        tuple(interactions.user_ids[code] for code in user_codes),
+        tuple(interactions.item_ids[code] for code in item_codes),
+    )
+
+
+def build_histories(interactions: Interactions) -> Histories:
+    """Group interactions by user, oldest first; equal times keep the order of the file."""
+    order = np.lexsort((interactions.times, interactions.users))
+    lengths = np.bincount(interactions.users, minlength=len(interactions.user_ids))
+    return Histories(
+        interactions.items[order] + 1,
+        np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)]),
+        interactions.times[order],
+        interactions.user_ids,
+        interactions.item_ids,
+    )

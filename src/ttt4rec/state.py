@@ -1,0 +1,144 @@
+"""TTTState: what a TTT layer remembers of a stream."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TTTState:
+    """The state of N streams, each at its own position, also inside a mini-batch.
+
+    A stream that stops inside a mini-batch keeps the weights with which that mini-batch began and its tokens so far,
+    rather than their gradient sums: ``(2D + 1)(K - 1)`` numbers a head instead of a second copy of the weights, and
+    the continuation is the very computation of one long call.
+
+    Attributes:
+        weights: ``(W1, b1)`` or ``(W1, b1, W2, b2)`` at the start of the current mini-batch; ``[N, H, in, out]`` and
+            ``[N, H, out]``, float32 (float64 for float64 models).
+        pending_k: keys of the current mini-batch's tokens, rotated, ``[N, K-1, H, D]``, the last at the end.
+        pending_v: their values.
+        pending_lr: their inner rates ``[N, K-1, H]``; zero where there is no token.
+        position: tokens seen, int64 ``[N]``; ``position % K`` of them are pending.
+        conv: the last inputs of the Mamba backbone's convolutions ``[N, conv_kernel - 1, width]``, else None.
+    """
+
+    weights: tuple[Tensor, ...]
+    pending_k: Tensor
+    pending_v: Tensor
+    pending_lr: Tensor
+    position: Tensor
+    conv: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of streams N."""
+        return self.position.numel()
+
+    @property
+    def mini_batch_size(self) -> int:
+        """K of the layer this state belongs to."""
+        return self.pending_k.shape[1] + 1
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(x.numel() * x.element_size() for x in self._tensors().values())
+
+    def weight_norm(self) -> Tensor:
+        """Frobenius norm of each stream's and head's weights ``[N, H]``: the cheap thing to watch for divergence."""
+        return torch.stack([w.flatten(2).square().sum(-1) for w in self._matrices()]).sum(0).sqrt()
+
+    def detach(self) -> "TTTState":
+        """Cut the graph: truncated back-propagation through time."""
+        return self._map(Tensor.detach)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TTTState":
+        """Move to a device; ``dtype`` converts everything but the positions."""
+        return self._map(lambda x: x.to(device, dtype if x.is_floating_point() else None))
+
+    def clone(self) -> "TTTState":
+        """Copy all tensors."""
+        return self._map(Tensor.clone)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "TTTState":
+        """Select streams; the result is again a batch, of one for an integer.
+
+        Raises:
+            IndexError: an integer out of range.
+        """
+        if isinstance(index, int):
+            if not -self.batch_size <= index < self.batch_size:
+                raise IndexError(f"stream {index} is out of range for a state of {self.batch_size} streams")
+            index = [index % self.batch_size]
+        chosen = (
+            index if isinstance(index, slice | Tensor) else torch.tensor(index, device=self.position.device)
+        )
+        return self._map(lambda x: x[chosen])
+
+    @staticmethod
+    def stack(states: Sequence["TTTState"]) -> "TTTState":
+        """Put the streams of several states, in order, into one.
+
+        Raises:
+            ValueError: no state was given, or they come from layers of different shape.
+        """
+        if not states:
+            raise ValueError("TTTState.stack needs at least one state, given none")
+        shapes = [{name: tuple(x.shape[1:]) for name, x in s._tensors().items()} for s in states]
+        for i, other in enumerate(shapes):
+            if other != shapes[0]:
+                raise ValueError(
+                    f"states of one layer are expected; shapes of number {i} are {other}, of 0 {shapes[0]}"
+                )
+        tensors = [s._tensors() for s in states]
+        return TTTState._from_tensors({name: torch.cat([t[name] for t in tensors]) for name in tensors[0]})
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write to a safetensors file (needs the package ``safetensors``)."""
+        from safetensors.torch import save_file
+
+        save_file({name: x.detach().contiguous() for name, x in self._tensors().items()}, path)
+
+    @staticmethod
+    def load(path: str | PathLike[str], device: str = "cpu") -> "TTTState":
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        from safetensors.torch import load_file
+
+        tensors = load_file(path, device=device)
+        missing = {
+            "weights.0",
+            "weights.1",
+            "pending_k",
+            "pending_v",
+            "pending_lr",
+            "position",
+        } - tensors.keys()
+        if missing:
+            raise ValueError(f"{path} is not a saved TTTState: it lacks {', '.join(sorted(missing))}")
+        return TTTState._from_tensors(tensors)
+
+    def _matrices(self) -> tuple[Tensor, ...]:
+        return tuple(w.unsqueeze(-1) if w.dim() == 3 else w for w in self.weights)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {f"weights.{i}": w for i, w in enumerate(self.weights)}
+        named |= {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weights"}
+        return {name: x for name, x in named.items() if x is not None}
+
+    @staticmethod
+    def _from_tensors(tensors: dict[str, Tensor]) -> "TTTState":
+        count = sum(name.startswith("weights.") for name in tensors)
+        rest: dict[str, Any] = {name: x for name, x in tensors.items() if not name.startswith("weights.")}
+        return TTTState(weights=tuple(tensors[f"weights.{i}"] for i in range(count)), **rest)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "TTTState":
+        return TTTState._from_tensors({name: function(x) for name, x in self._tensors().items()})

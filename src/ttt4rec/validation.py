@@ -1,0 +1,179 @@
+"""Checks of the public arguments; every error names what is wrong, what was expected and what was given."""
+
+import torch
+from torch import Tensor
+
+from .state import TTTState
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int, ...], letters: str) -> None:
+    """Raise ValueError unless x has the expected shape, whose letters the message explains."""
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name} must have shape {letters} = {list(expected)}; given {list(x.shape)}")
+
+
+def check_mask(mask: Tensor, B: int, L: int) -> None:
+    """Raise unless mask is bool ``[B, L]`` with the True entries of each row adjacent."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, True for real tokens; given {mask.dtype}")
+    check_shape("mask", mask, (B, L), "[B, L]")
+    if torch.compiler.is_compiling():
+        return  # the values cannot be looked at while tracing
+    begins = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+    if bool((begins > 1).any()):
+        row = int((begins > 1).nonzero()[0])
+        raise ValueError(f"mask must mark one run of adjacent tokens in each row; row {row} has a gap")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, B: int, total: int) -> None:
+    """Raise unless cu_seqlens are the ascending bounds of sequences that fill ``[1, total]`` tokens."""
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64; given {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1; given {list(cu_seqlens.shape)}")
+    if B != 1:
+        raise ValueError(f"packed input must have batch size 1, all tokens in one row; given batch size {B}")
+    if torch.compiler.is_compiling():
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise ValueError(
+            f"cu_seqlens must ascend from 0 to the number of tokens, {total}; given {_short(bounds)}"
+        )
+
+
+def check_inner_loop_arguments(
+    tokens: tuple[Tensor, Tensor, Tensor],
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    weights: tuple[Tensor, ...],
+    layer_norm: tuple[Tensor, Tensor],
+    K: int,
+    state: TTTState | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Check what ``ttt_linear`` and ``ttt_mlp`` are given."""
+    q = tokens[0]
+    if q.dim() != 4:
+        raise ValueError(f"q must have shape [B, L, H, D]; given {list(q.shape)}")
+    if q.dtype not in _FLOATS:
+        raise TypeError(f"q must be float32, bfloat16, float16 or float64; given {q.dtype}")
+    B, L, H, D = q.shape
+    for name, x in zip("kv", tokens[1:], strict=True):
+        check_shape(name, x, (B, L, H, D), "[B, L, H, D] of q")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}; given {x.dtype}")
+    if min(B, L, H, D) < 1:
+        raise ValueError(f"q must have at least one sequence, token, head and feature; given {list(q.shape)}")
+    if not isinstance(K, int) or K < 1:
+        raise ValueError(f"mini_batch_size must be an integer of at least 1; given {K!r}")
+    check_shape("inner_lr", inner_lr, (B, L, H), "[B, L, H]")
+    check_shape("token_scale", token_scale, (K,), "[mini_batch_size]")
+    F = weights[0].shape[-1]
+    shapes = [("W1", (H, D, F)), ("b1", (H, F)), ("W2", (H, F, D)), ("b2", (H, D))]
+    if len(weights) == 2:
+        shapes = [("W1", (H, D, D)), ("b1", (H, D))]
+    for (name, shape), w in zip(shapes, weights, strict=True):
+        check_shape(name, w, shape, "[H, in, out]" if len(shape) == 3 else "[H, out]")
+    for name, p in zip(("ln_weight", "ln_bias"), layer_norm, strict=True):
+        check_shape(name, p, (H, D), "[H, D]")
+    named = {"inner_lr": inner_lr, "token_scale": token_scale, "W1": weights[0], "ln_weight": layer_norm[0]}
+    for name, x in (named | {"k": tokens[1], "v": tokens[2]}).items():
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}; given {x.device}")
+    if mask is not None and cu_seqlens is not None:
+        raise ValueError("give mask or cu_seqlens, not both")
+    if mask is not None:
+        check_mask(mask, B, L)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, B, L)
+    if state is not None:
+        N = B if cu_seqlens is None else cu_seqlens.numel() - 1
+        _check_state(state, N, shapes[: len(weights)], K, q)
+
+
+def _check_state(
+    state: TTTState, N: int, shapes: list[tuple[str, tuple[int, ...]]], K: int, q: Tensor
+) -> None:
+    if not isinstance(state, TTTState):
+        raise TypeError(f"state must be a TTTState; given {type(state).__name__}")
+    if state.batch_size != N:
+        raise ValueError(f"state must hold one stream per sequence, {N}; given {state.batch_size}")
+    if len(state.weights) != len(shapes):
+        raise ValueError(
+            f"state must hold {len(shapes)} weight tensors for this inner model; given {len(state.weights)}"
+        )
+    for (name, shape), w in zip(shapes, state.weights, strict=True):
+        check_shape(f"state's {name}", w, (N, *shape), "[N, H, ...]")
+    check_shape(
+        "state's pending_k", state.pending_k, (N, K - 1, *q.shape[2:]), "[N, mini_batch_size - 1, H, D]"
+    )
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if state.weights[0].dtype != dtype:
+        raise TypeError(f"state must be {dtype} for {q.dtype} inputs; given {state.weights[0].dtype}")
+    if state.weights[0].device != q.device:
+        raise ValueError(f"state must be on the inputs' device {q.device}; given {state.weights[0].device}")
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:7]))}, ...]"
+
+
+def check_layer_input(x: Tensor, width: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Check what ``TTTLayer`` is called with."""
+    if x.dim() != 3 or x.shape[-1] != width:
+        raise ValueError(f"x must have shape [B, L, width] with width {width}; given {list(x.shape)}")
+    if min(x.shape) < 1:
+        raise ValueError(f"x must have at least one sequence and one token; given {list(x.shape)}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64; given {x.dtype}")
+    if mask is not None and cu_seqlens is not None:
+        raise ValueError("give mask or cu_seqlens, not both")
+
+
+def check_layer_options(
+    width: int,
+    num_heads: int,
+    inner: str,
+    backbone: str,
+    mini_batch_size: int,
+    rope_theta: float,
+    base_lr: float,
+    conv_kernel: int,
+    max_inner_step: float | None,
+) -> None:
+    """Check what ``TTTLayer`` is built with."""
+    positive = {
+        "width": width,
+        "num_heads": num_heads,
+        "mini_batch_size": mini_batch_size,
+        "conv_kernel": conv_kernel,
+    }
+    for name, size in positive.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} must be an integer of at least 1; given {size!r}")
+    if width % num_heads or width // num_heads % 2:
+        raise ValueError(
+            f"width must be num_heads times an even head dimension; given width {width} and {num_heads} heads"
+        )
+    check_choice("inner", inner, ("linear", "mlp"))
+    check_choice("backbone", backbone, ("transformer", "mamba"))
+    check_positive("rope_theta", rope_theta)
+    check_positive("base_lr", base_lr)
+    if max_inner_step is not None:
+        check_positive("max_inner_step", max_inner_step)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; given {value!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless value is a finite number above zero."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be finite and above 0; given {value}")
