@@ -125,18 +125,12 @@ def _inner_loop(
     extended = None
     if state is None:
         weights = tuple(w.to(dtype).expand(N, *w.shape) for w in initial)
-        starts, lengths = (
-            dense_spans(B, L, tokens[0].device) if spans is None else (spans.starts, spans.lengths)
-        )
+        starts, lengths = dense_spans(B, L, tokens[0].device) if spans is None else (spans.starts, spans.lengths)
         seen = lengths
     else:
         # A mini-batch is taken up again by running its pending tokens once more, in front of the new ones.
         weights, pending = state.weights, state.position % K
-        dense = (
-            Spans.from_mask(torch.ones(B, L, dtype=torch.bool, device=tokens[0].device))
-            if spans is None
-            else spans
-        )
+        dense = Spans.from_mask(torch.ones(B, L, dtype=torch.bool, device=tokens[0].device)) if spans is None else spans
         extended = dense.with_context(K - 1)
         contexts = (torch.zeros_like(state.pending_k), state.pending_k, state.pending_v, state.pending_lr)
         sequence_tokens = tuple(map(extended.join, contexts, sequence_tokens))
@@ -145,9 +139,7 @@ def _inner_loop(
     scan_spans = (None, None) if spans is None and state is None else (starts, lengths)
     o, *outgoing = _scan(sequence_tokens, token_scale, weights, layer_norm, scan_spans, eps, backend)
     _, k, v, lr = sequence_tokens
-    pending_k, pending_v, pending_lr = (
-        last_tokens(x.to(dtype), starts, lengths, K - 1, seen % K) for x in (k, v, lr)
-    )
+    pending_k, pending_v, pending_lr = (last_tokens(x.to(dtype), starts, lengths, K - 1, seen % K) for x in (k, v, lr))
     if extended is not None:
         o = extended.part(o)
     return o, TTTState(tuple(outgoing), pending_k, pending_v, pending_lr, seen)

@@ -1,39 +1,22 @@
 """TTTLayer: the drop-in module around the inner loop (Sun et al. 2024, section 2 and figure 2)."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import CausalConv, convolve
 from .functional import Backend, check_backend, make_spans, ttt_linear, ttt_mlp
 from .reference import inner_learning_rate, rotate, rotation, token_scale
 from .release import load_release_layer
-from .spans import Spans, last_tokens
+from .spans import Spans
 from .state import TTTState
 from .validation import check_cu_seqlens, check_layer_input, check_layer_options, check_mask
 
 Inner = Literal["linear", "mlp"]
 Backbone = Literal["transformer", "mamba"]
-
-
-class CausalConv(nn.Module):
-    """Depthwise causal convolution over the tokens of each sequence, ``y_t = b + Σ_j w_j x_{t - (kernel - 1) + j}``."""
-
-    def __init__(self, width: int, kernel: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, kernel).uniform_(-(kernel**-0.5), kernel**-0.5))
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x ``[B, kernel - 1 + L, width]``, context first, to ``[B, L, width]``."""
-        taps = self.weight.shape[1]
-        L = x.shape[1] - taps + 1
-        y = self.bias.to(x.dtype) + x[:, :L] * self.weight[:, 0].to(x.dtype)
-        for j in range(1, taps):
-            y = torch.addcmul(y, x[:, j : j + L], self.weight[:, j].to(x.dtype))
-        return y
 
 
 class TTTLayer(nn.Module):
@@ -174,13 +157,7 @@ class TTTLayer(nn.Module):
         spans = make_spans(mask, cu_seqlens, x.shape[1])
         q, k, v, conv = self._views(x, spans, state)
         inner_lr = self._inner_lr(x, k)
-        inner_loop = ttt_linear if self.inner == "linear" else ttt_mlp
-        weights = (self.W1, self.b1) if self.inner == "linear" else (self.W1, self.b1, self.W2, self.b2)
-        o, new_state = inner_loop(
-            q, k, v, inner_lr, token_scale(self.token_offset.to(inner_lr.dtype)), *weights,
-            self.inner_norm_weight, self.inner_norm_bias, mini_batch_size=self.mini_batch_size,
-            state=state, mask=mask, cu_seqlens=cu_seqlens, backend=self.backend,
-        )  # fmt: skip
+        o, new_state = self._inner_loop(q, k, v, inner_lr, state=state, mask=mask, cu_seqlens=cu_seqlens)
         y = self.norm(o.flatten(2).to(self.norm.weight.dtype))
         if self.backbone == "mamba":
             y = F.gelu(self.gate(x), approximate="tanh") * y
@@ -188,6 +165,14 @@ class TTTLayer(nn.Module):
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(-1), 0)
         return (y, dataclasses.replace(new_state, conv=conv)) if return_state else y
+
+    def _inner_loop(self, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, **where: Any) -> tuple[Tensor, TTTState]:
+        scale = token_scale(self.token_offset.to(lr.dtype))
+        norm = (self.inner_norm_weight, self.inner_norm_bias)
+        where |= {"mini_batch_size": self.mini_batch_size, "backend": self.backend}
+        if self.inner == "linear":
+            return ttt_linear(q, k, v, lr, scale, self.W1, self.b1, *norm, **where)
+        return ttt_mlp(q, k, v, lr, scale, self.W1, self.b1, self.W2, self.b2, *norm, **where)
 
     def _views(
         self, x: Tensor, spans: Spans | None, state: TTTState | None
@@ -197,12 +182,11 @@ class TTTLayer(nn.Module):
         if self.backbone == "transformer":
             k = self.key(x)
         else:
-            q, k, conv = self._convolve(q, spans, state)
+            context = None if state is None else state.conv
+            (q, k), conv = convolve((self.query_conv, self.key_conv), q, spans, context)
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))
         dtype = torch.promote_types(q.dtype, torch.float32)
-        table = rotation(
-            torch.arange(self.mini_batch_size, device=x.device), self.head_dim, self.rope_theta, dtype
-        )
+        table = rotation(torch.arange(self.mini_batch_size, device=x.device), self.head_dim, self.rope_theta, dtype)
         positions = self._positions(x, spans, state)
         cos, sin = (entry[positions] for entry in table)
         return rotate(q, cos, sin), rotate(k, cos, sin), v, conv
@@ -218,27 +202,6 @@ class TTTLayer(nn.Module):
             if state is not None:
                 offset = offset + state.position[spans.sequence]
         return offset % self.mini_batch_size
-
-    def _convolve(
-        self, x: Tensor, spans: Spans | None, state: TTTState | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The Mamba backbone's two causal convolutions of the shared projection."""
-        size = self.conv_kernel - 1
-        N = x.shape[0] if spans is None else spans.starts.numel()
-        context = x.new_zeros(N, size, self.width)
-        if state is not None and state.conv is not None:
-            context = state.conv.to(x.dtype)
-        float_dtype = torch.promote_types(x.dtype, torch.float32)
-        if spans is None:
-            joined = torch.cat((context, x), dim=1)
-            q, k = self.query_conv(joined), self.key_conv(joined)
-            return q, k, joined[:, joined.shape[1] - size :].to(float_dtype)
-        extended = spans.with_context(size)
-        joined = extended.join(context, x)
-        padded = F.pad(joined, (0, 0, size, 0))
-        q, k = (extended.part(conv(padded)) for conv in (self.query_conv, self.key_conv))
-        count = torch.full_like(extended.lengths, size)
-        return q, k, last_tokens(joined, extended.first, extended.lengths, size, count).to(float_dtype)
 
     def _inner_lr(self, x: Tensor, k: Tensor) -> Tensor:
         """Each token's inner rate ``[B, L, H]``, float32 at least, whatever autocast is set to."""

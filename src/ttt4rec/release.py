@@ -35,7 +35,7 @@ _BLOCK_NAMES = {
     "conv.norm.weight": "conv_norm.weight",
     "conv.conv.weight": "conv.weight",
     "conv.conv.bias": "conv.bias",
-} | {f"seq_modeling_block.{theirs}": f"mixer.layer.{ours}" for theirs, ours in _LAYER_NAMES.items()}
+} | {f"seq_modeling_block.{theirs}": f"mixer.{ours}" for theirs, ours in _LAYER_NAMES.items()}
 _BUFFERS = ("token_idx", "rotary_emb.inv_freq")  # constants that the release stores and we compute
 
 

@@ -75,9 +75,7 @@ class TTTState:
             if not -self.batch_size <= index < self.batch_size:
                 raise IndexError(f"stream {index} is out of range for a state of {self.batch_size} streams")
             index = [index % self.batch_size]
-        chosen = (
-            index if isinstance(index, slice | Tensor) else torch.tensor(index, device=self.position.device)
-        )
+        chosen = index if isinstance(index, slice | Tensor) else torch.tensor(index, device=self.position.device)
         return self._map(lambda x: x[chosen])
 
     @staticmethod

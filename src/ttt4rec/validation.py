@@ -39,9 +39,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, total: int) -> None:
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
-        raise ValueError(
-            f"cu_seqlens must ascend from 0 to the number of tokens, {total}; given {_short(bounds)}"
-        )
+        raise ValueError(f"cu_seqlens must ascend from 0 to the number of tokens, {total}; given {_short(bounds)}")
 
 
 def check_inner_loop_arguments(
@@ -95,9 +93,7 @@ def check_inner_loop_arguments(
         _check_state(state, N, shapes[: len(weights)], K, q)
 
 
-def _check_state(
-    state: TTTState, N: int, shapes: list[tuple[str, tuple[int, ...]]], K: int, q: Tensor
-) -> None:
+def _check_state(state: TTTState, N: int, shapes: list[tuple[str, tuple[int, ...]]], K: int, q: Tensor) -> None:
     if not isinstance(state, TTTState):
         raise TypeError(f"state must be a TTTState; given {type(state).__name__}")
     if state.batch_size != N:
@@ -108,9 +104,7 @@ def _check_state(
         )
     for (name, shape), w in zip(shapes, state.weights, strict=True):
         check_shape(f"state's {name}", w, (N, *shape), "[N, H, ...]")
-    check_shape(
-        "state's pending_k", state.pending_k, (N, K - 1, *q.shape[2:]), "[N, mini_batch_size - 1, H, D]"
-    )
+    check_shape("state's pending_k", state.pending_k, (N, K - 1, *q.shape[2:]), "[N, mini_batch_size - 1, H, D]")
     dtype = torch.promote_types(q.dtype, torch.float32)
     if state.weights[0].dtype != dtype:
         raise TypeError(f"state must be {dtype} for {q.dtype} inputs; given {state.weights[0].dtype}")

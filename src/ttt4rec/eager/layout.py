@@ -19,9 +19,7 @@ class RowChunk:
     """A set of sequences walked together; rows are (sequence, head) pairs, ``R`` of them."""
 
     sequences: Tensor  # [n] which sequences, longest first
-    token_rows: (
-        Tensor  # [T, R, K] index of each slot in the flattened [B·L·H] token rows; 0 where there is no token
-    )
+    token_rows: Tensor  # [T, R, K] index of each slot in the flattened [B·L·H] token rows; 0 where there is no token
     empty: Tensor | None  # flat slots without a token; None when there are none
     filled: Tensor | None  # flat slots with a token; None when all are
     alive: list[int]  # per mini-batch: rows that have a token in it

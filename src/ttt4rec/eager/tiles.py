@@ -22,9 +22,7 @@ class Normalised:
     def jacobian_product(self, grad: Tensor) -> Tensor:
         """r (grad - mean(grad) - x̂ mean(grad ∘ x̂)); the Jacobian is symmetric, so this serves both directions."""
         shape, mask = (grad.shape[-1],), (True, False, False)
-        result: Tensor = _native_backward(
-            grad, self._z, shape, self._mean, self.inverse_std, None, None, mask
-        )[0]
+        result: Tensor = _native_backward(grad, self._z, shape, self._mean, self.inverse_std, None, None, mask)[0]
         return result
 
 

@@ -90,9 +90,7 @@ def walk_backward(
             n = chunk.alive[t]
             rates = Rates(lr[t, :n], scale, chunk.complete[t])
             alive = [[w[:n] for w in side] for side in (chunk_weights, d_weights)]
-            *d_qkv, dgamma_t, dbeta_t = step(
-                *(x[t, :n] for x in rows), gamma[:n], beta[:n], *alive, rates, eps
-            )
+            *d_qkv, dgamma_t, dbeta_t = step(*(x[t, :n] for x in rows), gamma[:n], beta[:n], *alive, rates, eps)
             d_lr, d_scale_t = rates.backward()
             for destination, x in zip(d_rows, (*d_qkv, d_lr), strict=True):
                 destination[t, :n] = x

@@ -88,9 +88,7 @@ class Histories:
         """Code of an original user id; DataError when the data has no such user."""
         code = self._user_codes.get(user_id)
         if code is None:
-            raise DataError(
-                f"unknown user id {user_id!r}: expected one of the {self.num_users} users of the data"
-            )
+            raise DataError(f"unknown user id {user_id!r}: expected one of the {self.num_users} users of the data")
         return code
 
     def item_codes(self, item_ids: Sequence[str]) -> tuple[IntArray, tuple[str, ...]]:
@@ -144,9 +142,7 @@ def read_interactions(
     if len(separator) != 1:
         raise DataError(f"expected a separator of one character, got {separator!r}")
     if not path.is_file():
-        raise DataError(
-            f"expected a data file at {path}, got {'a directory' if path.is_dir() else 'nothing'}"
-        )
+        raise DataError(f"expected a data file at {path}, got {'a directory' if path.is_dir() else 'nothing'}")
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     try:
         with _open_text(path) as file:
@@ -161,9 +157,7 @@ def read_interactions(
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x}") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: expected a whole gzip file, got one that cannot be unpacked ({error})"
-        ) from error
+        raise DataError(f"{path}: expected a whole gzip file, got one that cannot be unpacked ({error})") from error
     except csv.Error as error:
         raise DataError(f"{path} line {reader.line_num}: expected delimited text, got {error}") from error
     except OSError as error:
@@ -184,18 +178,14 @@ def _open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _find_columns(
-    path: Path, header: list[str], user_field: str, item_field: str, time_field: str
-) -> _Columns:
+def _find_columns(path: Path, header: list[str], user_field: str, item_field: str, time_field: str) -> _Columns:
     bare = [name.split(":")[0] for name in header]
 
     def find(field: str) -> int:
         names = header if field in header else bare
         if names.count(field) != 1:
             given = ", ".join(header)
-            raise DataError(
-                f"{path} line 1: expected one column {field!r}, got {names.count(field)} among {given}"
-            )
+            raise DataError(f"{path} line 1: expected one column {field!r}, got {names.count(field)} among {given}")
         return names.index(field)
 
     return _Columns(len(header), find(user_field), find(item_field), find(time_field))
@@ -254,9 +244,7 @@ def _read_rows(path: Path, reader: _Reader, columns: _Columns) -> Interactions:
     )
 
 
-def _parse_chunk(
-    rows: list[list[str]], columns: _Columns
-) -> tuple[tuple[str, ...], tuple[str, ...], TimeArray]:
+def _parse_chunk(rows: list[list[str]], columns: _Columns) -> tuple[tuple[str, ...], tuple[str, ...], TimeArray]:
     """The user ids, item ids and times of some rows; ValueError when any of them is malformed."""
     by_column = list(zip(*rows, strict=True))
     if len(by_column) != columns.width:
@@ -298,9 +286,7 @@ def _problem(row: list[str], columns: _Columns) -> str | None:
     try:
         _parse_time(row[columns.time])
     except ValueError:
-        return (
-            f"expected a time (a finite 64-bit number) in field {columns.time + 1}, got {row[columns.time]!r}"
-        )
+        return f"expected a time (a finite 64-bit number) in field {columns.time + 1}, got {row[columns.time]!r}"
     return None
 
 

@@ -147,9 +147,7 @@ def _enumerate_windows(counts: IntArray) -> tuple[IntArray, IntArray]:
     return user, np.arange(len(user)) - before[user]
 
 
-def _make_windows(
-    split: Split, user: IntArray, start: IntArray, length: IntArray, leading: IntArray
-) -> Windows:
+def _make_windows(split: Split, user: IntArray, start: IntArray, length: IntArray, leading: IntArray) -> Windows:
     """Windows with ``start`` a position in the user's history."""
     starts = split.histories.offsets[user] + start
     arrays = (split.histories.items, starts, length, leading)

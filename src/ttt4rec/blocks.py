@@ -1,0 +1,175 @@
+"""Residual blocks: a sequence mixer and a feed-forward network, each behind a norm."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .convolution import CausalConv, convolve
+from .functional import make_spans
+from .reference import rotate, rotation
+
+
+class BlockState(NamedTuple):
+    """What a block remembers of its streams: its mixer's state, and its own convolution's last inputs."""
+
+    mixer: Any
+    conv: Tensor | None
+
+
+class AttentionMixer(nn.Module):
+    """Causal multi-head self-attention with rotary positions, SASRec's mixer.
+
+    Args:
+        width: feature size.
+        num_heads: number of heads; width / num_heads must be even.
+        rope_theta: base of the rotary frequencies.
+    """
+
+    def __init__(self, width: int, num_heads: int, rope_theta: float = 10000.0) -> None:
+        super().__init__()
+        self.num_heads, self.rope_theta = num_heads, rope_theta
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, state: None = None, return_state: bool = False
+    ) -> Tensor:
+        """x ``[B, L, width]`` to the same shape; mask as in ``TTTLayer``.
+
+        Raises:
+            ValueError: a state was given or asked for; attention has none of fixed size.
+        """
+        if state is not None or return_state:
+            raise ValueError("attention keeps no state of fixed size; give it the whole history instead")
+        L = x.shape[1]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, L, H, D]
+        cos, sin = rotation(torch.arange(L, device=x.device), q.shape[-1], self.rope_theta, torch.float32)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        if mask is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            causal = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
+            itself = torch.eye(L, dtype=torch.bool, device=x.device)  # so that padding has a key to look at
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=(causal & mask[:, None, None, :]) | itself)
+        y: Tensor = self.output(out.transpose(1, 2).flatten(2))
+        return y
+
+
+class GRUMixer(nn.Module):
+    """A gated recurrent unit, GRU4Rec's mixer.
+
+    Args:
+        width: feature size.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(width, width, batch_first=True)
+
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, state: Tensor | None = None, return_state: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x ``[B, L, width]`` to the same shape; mask as in ``TTTLayer``; the state is the hidden vector ``[B, width]``."""
+        hidden = None if state is None else state[None]
+        if mask is None:
+            y, last = self.gru(x, hidden)
+            return (y, last[0]) if return_state else y
+        # Move every row's tokens to its front, where a recurrence reads them before any padding.
+        B, L, _ = x.shape
+        first = mask.to(torch.int8).argmax(1, keepdim=True)
+        slots = torch.arange(L, device=x.device)
+        rows = torch.arange(B, device=x.device)[:, None]
+        y, _ = self.gru(x[rows, (slots + first) % L], hidden)
+        length = mask.sum(1)
+        last_real = y[torch.arange(B, device=x.device), (length - 1).clamp_min(0)]
+        before = torch.zeros_like(last_real) if state is None else state
+        new_state = torch.where(length[:, None] > 0, last_real, before)
+        y = y[rows, (slots - first) % L]
+        return (y, new_state) if return_state else y
+
+
+class SwiGLU(nn.Module):
+    """Feed-forward network ``down(silu(gate(x)) ∘ up(x))`` without biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., width]`` to the same shape."""
+        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+class GELUFeedForward(nn.Module):
+    """Feed-forward network ``down(gelu(up(x)))`` with biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., width]`` to the same shape."""
+        y: Tensor = self.down(F.gelu(self.up(x)))
+        return y
+
+
+class Block(nn.Module):
+    """``h + mixer(norm(h))``, then ``h + ffn(norm(h))``; before both, optionally ``h + conv(norm(h))``.
+
+    Args:
+        width: feature size.
+        mixer: a causal sequence mixer, called as ``mixer(x, mask=, state=, return_state=)``.
+        norm: ``"rms"`` or ``"layer"``, eps 1e-6.
+        ffn: ``"swiglu"`` or ``"gelu"``.
+        ffn_width: its hidden size.
+        conv_kernel: taps of the block's own convolution; None: it has none.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        mixer: nn.Module,
+        *,
+        norm: str = "rms",
+        ffn: str = "swiglu",
+        ffn_width: int = 256,
+        conv_kernel: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.has_conv = conv_kernel is not None
+        if conv_kernel is not None:
+            self.conv_norm = make_norm(norm, width)
+            self.conv = CausalConv(width, conv_kernel)
+        self.mixer_norm = make_norm(norm, width)
+        self.mixer = mixer
+        self.ffn_norm = make_norm(norm, width)
+        self.ffn = SwiGLU(width, ffn_width) if ffn == "swiglu" else GELUFeedForward(width, ffn_width)
+
+    def forward(
+        self, h: Tensor, *, mask: Tensor | None = None, state: BlockState | None = None, return_state: bool = False
+    ) -> Tensor | tuple[Tensor, BlockState]:
+        """h ``[B, L, width]`` to the same shape, or (h, state)."""
+        conv_state = None
+        if self.has_conv:
+            spans = make_spans(mask, None, h.shape[1])
+            context = None if state is None else state.conv
+            (convolved,), conv_state = convolve((self.conv,), self.conv_norm(h), spans, context)
+            h = h + convolved
+        mixer_state = None if state is None else state.mixer
+        mixed = self.mixer(self.mixer_norm(h), mask=mask, state=mixer_state, return_state=return_state)
+        if return_state:
+            mixed, mixer_state = mixed
+        h = h + mixed
+        h = h + self.ffn(self.ffn_norm(h))
+        return (h, BlockState(mixer_state, conv_state)) if return_state else h
+
+
+def make_norm(kind: str, width: int) -> nn.Module:
+    """An RMSNorm (``"rms"``) or LayerNorm (``"layer"``) with eps 1e-6."""
+    return nn.RMSNorm(width, eps=1e-6) if kind == "rms" else nn.LayerNorm(width, eps=1e-6)

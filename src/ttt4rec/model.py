@@ -1,0 +1,229 @@
+"""TTT4Rec: the sequential recommender (Yang, Wang & Ge 2024, arXiv 2409.19142), and its baselines in the same frame."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import AttentionMixer, Block, BlockState, GRUMixer, make_norm
+from .layer import TTTLayer
+from .release import load_release_block
+from .validation import check_choice, check_positive
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class TTT4RecConfig:
+    """The model's shape; the defaults are those of the published TTT4Rec.
+
+    Attributes:
+        num_items: number of items; their ids are 1 .. num_items, 0 is padding.
+        width: size of embeddings and hidden states.
+        num_blocks: residual blocks.
+        num_heads: heads of each mixer.
+        mixer: ``"ttt"``, or a baseline: ``"attention"`` (SASRec), ``"gru"`` (GRU4Rec).
+        inner: TTT's inner model, ``"linear"`` or ``"mlp"``.
+        backbone: TTT's backbone, ``"transformer"`` or ``"mamba"``.
+        mini_batch_size: TTT's K.
+        rope_theta: base of the rotary frequencies.
+        base_lr: TTT's η_base.
+        conv_kernel: taps of the convolutions.
+        block_conv: whether each block begins with a convolution of its own.
+        max_inner_step: TTT's bound on the inner rates; None: none.
+        norm: ``"rms"`` or ``"layer"`` before each sub-layer and at the end.
+        ffn: ``"swiglu"`` or ``"gelu"``.
+        ffn_width: its hidden size.
+        dropout: of the embedded history.
+        max_len: length of history the model is trained and evaluated for.
+    """
+
+    num_items: int
+    width: int = 64
+    num_blocks: int = 1
+    num_heads: int = 4
+    mixer: str = "ttt"
+    inner: str = "mlp"
+    backbone: str = "transformer"
+    mini_batch_size: int = 8
+    rope_theta: float = 1000.0
+    base_lr: float = 1.0
+    conv_kernel: int = 4
+    block_conv: bool = False
+    max_inner_step: float | None = None
+    norm: str = "rms"
+    ffn: str = "swiglu"
+    ffn_width: int = 256
+    dropout: float = 0.2
+    max_len: int = 50
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        for name in ("num_items", "width", "num_blocks", "num_heads", "mini_batch_size", "conv_kernel", "ffn_width", "max_len"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1; given {value!r}")
+        if self.width % self.num_heads or self.width // self.num_heads % 2:
+            raise ValueError(
+                f"width must be num_heads times an even head dimension; given {self.width} and {self.num_heads}"
+            )
+        check_choice("mixer", self.mixer, ("ttt", "attention", "gru"))
+        check_choice("inner", self.inner, ("linear", "mlp"))
+        check_choice("backbone", self.backbone, ("transformer", "mamba"))
+        check_choice("norm", self.norm, ("rms", "layer"))
+        check_choice("ffn", self.ffn, ("swiglu", "gelu"))
+        check_positive("rope_theta", self.rope_theta)
+        check_positive("base_lr", self.base_lr)
+        if self.max_inner_step is not None:
+            check_positive("max_inner_step", self.max_inner_step)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1; given {self.dropout}")
+
+
+def make_mixer(config: TTT4RecConfig) -> nn.Module:
+    """The sequence mixer that the configuration names."""
+    if config.mixer == "attention":
+        return AttentionMixer(config.width, config.num_heads, config.rope_theta)
+    if config.mixer == "gru":
+        return GRUMixer(config.width)
+    return TTTLayer(
+        config.width,
+        config.num_heads,
+        inner=config.inner,  # type: ignore[arg-type]
+        backbone=config.backbone,  # type: ignore[arg-type]
+        mini_batch_size=config.mini_batch_size,
+        rope_theta=config.rope_theta,
+        base_lr=config.base_lr,
+        conv_kernel=config.conv_kernel,
+        max_inner_step=config.max_inner_step,
+    )
+
+
+class TTT4Rec(nn.Module):
+    """Item ids → embedding → dropout → layer norm → residual blocks → final norm; scores are dot products with items.
+
+    Args:
+        config: the shape.
+        mixer: makes a block's mixer from the configuration; replace it to run another sequence layer in the same
+            model. It must take ``(x, mask=, state=, return_state=)`` as ``TTTLayer`` does.
+    """
+
+    def __init__(self, config: TTT4RecConfig, mixer: Callable[[TTT4RecConfig], nn.Module] = make_mixer) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.num_items + 1, config.width, padding_idx=0)
+        self.dropout = nn.Dropout(config.dropout)
+        self.embedding_norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width,
+                mixer(config),
+                norm=config.norm,
+                ffn=config.ffn,
+                ffn_width=config.ffn_width,
+                conv_kernel=config.conv_kernel if config.block_conv else None,
+            )
+            for _ in range(config.num_blocks)
+        )
+        self.norm = make_norm(config.norm, config.width)
+        self.apply(_init_weights)
+
+    def forward(
+        self, ids: Tensor, *, states: Sequence[BlockState] | None = None, return_states: bool = False
+    ) -> Tensor | tuple[Tensor, list[BlockState]]:
+        """Read histories.
+
+        Args:
+            ids: item ids, int64 ``[B, L]``; 0 pads, on the right or the left.
+            states: one per block, to continue the streams of an earlier call.
+            return_states: also return the states after the last item.
+
+        Returns:
+            Hidden states ``[B, L, width]``, or (hidden states, states).
+
+        Raises:
+            ValueError: a wrong shape or number of states. TypeError: ids are not int64.
+        """
+        if ids.dim() != 2 or ids.dtype != torch.int64:
+            raise TypeError(f"ids must be int64 [B, L]; given {ids.dtype} {list(ids.shape)}")
+        if states is not None and len(states) != len(self.blocks):
+            raise ValueError(f"states must hold one entry per block, {len(self.blocks)}; given {len(states)}")
+        mask = ids != 0
+        h = self.embedding_norm(self.dropout(self.embedding(ids)))
+        new_states = []
+        for i, block in enumerate(self.blocks):
+            h = block(h, mask=mask, state=None if states is None else states[i], return_state=return_states)
+            if return_states:
+                h, state = h
+                new_states.append(state)
+        h = self.norm(h)
+        return (h, new_states) if return_states else h
+
+    def scores(self, h: Tensor) -> Tensor:
+        """Scores of all items, ``[..., num_items]``, for hidden states ``[..., width]``; column j is item j + 1."""
+        return F.linear(h, self.embedding.weight[1:])
+
+    def load_release_state_dict(self, state_dict: dict[str, Tensor], block: int = 0) -> None:
+        """Load one block's weights from the original ``ttt-lm-pytorch`` Block.
+
+        Raises:
+            ValueError: keys or shapes do not fit; nothing is loaded then.
+        """
+        load_release_block(self.blocks[block], state_dict)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (needs the package ``safetensors``)."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        partial = folder / f"{WEIGHTS_FILE}.part"
+        save_file(tensors, partial)
+        os.replace(partial, folder / WEIGHTS_FILE)
+        partial = folder / f"{CONFIG_FILE}.part"
+        partial.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        os.replace(partial, folder / CONFIG_FILE)
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str], device: str = "cpu") -> "TTT4Rec":
+        """Read what ``save`` wrote, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: there is no saved model in the folder.
+            ValueError: its files are damaged or belong to something else.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no saved model: {name} is missing")
+        try:
+            settings: Any = json.loads((folder / CONFIG_FILE).read_text())
+            model = TTT4Rec(TTT4RecConfig(**settings))
+            model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        except (SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{folder} does not hold a TTT4Rec model that this version can read: {reason}") from error
+        return model.to(device).eval()
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        nn.init.zeros_(module.weight[module.padding_idx])
