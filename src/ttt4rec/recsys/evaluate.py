@@ -1,0 +1,69 @@
+"""Ranking the full catalogue for every target of a part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ttt4rec.model import TTT4Rec
+from ttt4rec.recsys.metrics import RankingMetrics, target_ranks
+from ttt4rec.recsys.progress import progress_bar
+from ttt4rec.recsys.windows import Windows
+
+TOKENS_PER_BATCH = 16_384
+"""Inputs read at once; enough to fill a CPU's matmuls, small enough for its caches."""
+
+SCORES_PER_CHUNK = 1 << 24
+"""Scores held at once: 64 MiB of float32, whatever the number of items."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: TTT4Rec, windows: Windows, *, cutoffs: Sequence[int] = (10, 50), progress: bool = False
+) -> dict[str, float]:
+    """HR, NDCG and MRR of the model's ranking of all items, every scored target weighing the same.
+
+    Args:
+        model: put into evaluation mode, and back if it was training.
+        windows: whose targets to rank; ``evaluation_prefixes`` gives the paper's protocol.
+        cutoffs: the k of HR@k, NDCG@k and MRR@k.
+        progress: show a progress bar.
+
+    Returns:
+        Metrics by name, as ``RankingMetrics.compute`` gives them.
+
+    Raises:
+        ValueError: there is no target, or a score is NaN.
+    """
+    training = model.training
+    model.eval()
+    metrics = RankingMetrics(cutoffs)
+    device = model.embedding.weight.device
+    rows = max(1, SCORES_PER_CHUNK // model.config.num_items)
+    try:
+        with progress_bar(total=windows.num_targets, unit="target", desc="evaluate", enabled=progress) as bar:
+            for indices in _by_length(windows):
+                ids, targets = windows.batch(indices)
+                scored = targets != 0
+                hidden = model(ids.to(device))[scored.to(device)]
+                columns = targets[scored].to(device) - 1
+                for h, column in zip(hidden.split(rows), columns.split(rows), strict=True):
+                    metrics.update(target_ranks(model.scores(h), column))
+                bar.update(columns.numel())
+    finally:
+        model.train(training)
+    return metrics.compute()
+
+
+def _by_length(windows: Windows) -> Iterator[Tensor]:
+    """Batches of windows of like length, about ``TOKENS_PER_BATCH`` inputs each."""
+    order = torch.argsort(windows.lengths, stable=True)
+    start = 0
+    while start < len(order):
+        # The longest of a batch is its last; take windows while their number times that length fits.
+        lengths = windows.lengths[order[start:]]
+        fits = int((lengths * torch.arange(1, len(lengths) + 1) <= TOKENS_PER_BATCH).sum())
+        yield order[start : start + max(1, fits)]
+        start += max(1, fits)

@@ -1,0 +1,267 @@
+"""Training: one causal pass scores every position of a window; early stopping on validation NDCG@10."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt4rec.layer import TTTLayer
+from ttt4rec.model import TTT4Rec
+from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
+from ttt4rec.recsys.evaluate import evaluate
+from ttt4rec.recsys.progress import progress_bar
+from ttt4rec.recsys.split import Split
+from ttt4rec.recsys.windows import Windows, batches, training_windows
+
+METRICS_FILE, CHECKPOINT_FILE = "metrics.csv", "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train; the defaults are the paper's.
+
+    Attributes:
+        epochs: at most so many passes over the training targets.
+        patience: stop after so many epochs without a better validation NDCG@10.
+        learning_rate: Adam's.
+        targets_per_batch: scored targets in one step.
+        clip_norm: largest norm of all gradients together.
+        inner_lr_warmup: steps over which TTT layers' inner rates rise from 0 to their full size; 0: none.
+        seed: of the shuffling and the dropout.
+    """
+
+    epochs: int = 300
+    patience: int = 5
+    learning_rate: float = 1e-3
+    targets_per_batch: int = 2048
+    clip_norm: float = 5.0
+    inner_lr_warmup: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        for name, least in (("epochs", 1), ("patience", 1), ("targets_per_batch", 1), ("inner_lr_warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; given {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0; given {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One line of ``metrics.csv``."""
+
+    epoch: int
+    loss: float
+    train_seconds: float
+    valid_seconds: float
+    metrics: dict[str, float]
+
+    def row(self) -> dict[str, float]:
+        """The line's columns."""
+        own = {"epoch": self.epoch, "loss": self.loss}
+        seconds = {"train_seconds": self.train_seconds, "valid_seconds": self.valid_seconds}
+        return own | {f"valid_{name}": value for name, value in self.metrics.items()} | seconds
+
+
+def fit(
+    model: TTT4Rec,
+    split: Split,
+    folder: str | os.PathLike[str],
+    options: TrainOptions | None = None,
+    *,
+    progress: bool = False,
+    report: Callable[[EpochReport], None] | None = None,
+) -> list[EpochReport]:
+    """Train until validation NDCG@10 stops improving; leave the best weights in the model.
+
+    ``folder`` receives ``metrics.csv`` and ``checkpoint.safetensors``, the latter replaced atomically after every
+    epoch. Called again on a folder that holds a checkpoint of the same run, training goes on from there and ends
+    with the same numbers.
+
+    Args:
+        model: trained in place, on the device it is on.
+        split: histories and their parts.
+        folder: created if missing.
+        options: how to train.
+        progress: show a progress bar.
+        report: called after every epoch.
+
+    Returns:
+        What happened in each epoch.
+
+    Raises:
+        ValueError: the folder's checkpoint belongs to another run, or training diverged.
+    """
+    options = options or TrainOptions()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(model, split, options)
+    if (folder / CHECKPOINT_FILE).exists():
+        run.restore(folder / CHECKPOINT_FILE)
+    devices = [model.embedding.weight.device] if model.embedding.weight.is_cuda else []
+    with torch.random.fork_rng(devices):
+        if run.random_state is None:
+            torch.manual_seed(options.seed)
+        else:
+            torch.set_rng_state(run.random_state)
+        while not run.finished():
+            epoch = run.epoch(progress)
+            run.save(folder / CHECKPOINT_FILE)
+            _write_metrics(folder / METRICS_FILE, run.reports)
+            if report is not None:
+                report(epoch)
+    model.load_state_dict(run.best_weights)
+    return run.reports
+
+
+class _Run:
+    """The state of a training run, as it is checkpointed."""
+
+    def __init__(self, model: TTT4Rec, split: Split, options: TrainOptions) -> None:
+        self.model, self.options = model, options
+        self.train_windows = training_windows(split, max_len=model.config.max_len)
+        self.valid_windows = training_windows(split, max_len=model.config.max_len, part="valid")
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.reports: list[EpochReport] = []
+        self.steps = 0
+        self.best_weights = _copy(model)
+        self.random_state: Tensor | None = None
+
+    def finished(self) -> bool:
+        """Whether all epochs are done or the last ``patience`` brought nothing better."""
+        done = len(self.reports)
+        return done >= self.options.epochs or (done > 0 and done - 1 - self._best() >= self.options.patience)
+
+    def _best(self) -> int:
+        return max(range(len(self.reports)), key=lambda i: self.reports[i].metrics["NDCG@10"])
+
+    def epoch(self, progress: bool) -> EpochReport:
+        """Train on every target once, then validate."""
+        begin = time.perf_counter()
+        loss = self._train_epoch(progress)
+        middle = time.perf_counter()
+        metrics = evaluate(self.model, self.valid_windows, progress=progress)
+        end = time.perf_counter()
+        self.reports.append(EpochReport(len(self.reports), loss, middle - begin, end - middle, metrics))
+        if self._best() == len(self.reports) - 1:
+            self.best_weights = _copy(self.model)
+        return self.reports[-1]
+
+    def _train_epoch(self, progress: bool) -> float:
+        windows, device = self.train_windows, self.model.embedding.weight.device
+        self.model.train()
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        plan = list(batches(windows, targets_per_batch=self.options.targets_per_batch, generator=self.generator))
+        with progress_bar(total=len(plan), unit="step", desc=f"epoch {len(self.reports)}", enabled=progress) as bar:
+            for indices in plan:
+                ids, targets = windows.batch(indices)
+                loss, count = self._step(ids.to(device), targets.to(device))
+                total += loss.detach().double() * count
+                bar.update()
+        mean = float(total) / windows.num_targets
+        if not math.isfinite(mean):
+            raise ValueError(
+                f"training diverged: the loss of epoch {len(self.reports)} is {mean}; lower the learning rate, "
+                "warm up the inner rates or bound them with max_inner_step"
+            )
+        return mean
+
+    def _step(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        self._warm_up()
+        scored = targets != 0
+        hidden = self.model(ids)[scored]
+        loss = F.cross_entropy(self.model.scores(hidden), targets[scored] - 1)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        self.optimizer.step()
+        self.steps += 1
+        return loss, hidden.shape[0]
+
+    def _warm_up(self) -> None:
+        if self.steps <= self.options.inner_lr_warmup:
+            scale = self.steps / self.options.inner_lr_warmup if self.options.inner_lr_warmup else 1.0
+            for module in self.model.modules():
+                if isinstance(module, TTTLayer):
+                    module.set_inner_lr_scale(scale)
+
+    def save(self, path: Path) -> None:
+        """Write everything that the rest of the run depends on."""
+        tensors = {f"model.{name}": x for name, x in self.model.state_dict().items()}
+        tensors |= {f"best.{name}": x for name, x in self.best_weights.items()}
+        names = [name for name, _ in self.model.named_parameters()]
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{slot}.{names[index]}": x for slot, x in slots.items()}
+        tensors |= {"random.global": torch.get_rng_state(), "random.batches": self.generator.get_state()}
+        progress = {
+            "steps": self.steps,
+            "reports": [dataclasses.asdict(r) for r in self.reports],
+            "run": self._identity(),
+        }
+        save_checkpoint(path, tensors, progress)
+
+    def restore(self, path: Path) -> None:
+        """Take up what ``save`` wrote."""
+        tensors, progress = load_checkpoint(path)
+        if progress["run"] != self._identity():
+            raise ValueError(
+                f"{path} belongs to a run with other data, model or options; choose another folder or delete it"
+            )
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "adam": {}, "random": {}}
+        for name, x in tensors.items():
+            group, _, rest = name.partition(".")
+            groups[group][rest] = x
+        self.model.load_state_dict(groups["model"])
+        self.best_weights = groups["best"]
+        self._restore_optimizer(groups["adam"])
+        self.random_state = groups["random"]["global"]
+        self.generator.set_state(groups["random"]["batches"])
+        self.steps = progress["steps"]
+        self.reports = [EpochReport(**entry) for entry in progress["reports"]]
+
+    def _restore_optimizer(self, slots: dict[str, Tensor]) -> None:
+        state = self.optimizer.state_dict()
+        names = [name for name, _ in self.model.named_parameters()]
+        for key, x in slots.items():
+            slot, _, name = key.partition(".")
+            state["state"].setdefault(names.index(name), {})[slot] = x
+        self.optimizer.load_state_dict(state)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree for a checkpoint to be this run's; the number of epochs and the patience may change."""
+        options = dataclasses.asdict(self.options)
+        del options["epochs"], options["patience"]
+        items = self.train_windows.items
+        data = [len(items), int((items * (torch.arange(len(items)) % 9973 + 1)).sum()), self.train_windows.num_targets]
+        return {"options": options, "config": dataclasses.asdict(self.model.config), "data": data}
+
+
+def _copy(model: TTT4Rec) -> dict[str, Tensor]:
+    return {name: x.detach().clone() for name, x in model.state_dict().items()}
+
+
+def _write_metrics(path: Path, reports: list[EpochReport]) -> None:
+    partial = path.with_name(f"{path.name}.part")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(reports[0].row()))
+        writer.writeheader()
+        writer.writerows(report.row() for report in reports)
+    os.replace(partial, path)
