@@ -45,7 +45,8 @@ class AttentionMixer(nn.Module):
             raise ValueError("attention keeps no state of fixed size; give it the whole history instead")
         L = x.shape[1]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, L, H, D]
-        cos, sin = rotation(torch.arange(L, device=x.device), q.shape[-1], self.rope_theta, torch.float32)
+        table_dtype = torch.promote_types(q.dtype, torch.float32)
+        cos, sin = rotation(torch.arange(L, device=x.device), q.shape[-1], self.rope_theta, table_dtype)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         if mask is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -71,7 +72,7 @@ class GRUMixer(nn.Module):
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, state: Tensor | None = None, return_state: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x ``[B, L, width]`` to the same shape; mask as in ``TTTLayer``; the state is the hidden vector ``[B, width]``."""
+        """x ``[B, L, width]`` to the same shape; mask as in ``TTTLayer``; the state is the hidden ``[B, width]``."""
         hidden = None if state is None else state[None]
         if mask is None:
             y, last = self.gru(x, hidden)

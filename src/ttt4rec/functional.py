@@ -185,8 +185,8 @@ def _reference_scan(
         own = tuple(w[n : n + 1] for w in weights)
         if length:
             slots = slice(start, start + length)
-            sequence = [x[None, slots] for x in flat]
-            o_n, own = reference.dual_form(*sequence, token_scale, own, gamma, beta, eps=eps)
+            q_n, k_n, v_n, lr_n = (x[None, slots] for x in flat)
+            o_n, own = reference.dual_form(q_n, k_n, v_n, lr_n, token_scale, own, gamma, beta, eps=eps)
             o = torch.cat((o[:start], o_n[0], o[slots.stop :]))
         rows.append(own)
     outgoing = tuple(torch.cat(column) for column in zip(*rows, strict=True))

@@ -116,7 +116,7 @@ class TTTLayer(nn.Module):
                 nn.init.constant_(parameter, 1.0 if name == "inner_norm_weight" else 0.0)
 
     def set_inner_lr_scale(self, scale: float) -> None:
-        """Multiply all inner rates by ``scale``: raise it from 0 to 1 over the first steps to warm the inner loop up."""
+        """Multiply all inner rates by ``scale``; raised from 0 to 1 over some steps it warms the inner loop up."""
         if not 0 <= scale < float("inf"):
             raise ValueError(f"the scale of the inner rates must be finite and at least 0; given {scale}")
         self.inner_lr_scale.fill_(scale)

@@ -69,7 +69,17 @@ class TTT4RecConfig:
         Raises:
             ValueError: one is out of range.
         """
-        for name in ("num_items", "width", "num_blocks", "num_heads", "mini_batch_size", "conv_kernel", "ffn_width", "max_len"):  # fmt: skip
+        sizes = (
+            "num_items",
+            "width",
+            "num_blocks",
+            "num_heads",
+            "mini_batch_size",
+            "conv_kernel",
+            "ffn_width",
+            "max_len",
+        )
+        for name in sizes:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1; given {value!r}")

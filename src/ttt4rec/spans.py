@@ -82,7 +82,7 @@ class Extended:
 
     def part(self, joined: Tensor) -> Tensor:
         """The tokens' own results, ``[1, total, ...]`` back to ``[B, L, ...]``."""
-        return joined[0].index_select(0, self.slots.flatten()).unflatten(0, self.slots.shape)
+        return joined[0].index_select(0, self.slots.flatten()).view(*self.slots.shape, *joined.shape[2:])
 
 
 def last_tokens(x: Tensor, starts: Tensor, lengths: Tensor, size: int, count: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Checks of the public arguments; every error names what is wrong, what was expected and what was given."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, total: int) -> None:
     if torch.compiler.is_compiling():
         return
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens must ascend from 0 to the number of tokens, {total}; given {_short(bounds)}")
 
 

@@ -1,4 +1,4 @@
-"""The pieces both inner models are made of, on one mini-batch of rows: operands ``[R, K, D]``, weights ``[R, in, out]``.
+"""The pieces both inner models are made of, on one mini-batch: operands ``[R, K, D]``, weights ``[R, in, out]``.
 
 Names follow the mathematics: Z is an inner model's output on the keys, G the inner loss's gradient at it, and
 ``η[i, j] = s_i lr_j`` for i >= j. The prefix ``d`` marks the gradient of the outer loss.
@@ -85,7 +85,8 @@ class Rates:
 
     def backward(self) -> tuple[Tensor, Tensor]:
         """Return d lr ``[R, K]`` and d s ``[K]``."""
-        assert self.d_eta is not None and self.d_last is not None
+        assert self.d_eta is not None
+        assert self.d_last is not None
         self.d_last[self.complete :] = 0
         self.d_eta[:, -1] += self.d_last
         lower = self.d_eta.tril_()

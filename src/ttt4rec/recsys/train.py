@@ -22,7 +22,7 @@ from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
 from ttt4rec.recsys.evaluate import evaluate
 from ttt4rec.recsys.progress import progress_bar
 from ttt4rec.recsys.split import Split
-from ttt4rec.recsys.windows import Windows, batches, training_windows
+from ttt4rec.recsys.windows import batches, training_windows
 
 METRICS_FILE, CHECKPOINT_FILE = "metrics.csv", "checkpoint.safetensors"
 
