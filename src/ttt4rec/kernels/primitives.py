@@ -1,0 +1,191 @@
+"""Jit helpers named after the mathematics, shared by all kernels.
+
+A program runs P heads of one sequence. One mini-batch of one tensor is a tile of R rows: row r is token ``r % (R/P)`` of
+head ``r // (R/P)``. Three shapes occur, with F the head dimension padded to a power of two:
+
+- *rows* ``[R, F]``: one value per token and feature.
+- *expanded* ``[R, P·F]``: the same, every head's features in a column block of its own, zero elsewhere. An expanded
+  tile times the heads' stacked weights ``[P·F, F]`` is every head times its own weights.
+- *pairs* ``[R, R]``: one value per two tokens.
+
+Tiles carry zeros where there is no token, no head or no feature. All arithmetic is float32; ``dot`` alone rounds its
+operands. Layer norms see only inputs whose mean over the features is zero (see ``centred``).
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Tile(NamedTuple):
+    """The compile-time sizes and types of a kernel."""
+
+    mini_batch: int  # K
+    heads: int  # P
+    rows: int  # R, a power of two >= 16
+    head_dim: int  # D
+    features: int  # F, a power of two >= 16
+    operand: Any  # Triton dtype to which a matrix product's operands are rounded
+    dot: Any  # Triton dtype in which they are multiplied; float32 under the interpreter, which has no bfloat16
+    precision: str  # of float32 products
+
+
+@triton.jit
+def dot(a, b, tile: tl.constexpr):
+    """Matrix product of operands rounded to the input dtype, summed in float32."""
+    a = a.to(tile.operand).to(tile.dot)
+    b = b.to(tile.operand).to(tile.dot)
+    return tl.dot(a, b, input_precision=tile.precision)
+
+
+@triton.jit
+def mean(x, tile: tl.constexpr):
+    """Mean over the features, [n, 1]."""
+    return tl.sum(x, 1)[:, None] * (1.0 / tile.head_dim)
+
+
+@triton.jit
+def only_features(x, tile: tl.constexpr):
+    """Zero in the columns that pad the features."""
+    if tile.head_dim != tile.features:
+        x = tl.where(tl.arange(0, tile.features)[None, :] < tile.head_dim, x, 0.0)
+    return x
+
+
+@triton.jit
+def centred(x, tile: tl.constexpr):
+    """x minus its mean over the features.
+
+    A layer norm does not see the mean of its input, and inner gradients have none. So with every row of W and b centred
+    once, x W + b has mean zero in every mini-batch, and no layer norm needs to compute it.
+    """
+    return only_features(x - mean(x, tile), tile)
+
+
+@triton.jit
+def normalised(x, eps, tile: tl.constexpr):
+    """x̂ = r x and r = (mean(x²) + eps)^-½, for x of mean zero."""
+    r = tl.rsqrt(mean(x * x, tile) + eps)
+    return x * r, r
+
+
+@triton.jit
+def layer_norm_backward(dx_hat, x_hat, r, tile: tl.constexpr):
+    """Gradient of x from that of x̂: J dx̂, with the symmetric J = r (I - 11ᵀ/D - x̂x̂ᵀ/D)."""
+    return only_features(r * (dx_hat - mean(dx_hat, tile) - x_hat * mean(dx_hat * x_hat, tile)), tile)
+
+
+@triton.jit
+def inner_gradient_backward(dG, G, y, x_hat, r, gamma, tile: tl.constexpr):
+    """Gradients through G = J y, y = γ ∘ e, e = γ ∘ x̂ + β - (v - k).
+
+    Returns dZ of the layer norm's input, de and dγ's terms, [R, F] each.
+    """
+    dy = layer_norm_backward(dG, x_hat, r, tile)
+    de = gamma * dy
+    dx_hat = gamma * de - r * (dG * mean(y * x_hat, tile) + y * mean(dG * x_hat, tile))
+    dZ = layer_norm_backward(dx_hat, x_hat, r, tile) - r * x_hat * mean(dG * G, tile)
+    return dZ, de, dy
+
+
+@triton.jit
+def row_token(tile: tl.constexpr):
+    """Each row's position in the mini-batch, [R]."""
+    return tl.arange(0, tile.rows) % (tile.rows // tile.heads)
+
+
+@triton.jit
+def row_head(tile: tl.constexpr):
+    """Each row's head among those of the program, [R]."""
+    return tl.arange(0, tile.rows) // (tile.rows // tile.heads)
+
+
+@triton.jit
+def own_columns(tile: tl.constexpr):
+    """Where an expanded tile may be other than zero, [R, P·F]."""
+    return row_head(tile)[:, None] == (tl.arange(0, tile.heads * tile.features) // tile.features)[None, :]
+
+
+@triton.jit
+def same_head(tile: tl.constexpr):
+    """Pairs of rows of one head, [R, R]."""
+    return row_head(tile)[:, None] == row_head(tile)[None, :]
+
+
+@triton.jit
+def causal(tile: tl.constexpr):
+    """Pairs i >= j of tokens of one head, [R, R]."""
+    rows = tl.arange(0, tile.rows)
+    return same_head(tile) & (rows[:, None] >= rows[None, :])
+
+
+@triton.jit
+def expanded(x, tile: tl.constexpr):
+    """[R, F] to [R, P·F]."""
+    if tile.heads > 1:
+        x = tl.broadcast_to(x[:, None, :], (tile.rows, tile.heads, tile.features))
+        x = tl.where(own_columns(tile), tl.reshape(x, (tile.rows, tile.heads * tile.features)), 0.0)
+    return x
+
+
+@triton.jit
+def own(x, tile: tl.constexpr):
+    """[R, P·F] to [R, F]: of every row, its own head's columns."""
+    if tile.heads > 1:
+        x = tl.where(own_columns(tile), x, 0.0)
+        x = tl.sum(tl.reshape(x, (tile.rows, tile.heads, tile.features)), 1)
+    return x
+
+
+@triton.jit
+def sequence_span(spans, L, sequence):
+    """Batch row, first token in it and number of tokens of a sequence."""
+    starts, lengths = spans
+    if starts is None:
+        return sequence.to(tl.int64), sequence.to(tl.int64) * 0, L
+    start = tl.load(starts + sequence).to(tl.int64)
+    return start // L, start % L, tl.load(lengths + sequence).to(tl.int32)
+
+
+@triton.jit
+def token_offset(strides, batch, token, head):
+    """Element offset of one token of one head in a ``[B, L, H, D]`` or ``[B, L, H]`` tensor."""
+    return batch * strides[0] + token * strides[1] + head.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def row_offsets(strides, tile: tl.constexpr):
+    """Offsets of a tile's rows from its first token, [R]."""
+    return row_token(tile).to(tl.int64) * strides[1] + row_head(tile).to(tl.int64) * strides[2]
+
+
+@triton.jit
+def tile_offsets(strides, tile: tl.constexpr):
+    """Offsets of a tile's elements from its first token, [R, F]."""
+    features = tl.arange(0, tile.features).to(tl.int64)
+    return row_offsets(strides, tile)[:, None] + features[None, :] * strides[3]
+
+
+@triton.jit
+def weight_offsets(strides, sequence, head, tile: tl.constexpr):
+    """Offsets of the stacked weights ``[P·F, F]`` in ``[N, H, D, D]``."""
+    stacked = tl.arange(0, tile.heads * tile.features)
+    heads = head + stacked // tile.features
+    rows = sequence.to(tl.int64) * strides[0] + heads.to(tl.int64) * strides[1] + (stacked % tile.features) * strides[2]
+    return rows[:, None] + tl.arange(0, tile.features)[None, :] * strides[3]
+
+
+@triton.jit
+def weight_mask(head, H, tile: tl.constexpr):
+    """Which of the stacked weights exist, [P·F, F]."""
+    stacked = tl.arange(0, tile.heads * tile.features)
+    rows = (head + stacked // tile.features < H) & (stacked % tile.features < tile.head_dim)
+    return rows[:, None] & (tl.arange(0, tile.features) < tile.head_dim)[None, :]
+
+
+@triton.jit
+def head_offsets(strides, sequence, head, tile: tl.constexpr):
+    """Offsets in ``[N, H, D]`` of every row's own head, [R, F]."""
+    rows = sequence.to(tl.int64) * strides[0] + (head + row_head(tile)).to(tl.int64) * strides[1]
+    return rows[:, None] + tl.arange(0, tile.features)[None, :] * strides[2]
