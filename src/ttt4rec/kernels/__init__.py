@@ -1,5 +1,6 @@
-"""Fused Triton kernels."""
+"""Fused Triton kernels; the only part of the package that imports triton."""
 
+from .linear_backward import linear_backward
 from .linear_forward import linear_forward
 
-__all__ = ["linear_forward"]
+__all__ = ["linear_backward", "linear_forward"]

@@ -62,9 +62,22 @@ def make_tile(head_dim: int, mini_batch_size: int, dtype: torch.dtype, heads: in
     )
 
 
-def options(choice: Blocks) -> dict[str, Any]:
-    """Launch options of a choice of blocks."""
-    return {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
+class Launch(NamedTuple):
+    """A kernel with everything it needs to run, or to be compiled only."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: tuple[Any, ...]
+    blocks: Blocks
+
+    def run(self) -> None:
+        """Run the kernel, unless there is no program to run."""
+        if self.grid[0] > 0:
+            self.kernel[self.grid](*self.arguments, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """Triton's compile options."""
+        return {"num_warps": self.blocks.num_warps, "num_stages": self.blocks.num_stages, "enable_fp_fusion": True}
 
 
 def num_sequences(q: Tensor, starts: Tensor | None) -> int:

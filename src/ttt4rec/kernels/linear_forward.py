@@ -1,7 +1,5 @@
 """TTT-Linear forward: the whole inner loop of every sequence and head in one launch."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,13 +14,12 @@ from .primitives import (
     head_offsets,
     layer_norm_backward,
     normalised,
+    program_place,
     row_head,
     row_offsets,
     row_token,
     same_head,
-    sequence_span,
     tile_offsets,
-    token_offset,
     weight_mask,
     weight_offsets,
 )
@@ -54,18 +51,15 @@ def linear_forward_kernel(
     W1, b1 = weights
     o, G_kept, W1_out, b1_out = outputs
     q_strides, k_strides, v_strides, lr_strides, W_strides, b_strides, o_strides = strides
-    head_groups = tl.cdiv(H, tile.heads)
-    sequence = tl.program_id(0) // head_groups
-    head = (tl.program_id(0) % head_groups) * tile.heads
-    batch, token, length = sequence_span(spans, L, sequence)
+    sequence, head, batch, token, length = program_place(spans, L, H, tile)
 
     positions, features = row_token(tile), tl.arange(0, tile.features)
     head_exists = head + row_head(tile) < H
     columns = features[None, :] < tile.head_dim
     parameter_mask = head_exists[:, None] & columns
-    parameter_offsets = head_offsets((0, tile.head_dim, 1), sequence, head, tile)
-    gamma = tl.load(layer_norm[0] + parameter_offsets, mask=parameter_mask, other=0.0).to(tl.float32)
-    beta = tl.load(layer_norm[1] + parameter_offsets, mask=parameter_mask, other=0.0).to(tl.float32)
+    parameters = head_offsets((0, tile.head_dim, 1), sequence, head, tile)
+    gamma = tl.load(layer_norm[0] + parameters, mask=parameter_mask, other=0.0).to(tl.float32)
+    beta = tl.load(layer_norm[1] + parameters, mask=parameter_mask, other=0.0).to(tl.float32)
     scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     W_mask = weight_mask(head, H, tile)
@@ -74,42 +68,30 @@ def linear_forward_kernel(
     W = centred(tl.load(W_in, mask=W_mask, other=0.0), tile)
     b = centred(tl.load(b_in, mask=parameter_mask, other=0.0), tile)  # each row holds its own head's
 
-    q += token_offset(q_strides, batch, token, head)
-    k += token_offset(k_strides, batch, token, head)
-    v += token_offset(v_strides, batch, token, head)
-    inner_lr += token_offset(lr_strides, batch, token, head)
-    o += token_offset(o_strides, batch, token, head)
-    G_kept += token_offset(o_strides, batch, token, head)
     for start in tl.range(0, length, tile.mini_batch):
         rows = head_exists & (positions < min(tile.mini_batch, length - start))
         mask = rows[:, None] & columns
-        q_rows = tl.load(q + tile_offsets(q_strides, tile), mask=mask, other=0.0)
-        k_rows = tl.load(k + tile_offsets(k_strides, tile), mask=mask, other=0.0)
-        v_rows = tl.load(v + tile_offsets(v_strides, tile), mask=mask, other=0.0)
-        lr = tl.load(inner_lr + row_offsets(lr_strides, tile), mask=rows, other=0.0)
+        at = token + start
+        q_rows = tl.load(q + tile_offsets(q_strides, batch, at, head, tile), mask=mask, other=0.0)
+        k_rows = tl.load(k + tile_offsets(k_strides, batch, at, head, tile), mask=mask, other=0.0)
+        v_rows = tl.load(v + tile_offsets(v_strides, batch, at, head, tile), mask=mask, other=0.0)
+        lr = tl.load(inner_lr + row_offsets(lr_strides, batch, at, head, tile), mask=rows, other=0.0)
         Q, K = expanded(q_rows, tile), expanded(k_rows, tile)
 
         x_hat, r = normalised(dot(K, W, tile) + b, eps, tile)
         y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
         G = layer_norm_backward(y, x_hat, r, tile).to(tile.operand)
-        tl.store(G_kept + tile_offsets(o_strides, tile), G, mask=mask)
+        tl.store(G_kept + tile_offsets(o_strides, batch, at, head, tile), G, mask=mask)
 
         attention = tl.where(causal(tile), dot(Q, tl.trans(K), tile) + 1.0, 0.0) * lr[None, :]
         p_hat, _ = normalised(dot(Q, W, tile) + b - scale * dot(attention, G, tile), eps, tile)
         out = q_rows.to(tl.float32) + gamma * p_hat + beta
-        tl.store(o + tile_offsets(o_strides, tile), out.to(tile.operand), mask=mask)
+        tl.store(o + tile_offsets(o_strides, batch, at, head, tile), out.to(tile.operand), mask=mask)
 
         # A last, short mini-batch is not committed. The products must not accumulate into W: see the module launch.
         committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
         W -= committed_scale * dot(tl.trans(lr[:, None] * K.to(tl.float32)), G, tile)
         b -= committed_scale * dot(tl.where(same_head(tile), lr[None, :], 0.0), G, tile)
-
-        q += tile.mini_batch * q_strides[1]
-        k += tile.mini_batch * k_strides[1]
-        v += tile.mini_batch * v_strides[1]
-        inner_lr += tile.mini_batch * lr_strides[1]
-        o += tile.mini_batch * o_strides[1]
-        G_kept += tile.mini_batch * o_strides[1]
 
     # Give the rows' means back; without an update, give back exactly what came.
     updated = length >= tile.mini_batch
@@ -138,14 +120,14 @@ def linear_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the inner loop."""
-    results, launch_kernel = prepare(
+    results, launch_ = prepare_linear_forward(
         q, k, v, inner_lr, token_scale, W1, b1, ln_weight, ln_bias, starts, lengths, eps
     )
-    launch_kernel()
+    launch_.run()
     return results
 
 
-def prepare(
+def prepare_linear_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -158,7 +140,8 @@ def prepare(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
-) -> Any:
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], launch.Launch]:
+    """Allocate the results and make the launch that fills them; arguments as in ``linear_forward``."""
     L, H, D = q.shape[1:]
     N, K = launch.num_sequences(q, starts), token_scale.numel()
     choice = launch.blocks("linear_forward", D, K, q.dtype, H)
@@ -181,4 +164,4 @@ def prepare(
         tile,
     )
     grid = (N * triton.cdiv(H, choice.heads),)
-    return (o, W1_out, b1_out, G), lambda: linear_forward_kernel[grid](*arguments, **launch.options(choice))
+    return (o, W1_out, b1_out, G), launch.Launch(linear_forward_kernel, grid, arguments, choice)

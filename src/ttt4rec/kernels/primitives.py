@@ -77,16 +77,16 @@ def layer_norm_backward(dx_hat, x_hat, r, tile: tl.constexpr):
 
 
 @triton.jit
-def inner_gradient_backward(dG, G, y, x_hat, r, gamma, tile: tl.constexpr):
-    """Gradients through G = J y, y = γ ∘ e, e = γ ∘ x̂ + β - (v - k).
+def inner_gradient_backward(dG, G, y, error, x_hat, r, gamma, tile: tl.constexpr):
+    """Gradients through G = J y, y = γ ∘ error, error = γ ∘ x̂ + β - (v - k).
 
-    Returns dZ of the layer norm's input, de and dγ's terms, [R, F] each.
+    Returns, [R, F] each, dZ of the layer norm's input, d error, and the terms of dγ.
     """
     dy = layer_norm_backward(dG, x_hat, r, tile)
-    de = gamma * dy
-    dx_hat = gamma * de - r * (dG * mean(y * x_hat, tile) + y * mean(dG * x_hat, tile))
+    d_error = gamma * dy
+    dx_hat = gamma * d_error - r * (dG * mean(y * x_hat, tile) + y * mean(dG * x_hat, tile))
     dZ = layer_norm_backward(dx_hat, x_hat, r, tile) - r * x_hat * mean(dG * G, tile)
-    return dZ, de, dy
+    return dZ, d_error, dy * error + d_error * x_hat
 
 
 @triton.jit
@@ -139,32 +139,36 @@ def own(x, tile: tl.constexpr):
 
 
 @triton.jit
-def sequence_span(spans, L, sequence):
-    """Batch row, first token in it and number of tokens of a sequence."""
+def program_place(spans, L, H, tile: tl.constexpr):
+    """The program's sequence and first head; the sequence's batch row, first token in it and number of tokens."""
+    head_groups = tl.cdiv(H, tile.heads)
+    sequence = tl.program_id(0) // head_groups
+    head = (tl.program_id(0) % head_groups) * tile.heads
     starts, lengths = spans
     if starts is None:
-        return sequence.to(tl.int64), sequence.to(tl.int64) * 0, L
-    start = tl.load(starts + sequence).to(tl.int64)
-    return start // L, start % L, tl.load(lengths + sequence).to(tl.int32)
+        batch = sequence.to(tl.int64)
+        token = batch * 0
+        length = L
+    else:
+        start = tl.load(starts + sequence).to(tl.int64)
+        batch = start // L
+        token = start % L
+        length = tl.load(lengths + sequence).to(tl.int32)
+    return sequence, head, batch, token, length
 
 
 @triton.jit
-def token_offset(strides, batch, token, head):
-    """Element offset of one token of one head in a ``[B, L, H, D]`` or ``[B, L, H]`` tensor."""
-    return batch * strides[0] + token * strides[1] + head.to(tl.int64) * strides[2]
+def row_offsets(strides, batch, token, head, tile: tl.constexpr):
+    """Offsets in ``[B, L, H]`` of a mini-batch's rows, its first token and head given, [R]."""
+    first = batch * strides[0] + token * strides[1] + head.to(tl.int64) * strides[2]
+    return first + (row_token(tile).to(tl.int64) * strides[1] + row_head(tile).to(tl.int64) * strides[2])
 
 
 @triton.jit
-def row_offsets(strides, tile: tl.constexpr):
-    """Offsets of a tile's rows from its first token, [R]."""
-    return row_token(tile).to(tl.int64) * strides[1] + row_head(tile).to(tl.int64) * strides[2]
-
-
-@triton.jit
-def tile_offsets(strides, tile: tl.constexpr):
-    """Offsets of a tile's elements from its first token, [R, F]."""
+def tile_offsets(strides, batch, token, head, tile: tl.constexpr):
+    """Offsets in ``[B, L, H, D]`` of a mini-batch's elements, its first token and head given, [R, F]."""
     features = tl.arange(0, tile.features).to(tl.int64)
-    return row_offsets(strides, tile)[:, None] + features[None, :] * strides[3]
+    return row_offsets(strides, batch, token, head, tile)[:, None] + features[None, :] * strides[3]
 
 
 @triton.jit
@@ -189,3 +193,12 @@ def head_offsets(strides, sequence, head, tile: tl.constexpr):
     """Offsets in ``[N, H, D]`` of every row's own head, [R, F]."""
     rows = sequence.to(tl.int64) * strides[0] + (head + row_head(tile)).to(tl.int64) * strides[1]
     return rows[:, None] + tl.arange(0, tile.features)[None, :] * strides[2]
+
+
+@triton.jit
+def store_head_sums(pointer, x, sequence, head, H, tile: tl.constexpr):
+    """Sum x [R, F] over each head's rows and store it in a contiguous ``[N, H, D]``."""
+    heads, features = head + tl.arange(0, tile.heads), tl.arange(0, tile.features)
+    sums = tl.sum(tl.reshape(x, (tile.heads, tile.rows // tile.heads, tile.features)), 1)
+    offsets = (sequence.to(tl.int64) * H + heads)[:, None] * tile.head_dim + features[None, :]
+    tl.store(pointer + offsets, sums, mask=(heads < H)[:, None] & (features < tile.head_dim)[None, :])

@@ -1,0 +1,243 @@
+"""TTT-Linear backward: one launch that walks the mini-batches from the last to the first and rebuilds W on the way."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .primitives import (
+    causal,
+    centred,
+    dot,
+    expanded,
+    head_offsets,
+    inner_gradient_backward,
+    layer_norm_backward,
+    normalised,
+    own,
+    program_place,
+    row_head,
+    row_offsets,
+    row_token,
+    same_head,
+    store_head_sums,
+    tile_offsets,
+    weight_mask,
+    weight_offsets,
+)
+
+
+@triton.jit
+def linear_backward_kernel(
+    grads,  # of o [B, L, H, D], of W1 [N, H, D, D] and b1 [N, H, D]
+    tokens,  # q, k, v and the forward's G [B, L, H, D]
+    rates,  # inner_lr [B, L, H], token_scale [K]
+    weights,  # the outgoing W1 [N, H, D, D], b1 [N, H, D]
+    layer_norm,  # γ, β [H, D]
+    spans,  # starts, lengths [N], or None twice
+    d_tokens,  # of q, k, v [B, L, H, D] and inner_lr [B, L, H], contiguous
+    d_weights,  # of the incoming W1, b1, contiguous
+    partial_sums,  # per sequence: γ and β's gradients [N, H, D], s's and the updates' share of s_last's [N, H, K]
+    strides,  # of grads, tokens, inner_lr, weights; last those shared by dq, dk and dv
+    L,
+    H,
+    eps,
+    tile: tl.constexpr,
+):
+    """One program: P heads of one sequence, from the last mini-batch to the first; W, b, dW and db in registers.
+
+    W ← W + s_last (lr ∘ K)ᵀ G                       b ← b + s_last Σ_j lr_j G_j
+    x̂, y, and out = Q W + b - s ∘ S,  S = (C ∘ lr) G,  C = tril(Q Kᵀ + 1), as in the forward
+    dout = layer norm's backward of γ ∘ dO           dA = s ∘ tril(dout Gᵀ) ∘ lr
+    dG = lr ∘ dU,  dU = -(s ∘ C)ᵀ dout - s_last X    X = K dW + db
+    ds = -Σ_d dout ∘ S,  ds_last -= Σ_j lr_j Σ_d G ∘ X,  dlr = Σ_d G ∘ dU
+    dZ, de, dγ from dG                               dV = -de
+    dQ = dO + dout Wᵀ - dA K                         dK = de + dZ Wᵀ - dAᵀ Q - s_last lr ∘ (G dWᵀ)
+    dW ← dW + Qᵀ dout + Kᵀ dZ                        db ← db + Σ_i dout_i + Σ_j dZ_j
+
+    In the code dout and dZ carry the opposite sign, as they are subtracted or enter with a minus almost everywhere.
+    """
+    grad_o, grad_W, grad_b = grads
+    q, k, v, G_kept = tokens
+    inner_lr, token_scale = rates
+    dq, dk, dv, d_lr = d_tokens
+    grad_o_strides, grad_W_strides, grad_b_strides, q_strides, k_strides, v_strides, G_strides = strides[:7]
+    lr_strides, W_strides, b_strides, d_strides = strides[7:]
+    sequence, head, batch, token, length = program_place(spans, L, H, tile)
+
+    positions, features = row_token(tile), tl.arange(0, tile.features)
+    head_exists = head + row_head(tile) < H
+    columns = features[None, :] < tile.head_dim
+    parameter_mask = head_exists[:, None] & columns
+    parameters = head_offsets((0, tile.head_dim, 1), sequence, head, tile)
+    gamma = tl.load(layer_norm[0] + parameters, mask=parameter_mask, other=0.0).to(tl.float32)
+    beta = tl.load(layer_norm[1] + parameters, mask=parameter_mask, other=0.0).to(tl.float32)
+    scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
+    last_scale = tl.load(token_scale + tile.mini_batch - 1)
+    W_mask = weight_mask(head, H, tile)
+    W = tl.load(weights[0] + weight_offsets(W_strides, sequence, head, tile), mask=W_mask, other=0.0)
+    b = tl.load(weights[1] + head_offsets(b_strides, sequence, head, tile), mask=parameter_mask, other=0.0)
+    W, b = centred(W, tile), centred(b, tile)
+    dW = tl.load(grad_W + weight_offsets(grad_W_strides, sequence, head, tile), mask=W_mask, other=0.0)
+    db = tl.load(grad_b + head_offsets(grad_b_strides, sequence, head, tile), mask=parameter_mask, other=0.0)
+
+    d_gamma = tl.zeros((tile.rows, tile.features), tl.float32)
+    d_beta = tl.zeros((tile.rows, tile.features), tl.float32)
+    d_scale = tl.zeros((tile.rows,), tl.float32)
+    d_last_scale = tl.zeros((tile.rows,), tl.float32)
+    num_mini_batches = tl.cdiv(length, tile.mini_batch)
+    for t in tl.range(0, num_mini_batches):
+        start = (num_mini_batches - 1 - t) * tile.mini_batch
+        rows = head_exists & (positions < min(tile.mini_batch, length - start))
+        mask = rows[:, None] & columns
+        at = token + start
+        dO = tl.load(grad_o + tile_offsets(grad_o_strides, batch, at, head, tile), mask=mask, other=0.0)
+        q_rows = tl.load(q + tile_offsets(q_strides, batch, at, head, tile), mask=mask, other=0.0)
+        k_rows = tl.load(k + tile_offsets(k_strides, batch, at, head, tile), mask=mask, other=0.0)
+        v_rows = tl.load(v + tile_offsets(v_strides, batch, at, head, tile), mask=mask, other=0.0)
+        G = tl.load(G_kept + tile_offsets(G_strides, batch, at, head, tile), mask=mask, other=0.0)
+        lr = tl.load(inner_lr + row_offsets(lr_strides, batch, at, head, tile), mask=rows, other=0.0)
+        Q, K = expanded(q_rows, tile), expanded(k_rows, tile)
+        dO = dO.to(tl.float32)
+
+        # Rebuild the weights before the mini-batch. The products must not accumulate into W, as in the forward.
+        committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
+        s_last = committed * last_scale
+        W -= -s_last * dot(tl.trans(lr[:, None] * K.to(tl.float32)), G, tile)
+        b -= -s_last * dot(tl.where(same_head(tile), lr[None, :], 0.0), G, tile)
+
+        x_hat, r = normalised(dot(K, W, tile) + b, eps, tile)
+        error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
+        attention = tl.where(causal(tile), dot(Q, tl.trans(K), tile) + 1.0, 0.0)
+        step = dot(attention * lr[None, :], G, tile)
+        p_hat, p_r = normalised(dot(Q, W, tile) + b - scale * step, eps, tile)
+        minus_dout = -layer_norm_backward(gamma * dO, p_hat, p_r, tile)
+        d_scale += tl.sum(minus_dout * step, 1)
+
+        d_attention = tl.where(causal(tile), dot(minus_dout, tl.trans(G), tile), 0.0) * scale * lr[None, :]
+        d_q = dO - own(dot(minus_dout, tl.trans(W), tile), tile) + dot(d_attention, k_rows, tile)
+        tl.store(dq + tile_offsets(d_strides, batch, at, head, tile), d_q.to(tile.operand), mask=mask)
+
+        X = dot(K, dW, tile) + db
+        G_rows = G.to(tl.float32)
+        dU = dot(tl.trans(attention * scale), minus_dout, tile) - s_last * X
+        d_last_scale -= committed * lr * tl.sum(G_rows * X, 1)
+        lr_offsets = (at * H + batch * L * H + head) + positions * H + row_head(tile)
+        tl.store(d_lr + lr_offsets, tl.sum(G_rows * dU, 1), mask=rows)
+
+        dZ, de, d_gamma_inner = inner_gradient_backward(
+            lr[:, None] * dU, G_rows, gamma * error, error, x_hat, r, gamma, tile
+        )
+        d_gamma += dO * p_hat + d_gamma_inner
+        d_beta += dO + de
+        tl.store(dv + tile_offsets(d_strides, batch, at, head, tile), (-de).to(tile.operand), mask=mask)
+        through_W = dot(-dZ, tl.trans(W), tile) + (s_last * lr)[:, None] * dot(G, tl.trans(dW), tile)
+        d_k = de + dot(tl.trans(d_attention), q_rows, tile) - own(through_W, tile)
+        tl.store(dk + tile_offsets(d_strides, batch, at, head, tile), d_k.to(tile.operand), mask=mask)
+
+        dW -= dot(tl.trans(Q), minus_dout, tile) + dot(tl.trans(K), -dZ, tile)
+        db -= dot(tl.where(same_head(tile), 1.0, 0.0), minus_dout - dZ, tile)
+
+    D: tl.constexpr = tile.head_dim
+    tl.store(d_weights[0] + weight_offsets((H * D * D, D * D, D, 1), sequence, head, tile), dW, mask=W_mask)
+    one_row = parameter_mask & (positions == 0)[:, None]
+    tl.store(d_weights[1] + head_offsets((H * D, D, 1), sequence, head, tile), db, mask=one_row)
+    store_head_sums(partial_sums[0], d_gamma, sequence, head, H, tile)
+    store_head_sums(partial_sums[1], d_beta, sequence, head, H, tile)
+    scales = (sequence.to(tl.int64) * H + head + row_head(tile)) * tile.mini_batch + positions
+    scale_mask = head_exists & (positions < tile.mini_batch)
+    tl.store(partial_sums[2] + scales, d_scale, mask=scale_mask)
+    tl.store(partial_sums[3] + scales, d_last_scale, mask=scale_mask)
+
+
+def linear_backward(
+    grad_o: Tensor,
+    grad_W1: Tensor,
+    grad_b1: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    G: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of ``linear_forward``'s first nine arguments, in their order; those of W1 and b1 per sequence.
+
+    Args:
+        grad_o: gradient of the outputs ``[B, L, H, D]``.
+        grad_W1: of the outgoing W1 ``[N, H, D, D]``, float32.
+        grad_b1: of the outgoing b1 ``[N, H, D]``, float32.
+        W1: the outgoing weights of the forward, from which the walk back starts, as b1.
+        G: the inner gradients the forward returned.
+
+    The others are the forward's arguments, and the same errors are raised. Sums over sequences are
+    taken in a fixed order: two runs give the same bits.
+    """
+    results, sums, prepared = prepare_linear_backward(
+        grad_o, grad_W1, grad_b1, q, k, v, inner_lr, token_scale, W1, b1, G, ln_weight, ln_bias, starts, lengths,
+        eps,
+    )  # fmt: skip
+    prepared.run()
+    d_gamma, d_beta, d_scale, d_last_scale = (x.sum(0) for x in sums)
+    d_scale = d_scale.sum(0)
+    d_scale[-1] += d_last_scale.sum()
+    dq, dk, dv, d_lr, dW, db = results
+    return dq, dk, dv, d_lr, d_scale, dW, db, d_gamma, d_beta
+
+
+def prepare_linear_backward(
+    grad_o: Tensor,
+    grad_W1: Tensor,
+    grad_b1: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    G: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    eps: float,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], launch.Launch]:
+    """Allocate the results and the sums per sequence, and make the launch that fills them."""
+    L, H, D = q.shape[1:]
+    N, K = launch.num_sequences(q, starts), token_scale.numel()
+    choice = launch.blocks("linear_backward", D, K, q.dtype, H)
+    tile = launch.make_tile(D, K, q.dtype, choice.heads)
+    d_tokens = [launch.new_tokens(x, starts) for x in (q, k, v, inner_lr)]
+    d_weights, sums = [
+        [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes]
+        for shapes in (((N, H, D, D), (N, H, D)), ((N, H, D), (N, H, D), (N, H, K), (N, H, K)))
+    ]
+    strided = (grad_o, grad_W1, grad_b1, q, k, v, G, inner_lr, W1, b1, d_tokens[0])
+    arguments = (
+        (grad_o, grad_W1, grad_b1),
+        (q, k, v, G),
+        (inner_lr, token_scale.contiguous()),
+        (W1, b1),
+        (ln_weight.contiguous(), ln_bias.contiguous()),
+        (starts, lengths),
+        tuple(d_tokens),
+        tuple(d_weights),
+        tuple(sums),
+        tuple(x.stride() for x in strided),
+        L,
+        H,
+        eps,
+        tile,
+    )
+    grid = (N * triton.cdiv(H, choice.heads),)
+    prepared = launch.Launch(linear_backward_kernel, grid, arguments, choice)
+    return (*d_tokens, *d_weights), tuple(sums), prepared
