@@ -80,10 +80,10 @@ def prepare(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, he
     weights = (parameter(2, heads, head_dim, head_dim), parameter(2, heads, head_dim))
     layer_norm = (parameter(heads, head_dim), parameter(heads, head_dim))
     if op == "linear_forward":
-        return prepare_linear_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)[1]
+        return prepare_linear_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)[-1]
     return prepare_linear_backward(
         q, *weights, q, q, q, *rates, *weights, q, *layer_norm, None, None, 1e-6
-    )[1]
+    )[-1]
 
 
 def compile_for(architecture: str, prepared: launch.Launch) -> Cost:
@@ -158,6 +158,8 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
     parser.add_argument("--blocks", nargs=3, type=int, metavar=("WARPS", "STAGES", "HEADS"))
     given = parser.parse_args()
+    if given.blocks:
+        launch.blocks = lambda *_: launch.Blocks(*given.blocks)
     for op in given.op:
         for architecture in given.architecture:
             for D in given.head_dim:

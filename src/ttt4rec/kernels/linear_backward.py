@@ -10,10 +10,10 @@ from .primitives import (
     causal,
     centred,
     dot,
-    expanded,
     head_offsets,
     inner_gradient_backward,
     layer_norm_backward,
+    load_expanded,
     normalised,
     own,
     program_place,
@@ -47,13 +47,13 @@ def linear_backward_kernel(
 ):
     """One program: P heads of one sequence, from the last mini-batch to the first; W, b, dW and db in registers.
 
-    W ← W + s_last (lr ∘ K)ᵀ G                       b ← b + s_last Σ_j lr_j G_j
-    x̂, y, and out = Q W + b - s ∘ S,  S = (C ∘ lr) G,  C = tril(Q Kᵀ + 1), as in the forward
-    dout = layer norm's backward of γ ∘ dO           dA = s ∘ tril(dout Gᵀ) ∘ lr
-    dG = lr ∘ dU,  dU = -(s ∘ C)ᵀ dout - s_last X    X = K dW + db
-    ds = -Σ_d dout ∘ S,  ds_last -= Σ_j lr_j Σ_d G ∘ X,  dlr = Σ_d G ∘ dU
+    x̂, y, out and C = tril(Q Kᵀ + 1) as in the forward, at the weights rebuilt by
+    W ← W + s_last Kᵀ U                              b ← b + s_last Σ_j U_j,   U = lr ∘ G
+    dout = layer norm's backward of γ ∘ dO           dC = tril((s ∘ dout) Uᵀ)
+    dU = -Cᵀ (s ∘ dout) - s_last X,  X = K dW + db   dG = lr ∘ dU,  dlr = Σ_d G ∘ dU
+    ds = -Σ_d dout ∘ (C U),  ds_last -= Σ U ∘ X
     dZ, de, dγ from dG                               dV = -de
-    dQ = dO + dout Wᵀ - dA K                         dK = de + dZ Wᵀ - dAᵀ Q - s_last lr ∘ (G dWᵀ)
+    dQ = dO + dout Wᵀ - dC K                         dK = de + dZ Wᵀ - dCᵀ Q - s_last U dWᵀ
     dW ← dW + Qᵀ dout + Kᵀ dZ                        db ← db + Σ_i dout_i + Σ_j dZ_j
 
     In the code dout and dZ carry the opposite sign, as they are subtracted or enter with a minus almost everywhere.
@@ -98,41 +98,43 @@ def linear_backward_kernel(
         v_rows = tl.load(v + tile_offsets(v_strides, batch, at, head, tile), mask=mask, other=0.0)
         G = tl.load(G_kept + tile_offsets(G_strides, batch, at, head, tile), mask=mask, other=0.0)
         lr = tl.load(inner_lr + row_offsets(lr_strides, batch, at, head, tile), mask=rows, other=0.0)
-        Q, K = expanded(q_rows, tile), expanded(k_rows, tile)
+        Q = load_expanded(q, rows, q_strides, batch, at, head, tile)
+        K = load_expanded(k, rows, k_strides, batch, at, head, tile)
         dO = dO.to(tl.float32)
 
         # Rebuild the weights before the mini-batch. The products must not accumulate into W, as in the forward.
         committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
         s_last = committed * last_scale
-        W -= -s_last * dot(tl.trans(lr[:, None] * K.to(tl.float32)), G, tile)
-        b -= -s_last * dot(tl.where(same_head(tile), lr[None, :], 0.0), G, tile)
+        G = G.to(tl.float32)
+        U = lr[:, None] * G
+        W -= -s_last * dot(tl.trans(K), U, tile)
+        b -= -s_last * dot(tl.where(same_head(tile), 1.0, 0.0), U, tile)
 
         x_hat, r = normalised(dot(K, W, tile) + b, eps, tile)
         error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
         attention = tl.where(causal(tile), dot(Q, tl.trans(K), tile) + 1.0, 0.0)
-        step = dot(attention * lr[None, :], G, tile)
-        p_hat, p_r = normalised(dot(Q, W, tile) + b - scale * step, eps, tile)
+        steps = dot(attention, U, tile)
+        p_hat, p_r = normalised(dot(Q, W, tile) + b - scale * steps, eps, tile)
         minus_dout = -layer_norm_backward(gamma * dO, p_hat, p_r, tile)
-        d_scale += tl.sum(minus_dout * step, 1)
+        d_scale += tl.sum(minus_dout * steps, 1)
 
-        d_attention = tl.where(causal(tile), dot(minus_dout, tl.trans(G), tile), 0.0) * scale * lr[None, :]
+        d_attention = tl.where(causal(tile), dot(scale * minus_dout, tl.trans(U), tile), 0.0)
         d_q = dO - own(dot(minus_dout, tl.trans(W), tile), tile) + dot(d_attention, k_rows, tile)
         tl.store(dq + tile_offsets(d_strides, batch, at, head, tile), d_q.to(tile.operand), mask=mask)
 
         X = dot(K, dW, tile) + db
-        G_rows = G.to(tl.float32)
-        dU = dot(tl.trans(attention * scale), minus_dout, tile) - s_last * X
-        d_last_scale -= committed * lr * tl.sum(G_rows * X, 1)
+        dU = dot(tl.trans(attention), scale * minus_dout, tile) - s_last * X
+        d_last_scale -= committed * tl.sum(U * X, 1)
         lr_offsets = (at * H + batch * L * H + head) + positions * H + row_head(tile)
-        tl.store(d_lr + lr_offsets, tl.sum(G_rows * dU, 1), mask=rows)
+        tl.store(d_lr + lr_offsets, tl.sum(G * dU, 1), mask=rows)
 
         dZ, de, d_gamma_inner = inner_gradient_backward(
-            lr[:, None] * dU, G_rows, gamma * error, error, x_hat, r, gamma, tile
+            lr[:, None] * dU, G, gamma * error, error, x_hat, r, gamma, tile
         )
         d_gamma += dO * p_hat + d_gamma_inner
         d_beta += dO + de
         tl.store(dv + tile_offsets(d_strides, batch, at, head, tile), (-de).to(tile.operand), mask=mask)
-        through_W = dot(-dZ, tl.trans(W), tile) + (s_last * lr)[:, None] * dot(G, tl.trans(dW), tile)
+        through_W = dot(-dZ, tl.trans(W), tile) + s_last * dot(U, tl.trans(dW), tile)
         d_k = de + dot(tl.trans(d_attention), q_rows, tile) - own(through_W, tile)
         tl.store(dk + tile_offsets(d_strides, batch, at, head, tile), d_k.to(tile.operand), mask=mask)
 

@@ -10,9 +10,9 @@ from .primitives import (
     causal,
     centred,
     dot,
-    expanded,
     head_offsets,
     layer_norm_backward,
+    load_expanded,
     normalised,
     program_place,
     row_head,
@@ -43,8 +43,9 @@ def linear_forward_kernel(
 
     Z = K W + b                 x̂, r = normalised(Z)
     y = γ ∘ (γ ∘ x̂ + β - (V - K))                   G = r (y - mean(y) - x̂ mean(y ∘ x̂))
-    out = Q W + b - s ∘ (tril(Q Kᵀ + 1) ∘ lr) G      O = Q + LN(out)
-    W ← W - s_last (lr ∘ K)ᵀ G                       b ← b - s_last Σ_j lr_j G_j
+    U = lr ∘ G, the steps, so that η G = s ∘ U
+    out = Q W + b - s ∘ tril(Q Kᵀ + 1) U             O = Q + LN(out)
+    W ← W - s_last Kᵀ U                              b ← b - s_last Σ_j U_j
     """
     q, k, v = tokens
     inner_lr, token_scale = rates
@@ -76,22 +77,24 @@ def linear_forward_kernel(
         k_rows = tl.load(k + tile_offsets(k_strides, batch, at, head, tile), mask=mask, other=0.0)
         v_rows = tl.load(v + tile_offsets(v_strides, batch, at, head, tile), mask=mask, other=0.0)
         lr = tl.load(inner_lr + row_offsets(lr_strides, batch, at, head, tile), mask=rows, other=0.0)
-        Q, K = expanded(q_rows, tile), expanded(k_rows, tile)
+        Q = load_expanded(q, rows, q_strides, batch, at, head, tile)
+        K = load_expanded(k, rows, k_strides, batch, at, head, tile)
 
         x_hat, r = normalised(dot(K, W, tile) + b, eps, tile)
         y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
         G = layer_norm_backward(y, x_hat, r, tile).to(tile.operand)
         tl.store(G_kept + tile_offsets(o_strides, batch, at, head, tile), G, mask=mask)
 
-        attention = tl.where(causal(tile), dot(Q, tl.trans(K), tile) + 1.0, 0.0) * lr[None, :]
-        p_hat, _ = normalised(dot(Q, W, tile) + b - scale * dot(attention, G, tile), eps, tile)
+        U = lr[:, None] * G.to(tl.float32)
+        attention = tl.where(causal(tile), dot(Q, tl.trans(K), tile) + 1.0, 0.0)
+        p_hat, _ = normalised(dot(Q, W, tile) + b - scale * dot(attention, U, tile), eps, tile)
         out = q_rows.to(tl.float32) + gamma * p_hat + beta
         tl.store(o + tile_offsets(o_strides, batch, at, head, tile), out.to(tile.operand), mask=mask)
 
         # A last, short mini-batch is not committed. The products must not accumulate into W: see the module launch.
         committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
-        W -= committed_scale * dot(tl.trans(lr[:, None] * K.to(tl.float32)), G, tile)
-        b -= committed_scale * dot(tl.where(same_head(tile), lr[None, :], 0.0), G, tile)
+        W -= committed_scale * dot(tl.trans(K), U, tile)
+        b -= committed_scale * dot(tl.where(same_head(tile), 1.0, 0.0), U, tile)
 
     # Give the rows' means back; without an update, give back exactly what came.
     updated = length >= tile.mini_batch

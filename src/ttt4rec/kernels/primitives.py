@@ -121,15 +121,6 @@ def causal(tile: tl.constexpr):
 
 
 @triton.jit
-def expanded(x, tile: tl.constexpr):
-    """[R, F] to [R, P·F]."""
-    if tile.heads > 1:
-        x = tl.broadcast_to(x[:, None, :], (tile.rows, tile.heads, tile.features))
-        x = tl.where(own_columns(tile), tl.reshape(x, (tile.rows, tile.heads * tile.features)), 0.0)
-    return x
-
-
-@triton.jit
 def own(x, tile: tl.constexpr):
     """[R, P·F] to [R, F]: of every row, its own head's columns."""
     if tile.heads > 1:
@@ -172,12 +163,24 @@ def tile_offsets(strides, batch, token, head, tile: tl.constexpr):
 
 
 @triton.jit
+def load_expanded(x, rows, strides, batch, token, head, tile: tl.constexpr):
+    """Load a mini-batch of ``[B, L, H, D]`` expanded, [R, P·F]; rows [R] tells which tokens exist."""
+    columns = tl.arange(0, tile.heads * tile.features) % tile.features
+    offsets = row_offsets(strides, batch, token, head, tile)[:, None] + columns.to(tl.int64)[None, :] * strides[3]
+    mask = rows[:, None] & (columns < tile.head_dim)[None, :]
+    if tile.heads > 1:
+        mask = mask & own_columns(tile)
+    return tl.load(x + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
 def weight_offsets(strides, sequence, head, tile: tl.constexpr):
     """Offsets of the stacked weights ``[P·F, F]`` in ``[N, H, D, D]``."""
     stacked = tl.arange(0, tile.heads * tile.features)
     heads = head + stacked // tile.features
-    rows = sequence.to(tl.int64) * strides[0] + heads.to(tl.int64) * strides[1] + (stacked % tile.features) * strides[2]
-    return rows[:, None] + tl.arange(0, tile.features)[None, :] * strides[3]
+    rows = sequence.to(tl.int64) * strides[0] + heads.to(tl.int64) * strides[1]
+    rows += (stacked % tile.features).to(tl.int64) * strides[2]
+    return rows[:, None] + tl.arange(0, tile.features).to(tl.int64)[None, :] * strides[3]
 
 
 @triton.jit
