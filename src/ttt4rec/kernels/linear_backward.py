@@ -126,10 +126,11 @@ def linear_backward_kernel(
         dU = dot(tl.trans(attention), scale * minus_dout, tile) - s_last * X
         d_last_scale -= committed * tl.sum(U * X, 1)
         lr_offsets = (at * H + batch * L * H + head) + positions * H + row_head(tile)
-        tl.store(d_lr + lr_offsets, tl.sum(G * dU, 1), mask=rows)
+        dlr = tl.sum(G * dU, 1)
+        tl.store(d_lr + lr_offsets, dlr, mask=rows)
 
         dZ, de, d_gamma_inner = inner_gradient_backward(
-            lr[:, None] * dU, G, gamma * error, error, x_hat, r, gamma, tile
+            lr[:, None] * dU, (lr * dlr)[:, None], gamma * error, error, x_hat, r, gamma, tile
         )
         d_gamma += dO * p_hat + d_gamma_inner
         d_beta += dO + de

@@ -77,15 +77,16 @@ def layer_norm_backward(dx_hat, x_hat, r, tile: tl.constexpr):
 
 
 @triton.jit
-def inner_gradient_backward(dG, G, y, error, x_hat, r, gamma, tile: tl.constexpr):
-    """Gradients through G = J y, y = γ ∘ error, error = γ ∘ x̂ + β - (v - k).
+def inner_gradient_backward(dG, dG_dot_G, y, error, x_hat, r, gamma, tile: tl.constexpr):
+    """Gradients through G = J y, y = γ ∘ error, error = γ ∘ x̂ + β - (v - k); dG_dot_G is Σ dG ∘ G per row, [R, 1].
 
     Returns, [R, F] each, dZ of the layer norm's input, d error, and the terms of dγ.
     """
-    dy = layer_norm_backward(dG, x_hat, r, tile)
+    along_x_hat = mean(dG * x_hat, tile)
+    dy = only_features(r * (dG - mean(dG, tile) - x_hat * along_x_hat), tile)  # J dG
     d_error = gamma * dy
-    dx_hat = gamma * d_error - r * (dG * mean(y * x_hat, tile) + y * mean(dG * x_hat, tile))
-    dZ = layer_norm_backward(dx_hat, x_hat, r, tile) - r * x_hat * mean(dG * G, tile)
+    dx_hat = gamma * d_error - r * (dG * mean(y * x_hat, tile) + y * along_x_hat)
+    dZ = layer_norm_backward(dx_hat, x_hat, r, tile) - (r * dG_dot_G * (1.0 / tile.head_dim)) * x_hat
     return dZ, d_error, dy * error + d_error * x_hat
 
 
