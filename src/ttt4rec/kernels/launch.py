@@ -1,4 +1,8 @@
-"""How kernels are launched: block sizes from a table, types of the matrix products, spans and strides."""
+"""How kernels are launched: block sizes from a table, types of the matrix products, memory for results.
+
+The table was filled from machine code, not from timings: ``python -m ttt4rec.kernels.aot`` prints registers, spills
+and instructions per mini-batch. Where choices differ in both, the one with fewer instructions per head stands.
+"""
 
 from typing import Any, NamedTuple
 
@@ -10,6 +14,8 @@ from torch import Tensor
 from .primitives import Tile
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+MAX_HEAD_DIM = 128
+MAX_MINI_BATCH_SIZE = 64
 
 
 class Blocks(NamedTuple):
@@ -18,48 +24,6 @@ class Blocks(NamedTuple):
     num_warps: int
     num_stages: int
     heads: int = 1  # heads of one sequence in a program
-
-
-DEFAULT_BLOCKS = {
-    ("linear_forward", 16): Blocks(1, 3),
-    ("linear_forward", 32): Blocks(1, 3),
-    ("linear_forward", 64): Blocks(4, 3),
-    ("linear_forward", 128): Blocks(8, 3),
-    ("linear_backward", 16): Blocks(1, 2),
-    ("linear_backward", 32): Blocks(1, 2),
-    ("linear_backward", 64): Blocks(8, 2),
-    ("linear_backward", 128): Blocks(8, 2),
-}
-
-
-def padded(size: int) -> int:
-    """The power of two, at least 16, that holds size."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def blocks(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, num_heads: int) -> Blocks:
-    """Look the block sizes up."""
-    return DEFAULT_BLOCKS[op, padded(head_dim)]
-
-
-def interpreted() -> bool:
-    """Whether kernels run under Triton's interpreter."""
-    return bool(triton.knobs.runtime.interpret)
-
-
-def make_tile(head_dim: int, mini_batch_size: int, dtype: torch.dtype, heads: int) -> Tile:
-    """The compile-time sizes for one launch."""
-    operand = TRITON_DTYPE[dtype]
-    return Tile(
-        mini_batch=mini_batch_size,
-        heads=heads,
-        rows=max(16, heads * triton.next_power_of_2(mini_batch_size)),
-        head_dim=head_dim,
-        features=padded(head_dim),
-        operand=operand,
-        dot=tl.float32 if interpreted() else operand,
-        precision="ieee",
-    )
 
 
 class Launch(NamedTuple):
@@ -78,6 +42,81 @@ class Launch(NamedTuple):
     def options(self) -> dict[str, Any]:
         """Triton's compile options."""
         return {"num_warps": self.blocks.num_warps, "num_stages": self.blocks.num_stages, "enable_fp_fusion": True}
+
+
+def blocks(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, architecture: str) -> Blocks:
+    """Look up how a kernel is cut.
+
+    Args:
+        op: ``"linear_forward"`` or ``"linear_backward"``.
+        head_dim: D.
+        mini_batch_size: K.
+        dtype: of q, k and v.
+        architecture: as ``architecture`` returns it.
+    """
+    forward = op.endswith("forward")
+    num_stages = 1 if dtype == torch.float32 else 3 if forward else 2
+    features = padded(head_dim)
+    if dtype == torch.float32 or mini_batch_size > 16 or features > 64:
+        return Blocks(num_warps=8 if features > 64 else 4, num_stages=num_stages)
+    if features == 64:
+        return Blocks(num_warps=4, num_stages=num_stages)
+    # Small heads: fill the 16 rows of a matrix product with two heads where one has at most 8 tokens.
+    heads = 2 if mini_batch_size <= 8 else 1
+    num_warps = 1 if features == 16 or (forward and heads == 1) else 2
+    return Blocks(num_warps, num_stages, heads)
+
+
+def padded(size: int) -> int:
+    """The power of two, at least 16, that holds size."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def architecture() -> str:
+    """``sm_90``, ``gfx942``, ...: what kernels are compiled for now; ``interpreter`` under the interpreter."""
+    if interpreted():
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def plan(op: str, q: Tensor, mini_batch_size: int) -> tuple[Blocks, Tile]:
+    """Choose the blocks and the compile-time sizes of a launch.
+
+    Args:
+        op: key of the table.
+        q: ``[B, L, H, D]``.
+        mini_batch_size: K.
+
+    Raises:
+        ValueError: if the kernels do not run that dtype, head dimension or mini-batch size.
+    """
+    D = q.shape[3]
+    if q.dtype not in TRITON_DTYPE:
+        raise ValueError(f"kernels need float32, bfloat16 or float16 tokens, got {q.dtype}")
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"kernels need a head dimension from 1 to {MAX_HEAD_DIM}, got {D}")
+    if not 1 <= mini_batch_size <= MAX_MINI_BATCH_SIZE:
+        raise ValueError(f"kernels need a mini_batch_size from 1 to {MAX_MINI_BATCH_SIZE}, got {mini_batch_size}")
+    here = architecture()
+    choice = blocks(op, D, mini_batch_size, q.dtype, here)
+    operand = TRITON_DTYPE[q.dtype]
+    tile = Tile(
+        mini_batch=mini_batch_size,
+        heads=choice.heads,
+        rows=max(16, choice.heads * triton.next_power_of_2(mini_batch_size)),
+        head_dim=D,
+        features=padded(D),
+        operand=operand,
+        dot=tl.float32 if interpreted() else operand,
+        precision="tf32x3" if here.startswith("sm_") else "ieee",
+    )
+    return choice, tile
 
 
 def num_sequences(q: Tensor, starts: Tensor | None) -> int:

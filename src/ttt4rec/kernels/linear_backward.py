@@ -217,8 +217,7 @@ def prepare_linear_backward(
     """Allocate the results and the sums per sequence, and make the launch that fills them."""
     L, H, D = q.shape[1:]
     N, K = launch.num_sequences(q, starts), token_scale.numel()
-    choice = launch.blocks("linear_backward", D, K, q.dtype, H)
-    tile = launch.make_tile(D, K, q.dtype, choice.heads)
+    choice, tile = launch.plan("linear_backward", q, K)
     d_tokens = [launch.new_tokens(x, starts) for x in (q, k, v, inner_lr)]
     d_weights, sums = [
         [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes]

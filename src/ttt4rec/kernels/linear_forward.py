@@ -147,8 +147,7 @@ def prepare_linear_forward(
     """Allocate the results and make the launch that fills them; arguments as in ``linear_forward``."""
     L, H, D = q.shape[1:]
     N, K = launch.num_sequences(q, starts), token_scale.numel()
-    choice = launch.blocks("linear_forward", D, K, q.dtype, H)
-    tile = launch.make_tile(D, K, q.dtype, choice.heads)
+    choice, tile = launch.plan("linear_forward", q, K)
     o, G = launch.new_tokens(q, starts), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     W1_out = torch.empty(W1.shape, dtype=torch.float32, device=q.device)
     b1_out = torch.empty(b1.shape, dtype=torch.float32, device=q.device)
