@@ -1,7 +1,7 @@
 """How kernels are launched: block sizes from a table, types of the matrix products, memory for results.
 
 The table was filled from machine code, not from timings: ``python -m ttt4rec.kernels.aot`` prints registers, spills
-and instructions per mini-batch. Where choices differ in both, the one with fewer instructions per head stands.
+and instructions per mini-batch. An entry is, as a rule, the choice with the fewest instructions per head.
 """
 
 from typing import Any, NamedTuple
@@ -26,6 +26,34 @@ class Blocks(NamedTuple):
     heads: int = 1  # heads of one sequence in a program
 
 
+HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for bfloat16 and float16
+    ("linear_forward", 16): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 3), 32: Blocks(2, 2), 64: Blocks(4, 2)},
+    ("linear_forward", 32): {8: Blocks(2, 3, heads=2), 16: Blocks(1, 3), 64: Blocks(4, 2)},
+    ("linear_forward", 64): {16: Blocks(4, 3), 64: Blocks(8, 2)},
+    ("linear_forward", 128): {16: Blocks(8, 3), 64: Blocks(8, 1)},
+    ("linear_backward", 16): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(2, 2), 64: Blocks(4, 2)},
+    ("linear_backward", 32): {8: Blocks(2, 2, heads=2), 16: Blocks(2, 2), 64: Blocks(4, 2)},
+    ("linear_backward", 64): {16: Blocks(4, 2), 64: Blocks(8, 1)},
+    ("linear_backward", 128): {64: Blocks(8, 1)},
+}
+SINGLE = {  # the same for float32, whose products are three tensor-core products, or none
+    ("linear_forward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 64: Blocks(4, 1)},
+    ("linear_forward", 32): {16: Blocks(2, 1), 64: Blocks(4, 1)},
+    ("linear_forward", 64): {64: Blocks(8, 1)},
+    ("linear_forward", 128): {64: Blocks(8, 1)},
+    ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 64: Blocks(4, 1)},
+    ("linear_backward", 32): {64: Blocks(4, 1)},
+    ("linear_backward", 64): {64: Blocks(8, 1)},
+    ("linear_backward", 128): {64: Blocks(8, 1)},
+}
+HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice; gfx942 has twice the registers
+    "gfx942": {
+        ("linear_forward", 32): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 3), 64: Blocks(4, 2)},
+        ("linear_backward", 32): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 64: Blocks(4, 2)},
+    }
+}
+
+
 class Launch(NamedTuple):
     """A kernel with everything it needs to run, or to be compiled only."""
 
@@ -44,7 +72,9 @@ class Launch(NamedTuple):
         return {"num_warps": self.blocks.num_warps, "num_stages": self.blocks.num_stages, "enable_fp_fusion": True}
 
 
-def blocks(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, architecture: str) -> Blocks:
+def blocks(
+    op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, architecture: str, num_heads: int
+) -> Blocks:
     """Look up how a kernel is cut.
 
     Args:
@@ -52,19 +82,13 @@ def blocks(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, arc
         head_dim: D.
         mini_batch_size: K.
         dtype: of q, k and v.
-        architecture: as ``architecture`` returns it.
+        architecture: ``"sm_90"``, ``"gfx942"``, ...
+        num_heads: H; a single head is not paired with another.
     """
-    forward = op.endswith("forward")
-    num_stages = 1 if dtype == torch.float32 else 3 if forward else 2
-    features = padded(head_dim)
-    if dtype == torch.float32 or mini_batch_size > 16 or features > 64:
-        return Blocks(num_warps=8 if features > 64 else 4, num_stages=num_stages)
-    if features == 64:
-        return Blocks(num_warps=4, num_stages=num_stages)
-    # Small heads: fill the 16 rows of a matrix product with two heads where one has at most 8 tokens.
-    heads = 2 if mini_batch_size <= 8 else 1
-    num_warps = 1 if features == 16 or (forward and heads == 1) else 2
-    return Blocks(num_warps, num_stages, heads)
+    key = op, padded(head_dim)
+    table = SINGLE if dtype == torch.float32 else HALF | HALF_BY_ARCHITECTURE.get(architecture, {})
+    needed = mini_batch_size if num_heads > 1 else max(16, mini_batch_size)
+    return next(choice for largest, choice in table[key].items() if needed <= largest)
 
 
 def padded(size: int) -> int:
@@ -104,7 +128,7 @@ def plan(op: str, q: Tensor, mini_batch_size: int) -> tuple[Blocks, Tile]:
     if not 1 <= mini_batch_size <= MAX_MINI_BATCH_SIZE:
         raise ValueError(f"kernels need a mini_batch_size from 1 to {MAX_MINI_BATCH_SIZE}, got {mini_batch_size}")
     here = architecture()
-    choice = blocks(op, D, mini_batch_size, q.dtype, here)
+    choice = blocks(op, D, mini_batch_size, q.dtype, here, q.shape[2])
     operand = TRITON_DTYPE[q.dtype]
     tile = Tile(
         mini_batch=mini_batch_size,
@@ -114,7 +138,7 @@ def plan(op: str, q: Tensor, mini_batch_size: int) -> tuple[Blocks, Tile]:
         features=padded(D),
         operand=operand,
         dot=tl.float32 if interpreted() else operand,
-        precision="tf32x3" if here.startswith("sm_") else "ieee",
+        precision="tf32x3" if here.startswith("sm_") else "ieee",  # plain tf32 has 11 bits
     )
     return choice, tile
 
