@@ -1,14 +1,15 @@
 """Ahead-of-time compilation without a GPU: what a kernel costs on an architecture, read from its machine code.
 
-``python -m ttt4rec.kernels.aot`` prints a table. Kernels are compiled exactly as they would be launched: their launches
+``python -m ttt4rec.kernels.aot linear_forward:sm_90:16:8:bf16 ...`` prints a table. Kernels are compiled exactly as they would be launched: their launches
 are prepared on ``meta`` tensors, behind a driver that only says which architecture it is. Not under the interpreter.
 """
 
 import argparse
+import json
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,30 +70,25 @@ class OfflineDriver:
         return self.target
 
 
-def prepare(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, heads: int = 4) -> launch.Launch:
-    """A launch of an op on ``meta`` tensors: 2 sequences of 50 tokens, not packed."""
-    q = torch.empty(2, 50, heads, head_dim, dtype=dtype, device="meta")
-
-    def parameter(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta")
-
-    rates = (parameter(2, 50, heads), parameter(mini_batch_size))
-    weights = (parameter(2, heads, head_dim, head_dim), parameter(2, heads, head_dim))
-    layer_norm = (parameter(heads, head_dim), parameter(heads, head_dim))
-    if op == "linear_forward":
-        return prepare_linear_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)[-1]
-    return prepare_linear_backward(
-        q, *weights, q, q, q, *rates, *weights, q, *layer_norm, None, None, 1e-6
-    )[-1]
-
-
-def compile_for(architecture: str, prepared: launch.Launch) -> Cost:
-    """Compile a prepared launch for an architecture."""
+def compile_for(architecture: str, op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype) -> Cost:
+    """Compile a kernel for an architecture, as it would be launched for 4 heads and sequences that are not packed."""
     driver.set_active(OfflineDriver(architecture))
-    options = prepared.options()
-    compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **options)
-    read = _amd_cost if architecture.startswith("gfx") else _nvidia_cost
-    return read(compiled)
+    q = torch.empty(2, 50, 4, head_dim, dtype=dtype, device="meta")
+    rates = _meta(2, 50, 4), _meta(mini_batch_size)
+    weights = _meta(2, 4, head_dim, head_dim), _meta(2, 4, head_dim)
+    layer_norm = _meta(4, head_dim), _meta(4, head_dim)
+    if op == "linear_forward":
+        *_, prepared = prepare_linear_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)
+    else:
+        *_, prepared = prepare_linear_backward(
+            q, *weights, q, q, q, *rates, *weights, q, *layer_norm, None, None, 1e-6
+        )
+    compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options())
+    return _amd_cost(compiled) if architecture.startswith("gfx") else _nvidia_cost(compiled)
+
+
+def _meta(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
 
 
 def _nvidia_cost(compiled: Any) -> Cost:
@@ -149,25 +145,20 @@ def _cost(
 
 
 def main() -> None:
-    """Print what kernels cost."""
+    """Print what kernels cost, as a table or as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--op", nargs="+", default=["linear_forward", "linear_backward"])
-    parser.add_argument("--architecture", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--head-dim", nargs="+", type=int, default=[16, 32, 64])
-    parser.add_argument("--mini-batch", nargs="+", type=int, default=[8, 16])
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument(
+        "kernels", nargs="+", help="op:architecture:head_dim:mini_batch_size:dtype, e.g. linear_forward:sm_90:16:8:bf16"
+    )
     parser.add_argument("--blocks", nargs=3, type=int, metavar=("WARPS", "STAGES", "HEADS"))
+    parser.add_argument("--json", action="store_true", help="one object per kernel, the intermediate form included")
     given = parser.parse_args()
     if given.blocks:
         launch.blocks = lambda *_: launch.Blocks(*given.blocks)
-    for op in given.op:
-        for architecture in given.architecture:
-            for D in given.head_dim:
-                for K in given.mini_batch:
-                    for dtype in given.dtype:
-                        prepared = prepare(op, D, K, DTYPES[dtype])
-                        print(op, architecture, f"D={D} K={K} {dtype}", prepared.blocks, flush=True)
-                        print("   ", compile_for(architecture, prepared), flush=True)
+    for kernel in given.kernels:
+        op, architecture, head_dim, mini_batch_size, dtype = kernel.split(":")
+        cost = compile_for(architecture, op, int(head_dim), int(mini_batch_size), DTYPES[dtype])
+        print(json.dumps({"kernel": kernel, **asdict(cost)}) if given.json else f"{kernel:36} {cost}", flush=True)
 
 
 if __name__ == "__main__":

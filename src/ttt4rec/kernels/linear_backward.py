@@ -66,11 +66,14 @@ def linear_backward_kernel(
     lr_strides, W_strides, b_strides, d_strides = strides[7:]
     sequence, head, batch, token, length = program_place(spans, L, H, tile)
 
-    positions, features = row_token(tile), tl.arange(0, tile.features)
+    R: tl.constexpr = tile.rows
+    F: tl.constexpr = tile.features
+    D: tl.constexpr = tile.head_dim
+    positions, features = row_token(tile), tl.arange(0, F)
     head_exists = head + row_head(tile) < H
     columns = features[None, :] < tile.head_dim
     parameter_mask = head_exists[:, None] & columns
-    parameters = head_offsets((0, tile.head_dim, 1), sequence, head, tile)
+    parameters = head_offsets((0, D, 1), sequence, head, tile)
     gamma = tl.load(layer_norm[0] + parameters, mask=parameter_mask, other=0.0).to(tl.float32)
     beta = tl.load(layer_norm[1] + parameters, mask=parameter_mask, other=0.0).to(tl.float32)
     scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
@@ -82,10 +85,10 @@ def linear_backward_kernel(
     dW = tl.load(grad_W + weight_offsets(grad_W_strides, sequence, head, tile), mask=W_mask, other=0.0)
     db = tl.load(grad_b + head_offsets(grad_b_strides, sequence, head, tile), mask=parameter_mask, other=0.0)
 
-    d_gamma = tl.zeros((tile.rows, tile.features), tl.float32)
-    d_beta = tl.zeros((tile.rows, tile.features), tl.float32)
-    d_scale = tl.zeros((tile.rows,), tl.float32)
-    d_last_scale = tl.zeros((tile.rows,), tl.float32)
+    d_gamma = tl.zeros((R, F), tl.float32)
+    d_beta = tl.zeros((R, F), tl.float32)
+    d_scale = tl.zeros((R,), tl.float32)
+    d_last_scale = tl.zeros((R,), tl.float32)
     num_mini_batches = tl.cdiv(length, tile.mini_batch)
     for t in tl.range(0, num_mini_batches):
         start = (num_mini_batches - 1 - t) * tile.mini_batch
@@ -142,7 +145,6 @@ def linear_backward_kernel(
         dW -= dot(tl.trans(Q), minus_dout, tile) + dot(tl.trans(K), -dZ, tile)
         db -= dot(tl.where(same_head(tile), 1.0, 0.0), minus_dout - dZ, tile)
 
-    D: tl.constexpr = tile.head_dim
     tl.store(d_weights[0] + weight_offsets((H * D * D, D * D, D, 1), sequence, head, tile), dW, mask=W_mask)
     one_row = parameter_mask & (positions == 0)[:, None]
     tl.store(d_weights[1] + head_offsets((H * D, D, 1), sequence, head, tile), db, mask=one_row)

@@ -58,7 +58,8 @@ def linear_forward_kernel(
     head_exists = head + row_head(tile) < H
     columns = features[None, :] < tile.head_dim
     parameter_mask = head_exists[:, None] & columns
-    parameters = head_offsets((0, tile.head_dim, 1), sequence, head, tile)
+    D: tl.constexpr = tile.head_dim
+    parameters = head_offsets((0, D, 1), sequence, head, tile)
     gamma = tl.load(layer_norm[0] + parameters, mask=parameter_mask, other=0.0).to(tl.float32)
     beta = tl.load(layer_norm[1] + parameters, mask=parameter_mask, other=0.0).to(tl.float32)
     scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
@@ -102,7 +103,6 @@ def linear_forward_kernel(
     incoming_b = tl.load(b_in, mask=parameter_mask, other=0.0)
     W = tl.where(updated, W + (incoming_W - centred(incoming_W, tile)), incoming_W)
     b = tl.where(updated, b + (incoming_b - centred(incoming_b, tile)), incoming_b)
-    D: tl.constexpr = tile.head_dim
     tl.store(W1_out + weight_offsets((H * D * D, D * D, D, 1), sequence, head, tile), W, mask=W_mask)
     one_row = parameter_mask & (positions == 0)[:, None]
     tl.store(b1_out + head_offsets((H * D, D, 1), sequence, head, tile), b, mask=one_row)

@@ -1,0 +1,82 @@
+"""Kernels compiled for GPUs that need not be there: registers, spills, size of the loop, and how the state is updated."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+# Largest allowed: spill instructions in the loop, instructions in the loop, bytes of shared memory. About 15 % above
+# the worst of Triton 3.6.0 and 3.9.0; a change that crosses one should be looked at, not waved through.
+LIMITS = {
+    "linear_forward:sm_80:16:8:bf16": (0, 680, 7168),
+    "linear_forward:sm_90:16:8:bf16": (0, 680, 7168),
+    "linear_forward:sm_100:16:8:bf16": (0, 640, 7168),
+    "linear_forward:gfx942:16:8:bf16": (0, 530, 4096),
+    "linear_forward:sm_90:32:16:bf16": (0, 1050, 9216),
+    "linear_forward:sm_80:64:16:bf16": (0, 790, 20480),
+    "linear_forward:sm_90:64:16:bf16": (0, 700, 28672),
+    "linear_forward:gfx942:64:16:bf16": (0, 760, 20480),
+    "linear_backward:sm_80:16:8:bf16": (85, 1670, 6144),
+    "linear_backward:sm_90:16:8:bf16": (90, 1630, 6144),
+    "linear_backward:sm_100:16:8:bf16": (60, 1510, 6144),
+    "linear_backward:gfx942:16:8:bf16": (0, 1210, 4096),
+    "linear_backward:sm_90:32:16:bf16": (90, 1760, 9216),
+    "linear_backward:sm_90:64:16:bf16": (180, 2210, 32768),
+    "linear_backward:gfx942:64:16:bf16": (60, 3300, 20480),
+}
+STATE_SHAPE = {"16:8": "32x16", "32:16": "32x32", "64:16": "64x64"}  # stacked heads by head dimension
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def costs() -> dict[str, dict[str, Any]]:
+    """What every kernel costs. In a process of its own: under the interpreter nothing is compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "ttt4rec.kernels.aot", "--json", *LIMITS]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return {cost["kernel"]: cost for cost in map(json.loads, run.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("kernel", LIMITS)
+def test_cost_stays_within_limits(kernel: str, costs: dict[str, dict[str, Any]]) -> None:
+    loop_spills, loop_instructions, shared_memory = LIMITS[kernel]
+    cost = costs[kernel]
+    assert 100 < cost["loop_instructions"] <= loop_instructions  # below 100 the loop was not found
+    assert cost["loop_spills"] <= loop_spills
+    assert cost["shared_memory"] <= shared_memory
+
+
+@pytest.mark.parametrize("kernel", LIMITS)
+def test_state_is_updated_by_a_float32_subtraction(kernel: str, costs: dict[str, dict[str, Any]]) -> None:
+    """Never inside the tensor core's accumulator, which rounds towards zero: the walk back could not rebuild W."""
+    shape = STATE_SHAPE[kernel.split(":", 2)[2].removesuffix(":bf16")]
+    carried = carried_tensors(costs[kernel]["ttgir"], shape)
+    subtracted = {name: subtraction(name, costs[kernel]["ttgir"]) for name in carried}
+    assert len(carried) == (1 if "forward" in kernel else 2)  # W, and dW
+    assert all(subtracted.values()), subtracted
+    for name in carried:
+        assert not accumulates_into(name, costs[kernel]["ttgir"]), name
+
+
+def carried_tensors(ttgir: str, shape: str) -> list[str]:
+    """Names of the float32 tensors of a shape that the walk over the mini-batches carries along."""
+    loop = max((line for line in ttgir.splitlines() if "scf.for" in line), key=len)
+    names = re.findall(r"(%[\w.$-]+) = ", loop.split("iter_args(")[1].split(") -> (")[0])
+    types = re.findall(r"tensor<(?:[^<>]|<[^<>]*>)*>|![\w.]+(?:<(?:[^<>]|<[^<>]*>)*>)?|\b[if]\d+\b", loop.split(") -> (")[1])
+    return [name for name, kind in zip(names, types, strict=False) if kind.startswith(f"tensor<{shape}xf32")]
+
+
+def subtraction(name: str, ttgir: str) -> bool:
+    """Whether something is subtracted from the tensor."""
+    return re.search(rf"arith\.subf {re.escape(name)},", ttgir) is not None
+
+
+def accumulates_into(name: str, ttgir: str) -> bool:
+    """Whether the tensor is the accumulator of a matrix product."""
+    return re.search(rf"(?:tt\.dot|warp_group_dot|tc_gen5_mma) %[\w.]+, %[\w.]+, {re.escape(name)}\b", ttgir) is not None
