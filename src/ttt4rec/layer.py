@@ -150,6 +150,7 @@ class TTTLayer(nn.Module):
         check_layer_input(x, self.width, mask, cu_seqlens)
         if mask is not None:
             check_mask(mask, *x.shape[:2])
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)  # whatever padding holds, NaN included, stays out of gradients
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, *x.shape[:2])
         if state is not None and (state.conv is None) != (self.backbone == "transformer"):

@@ -154,8 +154,8 @@ def batches(windows: Windows, *, targets_per_batch: int, generator: torch.Genera
     order = torch.randperm(len(windows), generator=generator)
     targets = windows.targets_per_window[order]
     batch = (targets.cumsum(0) - targets) // targets_per_batch
-    sizes = torch.unique_consecutive(batch, return_counts=True)[1]
-    return iter(order.split(sizes.tolist()))
+    ends = batch.diff().nonzero().flatten() + 1
+    return iter(order.tensor_split(ends.tolist()) if len(windows) else ())
 
 
 def _check_max_len(max_len: int) -> None:
