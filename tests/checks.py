@@ -68,7 +68,7 @@ def state_tensors(state: TTTState) -> dict[str, Tensor]:
 def inner_inputs(
     inner: str, B: int, L: int, H: int, D: int, K: int, *, dtype: torch.dtype = torch.float64, hidden: int | None = None
 ) -> dict[str, Tensor]:
-    """Random arguments of ``ttt_linear`` or ``ttt_mlp`` in their order; q, k and v in ``dtype``, the rest in float32 up.
+    """Random arguments of ``ttt_linear`` or ``ttt_mlp`` in their order; q, k, v in ``dtype``, the rest float32 up.
 
     The rates and weights are large enough that the inner loop changes the outputs visibly; one token scale is zero.
     """
@@ -106,9 +106,7 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 1
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
-def inner_results(
-    inner: str, inputs: dict[str, Tensor], **options: Any
-) -> tuple[Tensor, TTTState, dict[str, Tensor]]:
+def inner_results(inner: str, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, TTTState, dict[str, Tensor]]:
     """Outputs, state and the gradients of every argument, all of the state included in the loss."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     o, state = run_inner(inner, leaves, **options)
@@ -151,7 +149,7 @@ def golden_cases() -> list[str]:
 
 
 def load_golden(name: str) -> Golden:
-    """Read a golden case: ``x``, ``param.*``, and for ``layer`` and ``block`` their ``y``, ``grad_*`` and ``grad.*``."""
+    """Read a golden case: ``x``, ``param.*``, and ``y``, ``grad_*`` and ``grad.*`` of ``layer`` and ``block``."""
     with safe_open(_GOLDEN / f"{name}.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
         return Golden(config, {key: file.get_tensor(key).double() for key in file.keys()})  # noqa: SIM118

@@ -12,7 +12,7 @@ from ttt4rec.eager import walk
 settings.register_profile(
     "ttt4rec",
     deadline=None,
-    max_examples=20,
+    max_examples=25,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

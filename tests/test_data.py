@@ -43,7 +43,10 @@ def message_of(path: Path, **options: str) -> str:
 def interactions_of(pairs: list[tuple[int, int]], times: list[int] | None = None) -> Interactions:
     users, items = (np.array([pair[side] for pair in pairs], dtype=np.int64) for side in (0, 1))
     clock = np.array(times if times is not None else range(len(pairs)), dtype=np.int64)
-    names = [tuple(f"{kind}{code}" for code in range(codes.max() + 1)) for kind, codes in zip("ui", (users, items))]
+    names = [
+        tuple(f"{kind}{code}" for code in range(codes.max() + 1))
+        for kind, codes in zip("ui", (users, items), strict=True)
+    ]
     return Interactions(users, items, clock, *names)
 
 
@@ -110,7 +113,7 @@ def test_one_fractional_time_far_down_makes_all_of_them_float64(tmp_path: Path) 
         ("u\ti\t3", "expected 4 fields, got 3"),
         ("u\ti\t3\t4\t5", "expected 4 fields, got 5"),
         ("\ti\t3\t4", "expected a user id in field 1, got ''"),
-        ("u\t \t3\t4", "expected a item id in field 2, got ' '"),
+        ("u\t \t3\t4", "expected an item id in field 2, got ' '"),
         *[
             (f"u\ti\t3\t{time}", f"in field 4, got '{time}'")
             for time in ("nan", "inf", "", "soon", "1_000", "1e400", str(2**63), "1e999999999")
@@ -264,7 +267,7 @@ def test_dataset_comes_from_the_wheel_once(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.usefixtures("checksums")
 @pytest.mark.parametrize("get_wheel", [no_wheel, lambda _: WHEEL + b"tampered", lambda _: ARCHIVE])
-def test_dataset_comes_from_grouplens_otherwise(tmp_path: Path, get_wheel) -> None:  # type: ignore[no-untyped-def]
+def test_dataset_comes_from_grouplens_otherwise(tmp_path: Path, get_wheel) -> None:
     path = datasets.fetch_ml_100k(tmp_path, get_wheel=get_wheel, get_url=lambda _: ARCHIVE)
     assert path.read_bytes() == CONTENT
 
@@ -280,7 +283,7 @@ def test_a_damaged_cached_file_is_fetched_again(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.usefixtures("checksums")
 @pytest.mark.parametrize("get_url", [no_url, lambda _: b"<html>", lambda _: zipped("ml-100k/u.data", b"1\t2\n")])
-def test_without_a_source_the_error_says_what_to_put_where(tmp_path: Path, get_url) -> None:  # type: ignore[no-untyped-def]
+def test_without_a_source_the_error_says_what_to_put_where(tmp_path: Path, get_url) -> None:
     with pytest.raises(DataError) as caught:
         datasets.fetch_ml_100k(tmp_path, get_wheel=no_wheel, get_url=get_url)
     message = str(caught.value)
@@ -310,7 +313,7 @@ def test_pip_is_asked_for_one_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(DataError, match="^ERROR: no network$"):
+    with pytest.raises(DataError, match=r"^ERROR: no network$"):
         datasets.download_wheel(tmp_path)
     assert datasets.download_wheel(tmp_path) == WHEEL
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from checks import (
     INNERS,
     assert_close,
@@ -11,9 +14,6 @@ from checks import (
     relative_error,
     run_inner,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
 from ttt4rec import TTTState
 from ttt4rec.eager import layout
 

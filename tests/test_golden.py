@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from checks import assert_close, golden_cases, load_golden
 
+from checks import assert_close, golden_cases, load_golden
 from ttt4rec import TTTLayer
 from ttt4rec.release import _LAYER_NAMES
 

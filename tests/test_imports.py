@@ -17,10 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 def test_importing_the_package_loads_no_optional_dependency():
     heavy = ("triton", "numpy", "safetensors", "tqdm", "matplotlib", "einops", "ttt4rec.recsys", "ttt4rec.kernels")
-    code = (
-        "import sys, torch; before = set(sys.modules); import ttt4rec; "
-        "print('\\n'.join(set(sys.modules) - before))"
-    )
+    code = "import sys, torch; before = set(sys.modules); import ttt4rec; print('\\n'.join(set(sys.modules) - before))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = run.stdout.split()
     assert "ttt4rec.layer" in loaded

@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
 from checks import (
     BACKBONES,
     INNERS,
@@ -12,10 +16,6 @@ from checks import (
     make_layer,
     relative_error,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
-
 from ttt4rec import TTTLayer, TTTState
 
 WIDTH = 8

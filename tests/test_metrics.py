@@ -23,7 +23,7 @@ def test_rank_is_the_mean_over_all_orders_of_ties(rows: list[tuple[list[int], in
         torch.tensor([scores for scores, _ in rows], dtype=torch.float32),
         torch.tensor([target for _, target in rows]),
     )
-    for rank, (scores, target) in zip(ranks.tolist(), rows):
+    for rank, (scores, target) in zip(ranks.tolist(), rows, strict=True):
         best = sorted(scores, reverse=True).index(scores[target]) + 1
         worst = len(scores) - sorted(scores).index(scores[target])
         assert rank == (best + worst) / 2

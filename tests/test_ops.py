@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from checks import BACKBONES, INNERS, assert_close, assert_states_close, gradients, inner_inputs, make_layer
 
+from checks import BACKBONES, INNERS, assert_close, assert_states_close, gradients, inner_inputs, make_layer
 from ttt4rec import ops
 from ttt4rec.eager import walk
 
@@ -62,9 +62,7 @@ def test_compile_gives_the_same_numbers_without_a_graph_break(inner, backbone):
     for where in ({}, {"mask": mask}):
         y, y_compiled = layer(x, **where), compiled(x, **where)
         assert_close(y_compiled, y)
-        for actual, expected in zip(
-            gradients([y_compiled], parameters), gradients([y], parameters), strict=True
-        ):
+        for actual, expected in zip(gradients([y_compiled], parameters), gradients([y], parameters), strict=True):
             assert_close(actual, expected)
 
 

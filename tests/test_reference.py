@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from checks import INNERS, assert_close, gradients, inner_inputs
 
+from checks import INNERS, assert_close, gradients, inner_inputs
 from ttt4rec import reference
 from ttt4rec.reference.dual import gelu_derivative, layer_norm_gradient
 

@@ -25,7 +25,7 @@ def counts_of(split: Split, user: int) -> tuple[int, int, int]:
     end = [int(split.bounds(part)[1][user]) for part in ("train", "valid", "test")]
     assert first[0] == 1
     assert end[:2] == first[1:]
-    train, valid, test = (stop - start for start, stop in zip(first, end))
+    train, valid, test = (stop - start for start, stop in zip(first, end, strict=True))
     return train, valid, test
 
 
@@ -68,7 +68,7 @@ def test_counts_are_those_of_the_plain_definition(lengths: list[int], ratios: tu
     assert counts == [plain_counts(length - 1, ratios) for length in lengths]
     for index, part in enumerate(("train", "valid", "test")):
         assert split.num_targets(part) == sum(count[index] for count in counts)
-    assert all(count[0] >= 1 for count, length in zip(counts, lengths) if length > 1)
+    assert all(count[0] >= 1 for count, length in zip(counts, lengths, strict=True) if length > 1)
 
 
 def test_a_part_of_ratio_zero_stays_empty() -> None:
@@ -83,4 +83,4 @@ def test_bad_ratios(ratios: tuple[int, int, int]) -> None:
 
 def test_unknown_part() -> None:
     with pytest.raises(ValueError, match="got 'dev'"):
-        split_by_ratio(histories_of([5])).bounds("dev")  # type: ignore[arg-type]
+        split_by_ratio(histories_of([5])).bounds("dev")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from checks import BACKBONES, INNERS, assert_states_close, assert_states_identical, make_layer, state_tensors
 
+from checks import BACKBONES, INNERS, assert_states_close, assert_states_identical, make_layer, state_tensors
 from ttt4rec import TTTLayer, TTTState
 
 WIDTH = 8

@@ -13,7 +13,7 @@ from .reference import inner_learning_rate, rotate, rotation, token_scale
 from .release import load_release_layer
 from .spans import Spans
 from .state import TTTState
-from .validation import check_cu_seqlens, check_layer_input, check_layer_options, check_mask
+from .validation import check_cu_seqlens, check_layer_input, check_layer_options, check_layer_state, check_mask
 
 Inner = Literal["linear", "mlp"]
 Backbone = Literal["transformer", "mamba"]
@@ -153,8 +153,9 @@ class TTTLayer(nn.Module):
             x = x.masked_fill(~mask.unsqueeze(-1), 0)  # whatever padding holds, NaN included, stays out of gradients
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, *x.shape[:2])
-        if state is not None and (state.conv is None) != (self.backbone == "transformer"):
-            raise ValueError(f"state comes from another backbone than this layer's, {self.backbone}")
+        if state is not None:
+            N = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+            check_layer_state(state, N, self.backbone, self.conv_kernel, self.width)
         spans = make_spans(mask, cu_seqlens, x.shape[1])
         q, k, v, conv = self._views(x, spans, state)
         inner_lr = self._inner_lr(x, k)

@@ -286,9 +286,9 @@ def _problem(row: list[str], columns: _Columns) -> str | None:
     """What is wrong with a row, or None."""
     if len(row) != columns.width:
         return f"expected {columns.width} fields, got {len(row)}"
-    for position, what in ((columns.user, "user"), (columns.item, "item")):
+    for position, what in ((columns.user, "a user"), (columns.item, "an item")):
         if not row[position].strip():
-            return f"expected a {what} id in field {position + 1}, got {row[position]!r}"
+            return f"expected {what} id in field {position + 1}, got {row[position]!r}"
     try:
         _parse_time(row[columns.time])
     except ValueError:
