@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def test_importing_the_package_loads_no_optional_dependency():
-    heavy = ("triton", "numpy", "safetensors", "tqdm", "matplotlib", "einops", "ttt4rec.recsys", "ttt4rec.kernels")
+    heavy = ("triton", "numpy", "safetensors", "tqdm", "matplotlib", "ttt4rec.recsys", "ttt4rec.kernels")
     code = "import sys, torch; before = set(sys.modules); import ttt4rec; print('\\n'.join(set(sys.modules) - before))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = run.stdout.split()
@@ -41,8 +41,8 @@ def test_only_kernels_import_triton():
     assert not wrong
 
 
-def test_the_layer_half_needs_only_torch_at_import():
-    allowed = {*sys.stdlib_module_names, "torch", "ttt4rec"}
+def test_the_layer_half_needs_only_torch_and_einops_at_import():
+    allowed = {*sys.stdlib_module_names, "torch", "einops", "ttt4rec"}
     for file in FILES:
         if not within(file, "kernels") and not within(file, "recsys") and file.stem not in ("cli", "__main__"):
             wrong = {name.split(".")[0] for name in imports(file, top_level_only=True)} - allowed

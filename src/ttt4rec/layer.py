@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .convolution import CausalConv, convolve
@@ -160,7 +161,7 @@ class TTTLayer(nn.Module):
         q, k, v, conv = self._views(x, spans, state)
         inner_lr = self._inner_lr(x, k)
         o, new_state = self._inner_loop(q, k, v, inner_lr, state=state, mask=mask, cu_seqlens=cu_seqlens)
-        y = self.norm(o.flatten(2).to(self.norm.weight.dtype))
+        y = self.norm(rearrange(o, "b l h d -> b l (h d)").to(self.norm.weight.dtype))
         if self.backbone == "mamba":
             y = F.gelu(self.gate(x), approximate="tanh") * y
         y = self.output(y.to(x.dtype))
@@ -186,7 +187,7 @@ class TTTLayer(nn.Module):
         else:
             context = None if state is None else state.conv
             (q, k), conv = convolve((self.query_conv, self.key_conv), q, spans, context)
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))
+        q, k, v = (rearrange(t, "b l (h d) -> b l h d", h=self.num_heads) for t in (q, k, v))
         dtype = torch.promote_types(q.dtype, torch.float32)
         table = rotation(torch.arange(self.mini_batch_size, device=x.device), self.head_dim, self.rope_theta, dtype)
         positions = self._positions(x, spans, state)
