@@ -41,11 +41,15 @@ _FAILURES = (
 )
 
 
-def load_interactions(source: str | os.PathLike[str]) -> Interactions:
+def load_interactions(source: str | os.PathLike[str], **fields: str) -> Interactions:
     """Read a dataset by name (``"ml-100k"``) or a file by path, as ``read_interactions`` does.
 
     A named dataset is taken from the cache directory (environment variable ``TTT4REC_DATA``, otherwise
     ``~/.cache/ttt4rec``) or fetched into it.
+
+    Args:
+        source: the name or the path.
+        fields: for a file, ``read_interactions``'s names of the columns.
 
     Raises:
         DataError: the name is unknown, no source can be reached, or the file cannot be read.
@@ -54,7 +58,7 @@ def load_interactions(source: str | os.PathLike[str]) -> Interactions:
         return read_interactions(_DATASETS[str(source)](cache_directory()))
     path = Path(source)
     if path.suffix or path.exists() or len(path.parts) > 1:
-        return read_interactions(path)
+        return read_interactions(path, **fields)
     known = ", ".join(map(repr, _DATASETS))
     raise DataError(f"unknown dataset {os.fspath(source)!r}: expected one of {known} or the path of a file")
 
