@@ -34,15 +34,25 @@ class AttentionMixer(nn.Module):
         self.output = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, *, mask: Tensor | None = None, state: None = None, return_state: bool = False
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: None = None,
+        return_state: bool = False,
     ) -> Tensor:
-        """x ``[B, L, width]`` to the same shape; mask as in ``TTTLayer``.
+        """x ``[B, L, width]`` to the same shape; mask and cu_seqlens as in ``TTTLayer``.
 
         Raises:
             ValueError: a state was given or asked for; attention has none of fixed size.
         """
         if state is not None or return_state:
             raise ValueError("attention keeps no state of fixed size; give it the whole history instead")
+        if cu_seqlens is not None:
+            padded, real = pad_packed(x, cu_seqlens)
+            unpacked: Tensor = self(padded)[real]  # padding lies behind, where causal attention does not look
+            return unpacked[None]
         L = x.shape[1]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, L, H, D]
         table_dtype = torch.promote_types(q.dtype, torch.float32)
@@ -70,9 +80,20 @@ class GRUMixer(nn.Module):
         self.gru = nn.GRU(width, width, batch_first=True)
 
     def forward(
-        self, x: Tensor, *, mask: Tensor | None = None, state: Tensor | None = None, return_state: bool = False
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: Tensor | None = None,
+        return_state: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x ``[B, L, width]`` to the same shape; mask as in ``TTTLayer``; the state is the hidden ``[B, width]``."""
+        """x ``[B, L, width]`` to the same shape; the rest as in ``TTTLayer``; the state is ``[B, width]``."""
+        if cu_seqlens is not None:
+            padded, real = pad_packed(x, cu_seqlens)
+            result = self(padded, mask=real, state=state, return_state=True)
+            y = result[0][real][None]
+            return (y, result[1]) if return_state else y
         hidden = None if state is None else state[None]
         if mask is None:
             y, last = self.gru(x, hidden)
@@ -125,7 +146,7 @@ class Block(nn.Module):
 
     Args:
         width: feature size.
-        mixer: a causal sequence mixer, called as ``mixer(x, mask=, state=, return_state=)``.
+        mixer: a causal sequence mixer, called as ``mixer(x, mask=, cu_seqlens=, state=, return_state=)``.
         norm: ``"rms"`` or ``"layer"``, eps 1e-6.
         ffn: ``"swiglu"`` or ``"gelu"``.
         ffn_width: its hidden size.
@@ -153,22 +174,38 @@ class Block(nn.Module):
         self.ffn = SwiGLU(width, ffn_width) if ffn == "swiglu" else GELUFeedForward(width, ffn_width)
 
     def forward(
-        self, h: Tensor, *, mask: Tensor | None = None, state: BlockState | None = None, return_state: bool = False
+        self,
+        h: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: BlockState | None = None,
+        return_state: bool = False,
     ) -> Tensor | tuple[Tensor, BlockState]:
-        """h ``[B, L, width]`` to the same shape, or (h, state)."""
+        """h ``[B, L, width]`` to the same shape, or (h, state); mask and cu_seqlens as in ``TTTLayer``."""
         conv_state = None
         if self.has_conv:
-            spans = make_spans(mask, None, h.shape[1])
+            spans = make_spans(mask, cu_seqlens, h.shape[1])
             context = None if state is None else state.conv
             (convolved,), conv_state = convolve((self.conv,), self.conv_norm(h), spans, context)
             h = h + convolved
         mixer_state = None if state is None else state.mixer
-        mixed = self.mixer(self.mixer_norm(h), mask=mask, state=mixer_state, return_state=return_state)
+        mixed = self.mixer(
+            self.mixer_norm(h), mask=mask, cu_seqlens=cu_seqlens, state=mixer_state, return_state=return_state
+        )
         if return_state:
             mixed, mixer_state = mixed
         h = h + mixed
         h = h + self.ffn(self.ffn_norm(h))
         return (h, BlockState(mixer_state, conv_state)) if return_state else h
+
+
+def pad_packed(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed x ``[1, total, width]`` to ``[N, longest, width]``, zeros behind, and the mask of its tokens."""
+    lengths = cu_seqlens.diff()
+    real = torch.arange(int(lengths.max()), device=x.device) < lengths[:, None]
+    padded = x.new_zeros(*real.shape, x.shape[-1])
+    return padded.masked_scatter(real.unsqueeze(-1), x), real
 
 
 def make_norm(kind: str, width: int) -> nn.Module:

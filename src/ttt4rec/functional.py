@@ -137,7 +137,8 @@ def _inner_loop(
         starts, lengths = extended.first - pending, extended.lengths + pending
         seen = state.position + extended.lengths
     scan_spans = (None, None) if spans is None and state is None else (starts, lengths)
-    o, *outgoing = _scan(sequence_tokens, token_scale, weights, layer_norm, scan_spans, eps, backend)
+    with torch.autocast(tokens[0].device.type, enabled=False):  # the inner loop chooses its own precision
+        o, *outgoing = _scan(sequence_tokens, token_scale, weights, layer_norm, scan_spans, eps, backend)
     _, k, v, lr = sequence_tokens
     pending_k, pending_v, pending_lr = (last_tokens(x.to(dtype), starts, lengths, K - 1, seen % K) for x in (k, v, lr))
     if extended is not None:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .convolution import CausalConv, convolve
@@ -13,7 +14,7 @@ from .reference import inner_learning_rate, rotate, rotation, token_scale
 from .release import load_release_layer
 from .spans import Spans
 from .state import TTTState
-from .validation import check_cu_seqlens, check_layer_input, check_layer_options, check_mask
+from .validation import check_cu_seqlens, check_layer_input, check_layer_options, check_layer_state, check_mask
 
 Inner = Literal["linear", "mlp"]
 Backbone = Literal["transformer", "mamba"]
@@ -150,15 +151,17 @@ class TTTLayer(nn.Module):
         check_layer_input(x, self.width, mask, cu_seqlens)
         if mask is not None:
             check_mask(mask, *x.shape[:2])
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)  # whatever padding holds, NaN included, stays out of gradients
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, *x.shape[:2])
-        if state is not None and (state.conv is None) != (self.backbone == "transformer"):
-            raise ValueError(f"state comes from another backbone than this layer's, {self.backbone}")
+        if state is not None:
+            N = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+            check_layer_state(state, N, self.backbone, self.conv_kernel, self.width)
         spans = make_spans(mask, cu_seqlens, x.shape[1])
         q, k, v, conv = self._views(x, spans, state)
         inner_lr = self._inner_lr(x, k)
         o, new_state = self._inner_loop(q, k, v, inner_lr, state=state, mask=mask, cu_seqlens=cu_seqlens)
-        y = self.norm(o.flatten(2).to(self.norm.weight.dtype))
+        y = self.norm(rearrange(o, "b l h d -> b l (h d)").to(self.norm.weight.dtype))
         if self.backbone == "mamba":
             y = F.gelu(self.gate(x), approximate="tanh") * y
         y = self.output(y.to(x.dtype))
@@ -184,7 +187,7 @@ class TTTLayer(nn.Module):
         else:
             context = None if state is None else state.conv
             (q, k), conv = convolve((self.query_conv, self.key_conv), q, spans, context)
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))
+        q, k, v = (rearrange(t, "b l (h d) -> b l h d", h=self.num_heads) for t in (q, k, v))
         dtype = torch.promote_types(q.dtype, torch.float32)
         table = rotation(torch.arange(self.mini_batch_size, device=x.device), self.head_dim, self.rope_theta, dtype)
         positions = self._positions(x, spans, state)

@@ -125,7 +125,7 @@ class TTT4Rec(nn.Module):
     Args:
         config: the shape.
         mixer: makes a block's mixer from the configuration; replace it to run another sequence layer in the same
-            model. It must take ``(x, mask=, state=, return_state=)`` as ``TTTLayer`` does.
+            model. It must take ``(x, mask=, cu_seqlens=, state=, return_state=)`` as ``TTTLayer`` does.
     """
 
     def __init__(self, config: TTT4RecConfig, mixer: Callable[[TTT4RecConfig], nn.Module] = make_mixer) -> None:
@@ -149,12 +149,18 @@ class TTT4Rec(nn.Module):
         self.apply(_init_weights)
 
     def forward(
-        self, ids: Tensor, *, states: Sequence[BlockState] | None = None, return_states: bool = False
+        self,
+        ids: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        states: Sequence[BlockState] | None = None,
+        return_states: bool = False,
     ) -> Tensor | tuple[Tensor, list[BlockState]]:
         """Read histories.
 
         Args:
             ids: item ids, int64 ``[B, L]``; 0 pads, on the right or the left.
+            cu_seqlens: int ``[N + 1]``: N histories packed one behind the other in ids ``[1, total]``, without padding.
             states: one per block, to continue the streams of an earlier call.
             return_states: also return the states after the last item.
 
@@ -168,11 +174,12 @@ class TTT4Rec(nn.Module):
             raise TypeError(f"ids must be int64 [B, L]; given {ids.dtype} {list(ids.shape)}")
         if states is not None and len(states) != len(self.blocks):
             raise ValueError(f"states must hold one entry per block, {len(self.blocks)}; given {len(states)}")
-        mask = ids != 0
+        mask = ids != 0 if cu_seqlens is None else None
         h = self.embedding_norm(self.dropout(self.embedding(ids)))
         new_states = []
         for i, block in enumerate(self.blocks):
-            h = block(h, mask=mask, state=None if states is None else states[i], return_state=return_states)
+            state = None if states is None else states[i]
+            h = block(h, mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_states)
             if return_states:
                 h, state = h
                 new_states.append(state)

@@ -95,18 +95,24 @@ def check_inner_loop_arguments(
         _check_state(state, N, shapes[: len(weights)], K, q)
 
 
-def _check_state(state: TTTState, N: int, shapes: list[tuple[str, tuple[int, ...]]], K: int, q: Tensor) -> None:
+def _check_streams(state: TTTState, N: int) -> None:
     if not isinstance(state, TTTState):
         raise TypeError(f"state must be a TTTState; given {type(state).__name__}")
     if state.batch_size != N:
         raise ValueError(f"state must hold one stream per sequence, {N}; given {state.batch_size}")
+
+
+def _check_state(state: TTTState, N: int, shapes: list[tuple[str, tuple[int, ...]]], K: int, q: Tensor) -> None:
+    _check_streams(state, N)
     if len(state.weights) != len(shapes):
         raise ValueError(
             f"state must hold {len(shapes)} weight tensors for this inner model; given {len(state.weights)}"
         )
     for (name, shape), w in zip(shapes, state.weights, strict=True):
         check_shape(f"state's {name}", w, (N, *shape), "[N, H, ...]")
-    check_shape("state's pending_k", state.pending_k, (N, K - 1, *q.shape[2:]), "[N, mini_batch_size - 1, H, D]")
+    for name, x in (("pending_k", state.pending_k), ("pending_v", state.pending_v)):
+        check_shape(f"state's {name}", x, (N, K - 1, *q.shape[2:]), "[N, mini_batch_size - 1, H, D]")
+    check_shape("state's pending_lr", state.pending_lr, (N, K - 1, q.shape[2]), "[N, mini_batch_size - 1, H]")
     dtype = torch.promote_types(q.dtype, torch.float32)
     if state.weights[0].dtype != dtype:
         raise TypeError(f"state must be {dtype} for {q.dtype} inputs; given {state.weights[0].dtype}")
@@ -128,6 +134,15 @@ def check_layer_input(x: Tensor, width: int, mask: Tensor | None, cu_seqlens: Te
         raise TypeError(f"x must be float32, bfloat16, float16 or float64; given {x.dtype}")
     if mask is not None and cu_seqlens is not None:
         raise ValueError("give mask or cu_seqlens, not both")
+
+
+def check_layer_state(state: TTTState, N: int, backbone: str, conv_kernel: int, width: int) -> None:
+    """Check what ``TTTLayer`` itself reads of a state; the inner loop checks the rest."""
+    _check_streams(state, N)
+    if (state.conv is None) != (backbone == "transformer"):
+        raise ValueError(f"state comes from another backbone than this layer's, {backbone}")
+    if state.conv is not None:
+        check_shape("state's conv", state.conv, (N, conv_kernel - 1, width), "[N, conv_kernel - 1, width]")
 
 
 def check_layer_options(

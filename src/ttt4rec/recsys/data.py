@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, TextIO, TypeAlias
+from typing import Literal, Protocol, TextIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ IntArray: TypeAlias = NDArray[np.int64]
 TimeArray: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
 
 _SEPARATORS = {".inter": "\t", ".tsv": "\t", ".csv": ","}
-_ROWS_PER_CHUNK = 65_536
+_ROWS_PER_CHUNK = 256  # few enough objects alive that the garbage collector stays out of the way
 
 
 class DataError(ValueError):
@@ -143,15 +143,14 @@ def read_interactions(
         raise DataError(f"expected a separator of one character, got {separator!r}")
     if not path.is_file():
         raise DataError(f"expected a data file at {path}, got {'a directory' if path.is_dir() else 'nothing'}")
-    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     try:
         with _open_text(path) as file:
+            quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
             reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
             header = next(reader, None)
             if not header:
-                raise DataError(
-                    f"{path} line 1: expected a header line, got an empty {'file' if header is None else 'line'}"
-                )
+                given = "an empty file" if header is None else "an empty line"
+                raise DataError(f"{path} line 1: expected a header line, got {given}")
             columns = _find_columns(path, header, user_field, item_field, time_field)
             return _read_rows(path, reader, columns)
     except UnicodeDecodeError as error:
@@ -238,10 +237,16 @@ def _read_rows(path: Path, reader: _Reader, columns: _Columns) -> Interactions:
     return Interactions(
         np.concatenate(users),
         np.concatenate(items),
-        np.concatenate(times),
+        _join_times(times),
         tuple(user_codes),
         tuple(item_codes),
     )
+
+
+def _join_times(chunks: list[TimeArray]) -> TimeArray:
+    if all(chunk.dtype == np.int64 for chunk in chunks):
+        return np.concatenate(chunks, dtype=np.int64)
+    return np.concatenate(chunks, dtype=np.float64)
 
 
 def _parse_chunk(rows: list[list[str]], columns: _Columns) -> tuple[tuple[str, ...], tuple[str, ...], TimeArray]:
@@ -262,8 +267,9 @@ def _parse_times(column: Sequence[str]) -> TimeArray:
         except (ValueError, OverflowError):
             pass
     numbers = [_parse_time(text) for text in column]
-    whole = all(isinstance(number, int) for number in numbers)
-    return np.array(numbers, dtype=np.int64 if whole else np.float64)
+    if all(isinstance(number, int) for number in numbers):
+        return np.array(numbers, dtype=np.int64)
+    return np.array(numbers, dtype=np.float64)
 
 
 def _parse_time(text: str) -> int | float:
@@ -280,9 +286,9 @@ def _problem(row: list[str], columns: _Columns) -> str | None:
     """What is wrong with a row, or None."""
     if len(row) != columns.width:
         return f"expected {columns.width} fields, got {len(row)}"
-    for position, what in ((columns.user, "user"), (columns.item, "item")):
+    for position, what in ((columns.user, "a user"), (columns.item, "an item")):
         if not row[position].strip():
-            return f"expected a {what} id in field {position + 1}, got {row[position]!r}"
+            return f"expected {what} id in field {position + 1}, got {row[position]!r}"
     try:
         _parse_time(row[columns.time])
     except ValueError:

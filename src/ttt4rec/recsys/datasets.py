@@ -1,10 +1,10 @@
 """Interactions by the name of a public dataset or by path.
 
-MovieLens-100K is fetched once and kept in a cache directory. It comes from GroupLens Research at the University
-of Minnesota, whose terms allow research use, ask for an acknowledgement in publications, and forbid
-redistribution as well as commercial use without permission. Its citation: F. Maxwell Harper and Joseph A.
-Konstan, "The MovieLens Datasets: History and Context", ACM Transactions on Interactive Intelligent Systems 5(4),
-2015. The file is therefore never part of this package.
+MovieLens-100K is fetched once and kept in a cache directory. It comes from GroupLens Research at the
+University of Minnesota, whose terms allow research use, ask for an acknowledgement in publications, and forbid
+redistribution as well as commercial use without permission; so the file is never part of this package. To be
+cited as: F. Maxwell Harper and Joseph A. Konstan, "The MovieLens Datasets: History and Context", ACM
+Transactions on Interactive Intelligent Systems 5(4), 2015.
 """
 
 from __future__ import annotations
@@ -41,11 +41,15 @@ _FAILURES = (
 )
 
 
-def load_interactions(source: str | os.PathLike[str]) -> Interactions:
+def load_interactions(source: str | os.PathLike[str], **fields: str) -> Interactions:
     """Read a dataset by name (``"ml-100k"``) or a file by path, as ``read_interactions`` does.
 
     A named dataset is taken from the cache directory (environment variable ``TTT4REC_DATA``, otherwise
     ``~/.cache/ttt4rec``) or fetched into it.
+
+    Args:
+        source: the name or the path.
+        fields: for a file, ``read_interactions``'s names of the columns.
 
     Raises:
         DataError: the name is unknown, no source can be reached, or the file cannot be read.
@@ -54,7 +58,7 @@ def load_interactions(source: str | os.PathLike[str]) -> Interactions:
         return read_interactions(_DATASETS[str(source)](cache_directory()))
     path = Path(source)
     if path.suffix or path.exists() or len(path.parts) > 1:
-        return read_interactions(path)
+        return read_interactions(path, **fields)
     known = ", ".join(map(repr, _DATASETS))
     raise DataError(f"unknown dataset {os.fspath(source)!r}: expected one of {known} or the path of a file")
 
@@ -98,9 +102,9 @@ def fetch_ml_100k(
 ) -> Path:
     """Path of ``ml-100k.inter`` in ``folder``, fetched there unless it is there already.
 
-    The sources are, in this order, the example data of the recbole wheel on the package index and GroupLens's own
-    archive, whose ``u.data`` under a header line is byte for byte the same file. Whatever its origin, the file
-    must have the sha256 ``ML_100K_SHA256``; it is put in place in one step.
+    The sources are, in this order, the example data of the recbole wheel on the package index and GroupLens's
+    own archive, whose ``u.data`` under a header line is byte for byte the same file. Whatever its origin, the
+    file must have the sha256 ``ML_100K_SHA256``; it is put in place in one step.
 
     Raises:
         DataError: no source gave the right file, or ``folder`` cannot be written.
@@ -126,8 +130,8 @@ def fetch_ml_100k(
         _write_atomically(path, content)
         return path
     raise DataError(
-        f"cannot fetch ml-100k ({'; '.join(reasons)}): expected a source within reach, or {path} put there by hand: "
-        f"{_WHEEL_MEMBER} of the recbole 1.2.1 wheel, sha256 {ML_100K_SHA256}"
+        f"cannot fetch ml-100k ({'; '.join(reasons)}): expected a source within reach, "
+        f"or {_WHEEL_MEMBER} of the recbole 1.2.1 wheel (sha256 {ML_100K_SHA256}) put at {path} by hand"
     )
 
 

@@ -45,10 +45,10 @@ def evaluate(
     try:
         with progress_bar(total=windows.num_targets, unit="target", desc="evaluate", enabled=progress) as bar:
             for indices in _by_length(windows):
-                ids, targets = windows.batch(indices)
+                ids, targets, cu_seqlens = (x.to(device) for x in windows.packed_batch(indices))
                 scored = targets != 0
-                hidden = model(ids.to(device))[scored.to(device)]
-                columns = targets[scored].to(device) - 1
+                hidden = model(ids, cu_seqlens=cu_seqlens)[0, scored]
+                columns = targets[scored] - 1
                 for h, column in zip(hidden.split(rows), columns.split(rows), strict=True):
                     metrics.update(target_ranks(model.scores(h), column))
                 bar.update(columns.numel())

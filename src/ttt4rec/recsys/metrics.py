@@ -43,8 +43,8 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
 class RankingMetrics:
     """Averages over all targets of hits, discounted gains and reciprocal ranks.
 
-    For a target of rank r and a cutoff k: HR@k counts 1, NDCG@k counts 1 / log2(1 + r) and MRR@k counts 1 / r,
-    all of them 0 when r > k. MRR has no cutoff. Every target weighs the same; sums are float64.
+    For a target of rank r and a cutoff k: HR@k counts 1, NDCG@k counts 1 / log2(1 + r), MRR@k counts 1 / r,
+    and all of them 0 when r > k. MRR has no cutoff. Every target weighs the same; sums are float64.
     """
 
     def __init__(self, cutoffs: Sequence[int] = (10, 50)) -> None:
@@ -66,7 +66,7 @@ class RankingMetrics:
         self._count += ranks.numel()
 
     def compute(self) -> dict[str, float]:
-        """The averages by name: HR@k, NDCG@k, MRR@k for every cutoff, then MRR; ValueError without targets."""
+        """HR@k, NDCG@k and MRR@k for every cutoff, then MRR, by name; ValueError without targets."""
         if not self._count:
             raise ValueError("expected at least one target before compute(), got none")
         return dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))

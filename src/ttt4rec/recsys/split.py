@@ -31,7 +31,7 @@ class Split:
     valid_end: IntArray
 
     def bounds(self, part: Part) -> tuple[IntArray, IntArray]:
-        """First target position and the one after the last, each int64 [num_users]; ValueError for no part."""
+        """First target position and the one after the last, int64 [num_users] each; ValueError if unknown."""
         if part == "train":
             return np.ones_like(self.train_end), self.train_end
         if part == "valid":

@@ -172,8 +172,7 @@ class _Run:
         plan = list(batches(windows, targets_per_batch=self.options.targets_per_batch, generator=self.generator))
         with progress_bar(total=len(plan), unit="step", desc=f"epoch {len(self.reports)}", enabled=progress) as bar:
             for indices in plan:
-                ids, targets = windows.batch(indices)
-                loss, count = self._step(ids.to(device), targets.to(device))
+                loss, count = self._step(*(x.to(device) for x in windows.packed_batch(indices)))
                 total += loss.detach().double() * count
                 bar.update()
         mean = float(total) / windows.num_targets
@@ -184,10 +183,10 @@ class _Run:
             )
         return mean
 
-    def _step(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    def _step(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, int]:
         self._warm_up()
         scored = targets != 0
-        hidden = self.model(ids)[scored]
+        hidden = self.model(ids, cu_seqlens=cu_seqlens)[0, scored]
         loss = F.cross_entropy(self.model.scores(hidden), targets[scored] - 1)
         self.optimizer.zero_grad()
         loss.backward()

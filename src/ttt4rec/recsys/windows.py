@@ -70,6 +70,29 @@ class Windows:
         targets = self.items[(position + 1) * scored] * scored
         return ids, targets
 
+    def packed_batch(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs and targets of some windows, one behind the other without padding.
+
+        Args:
+            indices: int64 [B], which windows.
+
+        Returns:
+            ids: int64 [1, total].
+            targets: int64 [total], the item after each input; 0 where it is not scored.
+            cu_seqlens: int64 [B + 1], where each window begins and the last one ends.
+
+        Raises:
+            ValueError: there are no indices.
+        """
+        if indices.numel() == 0:
+            raise ValueError("expected the index of at least one window, got none")
+        lengths = self.lengths[indices]
+        cu_seqlens = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+        offset = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[:-1].repeat_interleave(lengths)
+        position = self.starts[indices].repeat_interleave(lengths) + offset
+        scored = offset >= self.leading[indices].repeat_interleave(lengths)
+        return self.items[position][None], self.items[position + 1] * scored, cu_seqlens
+
 
 def training_windows(split: Split, *, max_len: int, part: Part = "train") -> Windows:
     """Windows that score every target of a part exactly once, with at least ``max_len`` items of context.
@@ -131,8 +154,8 @@ def batches(windows: Windows, *, targets_per_batch: int, generator: torch.Genera
     order = torch.randperm(len(windows), generator=generator)
     targets = windows.targets_per_window[order]
     batch = (targets.cumsum(0) - targets) // targets_per_batch
-    sizes = torch.unique_consecutive(batch, return_counts=True)[1]
-    return iter(order.split(sizes.tolist()))
+    ends = batch.diff().nonzero().flatten() + 1
+    return iter(order.tensor_split(ends.tolist()) if len(windows) else ())
 
 
 def _check_max_len(max_len: int) -> None:

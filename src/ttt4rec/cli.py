@@ -1,0 +1,116 @@
+"""The command line: ``ttt4rec train``, ``ttt4rec evaluate``, ``ttt4rec recommend``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+_EPILOG = """\
+examples:
+  ttt4rec train ml-100k --out runs/ml-100k
+  ttt4rec train events.csv --user-field customer --item-field product --time-field at --out runs/shop
+  ttt4rec evaluate runs/ml-100k --part valid
+  ttt4rec recommend runs/ml-100k --user 196 --exclude-seen
+  ttt4rec recommend runs/ml-100k --history 50 181 174
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for an error of the user's, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    from ttt4rec import commands  # after parsing, so that --help need not wait for torch
+
+    try:
+        getattr(commands, args.command)(args)
+    except KeyboardInterrupt:
+        print("interrupted; give the same command again to go on from the last finished epoch", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        print(f"ttt4rec: error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ttt4rec",
+        description="Train, evaluate and use TTT4Rec, a sequential recommender that learns from every event it reads.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(_command(commands, "train", "learn from interactions; write a model folder; rank the test targets"))
+    _add_evaluate(_command(commands, "evaluate", "HR, NDCG and MRR of a trained model over the full catalogue"))
+    _add_recommend(_command(commands, "recommend", "the best items for a user or a history"))
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name, help=text, description=text.capitalize() + ".", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    command.add_argument("data", help="ml-100k, or a .inter, .csv or .tsv file, which may be gzipped")
+    command.add_argument("--out", required=True, metavar="DIR", help="model folder; an interrupted run there goes on")
+    data = command.add_argument_group("data")
+    data.add_argument("--user-field", default="user_id", metavar="NAME", help="column of user ids")
+    data.add_argument("--item-field", default="item_id", metavar="NAME", help="column of item ids")
+    data.add_argument("--time-field", default="timestamp", metavar="NAME", help="column of times, a number")
+    data.add_argument("--min-user", type=int, default=5, metavar="N", help="drop users with fewer interactions")
+    data.add_argument("--min-item", type=int, default=5, metavar="N", help="drop items with fewer interactions")
+    data.add_argument("--split", default="3:2:5", metavar="A:B:C", help="train, validation and test share of each user")
+    model = command.add_argument_group("model")
+    model.add_argument("--mixer", default="ttt", choices=["ttt", "attention", "gru"], help="sequence layer")
+    model.add_argument("--inner", default="mlp", choices=["linear", "mlp"], help="TTT's inner model")
+    model.add_argument("--backbone", default="transformer", choices=["transformer", "mamba"], help="TTT's backbone")
+    model.add_argument("--width", type=int, default=64, metavar="N", help="size of embeddings and hidden states")
+    model.add_argument("--num-heads", type=int, default=4, metavar="N", help="heads")
+    model.add_argument("--num-blocks", type=int, default=1, metavar="N", help="residual blocks")
+    model.add_argument("--mini-batch-size", type=int, default=8, metavar="N", help="tokens in a TTT mini-batch")
+    model.add_argument("--max-len", type=int, default=50, metavar="N", help="items of history a prediction sees")
+    model.add_argument("--dropout", type=float, default=0.2, metavar="P", help="dropout of the embedded history")
+    model.add_argument("--norm", default="rms", choices=["rms", "layer"], help="normalisation")
+    model.add_argument("--ffn", default="swiglu", choices=["swiglu", "gelu"], help="feed-forward network")
+    model.add_argument("--ffn-width", type=int, default=256, metavar="N", help="its hidden size")
+    training = command.add_argument_group("training")
+    training.add_argument("--epochs", type=int, default=300, metavar="N", help="at most so many epochs")
+    training.add_argument("--patience", type=int, default=5, metavar="N", help="epochs without gain before stopping")
+    training.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="Adam's")
+    training.add_argument("--targets-per-batch", type=int, default=2048, metavar="N", help="targets in a step")
+    training.add_argument("--clip-norm", type=float, default=5.0, metavar="X", help="largest norm of the gradients")
+    training.add_argument("--inner-lr-warmup", type=int, default=0, metavar="N", help="steps to warm TTT's rates up")
+    training.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, shuffling and dropout")
+    _add_device(training)
+
+
+def _add_evaluate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="DIR", help="folder that train wrote")
+    command.add_argument("--part", default="test", choices=["valid", "test"], help="which targets")
+    command.add_argument("--cutoffs", type=int, nargs="+", default=[10, 50], metavar="K", help="the k of HR@k")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _add_device(command)
+
+
+def _add_recommend(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="DIR", help="folder that train wrote")
+    who = command.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", metavar="ID", help="a user of the training data")
+    who.add_argument("--history", nargs="+", metavar="ITEM", help="anybody's item ids, oldest first")
+    command.add_argument("--k", type=int, default=10, metavar="N", help="how many items")
+    command.add_argument("--exclude-seen", action="store_true", help="leave out items of the history")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _add_device(command)
+
+
+def _add_device(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ...")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

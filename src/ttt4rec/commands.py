@@ -1,0 +1,136 @@
+"""What the commands of ``ttt4rec.cli`` do with their parsed arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ttt4rec.model import TTT4Rec, TTT4RecConfig
+from ttt4rec.recsys.data import DataError, Histories, build_histories, filter_k_core
+from ttt4rec.recsys.datasets import load_interactions
+from ttt4rec.recsys.evaluate import evaluate as evaluate_windows
+from ttt4rec.recsys.plot import plot_training
+from ttt4rec.recsys.recommend import Recommender
+from ttt4rec.recsys.split import Split, split_by_ratio
+from ttt4rec.recsys.train import EpochReport, TrainOptions, fit
+from ttt4rec.recsys.windows import evaluation_prefixes
+
+RUN_FILE = "run.json"
+
+
+def train(args: Namespace) -> None:
+    """Read, filter and split the data, train, rank the test targets, write the folder, show an example."""
+    device = _device(args.device)
+    ratios = _ratios(args.split)
+    options = TrainOptions(**_chosen(args, TrainOptions))
+    interactions = load_interactions(
+        args.data, user_field=args.user_field, item_field=args.item_field, time_field=args.time_field
+    )
+    histories = build_histories(filter_k_core(interactions, min_user=args.min_user, min_item=args.min_item))
+    split = split_by_ratio(histories, ratios)
+    for part in ("train", "valid", "test"):
+        if not split.num_targets(part):
+            raise DataError(f"expected histories long enough for a {part} part; after filtering there is none")
+    config = TTT4RecConfig(num_items=histories.num_items, **_chosen(args, TTT4RecConfig))
+    _describe(histories, split)
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        model = TTT4Rec(config).to(device)
+    folder = Path(args.out)
+    reports = fit(model, split, folder, options, progress=sys.stderr.isatty(), report=_print_epoch)
+    Recommender(model, histories).save(folder)
+    if importlib.util.find_spec("matplotlib"):
+        plot_training(reports, folder / "training.png")
+    windows = evaluation_prefixes(split, "test", max_len=config.max_len)
+    metrics = evaluate_windows(model, windows, progress=sys.stderr.isatty())
+    settings = {name: value for name, value in vars(args).items() if name not in ("command", "device")}
+    _write_json(folder / RUN_FILE, {"settings": settings, "test": metrics})
+    print(f"test  {_format(metrics)}")
+    _show_example(Recommender(model, histories))
+    print(f"model in {folder}")
+
+
+def evaluate(args: Namespace) -> None:
+    """Rank the targets of a part by the protocol of the paper."""
+    recommender = Recommender.load(args.folder, _device(args.device))
+    path = Path(args.folder) / RUN_FILE
+    if not path.is_file():
+        raise DataError(f"{args.folder} holds no finished training run: {RUN_FILE} is missing")
+    split = split_by_ratio(recommender.histories, _ratios(json.loads(path.read_text())["settings"]["split"]))
+    windows = evaluation_prefixes(split, args.part, max_len=recommender.model.config.max_len)
+    metrics = evaluate_windows(recommender.model, windows, cutoffs=args.cutoffs, progress=sys.stderr.isatty())
+    print(json.dumps(metrics, indent=2) if args.json else f"{args.part}  {_format(metrics)}")
+
+
+def recommend(args: Namespace) -> None:
+    """Print the best items for a user or a history."""
+    recommender = Recommender.load(args.folder, _device(args.device))
+    result = recommender.recommend(args.user, args.history, k=args.k, exclude_seen=args.exclude_seen)
+    if args.json:
+        items = [{"item": item, "score": score} for item, score in result.items]
+        print(json.dumps({"items": items, "unknown": result.unknown}, indent=2))
+    else:
+        for rank, (item, score) in enumerate(result.items, start=1):
+            print(f"{rank:3d}  {item}  {score:.4f}")
+    if result.unknown:
+        print(f"not in the catalogue, left out: {', '.join(result.unknown)}", file=sys.stderr)
+
+
+def _chosen(args: Namespace, target: type[Any]) -> dict[str, Any]:
+    """The arguments that are fields of a dataclass."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(target) if hasattr(args, f.name)}
+
+
+def _ratios(text: str) -> tuple[int, int, int]:
+    parts = text.split(":")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        raise ValueError(f"--split expects three whole numbers such as 3:2:5, given {text!r}")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def _device(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device expects a name such as cpu or cuda, given {name!r}") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {name} is not available on this machine")
+    return name
+
+
+def _describe(histories: Histories, split: Split) -> None:
+    parts = " / ".join(f"{split.num_targets(part):,}" for part in ("train", "valid", "test"))
+    print(f"{histories.num_users:,} users, {histories.num_items:,} items, {len(histories.items):,} interactions")
+    print(f"{parts} train / valid / test targets", flush=True)
+
+
+def _print_epoch(report: EpochReport) -> None:
+    valid = "  ".join(f"{name} {report.metrics[name]:.4f}" for name in ("HR@10", "NDCG@10"))
+    seconds = f"{report.train_seconds:.1f} + {report.valid_seconds:.1f} s"
+    print(f"epoch {report.epoch:3d}  loss {report.loss:.4f}  valid {valid}  {seconds}", flush=True)
+
+
+def _show_example(recommender: Recommender) -> None:
+    histories = recommender.histories
+    user = histories.user_ids[0]
+    last = ", ".join(histories.item_ids[code - 1] for code in histories.history(0)[-5:])
+    best = ", ".join(item for item, _ in recommender.recommend(user, k=5, exclude_seen=True).items)
+    print(f"user {user}, whose last items are {last}: next {best}")
+
+
+def _format(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.startswith("MRR"))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,54 @@
+"""Every test starts from the same seed, on one thread, and no test may rely on what uninitialised memory holds."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from ttt4rec.eager import walk
+
+settings.register_profile(
+    "ttt4rec",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("ttt4rec")
+torch.set_num_threads(1)  # operands are tiny; several threads would only wait for each other
+
+
+class PoisonedTorch:
+    """The module ``torch`` as ``ttt4rec.eager`` sees it in the tests: fresh memory holds NaN."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.empty(*args, **kwargs).fill_(float("nan"))
+
+    @staticmethod
+    def empty_like(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.empty_like(*args, **kwargs).fill_(float("nan"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poison() -> Iterator[None]:
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        fresh = new_empty(self, *args, **kwargs)
+        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walk, "torch", PoisonedTorch())
+        patch.setattr(torch.Tensor, "new_empty", poisoned)
+        yield

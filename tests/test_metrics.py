@@ -1,0 +1,108 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ttt4rec.recsys.metrics import RankingMetrics, target_ranks
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 8).flatmap(
+        lambda width: st.lists(
+            st.tuples(st.lists(st.integers(-2, 2), min_size=width, max_size=width), st.integers(0, width - 1)),
+            min_size=1,
+            max_size=6,
+        )
+    )
+)
+def test_rank_is_the_mean_over_all_orders_of_ties(rows: list[tuple[list[int], int]]) -> None:
+    ranks = target_ranks(
+        torch.tensor([scores for scores, _ in rows], dtype=torch.float32),
+        torch.tensor([target for _, target in rows]),
+    )
+    for rank, (scores, target) in zip(ranks.tolist(), rows, strict=True):
+        best = sorted(scores, reverse=True).index(scores[target]) + 1
+        worst = len(scores) - sorted(scores).index(scores[target])
+        assert rank == (best + worst) / 2
+    assert ranks.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_constant_scorer_ranks_everything_in_the_middle(dtype: torch.dtype) -> None:
+    ranks = target_ranks(torch.full((3, 101), 0.5, dtype=dtype), torch.tensor([0, 50, 100]))
+    assert ranks.tolist() == [51.0, 51.0, 51.0]
+
+
+def test_masked_columns_rank_last() -> None:
+    scores = torch.tensor([[1.0, -torch.inf, 2.0, -torch.inf]])
+    assert target_ranks(scores, torch.tensor([0])).tolist() == [2.0]
+    assert target_ranks(scores, torch.tensor([1])).tolist() == [3.5]
+
+
+@pytest.mark.parametrize("column", [0, 3])
+def test_a_nan_score_anywhere_is_an_error(column: int) -> None:
+    scores = torch.zeros(2, 4)
+    scores[1, column] = torch.nan
+    with pytest.raises(ValueError, match="got NaN among them"):
+        target_ranks(scores, torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize("target", [-1, 4])
+def test_a_target_that_is_no_column_is_an_error(target: int) -> None:
+    with pytest.raises(ValueError, match="expected targets from 0 to 3"):
+        target_ranks(torch.zeros(2, 4), torch.tensor([0, target]))
+
+
+def test_shapes_are_checked_and_no_rows_are_fine() -> None:
+    with pytest.raises(ValueError, match=r"got \[2, 4\] and \[3\]"):
+        target_ranks(torch.zeros(2, 4), torch.zeros(3, dtype=torch.int64))
+    assert target_ranks(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(2, 200).map(lambda twice: twice / 2), min_size=1, max_size=30),
+    st.integers(0, 30),
+    st.sets(st.integers(1, 120), min_size=1, max_size=3),
+)
+def test_averages_are_those_of_the_plain_definition(ranks: list[float], cut: int, cutoffs: set[int]) -> None:
+    metrics = RankingMetrics(sorted(cutoffs))
+    for piece in (ranks[:cut], ranks[cut:]):
+        metrics.update(torch.tensor(piece))
+    expected = {"MRR": sum(1 / rank for rank in ranks)}
+    for k in cutoffs:
+        hits = [rank for rank in ranks if rank <= k]
+        expected[f"HR@{k}"] = len(hits)
+        expected[f"NDCG@{k}"] = sum(1 / math.log2(1 + rank) for rank in hits)
+        expected[f"MRR@{k}"] = sum(1 / rank for rank in hits)
+    assert metrics.compute() == pytest.approx({name: total / len(ranks) for name, total in expected.items()})
+
+
+def test_names_and_their_order() -> None:
+    metrics = RankingMetrics()
+    metrics.update(torch.tensor([1.0, 20.0]))
+    values = metrics.compute()
+    assert list(values) == ["HR@10", "NDCG@10", "MRR@10", "HR@50", "NDCG@50", "MRR@50", "MRR"]
+    assert values["HR@10"] == values["NDCG@10"] == values["MRR@10"] == 0.5
+    assert values["HR@50"] == 1.0
+
+
+def test_many_float32_ranks_are_summed_in_float64() -> None:
+    metrics = RankingMetrics([10])
+    for _ in range(20):
+        metrics.update(torch.full((1_000_000,), 3.0))
+    assert metrics.compute() == pytest.approx({"HR@10": 1.0, "NDCG@10": 0.5, "MRR@10": 1 / 3, "MRR": 1 / 3}, abs=1e-12)
+
+
+def test_bad_use() -> None:
+    with pytest.raises(ValueError, match="got none"):
+        RankingMetrics().compute()
+    for cutoffs in ([], [0, 10]):
+        with pytest.raises(ValueError, match="cutoffs of at least 1"):
+            RankingMetrics(cutoffs)
+    for rank in (0.5, torch.nan):
+        with pytest.raises(ValueError, match="ranks of at least 1"):
+            RankingMetrics().update(torch.tensor([rank]))
