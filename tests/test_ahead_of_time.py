@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that need not be there: registers, spills, size of the loop, and how the state is updated."""
+"""Kernels compiled for GPUs that need not be there: what they cost, and how they update the state."""
 
 import json
 import os
@@ -68,7 +68,9 @@ def carried_tensors(ttgir: str, shape: str) -> list[str]:
     """Names of the float32 tensors of a shape that the walk over the mini-batches carries along."""
     loop = max((line for line in ttgir.splitlines() if "scf.for" in line), key=len)
     names = re.findall(r"(%[\w.$-]+) = ", loop.split("iter_args(")[1].split(") -> (")[0])
-    types = re.findall(r"tensor<(?:[^<>]|<[^<>]*>)*>|![\w.]+(?:<(?:[^<>]|<[^<>]*>)*>)?|\b[if]\d+\b", loop.split(") -> (")[1])
+    types = re.findall(
+        r"tensor<(?:[^<>]|<[^<>]*>)*>|![\w.]+(?:<(?:[^<>]|<[^<>]*>)*>)?|\b[if]\d+\b", loop.split(") -> (")[1]
+    )
     return [name for name, kind in zip(names, types, strict=False) if kind.startswith(f"tensor<{shape}xf32")]
 
 
@@ -79,4 +81,6 @@ def subtraction(name: str, ttgir: str) -> bool:
 
 def accumulates_into(name: str, ttgir: str) -> bool:
     """Whether the tensor is the accumulator of a matrix product."""
-    return re.search(rf"(?:tt\.dot|warp_group_dot|tc_gen5_mma) %[\w.]+, %[\w.]+, {re.escape(name)}\b", ttgir) is not None
+    return (
+        re.search(rf"(?:tt\.dot|warp_group_dot|tc_gen5_mma) %[\w.]+, %[\w.]+, {re.escape(name)}\b", ttgir) is not None
+    )

@@ -1,7 +1,8 @@
 """Ahead-of-time compilation without a GPU: what a kernel costs on an architecture, read from its machine code.
 
-``python -m ttt4rec.kernels.aot linear_forward:sm_90:16:8:bf16 ...`` prints a table. Kernels are compiled exactly as they would be launched: their launches
-are prepared on ``meta`` tensors, behind a driver that only says which architecture it is. Not under the interpreter.
+``python -m ttt4rec.kernels.aot linear_forward:sm_90:16:8:bf16 ...`` prints a table. Kernels are compiled exactly as
+they would be launched: their launches are prepared on ``meta`` tensors, behind a driver that only says which architecture
+it is. Not under the interpreter.
 """
 
 import argparse
@@ -80,9 +81,7 @@ def compile_for(architecture: str, op: str, head_dim: int, mini_batch_size: int,
     if op == "linear_forward":
         *_, prepared = prepare_linear_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)
     else:
-        *_, prepared = prepare_linear_backward(
-            q, *weights, q, q, q, *rates, *weights, q, *layer_norm, None, None, 1e-6
-        )
+        *_, prepared = prepare_linear_backward(q, *weights, q, q, q, *rates, *weights, q, *layer_norm, None, None, 1e-6)
     compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options())
     return _amd_cost(compiled) if architecture.startswith("gfx") else _nvidia_cost(compiled)
 
@@ -127,12 +126,12 @@ def _amd_cost(compiled: Any) -> Cost:
         branch = re.match(r"s_c?branch\w* (\.LBB\w+)", text)
         if branch and branch[1] in labels and address - labels[branch[1]] > stop - start:
             start, stop = labels[branch[1]], address
-    return _cost(compiled, registers, instructions, start, stop, r"scratch_(load|store)|buffer_(load|store)\S* .*\bs32\b")
+    return _cost(
+        compiled, registers, instructions, start, stop, r"scratch_(load|store)|buffer_(load|store)\S* .*\bs32\b"
+    )
 
 
-def _cost(
-    compiled: Any, registers: int, instructions: dict[int, str], start: int, stop: int, spill: str
-) -> Cost:
+def _cost(compiled: Any, registers: int, instructions: dict[int, str], start: int, stop: int, spill: str) -> Cost:
     spills = [address for address, text in instructions.items() if re.search(spill, text)]
     return Cost(
         registers=registers,

@@ -93,7 +93,7 @@ def blocks(
 
 def padded(size: int) -> int:
     """The power of two, at least 16, that holds size."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 def interpreted() -> bool:

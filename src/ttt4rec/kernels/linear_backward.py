@@ -1,3 +1,6 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# Jit functions are typed by Triton when they are compiled.
+
 """TTT-Linear backward: one launch that walks the mini-batches from the last to the first and rebuilds W on the way."""
 
 import torch
@@ -105,7 +108,7 @@ def linear_backward_kernel(
         K = load_expanded(k, rows, k_strides, batch, at, head, tile)
         dO = dO.to(tl.float32)
 
-        # Rebuild the weights before the mini-batch. The products must not accumulate into W, as in the forward.
+        # Rebuild the weights before the mini-batch.
         committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
         s_last = committed * last_scale
         G = G.to(tl.float32)

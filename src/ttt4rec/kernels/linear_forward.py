@@ -1,4 +1,12 @@
-"""TTT-Linear forward: the whole inner loop of every sequence and head in one launch."""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# Jit functions are typed by Triton when they are compiled.
+
+"""TTT-Linear forward: the whole inner loop of every sequence and head in one launch.
+
+The backward rebuilds W by adding back what the forward subtracted, so both must round alike: the kept G is the rounded
+one that U is made of, and a product is subtracted from W as a whole. Accumulated inside a tensor core, which rounds
+towards zero, the differences would add up; ``W += dot(...)`` compiles to just that, ``W -= s * dot(...)`` does not.
+"""
 
 import torch
 import triton
@@ -33,7 +41,7 @@ def linear_forward_kernel(
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
     outputs,  # o and G [B, L, H, D], W1 and b1 after the last complete mini-batch
-    strides,  # of q, k, v, inner_lr, W1, b1, and those shared by o and G, by both outgoing W1, by both outgoing b1
+    strides,  # of q, k, v, inner_lr, W1, b1, and those shared by o and G
     L,
     H,
     eps,
@@ -92,7 +100,7 @@ def linear_forward_kernel(
         out = q_rows.to(tl.float32) + gamma * p_hat + beta
         tl.store(o + tile_offsets(o_strides, batch, at, head, tile), out.to(tile.operand), mask=mask)
 
-        # A last, short mini-batch is not committed. The products must not accumulate into W: see the module launch.
+        # A last, short mini-batch is not committed.
         committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
         W -= committed_scale * dot(tl.trans(K), U, tile)
         b -= committed_scale * dot(tl.where(same_head(tile), 1.0, 0.0), U, tile)
@@ -122,11 +130,34 @@ def linear_forward(
     lengths: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the inner loop."""
-    results, launch_ = prepare_linear_forward(
+    """Run the inner loop of TTT-Linear. Tokens outside every sequence get zero outputs.
+
+    Args:
+        q: queries ``[B, L, H, D]``, float32, bfloat16 or float16, any strides; k and v alike.
+        k: keys.
+        v: values.
+        inner_lr: lr ``[B, L, H]``, float32.
+        token_scale: s ``[K]``, float32, not negative.
+        W1: ``[N, H, D, D]``, float32, of the N sequences; may be expanded from one.
+        b1: ``[N, H, D]``, float32.
+        ln_weight: γ ``[H, D]``.
+        ln_bias: β ``[H, D]``.
+        starts: first token of each sequence in the flattened ``[B·L]`` tokens, int32 or int64 ``[N]``; or None: every
+            batch row is one sequence, N = B.
+        lengths: their lengths ``[N]``, or None.
+        eps: added to the layer norm's variance.
+
+    Returns:
+        o ``[B, L, H, D]`` in q's dtype; W1 and b1 after each sequence's last complete mini-batch, float32; and the
+        inner gradients G ``[B, L, H, D]`` in q's dtype, which the backward needs.
+
+    Raises:
+        ValueError: if the kernels do not run that dtype, head dimension or mini-batch size.
+    """
+    results, prepared = prepare_linear_forward(
         q, k, v, inner_lr, token_scale, W1, b1, ln_weight, ln_bias, starts, lengths, eps
     )
-    launch_.run()
+    prepared.run()
     return results
 
 
@@ -145,7 +176,7 @@ def prepare_linear_forward(
     eps: float,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], launch.Launch]:
     """Allocate the results and make the launch that fills them; arguments as in ``linear_forward``."""
-    L, H, D = q.shape[1:]
+    L, H = q.shape[1:3]
     N, K = launch.num_sequences(q, starts), token_scale.numel()
     choice, tile = launch.plan("linear_forward", q, K)
     o, G = launch.new_tokens(q, starts), torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -1,7 +1,10 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# Jit functions are typed by Triton when they are compiled.
+
 """Jit helpers named after the mathematics, shared by all kernels.
 
-A program runs P heads of one sequence. One mini-batch of one tensor is a tile of R rows: row r is token ``r % (R/P)`` of
-head ``r // (R/P)``. Three shapes occur, with F the head dimension padded to a power of two:
+A program runs P heads of one sequence. One mini-batch of one tensor is a tile of R rows: row r is token
+``r % (R/P)`` of head ``r // (R/P)``. Three shapes occur, with F the head dimension padded to a power of two:
 
 - *rows* ``[R, F]``: one value per token and feature.
 - *expanded* ``[R, P·F]``: the same, every head's features in a column block of its own, zero elsewhere. An expanded
