@@ -44,7 +44,7 @@ def make_inputs(
     N = B if N is None else N
     inputs = {name: normal(B, L, H, D).to(dtype) for name in "qkv"}
     inputs["inner_lr"] = torch.sigmoid(normal(B, L, H)) / D
-    inputs["token_scale"] = (1 / torch.arange(1, K + 1) + 0.1 * normal(K)).clamp_min(0)
+    inputs["token_scale"] = (0.5 + torch.rand(K, generator=generator)) / torch.arange(1, K + 1)
     inputs["W1"] = 0.02 + normal(N, H, D, D) / (2 * D**0.5)  # rows with a mean
     inputs["b1"] = 0.1 + 0.2 * normal(N, H, D)
     inputs["ln_weight"] = 1 + 0.2 * normal(H, D)

@@ -1,8 +1,8 @@
 """Ahead-of-time compilation without a GPU: what a kernel costs on an architecture, read from its machine code.
 
 ``python -m ttt4rec.kernels.aot linear_forward:sm_90:16:8:bf16 ...`` prints a table. Kernels are compiled exactly as
-they would be launched: their launches are prepared on ``meta`` tensors, behind a driver that only says which architecture
-it is. Not under the interpreter.
+they would be launched: launches are prepared on ``meta`` tensors, behind a driver that only names an architecture.
+Not under the interpreter.
 """
 
 import argparse
