@@ -124,12 +124,12 @@ def linear_backward_kernel(
         minus_dout = -layer_norm_backward(gamma * dO, p_hat, p_r, tile)
         d_scale += tl.sum(minus_dout * steps, 1)
 
-        d_attention = tl.where(causal(tile), dot(scale * minus_dout, tl.trans(U), tile), 0.0)
+        d_attention = tl.where(causal(tile), scale * dot(minus_dout, tl.trans(U), tile), 0.0)
         d_q = dO - own(dot(minus_dout, tl.trans(W), tile), tile) + dot(d_attention, k_rows, tile)
         tl.store(dq + tile_offsets(d_strides, batch, at, head, tile), d_q.to(tile.operand), mask=mask)
 
         X = dot(K, dW, tile) + db
-        dU = dot(tl.trans(attention), scale * minus_dout, tile) - s_last * X
+        dU = dot(tl.trans(scale * attention), minus_dout, tile) - s_last * X
         d_last_scale -= committed * tl.sum(U * X, 1)
         lr_offsets = (at * H + batch * L * H + head) + positions * H + row_head(tile)
         dlr = tl.sum(G * dU, 1)
@@ -146,7 +146,8 @@ def linear_backward_kernel(
         tl.store(dk + tile_offsets(d_strides, batch, at, head, tile), d_k.to(tile.operand), mask=mask)
 
         dW -= dot(tl.trans(Q), minus_dout, tile) + dot(tl.trans(K), -dZ, tile)
-        db -= dot(tl.where(same_head(tile), 1.0, 0.0), minus_dout - dZ, tile)
+        heads = tl.where(same_head(tile), 1.0, 0.0)
+        db -= dot(heads, minus_dout, tile) + dot(heads, -dZ, tile)
 
     tl.store(d_weights[0] + weight_offsets((H * D * D, D * D, D, 1), sequence, head, tile), dW, mask=W_mask)
     one_row = parameter_mask & (positions == 0)[:, None]
