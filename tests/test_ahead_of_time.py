@@ -20,13 +20,15 @@ LIMITS = {
     "linear_forward:sm_80:64:16:bf16": (0, 790, 20480),
     "linear_forward:sm_90:64:16:bf16": (0, 700, 28672),
     "linear_forward:gfx942:64:16:bf16": (0, 760, 20480),
-    "linear_backward:sm_80:16:8:bf16": (85, 1670, 6144),
-    "linear_backward:sm_90:16:8:bf16": (90, 1630, 6144),
-    "linear_backward:sm_100:16:8:bf16": (60, 1510, 6144),
-    "linear_backward:gfx942:16:8:bf16": (0, 1210, 4096),
-    "linear_backward:sm_90:32:16:bf16": (90, 1760, 9216),
-    "linear_backward:sm_90:64:16:bf16": (180, 2210, 32768),
-    "linear_backward:gfx942:64:16:bf16": (60, 3300, 20480),
+    "linear_forward:sm_90:16:8:fp32": (0, 1770, 5120),
+    "linear_backward:sm_80:16:8:bf16": (76, 1620, 6144),
+    "linear_backward:sm_90:16:8:bf16": (66, 1570, 6144),
+    "linear_backward:sm_100:16:8:bf16": (50, 1450, 6144),
+    "linear_backward:gfx942:16:8:bf16": (0, 1170, 4096),
+    "linear_backward:sm_90:32:16:bf16": (68, 1700, 9216),
+    "linear_backward:sm_90:64:16:bf16": (217, 2190, 32768),
+    "linear_backward:gfx942:64:16:bf16": (45, 3060, 20480),
+    "linear_backward:sm_90:16:8:fp32": (533, 4940, 5120),
 }
 STATE_SHAPE = {"16:8": "32x16", "32:16": "32x32", "64:16": "64x64"}  # stacked heads by head dimension
 
@@ -55,13 +57,21 @@ def test_cost_stays_within_limits(kernel: str, costs: dict[str, dict[str, Any]])
 @pytest.mark.parametrize("kernel", LIMITS)
 def test_state_is_updated_by_a_float32_subtraction(kernel: str, costs: dict[str, dict[str, Any]]) -> None:
     """Never inside the tensor core's accumulator, which rounds towards zero: the walk back could not rebuild W."""
-    shape = STATE_SHAPE[kernel.split(":", 2)[2].removesuffix(":bf16")]
+    shape = STATE_SHAPE[":".join(kernel.split(":")[2:4])]
     carried = carried_tensors(costs[kernel]["ttgir"], shape)
     subtracted = {name: subtraction(name, costs[kernel]["ttgir"]) for name in carried}
     assert len(carried) == (1 if "forward" in kernel else 2)  # W, and dW
     assert all(subtracted.values()), subtracted
     for name in carried:
         assert not accumulates_into(name, costs[kernel]["ttgir"]), name
+
+
+@pytest.mark.parametrize("op", ["linear_forward", "linear_backward"])
+def test_float32_products_are_three_tf32_products(op: str, costs: dict[str, dict[str, Any]]) -> None:
+    """Never one, which would keep 11 bits."""
+    single, half = (costs[f"{op}:sm_90:16:8:{dtype}"]["ttgir"].count("= tt.dot ") for dtype in ("fp32", "bf16"))
+    assert half > 0
+    assert single == 3 * half
 
 
 def carried_tensors(ttgir: str, shape: str) -> list[str]:
