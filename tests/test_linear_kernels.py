@@ -192,7 +192,8 @@ def test_tokens_outside_the_spans_are_zero() -> None:
     """Left and right padding in a batch of rows."""
     inputs = make_inputs(3, 13, 2, 16, 8)
     gradients = make_gradients(inputs)
-    spans = (torch.tensor([4, 13, 26], device=DEVICE), torch.tensor([9, 8, 0], device=DEVICE))
+    starts, lengths = torch.tensor([[4, 9], [13, 8], [26, 0]], device=DEVICE).unbind(1)  # not contiguous
+    spans = (starts, lengths)
     results, expected = run_kernels(inputs, gradients, spans), run_definition(inputs, gradients, spans)
     assert_close(results, expected, FP32_TOLERANCE)
     for name in ("o", "d_q", "d_k", "d_v", "d_inner_lr"):

@@ -148,6 +148,11 @@ def num_sequences(q: Tensor, starts: Tensor | None) -> int:
     return q.shape[0] if starts is None else starts.numel()
 
 
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors a kernel reads without strides."""
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
 def new_tokens(x: Tensor, starts: Tensor | None) -> Tensor:
     """Memory for a result per token of x, contiguous; zero where spans may leave tokens out."""
     allocate = torch.empty if starts is None else torch.zeros
