@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from recsys_data import make_model, make_split
 
+from recsys_data import make_model, make_split
 from ttt4rec.recsys import evaluate as module
 from ttt4rec.recsys.evaluate import evaluate
 from ttt4rec.recsys.windows import evaluation_prefixes

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from recsys_data import NUM_ITEMS, make_model, make_split
 
+from recsys_data import NUM_ITEMS, make_model, make_split
 from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.train import TrainOptions, fit
 

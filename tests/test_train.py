@@ -4,8 +4,8 @@ import csv
 
 import pytest
 import torch
-from recsys_data import make_model, make_split
 
+from recsys_data import make_model, make_split
 from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
 
 OPTIONS = TrainOptions(epochs=4, targets_per_batch=64, learning_rate=1e-2)
@@ -21,8 +21,8 @@ def test_it_learns_the_pattern(tmp_path, mixer):
     options = TrainOptions(epochs=25, targets_per_batch=64, learning_rate=1e-2)
     reports = fit(make_model(split, mixer=mixer), split, tmp_path / "run", options)
     best = max(report.metrics["NDCG@10"] for report in reports)
-    assert reports[0].loss > 3.0  # about log 24 at the start
-    assert best > 0.75  # chance is 0.19
+    assert reports[0].loss > 2.5  # log 24 = 3.2 before the first step
+    assert best > 0.9  # 0.19 by chance, 0.96 with the pattern known
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path):
