@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Set up .venv, train TTT4Rec on MovieLens-100K, rank the test targets and recommend films to a user.
+# Set up .venv, train TTT4Rec on MovieLens-100K, rank its test targets and recommend films to a user.
 # Arguments go to `ttt4rec train`, for example --epochs 1. An interrupted run goes on where it stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" recsys,plot
 ttt4rec train ml-100k --dropout 0.5 --patience 10 --out runs/ml-100k "$@"
-ttt4rec evaluate runs/ml-100k
 ttt4rec recommend runs/ml-100k --user 196 --k 10

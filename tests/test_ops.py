@@ -32,7 +32,7 @@ def test_opcheck_forward(inner, spans):
 def test_opcheck_backward(inner, spans):
     forward, backward = OPERATORS[inner]
     arguments = forward_arguments(inner, spans, requires_grad=False)
-    tokens, weights, rest = arguments[:5], arguments[5:-5], arguments[-5:]
+    tokens, weights, rest = arguments[:5], arguments[5:-6], arguments[-6:]
     o, *saved = forward(*arguments)
     cotangents = [torch.randn_like(x) for x in (o, *weights)]
     torch.library.opcheck(backward, (*cotangents, *tokens, *saved, *rest))
@@ -99,11 +99,11 @@ OPERATORS = {
 
 
 def forward_arguments(inner, spans, *, requires_grad, dtype=torch.float64):
-    """Arguments of the forward operators: weights per sequence, then the spans and eps."""
+    """Arguments of the forward operators: weights per sequence, then the spans, eps and the eager path."""
     B, L, N = (2, 5, 2) if spans == "dense" else (1, 10, 3)
     named = inner_inputs(inner, B=B, L=L, H=2, D=4, K=3, hidden=6, dtype=dtype)
     for name in ("W1", "b1", "W2", "b2"):
         if name in named:
             named[name] = named[name].expand(N, *named[name].shape).contiguous()
     tensors = [x.requires_grad_(requires_grad) for x in named.values()]
-    return (*tensors, *SPANS[spans], EPS)
+    return (*tensors, *SPANS[spans], EPS, False)

@@ -3,6 +3,8 @@
 Whatever way a sequence is cut into calls, packed or padded, the outputs are the same numbers.
 """
 
+import importlib.util
+import os
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +16,7 @@ from .state import TTTState
 from .validation import check_inner_loop_arguments
 
 Backend = Literal["auto", "reference", "triton"]
+MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE = 128, 64  # of the fused kernels
 
 
 def ttt_linear(
@@ -52,8 +55,9 @@ def ttt_linear(
             state alone.
         cu_seqlens: int ``[N + 1]``: the sequences ``[cu[n], cu[n+1])`` packed in q ``[1, total, H, D]``.
         eps: added to the layer norm's variance.
-        backend: ``"reference"`` is the dual form under autograd, ``"triton"`` the fused kernels, ``"auto"`` the fastest
-            that runs on the tensors' device.
+        backend: ``"reference"`` is the dual form under autograd; ``"auto"`` the same computation with a hand-written
+            reversible backward; ``"triton"`` the fused kernels, which are not chosen by themselves yet because no
+            GPU run has proven them.
 
     Returns:
         Outputs ``[B, L, H, D]`` in q's dtype, and the outgoing state. State and arithmetic are float32 (float64 for
@@ -116,6 +120,8 @@ def _inner_loop(
 ) -> tuple[Tensor, TTTState]:
     check_inner_loop_arguments(tokens, inner_lr, token_scale, initial, layer_norm, K, state, mask, cu_seqlens)
     check_backend(backend)
+    if backend == "triton":
+        check_kernel(tokens[0], len(initial), K)
     B, L = tokens[0].shape[:2]
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
     spans = make_spans(mask, cu_seqlens, L)
@@ -159,7 +165,8 @@ def _scan(
     if backend == "reference":
         return _reference_scan(tokens, token_scale, weights, layer_norm, spans, eps)
     operator = ops.linear_scan if len(weights) == 2 else ops.mlp_scan
-    outputs: tuple[Tensor, ...] = operator(*tokens, token_scale, *weights, *layer_norm, *spans, eps)
+    kernel = backend == "triton"
+    outputs: tuple[Tensor, ...] = operator(*tokens, token_scale, *weights, *layer_norm, *spans, eps, kernel)
     return outputs[: 1 + len(weights)]
 
 
@@ -202,8 +209,23 @@ def make_spans(mask: Tensor | None, cu_seqlens: Tensor | None, L: int) -> Spans 
 
 
 def check_backend(backend: str) -> None:
-    """Raise unless the backend exists and can run here."""
+    """Raise unless there is such a backend."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; given {backend!r}")
-    if backend == "triton":
-        raise RuntimeError("backend 'triton' is not part of this version; use 'auto' or 'reference'")
+
+
+def check_kernel(q: Tensor, num_weights: int, K: int) -> None:
+    """Raise unless the fused kernels can run on these tensors: they never fall back silently."""
+    if num_weights != 2:
+        raise RuntimeError("backend 'triton' has no kernel for TTT-MLP; use 'auto' or 'reference'")
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("backend 'triton' needs the package triton, which is not installed")
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"backend 'triton' runs on CUDA tensors, or on others with TRITON_INTERPRET=1; given {q.device}"
+        )
+    if q.dtype == torch.float64 or q.shape[-1] > MAX_HEAD_DIM or K > MAX_MINI_BATCH_SIZE:
+        raise RuntimeError(
+            f"backend 'triton' takes float32, bfloat16 and float16, head dimensions up to {MAX_HEAD_DIM} and "
+            f"mini-batches up to {MAX_MINI_BATCH_SIZE}; given {q.dtype}, {q.shape[-1]} and {K}"
+        )

@@ -5,12 +5,22 @@
 a mini-batch is handled above them, in ``functional``.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import eager
+
+
+def _path(kernel: bool) -> ModuleType:
+    """The package that computes: the Triton kernels, imported only when asked for, or the eager path."""
+    if not kernel:
+        return eager
+    from . import kernels
+
+    return kernels
 
 
 @torch.library.custom_op("ttt4rec::linear_scan", mutates_args=())
@@ -27,9 +37,10 @@ def linear_scan(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """TTT-Linear's inner loop: o, W1, b1 after the last complete mini-batch, and what the backward keeps."""
-    o, W1_out, b1_out, G = eager.linear_forward(
+    o, W1_out, b1_out, G = _path(kernel).linear_forward(
         q, k, v, inner_lr, token_scale, W1, b1, ln_weight, ln_bias, starts, lengths, eps
     )
     return o, W1_out, b1_out, G
@@ -53,10 +64,11 @@ def linear_scan_backward(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    kernel: bool,
 ) -> list[Tensor]:
     """Gradients of ``linear_scan``'s first nine arguments."""
     return list(
-        eager.linear_backward(
+        _path(kernel).linear_backward(
             grad_o, grad_W1, grad_b1, q, k, v, inner_lr, token_scale, W1_out, b1_out, G, ln_weight, ln_bias,
             starts, lengths, eps,
         )
@@ -79,9 +91,10 @@ def mlp_scan(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """TTT-MLP's inner loop: o, the four weights after the last complete mini-batch, Z1 and G2 kept."""
-    o, W1_out, b1_out, W2_out, b2_out, Z1, G2 = eager.mlp_forward(
+    o, W1_out, b1_out, W2_out, b2_out, Z1, G2 = _path(kernel).mlp_forward(
         q, k, v, inner_lr, token_scale, W1, b1, W2, b2, ln_weight, ln_bias, starts, lengths, eps
     )
     return o, W1_out, b1_out, W2_out, b2_out, Z1, G2
@@ -110,10 +123,11 @@ def mlp_scan_backward(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    kernel: bool,
 ) -> list[Tensor]:
     """Gradients of ``mlp_scan``'s first eleven arguments."""
     return list(
-        eager.mlp_backward(
+        _path(kernel).mlp_backward(
             grad_o, grad_W1, grad_b1, grad_W2, grad_b2, q, k, v, inner_lr, token_scale, W1_out, b1_out, W2_out,
             b2_out, Z1, G2, ln_weight, ln_bias, starts, lengths, eps,
         )
@@ -122,15 +136,16 @@ def mlp_scan_backward(
 
 @linear_scan.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    q, W1, b1 = args[0], args[5], args[6]
-    return _like(q), _like(W1), _like(b1), _like(q, dtype=W1.dtype)
+    q, W1, b1, kernel = args[0], args[5], args[6], args[-1]
+    return _like(q), _like(W1), _like(b1), _like(q, dtype=_kept_dtype(q, W1, kernel))
 
 
 @mlp_scan.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    q, weights = args[0], args[5:9]
-    Z1 = q.new_empty(*q.shape[:3], weights[0].shape[-1], dtype=weights[0].dtype)
-    return _like(q), *map(_like, weights), Z1, _like(q, dtype=weights[0].dtype)
+    q, weights, kernel = args[0], args[5:9], args[-1]
+    dtype = _kept_dtype(q, weights[0], kernel)
+    Z1 = q.new_empty(*q.shape[:3], weights[0].shape[-1], dtype=dtype)
+    return _like(q), *map(_like, weights), Z1, _like(q, dtype=dtype)
 
 
 @linear_scan_backward.register_fake
@@ -141,6 +156,11 @@ def _(*args: Any) -> list[Tensor]:
 @mlp_scan_backward.register_fake
 def _(*args: Any) -> list[Tensor]:
     return _fake_gradients(args[5:10], args[10:14], args[16:18])
+
+
+def _kept_dtype(q: Tensor, W: Tensor, kernel: bool) -> torch.dtype:
+    """Kernels keep inner gradients as rounded for their products, the eager path in full precision."""
+    return q.dtype if kernel else W.dtype
 
 
 def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -158,7 +178,7 @@ def _save(num_weights: int) -> Any:
         ctx.set_materialize_grads(False)
         num_inputs = 5 + num_weights
         tokens, layer_norm = inputs[:5], inputs[num_inputs : num_inputs + 2]
-        starts, lengths, ctx.eps = inputs[num_inputs + 2 :]
+        starts, lengths, ctx.eps, ctx.kernel = inputs[num_inputs + 2 :]
         ctx.save_for_backward(*tokens, *output[1:], *layer_norm, starts, lengths)
 
     return setup_context
@@ -170,9 +190,9 @@ def _backward(operator: Any, num_weights: int) -> Any:
         weights = saved[5 : 5 + num_weights]
         d_weights = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=False)]
         d_out = torch.zeros_like(saved[0]) if grad_o is None else grad_o
-        gradients = operator(d_out, *d_weights, *saved, ctx.eps)
+        gradients = operator(d_out, *d_weights, *saved, ctx.eps, ctx.kernel)
         inputs = (*saved[:5], *weights, *saved[-4:-2])
-        return *(g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)), None, None, None
+        return *(g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)), None, None, None, None
 
     return backward
 

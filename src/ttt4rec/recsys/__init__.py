@@ -1,1 +1,31 @@
-"""Sequential recommendation with TTT layers: data, splits, windows, metrics and training."""
+"""Sequential recommendation with TTT layers: data, splits, training, evaluation and recommendations.
+
+The modules hold the rest: ``windows`` (histories cut for training and evaluation), ``metrics``, ``datasets``, ``plot``.
+"""
+
+from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histories, filter_k_core, read_interactions
+from ttt4rec.recsys.datasets import load_interactions
+from ttt4rec.recsys.evaluate import evaluate
+from ttt4rec.recsys.recommend import Recommendations, Recommender
+from ttt4rec.recsys.split import Split, split_by_ratio
+from ttt4rec.recsys.train import EpochReport, TrainOptions, fit
+from ttt4rec.recsys.windows import evaluation_prefixes
+
+__all__ = [
+    "DataError",
+    "EpochReport",
+    "Histories",
+    "Interactions",
+    "Recommendations",
+    "Recommender",
+    "Split",
+    "TrainOptions",
+    "build_histories",
+    "evaluate",
+    "evaluation_prefixes",
+    "filter_k_core",
+    "fit",
+    "load_interactions",
+    "read_interactions",
+    "split_by_ratio",
+]

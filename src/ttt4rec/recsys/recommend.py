@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ttt4rec.model import TTT4Rec
 from ttt4rec.recsys.data import DataError, Histories, IntArray
@@ -50,7 +52,6 @@ class Recommender:
                 "they must come from the same data"
             )
 
-    @torch.no_grad()
     def recommend(
         self,
         user_id: str | None = None,
@@ -69,32 +70,76 @@ class Recommender:
 
         Raises:
             ValueError: not exactly one of user_id and history is given, the user is unknown, the history holds no
-                known item, or k is below 1.
+                known item, k is below 1, or the model's scores are NaN.
         """
         if (user_id is None) == (history is None):
             raise ValueError(
                 "expected either a user id or a history, given " + ("neither" if history is None else "both")
             )
+        if history is not None:
+            return self.recommend_batch([history], k=k, exclude_seen=exclude_seen)[0]
+        codes = self.histories.history(self.histories.user_code(user_id or ""))
+        if not len(codes):
+            raise DataError(f"user {user_id!r} has an empty history; expected at least one item to go on from")
+        return self._best([(codes, ())], k, exclude_seen)[0]
+
+    def recommend_batch(
+        self, histories: Sequence[Sequence[str]], *, k: int = 10, exclude_seen: bool = False
+    ) -> list[Recommendations]:
+        """The k best items for each of several histories of original item ids, in their order.
+
+        The scores of all items are held for all histories at once: 4 bytes each.
+
+        Raises:
+            ValueError: a history holds no known item, k is below 1, or the model's scores are NaN.
+        """
+        found = []
+        for history in histories:
+            if isinstance(history, str):
+                raise DataError(f"expected a sequence of item ids as a history, given the string {history!r}")
+            codes, unknown = self.histories.item_codes(history)
+            if not len(codes):
+                raise DataError(f"expected a history with at least one known item, given {list(history)[:5]}")
+            found.append((codes, unknown))
+        return self._best(found, k, exclude_seen)
+
+    def _best(
+        self, found: Sequence[tuple[IntArray, tuple[str, ...]]], k: int, exclude_seen: bool
+    ) -> list[Recommendations]:
+        """Recommendations for item codes, each with the unknown ids that stood among them."""
         if k < 1:
             raise ValueError(f"expected k of at least 1, given {k}")
-        codes, unknown = self._codes(user_id, history)
-        config, device = self.model.config, self.model.embedding.weight.device
-        self.model.eval()
-        ids = torch.from_numpy(codes[-config.max_len :].copy())[None].to(device)
-        scores = self.model.scores(self.model(ids)[0, -1]).float()
-        if exclude_seen:
-            scores[torch.from_numpy(codes).to(device) - 1] = -torch.inf
-        best = torch.argsort(scores, descending=True, stable=True)[:k].tolist()
-        items = [(self.histories.item_ids[j], float(scores[j])) for j in best if scores[j] > -torch.inf]
-        return Recommendations(items, unknown)
+        if not found:
+            return []
+        scores = self._scores([codes for codes, _ in found])
+        results = []
+        for (codes, unknown), row in zip(found, scores, strict=True):
+            if exclude_seen:
+                row[torch.from_numpy(codes - 1)] = -torch.inf
+            best = torch.argsort(row, descending=True, stable=True)[:k]
+            best = best[row[best] > -torch.inf]
+            names = [self.histories.item_ids[j] for j in best.tolist()]
+            results.append(Recommendations(list(zip(names, row[best].tolist(), strict=True)), unknown))
+        return results
 
-    def _codes(self, user_id: str | None, history: Sequence[str] | None) -> tuple[IntArray, tuple[str, ...]]:
-        if user_id is not None:
-            return self.histories.history(self.histories.user_code(user_id)), ()
-        codes, unknown = self.histories.item_codes(history or ())
-        if not len(codes):
-            raise DataError(f"expected a history with at least one known item, given {list(history or ())[:5]}")
-        return codes, unknown
+    @torch.no_grad()
+    def _scores(self, histories: Sequence[IntArray]) -> Tensor:
+        """Scores of all items after the last ``max_len`` of each history, float32 ``[N, num_items]``, on the CPU."""
+        recent = [torch.from_numpy(codes[-self.model.config.max_len :].copy()) for codes in histories]
+        ends = torch.tensor([len(codes) for codes in recent]).cumsum(0)
+        device = self.model.embedding.weight.device
+        training = self.model.training
+        self.model.eval()
+        try:
+            hidden = self.model(
+                torch.cat(recent)[None].to(device), cu_seqlens=torch.cat((ends.new_zeros(1), ends)).to(device)
+            )
+            scores = self.model.scores(hidden[0, ends - 1]).float().cpu()
+        finally:
+            self.model.train(training)
+        if scores.isnan().any():
+            raise ValueError("expected scores that are numbers, got NaN from the model; it has diverged in training")
+        return scores
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model, ``ids.json`` and ``histories.safetensors``, each file replaced atomically."""
@@ -126,8 +171,23 @@ class Recommender:
             ids = json.loads((folder / IDS_FILE).read_text())
             arrays = {name: x.numpy() for name, x in load_file(folder / HISTORIES_FILE).items()}
             histories = Histories(**arrays, user_ids=tuple(ids["users"]), item_ids=tuple(ids["items"]))
+            consistent = _is_consistent(histories)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} does not hold a recommender that can be read: {error}") from error
-        if len(histories.offsets) != histories.num_users + 1 or histories.offsets[-1] != len(histories.items):
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{folder} does not hold a recommender that can be read ({reason})") from error
+        if not consistent:
             raise ValueError(f"{folder / HISTORIES_FILE} and {IDS_FILE} do not belong together")
         return Recommender(model, histories)
+
+
+def _is_consistent(histories: Histories) -> bool:
+    """Whether the arrays and ids that were read have the sizes and values of one another."""
+    items, offsets = histories.items, histories.offsets
+    return (
+        all(isinstance(name, str) for name in (*histories.user_ids, *histories.item_ids))
+        and items.dtype == offsets.dtype == np.int64
+        and items.shape == histories.times.shape == (len(items),)
+        and offsets.shape == (histories.num_users + 1,)
+        and bool(offsets[0] == 0 and offsets[-1] == len(items) and (np.diff(offsets) >= 0).all())
+        and bool(((items >= 1) & (items <= histories.num_items)).all())
+    )

@@ -115,12 +115,9 @@ def fit(
     run = _Run(model, split, options)
     if (folder / CHECKPOINT_FILE).exists():
         run.restore(folder / CHECKPOINT_FILE)
-    devices = [model.embedding.weight.device] if model.embedding.weight.is_cuda else []
-    with torch.random.fork_rng(devices):
-        if run.random_state is None:
-            torch.manual_seed(options.seed)
-        else:
-            torch.set_rng_state(run.random_state)
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        torch.manual_seed(options.seed)
+        run.restore_random_state()
         while not run.finished():
             epoch = run.epoch(progress)
             run.save(folder / CHECKPOINT_FILE)
@@ -135,7 +132,7 @@ class _Run:
     """The state of a training run, as it is checkpointed."""
 
     def __init__(self, model: TTT4Rec, split: Split, options: TrainOptions) -> None:
-        self.model, self.options = model, options
+        self.model, self.options, self.device = model, options, model.embedding.weight.device
         self.train_windows = training_windows(split, max_len=model.config.max_len)
         self.valid_windows = training_windows(split, max_len=model.config.max_len, part="valid")
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
@@ -143,7 +140,7 @@ class _Run:
         self.reports: list[EpochReport] = []
         self.steps = 0
         self.best_weights = _copy(model)
-        self.random_state: Tensor | None = None
+        self.random_state: dict[str, Tensor] = {}
 
     def finished(self) -> bool:
         """Whether all epochs are done or the last ``patience`` brought nothing better."""
@@ -166,7 +163,7 @@ class _Run:
         return self.reports[-1]
 
     def _train_epoch(self, progress: bool) -> float:
-        windows, device = self.train_windows, self.model.embedding.weight.device
+        windows, device = self.train_windows, self.device
         self.model.train()
         total = torch.zeros((), dtype=torch.float64, device=device)
         plan = list(batches(windows, targets_per_batch=self.options.targets_per_batch, generator=self.generator))
@@ -175,6 +172,7 @@ class _Run:
                 loss, count = self._step(*(x.to(device) for x in windows.packed_batch(indices)))
                 total += loss.detach().double() * count
                 bar.update()
+        self._set_inner_lr_scale(1.0)  # what is validated and kept is the model as it will be used
         mean = float(total) / windows.num_targets
         if not math.isfinite(mean):
             raise ValueError(
@@ -184,7 +182,8 @@ class _Run:
         return mean
 
     def _step(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, int]:
-        self._warm_up()
+        warmup = self.options.inner_lr_warmup
+        self._set_inner_lr_scale(self.steps / warmup if self.steps < warmup else 1.0)
         scored = targets != 0
         hidden = self.model(ids, cu_seqlens=cu_seqlens)[0, scored]
         loss = F.cross_entropy(self.model.scores(hidden), targets[scored] - 1)
@@ -195,12 +194,10 @@ class _Run:
         self.steps += 1
         return loss, hidden.shape[0]
 
-    def _warm_up(self) -> None:
-        if self.steps <= self.options.inner_lr_warmup:
-            scale = self.steps / self.options.inner_lr_warmup if self.options.inner_lr_warmup else 1.0
-            for module in self.model.modules():
-                if isinstance(module, TTTLayer):
-                    module.set_inner_lr_scale(scale)
+    def _set_inner_lr_scale(self, scale: float) -> None:
+        for module in self.model.modules():
+            if isinstance(module, TTTLayer):
+                module.set_inner_lr_scale(scale)
 
     def save(self, path: Path) -> None:
         """Write everything that the rest of the run depends on."""
@@ -210,6 +207,8 @@ class _Run:
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{slot}.{names[index]}": x for slot, x in slots.items()}
         tensors |= {"random.global": torch.get_rng_state(), "random.batches": self.generator.get_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         progress = {
             "steps": self.steps,
             "reports": [dataclasses.asdict(r) for r in self.reports],
@@ -231,10 +230,17 @@ class _Run:
         self.model.load_state_dict(groups["model"])
         self.best_weights = groups["best"]
         self._restore_optimizer(groups["adam"])
-        self.random_state = groups["random"]["global"]
-        self.generator.set_state(groups["random"]["batches"])
+        self.random_state = groups["random"]
         self.steps = progress["steps"]
         self.reports = [EpochReport(**entry) for entry in progress["reports"]]
+
+    def restore_random_state(self) -> None:
+        """Put back the global and the batches' random states of the checkpoint, if there was one."""
+        if self.random_state:
+            torch.set_rng_state(self.random_state["global"])
+            self.generator.set_state(self.random_state["batches"])
+        if "cuda" in self.random_state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.random_state["cuda"], self.device)
 
     def _restore_optimizer(self, slots: dict[str, Tensor]) -> None:
         state = self.optimizer.state_dict()

@@ -1,0 +1,157 @@
+"""The command line, in process."""
+
+import json
+
+import pytest
+
+from recsys_data import write_events
+from ttt4rec.cli import main
+
+SMALL = ["--width", "16", "--num-heads", "2", "--ffn-width", "16", "--max-len", "8", "--targets-per-batch", "128"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    data = write_events(folder / "ring.inter")
+    assert main(["train", str(data), "--out", str(folder / "run"), "--epochs", "2", *SMALL]) == 0
+    return folder
+
+
+def test_train_prints_and_writes(run, capsys):
+    command = ["train", str(run / "ring.inter"), "--out", str(run / "run"), "--epochs", "3", *SMALL]
+    assert main(command) == 0  # goes on after the two epochs of the fixture
+    out = capsys.readouterr().out
+    assert "60 users, 24 items" in out
+    assert out.count("epoch ") == 1
+    assert "epoch   2" in out
+    assert "test  HR@10" in out
+    assert "user u0, whose last items are" in out
+    written = {path.name for path in (run / "run").iterdir()}
+    assert {"model.safetensors", "config.json", "ids.json", "metrics.csv", "run.json", "training.png"} <= written
+
+
+def test_evaluate_repeats_the_test_of_training(run, capsys):
+    expected = json.loads((run / "run" / "run.json").read_text())["test"]
+    assert main(["evaluate", str(run / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == pytest.approx(expected)
+    assert main(["evaluate", str(run / "run"), "--part", "valid", "--cutoffs", "1", "5"]) == 0
+    assert capsys.readouterr().out.startswith("valid  HR@1 ")
+
+
+def test_recommend(run, capsys):
+    assert main(["recommend", str(run / "run"), "--user", "u3", "--k", "4"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    command = ["recommend", str(run / "run"), "--history", "i1", "new", "i2", "--exclude-seen", "--json"]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    answer = json.loads(printed.out)
+    assert answer["unknown"] == ["new"]
+    assert not {"i1", "i2"} & {entry["item"] for entry in answer["items"]}
+    assert "left out: new" in printed.err
+
+
+def test_csv_with_named_columns(tmp_path, capsys):
+    rows = [f"c{u},p{(u + t) % 9},{t}" for u in range(12) for t in range(10)]
+    (tmp_path / "shop.csv").write_text("\n".join(["customer,product,at", *rows]))
+    fields = ["--user-field", "customer", "--item-field", "product", "--time-field", "at"]
+    command = ["train", str(tmp_path / "shop.csv"), "--out", str(tmp_path / "run"), "--epochs", "1", *fields, *SMALL]
+    assert main(command) == 0
+    assert "12 users, 9 items, 120 interactions" in capsys.readouterr().out
+
+
+def test_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ttt4rec.commands.fit", interrupted)
+    data = write_events(tmp_path / "ring.inter")
+    assert main(["train", str(data), "--out", str(tmp_path / "run"), *SMALL]) == 130
+    assert "same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: ttt4rec" in capsys.readouterr().out
+
+
+BAD_FILES = {
+    "empty.csv": "",
+    "header.csv": "user_id,item_id,timestamp\n",
+    "column.csv": "user,item_id,timestamp\na,b,1\n",
+    "fields.csv": "user_id,item_id,timestamp\na,b,1\na,b\n",
+    "time.csv": "user_id,item_id,timestamp\na,b,yesterday\n",
+    "nan.csv": "user_id,item_id,timestamp\na,b,nan\n",
+    "blank.csv": "user_id,item_id,timestamp\na,,1\n",
+    "few.csv": "user_id,item_id,timestamp\na,b,1\n",
+    "fake.csv.gz": "not gzip",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["nowhere.csv"], "nowhere.csv"),
+        (["ml-100m"], "ml-100m"),
+        (["."], "."),
+        *(([name], name) for name in BAD_FILES if name != "few.csv"),
+        (["few.csv"], "none of 1"),
+        (["ring.inter", "--user-field", "who"], "who"),
+        (["ring.inter", "--split", "3:2"], "3:2"),
+        (["ring.inter", "--split", "a:b:c"], "a:b:c"),
+        (["ring.inter", "--split", "0:1:1"], "0"),
+        (["ring.inter", "--split", "1:0:1"], "valid"),
+        (["ring.inter", "--min-item", "100000"], "100000"),
+        (["ring.inter", "--width", "10", "--num-heads", "4"], "10"),
+        (["ring.inter", "--width", "-8"], "-8"),
+        (["ring.inter", "--dropout", "1.5"], "1.5"),
+        (["ring.inter", "--max-len", "0"], "0"),
+        (["ring.inter", "--epochs", "0"], "0"),
+        (["ring.inter", "--learning-rate", "nan"], "nan"),
+        (["ring.inter", "--mini-batch-size", "0"], "0"),
+        (["ring.inter", "--device", "abacus"], "abacus"),
+        (["ring.inter", "--device", "mps"], "mps"),
+    ],
+    ids=str,
+)
+def test_bad_training_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, names):
+    monkeypatch.chdir(tmp_path)
+    write_events(tmp_path / "ring.inter", users=8)
+    for name, content in BAD_FILES.items():
+        (tmp_path / name).write_text(content)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["train", *arguments, "--out", "run"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ttt4rec: error: ")
+    assert error.count("\n") == 1
+    assert names in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (["evaluate", "nowhere"], "nowhere"),
+        (["recommend", "nowhere", "--user", "u1"], "nowhere"),
+        (["recommend", "RUN", "--user", "stranger"], "stranger"),
+        (["recommend", "RUN", "--history", "x"], "x"),
+        (["recommend", "RUN", "--user", "u1", "--k", "0"], "0"),
+        (["evaluate", "RUN", "--cutoffs", "0"], "0"),
+    ],
+    ids=str,
+)
+def test_bad_questions_are_one_line(run, capsys, command, names):
+    command = [str(run / "run") if word == "RUN" else word for word in command]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ttt4rec: error: ")
+    assert error.count("\n") == 1
+    assert names in error
+
+
+def test_out_that_cannot_be_written(run, capsys):
+    assert main(["train", str(run / "ring.inter"), "--out", str(run / "ring.inter" / "x"), *SMALL]) == 2
+    assert capsys.readouterr().err.startswith("ttt4rec: error: ")

@@ -1,0 +1,62 @@
+"""Full-catalogue evaluation against ranking one prefix at a time."""
+
+import math
+import sys
+
+import pytest
+import torch
+
+from recsys_data import make_model, make_split
+from ttt4rec.recsys import evaluate
+from ttt4rec.recsys.windows import evaluation_prefixes
+
+
+@pytest.mark.parametrize("part", ["valid", "test"])
+@pytest.mark.parametrize("sizes", [None, (40, 50)])
+def test_agrees_with_one_prefix_at_a_time(tmp_path, monkeypatch, part, sizes):
+    if sizes is not None:  # many batches, few scores at once
+        module = sys.modules[evaluate.__module__]
+        monkeypatch.setattr(module, "TOKENS_PER_BATCH", sizes[0])
+        monkeypatch.setattr(module, "SCORES_PER_CHUNK", sizes[1])
+    split = make_split(tmp_path)
+    model = make_model(split).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    hits, gains, count = 0, 0.0, 0
+    first, end = split.bounds(part)
+    with torch.no_grad():
+        for user in range(split.histories.num_users):
+            history = torch.from_numpy(split.histories.history(user))
+            for p in range(int(first[user]), int(end[user])):
+                scores = model.scores(model(history[None, max(0, p - 8) : p])[0, -1])
+                rank = int((scores > scores[history[p] - 1]).sum()) + 1
+                count += 1
+                hits += rank <= 5
+                gains += 1 / math.log2(rank + 1) if rank <= 5 else 0
+    metrics = evaluate(model, evaluation_prefixes(split, part, max_len=8), cutoffs=(5,))
+    assert metrics["HR@5"] == pytest.approx(hits / count)
+    assert metrics["NDCG@5"] == pytest.approx(gains / count)
+
+
+def test_the_models_mode_is_put_back(tmp_path):
+    split = make_split(tmp_path)
+    model = make_model(split).train()
+    windows = evaluation_prefixes(split, "test", max_len=8)
+    assert evaluate(model, windows) == evaluate(model, windows)  # no dropout
+    assert model.training
+
+
+def test_scores_that_are_not_numbers_are_refused(tmp_path):
+    split = make_split(tmp_path)
+    model = make_model(split)
+    torch.nn.init.constant_(model.norm.weight, float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        evaluate(model, evaluation_prefixes(split, "test", max_len=8))
+
+
+def test_a_constant_scorer_does_not_look_good(tmp_path):
+    split = make_split(tmp_path)
+    model = make_model(split)
+    torch.nn.init.zeros_(model.embedding.weight)
+    metrics = evaluate(model, evaluation_prefixes(split, "test", max_len=8), cutoffs=(10,))
+    assert metrics["HR@10"] == 0

@@ -1,0 +1,157 @@
+"""Training: it learns, repeats itself, and survives being stopped."""
+
+import csv
+
+import pytest
+import torch
+
+from recsys_data import make_model, make_split
+from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
+
+OPTIONS = TrainOptions(epochs=4, targets_per_batch=64, learning_rate=1e-2)
+
+
+def without_seconds(reports):
+    return [(r.epoch, r.loss, r.metrics) for r in reports]
+
+
+@pytest.mark.parametrize("mixer", ["ttt", "attention", "gru"])
+def test_it_learns_the_pattern(tmp_path, mixer):
+    split = make_split(tmp_path)
+    options = TrainOptions(epochs=25, targets_per_batch=64, learning_rate=1e-2)
+    reports = fit(make_model(split, mixer=mixer), split, tmp_path / "run", options)
+    best = max(report.metrics["NDCG@10"] for report in reports)
+    assert reports[0].loss > 2.5  # log 24 = 3.2 before the first step
+    assert best > 0.9  # 0.19 by chance, 0.96 with the pattern known
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path):
+    split = make_split(tmp_path)
+    models = [make_model(split) for _ in range(2)]
+    runs = [fit(model, split, tmp_path / str(i), OPTIONS) for i, model in enumerate(models)]
+    assert without_seconds(runs[0]) == without_seconds(runs[1])
+    other = fit(make_model(split), split, tmp_path / "2", TrainOptions(epochs=1, targets_per_batch=64, seed=1))
+    assert other[0].loss != runs[0][0].loss
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
+    split = make_split(tmp_path)
+    whole_model = make_model(split)
+    whole = fit(whole_model, split, tmp_path / "whole", OPTIONS)
+
+    def stop(report):
+        if report.epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_model(split), split, tmp_path / "parts", OPTIONS, report=stop)
+    model = make_model(split, seed=5)  # its weights are replaced by the checkpoint's
+    resumed = fit(model, split, tmp_path / "parts", OPTIONS)
+    assert without_seconds(resumed) == without_seconds(whole)
+    for name, x in whole_model.state_dict().items():
+        assert torch.equal(x, model.state_dict()[name]), name
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    split = make_split(tmp_path)
+    first = fit(make_model(split), split, tmp_path / "run", OPTIONS)
+    seen = []
+    again = fit(make_model(split, seed=1), split, tmp_path / "run", OPTIONS, report=seen.append)
+    assert seen == []
+    assert without_seconds(again) == without_seconds(first)
+
+
+def test_early_stopping_leaves_the_best_weights(tmp_path):
+    split = make_split(tmp_path)
+    options = TrainOptions(epochs=40, patience=2, targets_per_batch=64, learning_rate=0.2)
+    reports = fit(make_model(split), split, tmp_path / "run", options)
+    scores = [report.metrics["NDCG@10"] for report in reports]
+    best = scores.index(max(scores))
+    assert len(reports) == best + 3 < 40
+
+
+def test_metrics_file(tmp_path):
+    split = make_split(tmp_path)
+    reports = fit(make_model(split), split, tmp_path / "run", OPTIONS)
+    with (tmp_path / "run" / METRICS_FILE).open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["loss"]) for row in rows] == [report.loss for report in reports]
+    assert float(rows[2]["valid_NDCG@10"]) == reports[2].metrics["NDCG@10"]
+    assert {"epoch", "train_seconds", "valid_HR@50"} <= rows[0].keys()
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path):
+    split = make_split(tmp_path)
+    fit(make_model(split), split, tmp_path / "run", OPTIONS)
+    before = (tmp_path / "run" / CHECKPOINT_FILE).read_bytes()
+    with pytest.raises(ValueError, match="another folder"):
+        fit(make_model(split), split, tmp_path / "run", TrainOptions(epochs=4, targets_per_batch=32))
+    with pytest.raises(ValueError, match="another folder"):
+        fit(make_model(split, width=32), split, tmp_path / "run", OPTIONS)
+    assert (tmp_path / "run" / CHECKPOINT_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", None])
+def test_a_damaged_checkpoint_is_a_clear_error(tmp_path, content):
+    split = make_split(tmp_path)
+    fit(make_model(split), split, tmp_path / "run", TrainOptions(epochs=1))
+    path = tmp_path / "run" / CHECKPOINT_FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(ValueError, match="is damaged"):
+        fit(make_model(split), split, tmp_path / "run", TrainOptions(epochs=1))
+
+
+def test_a_saved_model_is_no_checkpoint(tmp_path):
+    split = make_split(tmp_path)
+    model = make_model(split)
+    model.save(tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").rename(tmp_path / "run" / CHECKPOINT_FILE)
+    with pytest.raises(ValueError, match="not a training checkpoint"):
+        fit(model, split, tmp_path / "run", OPTIONS)
+
+
+def test_divergence_is_named(tmp_path):
+    split = make_split(tmp_path)
+    model = make_model(split)
+    torch.nn.init.constant_(model.norm.weight, float("nan"))
+    with pytest.raises(ValueError, match="training diverged"):
+        fit(model, split, tmp_path / "run", OPTIONS)
+    assert not (tmp_path / "run" / CHECKPOINT_FILE).exists()
+
+
+def test_the_callers_random_numbers_are_left_alone(tmp_path):
+    split = make_split(tmp_path)
+    model = make_model(split)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    fit(model, split, tmp_path / "run", OPTIONS)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_inner_rates_warm_up(tmp_path):
+    split = make_split(tmp_path)
+    model = make_model(split)
+    scales = []
+    model.blocks[0].mixer.register_forward_pre_hook(lambda layer, _: scales.append(float(layer.inner_lr_scale)))
+    fit(model, split, tmp_path / "run", TrainOptions(epochs=2, targets_per_batch=64, inner_lr_warmup=3))
+    assert scales[:3] == pytest.approx([0, 1 / 3, 2 / 3])
+    assert scales[-1] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epochs": 0}, {"patience": 0}, {"targets_per_batch": 0}, {"inner_lr_warmup": -1}, {"learning_rate": 0.0},
+     {"clip_norm": float("inf")}],
+    ids=str,
+)  # fmt: skip
+def test_wrong_options(change):
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name} must .* given {value}"):
+        TrainOptions(**change)
+
+
+def test_report_row():
+    row = EpochReport(3, 1.5, 2.0, 0.5, {"NDCG@10": 0.25}).row()
+    assert row == {"epoch": 3, "loss": 1.5, "valid_NDCG@10": 0.25, "train_seconds": 2.0, "valid_seconds": 0.5}
