@@ -17,6 +17,7 @@ from .primitives import (
     inner_gradient_backward,
     layer_norm_backward,
     load_expanded,
+    load_layer_norm,
     normalised,
     own,
     program_place,
@@ -25,6 +26,7 @@ from .primitives import (
     row_token,
     same_head,
     store_head_sums,
+    store_token_sums,
     tile_offsets,
     weight_mask,
     weight_offsets,
@@ -70,15 +72,12 @@ def linear_backward_kernel(
     sequence, head, batch, token, length = program_place(spans, L, H, tile)
 
     R: tl.constexpr = tile.rows
-    F: tl.constexpr = tile.features
     D: tl.constexpr = tile.head_dim
-    positions, features = row_token(tile), tl.arange(0, F)
+    positions, features = row_token(tile), tl.arange(0, tile.features)
     head_exists = head + row_head(tile) < H
     columns = features[None, :] < tile.head_dim
     parameter_mask = head_exists[:, None] & columns
-    parameters = head_offsets((0, D, 1), sequence, head, tile)
-    gamma = tl.load(layer_norm[0] + parameters, mask=parameter_mask, other=0.0).to(tl.float32)
-    beta = tl.load(layer_norm[1] + parameters, mask=parameter_mask, other=0.0).to(tl.float32)
+    gamma, beta = load_layer_norm(layer_norm, head, H, tile)
     scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     W_mask = weight_mask(head, H, tile)
@@ -88,8 +87,8 @@ def linear_backward_kernel(
     dW = tl.load(grad_W + weight_offsets(grad_W_strides, sequence, head, tile), mask=W_mask, other=0.0)
     db = tl.load(grad_b + head_offsets(grad_b_strides, sequence, head, tile), mask=parameter_mask, other=0.0)
 
-    d_gamma = tl.zeros((R, F), tl.float32)
-    d_beta = tl.zeros((R, F), tl.float32)
+    d_gamma = tl.zeros_like(gamma)
+    d_beta = tl.zeros_like(gamma)
     d_scale = tl.zeros((R,), tl.float32)
     d_last_scale = tl.zeros((R,), tl.float32)
     num_mini_batches = tl.cdiv(length, tile.mini_batch)
@@ -98,7 +97,7 @@ def linear_backward_kernel(
         rows = head_exists & (positions < min(tile.mini_batch, length - start))
         mask = rows[:, None] & columns
         at = token + start
-        dO = tl.load(grad_o + tile_offsets(grad_o_strides, batch, at, head, tile), mask=mask, other=0.0)
+        dO = tl.load(grad_o + tile_offsets(grad_o_strides, batch, at, head, tile), mask=mask, other=0.0).to(tl.float32)
         q_rows = tl.load(q + tile_offsets(q_strides, batch, at, head, tile), mask=mask, other=0.0)
         k_rows = tl.load(k + tile_offsets(k_strides, batch, at, head, tile), mask=mask, other=0.0)
         v_rows = tl.load(v + tile_offsets(v_strides, batch, at, head, tile), mask=mask, other=0.0)
@@ -106,7 +105,6 @@ def linear_backward_kernel(
         lr = tl.load(inner_lr + row_offsets(lr_strides, batch, at, head, tile), mask=rows, other=0.0)
         Q = load_expanded(q, rows, q_strides, batch, at, head, tile)
         K = load_expanded(k, rows, k_strides, batch, at, head, tile)
-        dO = dO.to(tl.float32)
 
         # Rebuild the weights before the mini-batch.
         committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
@@ -154,10 +152,8 @@ def linear_backward_kernel(
     tl.store(d_weights[1] + head_offsets((H * D, D, 1), sequence, head, tile), db, mask=one_row)
     store_head_sums(partial_sums[0], d_gamma, sequence, head, H, tile)
     store_head_sums(partial_sums[1], d_beta, sequence, head, H, tile)
-    scales = (sequence.to(tl.int64) * H + head + row_head(tile)) * tile.mini_batch + positions
-    scale_mask = head_exists & (positions < tile.mini_batch)
-    tl.store(partial_sums[2] + scales, d_scale, mask=scale_mask)
-    tl.store(partial_sums[3] + scales, d_last_scale, mask=scale_mask)
+    store_token_sums(partial_sums[2], d_scale, sequence, head, H, tile)
+    store_token_sums(partial_sums[3], d_last_scale, sequence, head, H, tile)
 
 
 def linear_backward(

@@ -21,6 +21,7 @@ from .primitives import (
     head_offsets,
     layer_norm_backward,
     load_expanded,
+    load_layer_norm,
     normalised,
     program_place,
     row_head,
@@ -67,9 +68,7 @@ def linear_forward_kernel(
     columns = features[None, :] < tile.head_dim
     parameter_mask = head_exists[:, None] & columns
     D: tl.constexpr = tile.head_dim
-    parameters = head_offsets((0, D, 1), sequence, head, tile)
-    gamma = tl.load(layer_norm[0] + parameters, mask=parameter_mask, other=0.0).to(tl.float32)
-    beta = tl.load(layer_norm[1] + parameters, mask=parameter_mask, other=0.0).to(tl.float32)
+    gamma, beta = load_layer_norm(layer_norm, head, H, tile)
     scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     W_mask = weight_mask(head, H, tile)

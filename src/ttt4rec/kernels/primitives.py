@@ -209,3 +209,22 @@ def store_head_sums(pointer, x, sequence, head, H, tile: tl.constexpr):
     sums = tl.sum(tl.reshape(x, (tile.heads, tile.rows // tile.heads, tile.features)), 1)
     offsets = (sequence.to(tl.int64) * H + heads)[:, None] * tile.head_dim + features[None, :]
     tl.store(pointer + offsets, sums, mask=(heads < H)[:, None] & (features < tile.head_dim)[None, :])
+
+
+@triton.jit
+def load_layer_norm(layer_norm, head, H, tile: tl.constexpr):
+    """γ and β, contiguous ``[H, D]``, of every row's own head, [R, F] each."""
+    heads, features = head + row_head(tile), tl.arange(0, tile.features)
+    offsets = heads[:, None] * tile.head_dim + features[None, :]
+    mask = (heads < H)[:, None] & (features < tile.head_dim)[None, :]
+    gamma = tl.load(layer_norm[0] + offsets, mask=mask, other=0.0).to(tl.float32)
+    beta = tl.load(layer_norm[1] + offsets, mask=mask, other=0.0).to(tl.float32)
+    return gamma, beta
+
+
+@triton.jit
+def store_token_sums(pointer, x, sequence, head, H, tile: tl.constexpr):
+    """Store x [R] in a contiguous ``[N, H, K]``."""
+    heads, positions = head + row_head(tile), row_token(tile)
+    offsets = (sequence.to(tl.int64) * H + heads) * tile.mini_batch + positions
+    tl.store(pointer + offsets, x, mask=(heads < H) & (positions < tile.mini_batch))
