@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 _EPILOG = """\
 examples:
@@ -18,13 +19,16 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for an error of the user's, 130 when interrupted."""
-    args = _parser().parse_args(argv)
-    from ttt4rec import commands  # after parsing, so that --help need not wait for torch
-
+    args = None
     try:
+        args = make_parser().parse_args(argv)
+        from ttt4rec import commands  # after parsing, so that --help need not wait for what only commands need
+
         getattr(commands, args.command)(args)
     except KeyboardInterrupt:
-        print("interrupted; give the same command again to go on from the last finished epoch", file=sys.stderr)
+        training = args is not None and args.command == "train"
+        advice = "; give the same command again to go on from the last finished epoch" if training else ""
+        print(f"ttt4rec: interrupted{advice}", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         message = " ".join(str(error).split())
@@ -33,30 +37,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in the command line like every other: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults of options that have a value."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; it raises ValueError for a mistake."""
+    parser = _Parser(
         prog="ttt4rec",
         description="Train, evaluate and use TTT4Rec, a sequential recommender that learns from every event it reads.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_train(_command(commands, "train", "learn from interactions; write a model folder; rank the test targets"))
+    _add_train(_command(commands, "train", "learn from interactions, rank the test targets, write a model folder"))
     _add_evaluate(_command(commands, "evaluate", "HR, NDCG and MRR of a trained model over the full catalogue"))
     _add_recommend(_command(commands, "recommend", "the best items for a user or a history"))
     return parser
 
 
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
-) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name, help=text, description=text.capitalize() + ".", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def _command(commands: argparse._SubParsersAction[_Parser], name: str, text: str) -> argparse.ArgumentParser:
+    description = f"{text[0].upper()}{text[1:]}."
+    return commands.add_parser(name, help=text, description=description, formatter_class=_Formatter)
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
-    command.add_argument("data", help="ml-100k, or a .inter, .csv or .tsv file, which may be gzipped")
+    command.add_argument("data", metavar="DATA", help="ml-100k, or a .inter, .csv or .tsv file, which may be gzipped")
     command.add_argument("--out", required=True, metavar="DIR", help="model folder; an interrupted run there goes on")
     data = command.add_argument_group("data")
     data.add_argument("--user-field", default="user_id", metavar="NAME", help="column of user ids")
@@ -73,6 +89,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     model.add_argument("--num-heads", type=int, default=4, metavar="N", help="heads")
     model.add_argument("--num-blocks", type=int, default=1, metavar="N", help="residual blocks")
     model.add_argument("--mini-batch-size", type=int, default=8, metavar="N", help="tokens in a TTT mini-batch")
+    model.add_argument("--max-inner-step", type=float, metavar="X", help="bound on TTT's inner steps (default: none)")
     model.add_argument("--max-len", type=int, default=50, metavar="N", help="items of history a prediction sees")
     model.add_argument("--dropout", type=float, default=0.2, metavar="P", help="dropout of the embedded history")
     model.add_argument("--norm", default="rms", choices=["rms", "layer"], help="normalisation")
@@ -86,7 +103,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     training.add_argument("--clip-norm", type=float, default=5.0, metavar="X", help="largest norm of the gradients")
     training.add_argument("--inner-lr-warmup", type=int, default=0, metavar="N", help="steps to warm TTT's rates up")
     training.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, shuffling and dropout")
-    _add_device(training)
+    _add_machine(command)
 
 
 def _add_evaluate(command: argparse.ArgumentParser) -> None:
@@ -94,7 +111,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--part", default="test", choices=["valid", "test"], help="which targets")
     command.add_argument("--cutoffs", type=int, nargs="+", default=[10, 50], metavar="K", help="the k of HR@k")
     command.add_argument("--json", action="store_true", help="print JSON")
-    _add_device(command)
+    _add_machine(command)
 
 
 def _add_recommend(command: argparse.ArgumentParser) -> None:
@@ -102,14 +119,16 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     who = command.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", metavar="ID", help="a user of the training data")
     who.add_argument("--history", nargs="+", metavar="ITEM", help="anybody's item ids, oldest first")
-    command.add_argument("--k", type=int, default=10, metavar="N", help="how many items")
+    command.add_argument("-k", "--k", type=int, default=10, metavar="N", help="how many items")
     command.add_argument("--exclude-seen", action="store_true", help="leave out items of the history")
     command.add_argument("--json", action="store_true", help="print JSON")
-    _add_device(command)
+    _add_machine(command)
 
 
-def _add_device(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ...")
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    machine = command.add_argument_group("machine")
+    machine.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ...")
+    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
 
 
 if __name__ == "__main__":

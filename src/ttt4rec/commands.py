@@ -20,7 +20,7 @@ from ttt4rec.recsys.evaluate import evaluate as evaluate_windows
 from ttt4rec.recsys.plot import plot_training
 from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.split import Split, split_by_ratio
-from ttt4rec.recsys.train import EpochReport, TrainOptions, fit
+from ttt4rec.recsys.train import CHECKPOINT_FILE, EpochReport, TrainOptions, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
 
 RUN_FILE = "run.json"
@@ -28,7 +28,7 @@ RUN_FILE = "run.json"
 
 def train(args: Namespace) -> None:
     """Read, filter and split the data, train, rank the test targets, write the folder, show an example."""
-    device = _device(args.device)
+    device = _machine(args)
     ratios = _ratios(args.split)
     options = TrainOptions(**_chosen(args, TrainOptions))
     interactions = load_interactions(
@@ -38,33 +38,39 @@ def train(args: Namespace) -> None:
     split = split_by_ratio(histories, ratios)
     for part in ("train", "valid", "test"):
         if not split.num_targets(part):
-            raise DataError(f"expected histories long enough for a {part} part; after filtering there is none")
+            raise DataError(f"--split {args.split} leaves no {part} targets; expected some for each of the three parts")
     config = TTT4RecConfig(num_items=histories.num_items, **_chosen(args, TTT4RecConfig))
     _describe(histories, split)
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         model = TTT4Rec(config).to(device)
     folder = Path(args.out)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--out expects a folder, given the file {folder}")
+    if (folder / CHECKPOINT_FILE).exists():
+        print(f"{folder} holds a checkpoint: going on from it", flush=True)
     reports = fit(model, split, folder, options, progress=sys.stderr.isatty(), report=_print_epoch)
-    Recommender(model, histories).save(folder)
+    best = max(reports, key=lambda report: report.metrics["NDCG@10"])
+    print(f"best of {len(reports)} epochs: {best.epoch}")
+    recommender = Recommender(model, histories)
+    recommender.save(folder)
     if importlib.util.find_spec("matplotlib"):
         plot_training(reports, folder / "training.png")
     windows = evaluation_prefixes(split, "test", max_len=config.max_len)
     metrics = evaluate_windows(model, windows, progress=sys.stderr.isatty())
-    settings = {name: value for name, value in vars(args).items() if name not in ("command", "device")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("command", "device", "threads")}
     _write_json(folder / RUN_FILE, {"settings": settings, "test": metrics})
     print(f"test  {_format(metrics)}")
-    _show_example(Recommender(model, histories))
+    _show_example(recommender)
     print(f"model in {folder}")
 
 
 def evaluate(args: Namespace) -> None:
     """Rank the targets of a part by the protocol of the paper."""
-    recommender = Recommender.load(args.folder, _device(args.device))
-    path = Path(args.folder) / RUN_FILE
-    if not path.is_file():
-        raise DataError(f"{args.folder} holds no finished training run: {RUN_FILE} is missing")
-    split = split_by_ratio(recommender.histories, _ratios(json.loads(path.read_text())["settings"]["split"]))
+    device = _machine(args)
+    ratios = _trained_ratios(Path(args.folder))
+    recommender = Recommender.load(args.folder, device)
+    split = split_by_ratio(recommender.histories, ratios)
     windows = evaluation_prefixes(split, args.part, max_len=recommender.model.config.max_len)
     metrics = evaluate_windows(recommender.model, windows, cutoffs=args.cutoffs, progress=sys.stderr.isatty())
     print(json.dumps(metrics, indent=2) if args.json else f"{args.part}  {_format(metrics)}")
@@ -72,7 +78,7 @@ def evaluate(args: Namespace) -> None:
 
 def recommend(args: Namespace) -> None:
     """Print the best items for a user or a history."""
-    recommender = Recommender.load(args.folder, _device(args.device))
+    recommender = Recommender.load(args.folder, _machine(args))
     result = recommender.recommend(args.user, args.history, k=args.k, exclude_seen=args.exclude_seen)
     if args.json:
         items = [{"item": item, "score": score} for item, score in result.items]
@@ -91,12 +97,29 @@ def _chosen(args: Namespace, target: type[Any]) -> dict[str, Any]:
 
 def _ratios(text: str) -> tuple[int, int, int]:
     parts = text.split(":")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
         raise ValueError(f"--split expects three whole numbers such as 3:2:5, given {text!r}")
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
-def _device(name: str) -> str:
+def _trained_ratios(folder: Path) -> tuple[int, int, int]:
+    """The split of the run that wrote a folder."""
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise DataError(f"{folder} holds no finished training run: {RUN_FILE} is missing")
+    try:
+        return _ratios(json.loads(path.read_text())["settings"]["split"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is damaged; expected the settings of a training run") from error
+
+
+def _machine(args: Namespace) -> str:
+    """The device asked for, checked; the number of threads is set on the way."""
+    name: str = args.device
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be at least 1; given {args.threads}")
+        torch.set_num_threads(args.threads)
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -175,9 +175,10 @@ class Recommender:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{folder} does not hold a recommender that can be read ({reason})") from error
+        recommender = Recommender(model, histories)
         if not consistent:
             raise ValueError(f"{folder / HISTORIES_FILE} and {IDS_FILE} do not belong together")
-        return Recommender(model, histories)
+        return recommender
 
 
 def _is_consistent(histories: Histories) -> bool:
