@@ -18,9 +18,9 @@ from .primitives import (
     causal,
     centred,
     dot,
+    expanded,
     head_offsets,
     layer_norm_backward,
-    load_expanded,
     load_layer_norm,
     normalised,
     program_place,
@@ -81,21 +81,21 @@ def linear_forward_kernel(
         rows = head_exists & (positions < min(tile.mini_batch, length - start))
         mask = rows[:, None] & columns
         at = token + start
-        q_rows = tl.load(q + tile_offsets(q_strides, batch, at, head, tile), mask=mask, other=0.0)
         k_rows = tl.load(k + tile_offsets(k_strides, batch, at, head, tile), mask=mask, other=0.0)
         v_rows = tl.load(v + tile_offsets(v_strides, batch, at, head, tile), mask=mask, other=0.0)
         lr = tl.load(inner_lr + row_offsets(lr_strides, batch, at, head, tile), mask=rows, other=0.0)
-        Q = load_expanded(q, rows, q_strides, batch, at, head, tile)
-        K = load_expanded(k, rows, k_strides, batch, at, head, tile)
-
-        x_hat, r = normalised(dot(K, W, tile) + b, eps, tile)
+        K = expanded(k_rows, tile)
+        x_hat, r = normalised(dot(K, W, tile, b), eps, tile)
         y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
         G = layer_norm_backward(y, x_hat, r, tile).to(tile.operand)
         tl.store(G_kept + tile_offsets(o_strides, batch, at, head, tile), G, mask=mask)
-
         U = lr[:, None] * G.to(tl.float32)
-        attention = tl.where(causal(tile), dot(Q, tl.trans(K), tile) + 1.0, 0.0)
-        p_hat, _ = normalised(dot(Q, W, tile) + b - scale * dot(attention, U, tile), eps, tile)
+
+        q_rows = tl.load(q + tile_offsets(q_strides, batch, at, head, tile), mask=mask, other=0.0)
+        Q = expanded(q_rows, tile)
+        attention = dot(q_rows, tl.trans(k_rows), tile) + 1.0
+        minus_C = tl.where(causal(tile), -scale * attention, 0.0)
+        p_hat, _ = normalised(dot(minus_C, U, tile, dot(Q, W, tile, b)), eps, tile)
         out = q_rows.to(tl.float32) + gamma * p_hat + beta
         tl.store(o + tile_offsets(o_strides, batch, at, head, tile), out.to(tile.operand), mask=mask)
 

@@ -35,11 +35,11 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def dot(a, b, tile: tl.constexpr):
-    """Matrix product of operands rounded to the input dtype, summed in float32."""
+def dot(a, b, tile: tl.constexpr, onto=None):
+    """Matrix product of operands rounded to the input dtype, summed in float32, onto a float32 tile if one is given."""
     a = a.to(tile.operand).to(tile.dot)
     b = b.to(tile.operand).to(tile.dot)
-    return tl.dot(a, b, input_precision=tile.precision)
+    return tl.dot(a, b, onto, input_precision=tile.precision)
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def layer_norm_backward(dx_hat, x_hat, r, tile: tl.constexpr):
 
 
 @triton.jit
-def inner_gradient_backward(dG, dG_dot_G, y, error, x_hat, r, gamma, tile: tl.constexpr):
+def inner_gradient_backward(dG, dG_dot_G, G, error, x_hat, r, gamma, tile: tl.constexpr):
     """Gradients through G = J y, y = γ ∘ error, error = γ ∘ x̂ + β - (v - k); dG_dot_G is Σ dG ∘ G per row, [R, 1].
 
     Returns, [R, F] each, dZ of the layer norm's input, d error, and the terms of dγ.
@@ -88,9 +88,11 @@ def inner_gradient_backward(dG, dG_dot_G, y, error, x_hat, r, gamma, tile: tl.co
     along_x_hat = mean(dG * x_hat, tile)
     dy = only_features(r * (dG - mean(dG, tile) - x_hat * along_x_hat), tile)  # J dG
     d_error = gamma * dy
-    dx_hat = gamma * d_error - r * (dG * mean(y * x_hat, tile) + y * along_x_hat)
-    dZ = layer_norm_backward(dx_hat, x_hat, r, tile) - (r * dG_dot_G * (1.0 / tile.head_dim)) * x_hat
-    return dZ, d_error, dy * error + d_error * x_hat
+    y_along_x_hat = mean(gamma * error * x_hat, tile)
+    dx_hat = gamma * d_error
+    inner = mean(dx_hat * x_hat, tile) + dG_dot_G * (1.0 / tile.head_dim)
+    dZ = r * (dx_hat - mean(dx_hat, tile) - x_hat * inner - y_along_x_hat * dy - along_x_hat * G)
+    return only_features(dZ, tile), d_error, dy * error + d_error * x_hat
 
 
 @triton.jit
@@ -125,11 +127,29 @@ def causal(tile: tl.constexpr):
 
 
 @triton.jit
+def either(a, b):
+    """One of two bit patterns of which the other is zero; unlike a sum it costs nothing where zeros are known."""
+    return a | b
+
+
+@triton.jit
 def own(x, tile: tl.constexpr):
     """[R, P·F] to [R, F]: of every row, its own head's columns."""
     if tile.heads > 1:
+        bits = tl.where(own_columns(tile), x.to(tl.int32, bitcast=True), 0)
+        bits = tl.reduce(tl.reshape(bits, (tile.rows, tile.heads, tile.features)), 1, either)
+        x = bits.to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def expanded(x, tile: tl.constexpr):
+    """[R, F] to [R, P·F]."""
+    for _ in tl.static_range(0, tile.heads // 2):
+        if x.shape[1] < tile.heads * tile.features:
+            x = tl.reshape(tl.permute(tl.join(x, x), (0, 2, 1)), (tile.rows, 2 * x.shape[1]))
+    if tile.heads > 1:
         x = tl.where(own_columns(tile), x, 0.0)
-        x = tl.sum(tl.reshape(x, (tile.rows, tile.heads, tile.features)), 1)
     return x
 
 
@@ -171,7 +191,9 @@ def load_expanded(x, rows, strides, batch, token, head, tile: tl.constexpr):
     """Load a mini-batch of ``[B, L, H, D]`` expanded, [R, P·F]; rows [R] tells which tokens exist."""
     columns = tl.arange(0, tile.heads * tile.features) % tile.features
     offsets = row_offsets(strides, batch, token, head, tile)[:, None] + columns.to(tl.int64)[None, :] * strides[3]
-    mask = rows[:, None] & (columns < tile.head_dim)[None, :]
+    mask = rows[:, None]
+    if tile.head_dim != tile.features:
+        mask = mask & (columns < tile.head_dim)[None, :]
     if tile.heads > 1:
         mask = mask & own_columns(tile)
     return tl.load(x + offsets, mask=mask, other=0.0)
