@@ -101,6 +101,7 @@ def linear_backward_kernel(
         k_rows = tl.load(k + tile_offsets(k_strides, batch, at, head, tile), mask=mask, other=0.0)
         G = tl.load(G_kept + tile_offsets(G_strides, batch, at, head, tile), mask=mask, other=0.0)
         lr = tl.load(inner_lr + row_offsets(lr_strides, batch, at, head, tile), mask=rows, other=0.0)
+        lr = tl.where(rows, lr, 0.0)
         K = expanded(k_rows, tile)
         heads = tl.where(same_head(tile), 1.0, 0.0)
         committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
