@@ -155,48 +155,30 @@ def expanded(x, tile: tl.constexpr):
 
 @triton.jit
 def program_place(spans, L, H, tile: tl.constexpr):
-    """The program's sequence and first head; the sequence's batch row, first token in it and number of tokens."""
+    """The program's sequence and first head; the sequence's first token in the flattened tokens, and its length."""
     head_groups = tl.cdiv(H, tile.heads)
     sequence = tl.program_id(0) // head_groups
     head = (tl.program_id(0) % head_groups) * tile.heads
     starts, lengths = spans
     if starts is None:
-        batch = sequence.to(tl.int64)
-        token = batch * 0
+        first = sequence.to(tl.int64) * L
         length = L
     else:
-        start = tl.load(starts + sequence).to(tl.int64)
-        batch = start // L
-        token = start % L
+        first = tl.load(starts + sequence).to(tl.int64)
         length = tl.load(lengths + sequence).to(tl.int32)
-    return sequence, head, batch, token, length
+    return sequence, head, first, length
 
 
 @triton.jit
-def row_offsets(strides, batch, token, head, tile: tl.constexpr):
-    """Offsets in ``[B, L, H]`` of a mini-batch's rows, its first token and head given, [R]."""
-    first = batch * strides[0] + token * strides[1] + head.to(tl.int64) * strides[2]
-    return first + (row_token(tile).to(tl.int64) * strides[1] + row_head(tile).to(tl.int64) * strides[2])
+def row_offsets(H, tile: tl.constexpr):
+    """Offsets of a mini-batch's rows in a contiguous ``[B, L, H]``, from its first token and head, [R]."""
+    return row_token(tile) * H + row_head(tile)
 
 
 @triton.jit
-def tile_offsets(strides, batch, token, head, tile: tl.constexpr):
-    """Offsets in ``[B, L, H, D]`` of a mini-batch's elements, its first token and head given, [R, F]."""
-    features = tl.arange(0, tile.features).to(tl.int64)
-    return row_offsets(strides, batch, token, head, tile)[:, None] + features[None, :] * strides[3]
-
-
-@triton.jit
-def load_expanded(x, rows, strides, batch, token, head, tile: tl.constexpr):
-    """Load a mini-batch of ``[B, L, H, D]`` expanded, [R, P·F]; rows [R] tells which tokens exist."""
-    columns = tl.arange(0, tile.heads * tile.features) % tile.features
-    offsets = row_offsets(strides, batch, token, head, tile)[:, None] + columns.to(tl.int64)[None, :] * strides[3]
-    mask = rows[:, None]
-    if tile.head_dim != tile.features:
-        mask = mask & (columns < tile.head_dim)[None, :]
-    if tile.heads > 1:
-        mask = mask & own_columns(tile)
-    return tl.load(x + offsets, mask=mask, other=0.0)
+def tile_offsets(H, tile: tl.constexpr):
+    """Offsets of a mini-batch's elements in a contiguous ``[B, L, H, D]``, from its first token and head, [R, F]."""
+    return row_offsets(H, tile)[:, None] * tile.head_dim + tl.arange(0, tile.features)[None, :]
 
 
 @triton.jit
