@@ -97,9 +97,10 @@ def linear_backward_kernel(
         rows = head_exists & (positions < min(tile.mini_batch, length - start))
         mask = rows[:, None] & columns
         at = (first + start) * H + head
+        here = at * D + elements
         # Rebuild the weights before the mini-batch.
-        k_rows = tl.load(k + at * D + elements, mask=mask, other=0.0)
-        G = tl.load(G_kept + at * D + elements, mask=mask, other=0.0)
+        k_rows = tl.load(k + here, mask=mask, other=0.0)
+        G = tl.load(G_kept + here, mask=mask, other=0.0)
         lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
         lr = tl.where(rows, lr, 0.0)
         K = expanded(k_rows, tile)
@@ -111,12 +112,12 @@ def linear_backward_kernel(
         b -= -s_last * dot(heads, U, tile)
 
         # Through the output.
-        q_rows = tl.load(q + at * D + elements, mask=mask, other=0.0)
+        q_rows = tl.load(q + here, mask=mask, other=0.0)
         Q = expanded(q_rows, tile)
         attention = dot(q_rows, tl.trans(k_rows), tile) + 1.0
         minus_C = tl.where(causal(tile), -scale * attention, 0.0)
         p_hat, p_r = normalised(dot(minus_C, U, tile, dot(Q, W, tile, b)), eps, tile)
-        dO = tl.load(grad_o + at * D + elements, mask=mask, other=0.0).to(tl.float32)
+        dO = tl.load(grad_o + here, mask=mask, other=0.0).to(tl.float32)
         d_gamma += dO * p_hat
         d_beta += dO
         minus_dout = layer_norm_backward(gamma * dO, p_hat, -p_r, tile)
@@ -124,7 +125,7 @@ def linear_backward_kernel(
         d_scale += tl.sum(d_attention * attention, 1)
         d_attention *= -scale
         d_q = dO - dot(d_attention, k_rows, tile, own(dot(minus_dout, tl.trans(W), tile), tile))
-        tl.store(dq + at * D + elements, d_q.to(tile.operand), mask=mask)
+        tl.store(dq + here, d_q.to(tile.operand), mask=mask)
 
         # Through the steps.
         X = dot(K, dW, tile, db)
@@ -135,17 +136,17 @@ def linear_backward_kernel(
 
         # Through the inner gradient.
         x_hat, r = normalised(dot(K, W, tile, b), eps, tile)
-        v_rows = tl.load(v + at * D + elements, mask=mask, other=0.0)
+        v_rows = tl.load(v + here, mask=mask, other=0.0)
         error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
         minus_dZ, minus_de, minus_d_gamma = inner_gradient_backward(
             lr[:, None] * minus_dU, (lr * minus_dlr)[:, None], G.to(tl.float32), error, x_hat, r, gamma, tile
         )
         d_gamma -= minus_d_gamma
         d_beta -= minus_de
-        tl.store(dv + at * D + elements, minus_de.to(tile.operand), mask=mask)
+        tl.store(dv + here, minus_de.to(tile.operand), mask=mask)
         through_W = dot(minus_dZ, tl.trans(W), tile) + s_last * dot(U, tl.trans(dW), tile)
         minus_dk = dot(tl.trans(d_attention), q_rows, tile, minus_de) + own(through_W, tile)
-        tl.store(dk + at * D + elements, (-minus_dk).to(tile.operand), mask=mask)
+        tl.store(dk + here, (-minus_dk).to(tile.operand), mask=mask)
 
         dW -= dot(tl.trans(Q), minus_dout, tile) + dot(tl.trans(K), minus_dZ, tile)
         db -= dot(heads, minus_dout, tile) + dot(heads, minus_dZ, tile)

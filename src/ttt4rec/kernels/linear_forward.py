@@ -82,23 +82,24 @@ def linear_forward_kernel(
         rows = head_exists & (positions < min(tile.mini_batch, length - start))
         mask = rows[:, None] & columns
         at = (first + start) * H + head
-        k_rows = tl.load(k + at * D + elements, mask=mask, other=0.0)
-        v_rows = tl.load(v + at * D + elements, mask=mask, other=0.0)
+        here = at * D + elements
+        k_rows = tl.load(k + here, mask=mask, other=0.0)
+        v_rows = tl.load(v + here, mask=mask, other=0.0)
         lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
         K = expanded(k_rows, tile)
         x_hat, r = normalised(dot(K, W, tile, b), eps, tile)
         y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
         G = layer_norm_backward(y, x_hat, r, tile).to(tile.operand)
-        tl.store(G_kept + at * D + elements, G, mask=mask)
+        tl.store(G_kept + here, G, mask=mask)
         U = lr[:, None] * G.to(tl.float32)
 
-        q_rows = tl.load(q + at * D + elements, mask=mask, other=0.0)
+        q_rows = tl.load(q + here, mask=mask, other=0.0)
         Q = expanded(q_rows, tile)
         attention = dot(q_rows, tl.trans(k_rows), tile) + 1.0
         minus_C = tl.where(causal(tile), -scale * attention, 0.0)
         p_hat, _ = normalised(dot(minus_C, U, tile, dot(Q, W, tile, b)), eps, tile)
         out = q_rows.to(tl.float32) + gamma * p_hat + beta
-        tl.store(o + at * D + elements, out.to(tile.operand), mask=mask)
+        tl.store(o + here, out.to(tile.operand), mask=mask)
 
         # A last, short mini-batch is not committed.
         committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
