@@ -14,26 +14,28 @@ from .primitives import (
     centred,
     dot,
     expanded,
-    head_offsets,
+    first_rows,
     inner_gradient_backward,
     layer_norm_backward,
     load_layer_norm,
     normalised,
     own,
+    parameter_mask,
+    parameter_offsets,
     program_place,
     row_head,
     row_offsets,
     row_token,
-    same_head,
     store_head_sums,
     store_token_sums,
     tile_offsets,
+    token_sums,
     weight_mask,
     weight_offsets,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "H"])
 def linear_backward_kernel(
     grads,  # of o [B, L, H, D], of W1 [N, H, D, D] and b1 [N, H, D]
     tokens,  # q, k, v and the forward's G [B, L, H, D]
@@ -54,14 +56,15 @@ def linear_backward_kernel(
 
     x̂, y, out and C = tril(Q Kᵀ + 1) as in the forward, at the weights rebuilt by
     W ← W + s_last Kᵀ U                              b ← b + s_last Σ_j U_j,   U = lr ∘ G
-    dout = layer norm's backward of γ ∘ dO           dC = tril((s ∘ dout) Uᵀ)
-    dU = -Cᵀ (s ∘ dout) - s_last X,  X = K dW + db   dG = lr ∘ dU,  dlr = Σ_d G ∘ dU
+    dout = layer norm's backward of γ ∘ dO           d(CU) = -s ∘ dout,  dC = tril(d(CU) Uᵀ)
+    dU = Cᵀ d(CU) - s_last X,  X = K dW + db         dG = lr ∘ dU,  dlr = Σ_d G ∘ dU
     ds = -Σ_d dout ∘ (C U),  ds_last -= Σ U ∘ X
     dZ, de, dγ from dG                               dV = -de
-    dQ = dO + dout Wᵀ - dC K                         dK = de + dZ Wᵀ - dCᵀ Q - s_last U dWᵀ
+    dQ = dO + dout Wᵀ + dC K                         dK = de + dZ Wᵀ + dCᵀ Q - s_last U dWᵀ
     dW ← dW + Qᵀ dout + Kᵀ dZ                        db ← db + Σ_i dout_i + Σ_j dZ_j
 
-    In the code dout and dZ carry the opposite sign, as they are subtracted or enter with a minus almost everywhere.
+    In the code all but dO, dq and the parameters' gradients carry the opposite sign, with which they enter nearly
+    everywhere.
     """
     grad_o, grad_W, grad_b = grads
     q, k, v, G_kept = tokens
@@ -75,20 +78,20 @@ def linear_backward_kernel(
     positions, features = row_token(tile), tl.arange(0, tile.features)
     head_exists = head + row_head(tile) < H
     columns = features[None, :] < tile.head_dim
-    parameter_mask = head_exists[:, None] & columns
+    b_mask = parameter_mask(head, H, tile)
     elements = tile_offsets(H, tile)
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
-    scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
+    minus_scale = -tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     W_mask = weight_mask(head, H, tile)
     W = tl.load(weights[0] + weight_offsets(W_strides, sequence, head, tile), mask=W_mask, other=0.0)
-    b = tl.load(weights[1] + head_offsets(b_strides, sequence, head, tile), mask=parameter_mask, other=0.0)
+    b = tl.load(weights[1] + parameter_offsets(b_strides, sequence, head, tile), mask=b_mask, other=0.0)
     W, b = centred(W, tile), centred(b, tile)
     dW = tl.load(grad_W + weight_offsets(grad_W_strides, sequence, head, tile), mask=W_mask, other=0.0)
-    db = tl.load(grad_b + head_offsets(grad_b_strides, sequence, head, tile), mask=parameter_mask, other=0.0)
+    db = tl.load(grad_b + parameter_offsets(grad_b_strides, sequence, head, tile), mask=b_mask, other=0.0)
 
-    d_gamma = tl.zeros_like(gamma)
-    d_beta = tl.zeros_like(gamma)
+    d_gamma = tl.zeros((R, tile.features), tl.float32)
+    d_beta = tl.zeros((R, tile.features), tl.float32)
     d_scale = tl.zeros((R,), tl.float32)
     d_last_scale = tl.zeros((R,), tl.float32)
     num_mini_batches = tl.cdiv(length, tile.mini_batch)
@@ -104,37 +107,40 @@ def linear_backward_kernel(
         lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
         lr = tl.where(rows, lr, 0.0)
         K = expanded(k_rows, tile)
-        heads = tl.where(same_head(tile), 1.0, 0.0)
         committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
         s_last = committed * last_scale
         U = lr[:, None] * G.to(tl.float32)
         W -= -s_last * dot(tl.trans(K), U, tile)
-        b -= -s_last * dot(heads, U, tile)
+        b -= -s_last * token_sums(U, tile)
 
         # Through the output.
         q_rows = tl.load(q + here, mask=mask, other=0.0)
         Q = expanded(q_rows, tile)
-        attention = dot(q_rows, tl.trans(k_rows), tile) + 1.0
-        minus_C = tl.where(causal(tile), -scale * attention, 0.0)
-        p_hat, p_r = normalised(dot(minus_C, U, tile, dot(Q, W, tile, b)), eps, tile)
+        C = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
+        CU = dot(C, U, tile)
+        p_hat, p_r = normalised(dot(Q, W, tile, b) + minus_scale * CU, eps, tile)
         dO = tl.load(grad_o + here, mask=mask, other=0.0).to(tl.float32)
         d_gamma += dO * p_hat
         d_beta += dO
         minus_dout = layer_norm_backward(gamma * dO, p_hat, -p_r, tile)
-        d_attention = tl.where(causal(tile), dot(minus_dout, tl.trans(U), tile), 0.0)
-        d_scale += tl.sum(d_attention * attention, 1)
-        d_attention *= -scale
-        d_q = dO - dot(d_attention, k_rows, tile, own(dot(minus_dout, tl.trans(W), tile), tile))
+        d_scale += tl.sum(minus_dout * CU, 1)
+        minus_dCU = minus_scale * minus_dout
+        minus_dC = tl.where(causal(tile), dot(minus_dCU, tl.trans(U), tile), 0.0)
+        d_q = dO - dot(minus_dC, k_rows, tile, own(dot(minus_dout, tl.trans(W), tile), tile))
         tl.store(dq + here, d_q.to(tile.operand), mask=mask)
 
         # Through the steps.
         X = dot(K, dW, tile, db)
-        minus_dU = dot(tl.trans(minus_C), minus_dout, tile) + s_last * X
+        minus_dU = dot(tl.trans(C), minus_dCU, tile, s_last * X)
         d_last_scale -= committed * tl.sum(U * X, 1)
+        G = tl.load(G_kept + here, mask=mask, other=0.0)
+        lr = tl.where(rows, tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0), 0.0)
         minus_dlr = tl.sum(G.to(tl.float32) * minus_dU, 1)
         tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr, mask=rows)
 
-        # Through the inner gradient.
+        # Through the inner gradient. Reading k again is cheaper than keeping it: registers are what there is too few of.
+        k_rows = tl.load(k + here, mask=mask, other=0.0)
+        K = expanded(k_rows, tile)
         x_hat, r = normalised(dot(K, W, tile, b), eps, tile)
         v_rows = tl.load(v + here, mask=mask, other=0.0)
         error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
@@ -144,16 +150,18 @@ def linear_backward_kernel(
         d_gamma -= minus_d_gamma
         d_beta -= minus_de
         tl.store(dv + here, minus_de.to(tile.operand), mask=mask)
-        through_W = dot(minus_dZ, tl.trans(W), tile) + s_last * dot(U, tl.trans(dW), tile)
-        minus_dk = dot(tl.trans(d_attention), q_rows, tile, minus_de) + own(through_W, tile)
-        tl.store(dk + here, (-minus_dk).to(tile.operand), mask=mask)
+        through_W = own(dot(minus_dZ, tl.trans(W), tile) + s_last * dot(U, tl.trans(dW), tile), tile)
 
         dW -= dot(tl.trans(Q), minus_dout, tile) + dot(tl.trans(K), minus_dZ, tile)
-        db -= dot(heads, minus_dout, tile) + dot(heads, minus_dZ, tile)
+        db -= token_sums(minus_dout, tile) + token_sums(minus_dZ, tile)
+
+        # The last product: Triton splits all tiles among the warps as suits its shape, and [R, F] repeats least.
+        minus_dk = dot(tl.trans(minus_dC), q_rows, tile, minus_de + through_W)
+        tl.store(dk + here, (-minus_dk).to(tile.operand), mask=mask)
 
     tl.store(d_weights[0] + weight_offsets((H * D * D, D * D, D, 1), sequence, head, tile), dW, mask=W_mask)
-    one_row = parameter_mask & (positions == 0)[:, None]
-    tl.store(d_weights[1] + head_offsets((H * D, D, 1), sequence, head, tile), db, mask=one_row)
+    once = b_mask & first_rows(tile)
+    tl.store(d_weights[1] + parameter_offsets((H * D, D, 1), sequence, head, tile), db, mask=once)
     store_head_sums(partial_sums[0], d_gamma, sequence, head, H, tile)
     store_head_sums(partial_sums[1], d_beta, sequence, head, H, tile)
     store_token_sums(partial_sums[2], d_scale, sequence, head, H, tile)

@@ -19,22 +19,24 @@ from .primitives import (
     centred,
     dot,
     expanded,
-    head_offsets,
+    first_rows,
     layer_norm_backward,
     load_layer_norm,
     normalised,
+    parameter_mask,
+    parameter_offsets,
     program_place,
     row_head,
     row_offsets,
     row_token,
-    same_head,
     tile_offsets,
+    token_sums,
     weight_mask,
     weight_offsets,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "H"])
 def linear_forward_kernel(
     tokens,  # q, k, v [B, L, H, D]
     rates,  # inner_lr [B, L, H], token_scale [K]
@@ -66,7 +68,7 @@ def linear_forward_kernel(
     positions, features = row_token(tile), tl.arange(0, tile.features)
     head_exists = head + row_head(tile) < H
     columns = features[None, :] < tile.head_dim
-    parameter_mask = head_exists[:, None] & columns
+    b_mask = parameter_mask(head, H, tile)
     elements = tile_offsets(H, tile)
     D: tl.constexpr = tile.head_dim
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
@@ -74,9 +76,9 @@ def linear_forward_kernel(
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     W_mask = weight_mask(head, H, tile)
     W_in = W1 + weight_offsets(W_strides, sequence, head, tile)
-    b_in = b1 + head_offsets(b_strides, sequence, head, tile)
+    b_in = b1 + parameter_offsets(b_strides, sequence, head, tile)
     W = centred(tl.load(W_in, mask=W_mask, other=0.0), tile)
-    b = centred(tl.load(b_in, mask=parameter_mask, other=0.0), tile)  # each row holds its own head's
+    b = centred(tl.load(b_in, mask=b_mask, other=0.0), tile)
 
     for start in tl.range(0, length, tile.mini_batch):
         rows = head_exists & (positions < min(tile.mini_batch, length - start))
@@ -95,26 +97,25 @@ def linear_forward_kernel(
 
         q_rows = tl.load(q + here, mask=mask, other=0.0)
         Q = expanded(q_rows, tile)
-        attention = dot(q_rows, tl.trans(k_rows), tile) + 1.0
-        minus_C = tl.where(causal(tile), -scale * attention, 0.0)
-        p_hat, _ = normalised(dot(minus_C, U, tile, dot(Q, W, tile, b)), eps, tile)
+        C = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
+        p_hat, _ = normalised(dot(Q, W, tile, b) - scale * dot(C, U, tile), eps, tile)
         out = q_rows.to(tl.float32) + gamma * p_hat + beta
         tl.store(o + here, out.to(tile.operand), mask=mask)
 
         # A last, short mini-batch is not committed.
         committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
         W -= committed_scale * dot(tl.trans(K), U, tile)
-        b -= committed_scale * dot(tl.where(same_head(tile), 1.0, 0.0), U, tile)
+        b -= committed_scale * token_sums(U, tile)
 
     # Give the rows' means back; without an update, give back exactly what came.
     updated = length >= tile.mini_batch
     incoming_W = tl.load(W_in, mask=W_mask, other=0.0)
-    incoming_b = tl.load(b_in, mask=parameter_mask, other=0.0)
+    incoming_b = tl.load(b_in, mask=b_mask, other=0.0)
     W = tl.where(updated, W + (incoming_W - centred(incoming_W, tile)), incoming_W)
     b = tl.where(updated, b + (incoming_b - centred(incoming_b, tile)), incoming_b)
     tl.store(W1_out + weight_offsets((H * D * D, D * D, D, 1), sequence, head, tile), W, mask=W_mask)
-    one_row = parameter_mask & (positions == 0)[:, None]
-    tl.store(b1_out + head_offsets((H * D, D, 1), sequence, head, tile), b, mask=one_row)
+    once = b_mask & first_rows(tile)
+    tl.store(b1_out + parameter_offsets((H * D, D, 1), sequence, head, tile), b, mask=once)
 
 
 def linear_forward(

@@ -11,6 +11,9 @@ A program runs P heads of one sequence. One mini-batch of one tensor is a tile o
   tile times the heads' stacked weights ``[P·F, F]`` is every head times its own weights.
 - *pairs* ``[R, R]``: one value per two tokens.
 
+A head's parameters, b, γ and β, are rows too: as many as tokens up to sixteen of them, where a sum over tokens costs
+a product of one instruction and a broadcast nothing; beyond, one row serves a program's one head, [1, F].
+
 Tiles carry zeros where there is no token, no head or no feature. All arithmetic is float32; ``dot`` alone rounds its
 operands. Layer norms see only inputs whose mean over the features is zero (see ``centred``).
 """
@@ -39,6 +42,8 @@ def dot(a, b, tile: tl.constexpr, onto=None):
     """Matrix product of operands rounded to the input dtype, summed in float32, onto a float32 tile if one is given."""
     a = a.to(tile.operand).to(tile.dot)
     b = b.to(tile.operand).to(tile.dot)
+    if onto is not None:
+        onto = tl.broadcast_to(onto, (a.shape[0], b.shape[1]))
     return tl.dot(a, b, onto, input_precision=tile.precision)
 
 
@@ -108,6 +113,19 @@ def row_head(tile: tl.constexpr):
 
 
 @triton.jit
+def parameter_rows(tile: tl.constexpr):
+    """Indices of the rows of a tile of parameters, [R] or [1]."""
+    rows: tl.constexpr = tile.rows if tile.rows == 16 or tile.heads > 1 else 1
+    return tl.arange(0, rows)
+
+
+@triton.jit
+def parameter_head(tile: tl.constexpr):
+    """Head of every row of a tile of parameters among those of the program, [R] or [1]."""
+    return parameter_rows(tile) // (tile.rows // tile.heads)
+
+
+@triton.jit
 def own_columns(tile: tl.constexpr):
     """Where an expanded tile may be other than zero, [R, P·F]."""
     return row_head(tile)[:, None] == (tl.arange(0, tile.heads * tile.features) // tile.features)[None, :]
@@ -117,6 +135,16 @@ def own_columns(tile: tl.constexpr):
 def same_head(tile: tl.constexpr):
     """Pairs of rows of one head, [R, R]."""
     return row_head(tile)[:, None] == row_head(tile)[None, :]
+
+
+@triton.jit
+def token_sums(x, tile: tl.constexpr):
+    """[R, F] summed over each head's tokens, as a tile of parameters."""
+    if tile.rows == 16 or tile.heads > 1:
+        sums = dot(tl.where(same_head(tile), 1.0, 0.0), x, tile)
+    else:
+        sums = tl.sum(x, 0)[None, :]
+    return sums
 
 
 @triton.jit
@@ -200,10 +228,23 @@ def weight_mask(head, H, tile: tl.constexpr):
 
 
 @triton.jit
-def head_offsets(strides, sequence, head, tile: tl.constexpr):
-    """Offsets in ``[N, H, D]`` of every row's own head, [R, F]."""
-    rows = sequence.to(tl.int64) * strides[0] + (head + row_head(tile)).to(tl.int64) * strides[1]
+def parameter_offsets(strides, sequence, head, tile: tl.constexpr):
+    """Offsets in ``[N, H, D]`` of a tile of parameters, [R, F] or [1, F]."""
+    rows = sequence.to(tl.int64) * strides[0] + (head + parameter_head(tile)).to(tl.int64) * strides[1]
     return rows[:, None] + tl.arange(0, tile.features)[None, :] * strides[2]
+
+
+@triton.jit
+def parameter_mask(head, H, tile: tl.constexpr):
+    """Which of a tile of parameters exist."""
+    features = tl.arange(0, tile.features)
+    return (head + parameter_head(tile) < H)[:, None] & (features < tile.head_dim)[None, :]
+
+
+@triton.jit
+def first_rows(tile: tl.constexpr):
+    """One row per head of a tile of parameters, for storing each once."""
+    return (parameter_rows(tile) % (tile.rows // tile.heads) == 0)[:, None]
 
 
 @triton.jit
@@ -217,10 +258,9 @@ def store_head_sums(pointer, x, sequence, head, H, tile: tl.constexpr):
 
 @triton.jit
 def load_layer_norm(layer_norm, head, H, tile: tl.constexpr):
-    """γ and β, contiguous ``[H, D]``, of every row's own head, [R, F] each."""
-    heads, features = head + row_head(tile), tl.arange(0, tile.features)
-    offsets = heads[:, None] * tile.head_dim + features[None, :]
-    mask = (heads < H)[:, None] & (features < tile.head_dim)[None, :]
+    """γ and β, contiguous ``[H, D]``, as tiles of parameters."""
+    offsets = (head + parameter_head(tile))[:, None] * tile.head_dim + tl.arange(0, tile.features)[None, :]
+    mask = parameter_mask(head, H, tile)
     gamma = tl.load(layer_norm[0] + offsets, mask=mask, other=0.0).to(tl.float32)
     beta = tl.load(layer_norm[1] + offsets, mask=mask, other=0.0).to(tl.float32)
     return gamma, beta

@@ -1,0 +1,66 @@
+"""How the launch table was made: ``python -m ttt4rec.kernels.tune linear_backward:sm_90:16:8:bf16 ...``.
+
+Every sensible cut of a kernel is compiled, and its cost read from the machine code. The best has no spill in its loop if
+any has none, and then the fewest issue slots per mini-batch and head: instructions of a warp times warps by heads, a spill
+counted as sixteen. No GPU is needed, nor can one vary the answer; timings may, one day, overrule it.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+
+from . import launch
+from .aot import DTYPES, Cost, compile_for
+
+SPILL = 16  # instructions
+
+
+def candidates(op: str, head_dim: int, mini_batch_size: int) -> list[launch.Blocks]:
+    """The cuts worth compiling."""
+    tiles = max(launch.padded(mini_batch_size), launch.padded(head_dim)) // 16
+    warps = [w for w in (1, 2, 4, 8) if tiles // 2 <= w <= 2 * tiles]
+    stages = (1, 2, 3) if op.endswith("forward") else (1, 2)
+    heads = (1, 2) if mini_batch_size <= 8 and head_dim <= 32 else (1,)
+    return [launch.Blocks(w, s, h) for w in warps for s in stages for h in heads]
+
+
+def issue_slots(cost: Cost, choice: launch.Blocks) -> float:
+    """Issue slots per mini-batch and head."""
+    return (cost.loop_instructions + SPILL * cost.loop_spills) * choice.num_warps / choice.heads
+
+
+def tuned(kernel: str) -> list[tuple[bool, float, launch.Blocks, Cost]]:
+    """All cuts of a kernel that compile, best first."""
+    op, architecture, head_dim, mini_batch_size, dtype = kernel.split(":")
+    table, found = launch.blocks, []
+    for choice in candidates(op, int(head_dim), int(mini_batch_size)):
+        launch.blocks = lambda *_, choice=choice: choice  # type: ignore[misc]
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the code of a kernel that does not assemble
+                cost = compile_for(architecture, op, int(head_dim), int(mini_batch_size), DTYPES[dtype])
+        except Exception:  # the compiler's own failures, of several kinds, rule a cut out
+            continue
+        found.append((cost.loop_spills > 0, issue_slots(cost, choice), choice, cost))
+    launch.blocks = table
+    return sorted(found, key=lambda entry: entry[:2])
+
+
+def main() -> None:
+    """Print every kernel's cuts, best first, or as JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kernels", nargs="+", help="op:architecture:head_dim:mini_batch_size:dtype")
+    parser.add_argument("--json", action="store_true", help="one object per kernel: its best cut")
+    given = parser.parse_args()
+    for kernel in given.kernels:
+        cuts = tuned(kernel)
+        if given.json:
+            _, slots, choice, cost = cuts[0]
+            print(json.dumps({"kernel": kernel, **choice._asdict(), "slots": slots, "cost": str(cost)}), flush=True)
+            continue
+        for _, slots, choice, cost in cuts:
+            print(f"{kernel:36} {choice!s:50} {slots:8.0f} slots  {cost}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
