@@ -42,6 +42,7 @@ class Cost:
     loop_spills: int  # of them in the loop
     shared_memory: int  # bytes per program
     loop_instructions: int  # per warp and mini-batch
+    tensor_core: int  # of them matrix products
     ttgir: str  # Triton's GPU intermediate form
 
     def __str__(self) -> str:
@@ -71,11 +72,13 @@ class OfflineDriver:
         return self.target
 
 
-def compile_for(architecture: str, op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype) -> Cost:
+def compile_for(
+    architecture: str, op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int = 50
+) -> Cost:
     """Compile a kernel for an architecture, as it would be launched for 4 heads and sequences that are not packed."""
     driver.set_active(OfflineDriver(architecture))
-    q = torch.empty(2, 50, 4, head_dim, dtype=dtype, device="meta")
-    rates = _meta(2, 50, 4), _meta(mini_batch_size)
+    q = torch.empty(2, length, 4, head_dim, dtype=dtype, device="meta")
+    rates = _meta(2, length, 4), _meta(mini_batch_size)
     weights = _meta(2, 4, head_dim, head_dim), _meta(2, 4, head_dim)
     layer_norm = _meta(4, head_dim), _meta(4, head_dim)
     if op == "linear_forward":
@@ -133,12 +136,14 @@ def _amd_cost(compiled: Any) -> Cost:
 
 def _cost(compiled: Any, registers: int, instructions: dict[int, str], start: int, stop: int, spill: str) -> Cost:
     spills = [address for address, text in instructions.items() if re.search(spill, text)]
+    loop = [text for address, text in instructions.items() if start <= address <= stop]
     return Cost(
         registers=registers,
         spills=len(spills),
         loop_spills=sum(start <= address <= stop for address in spills),
         shared_memory=compiled.metadata.shared,
-        loop_instructions=sum(start <= address <= stop for address in instructions),
+        loop_instructions=len(loop),
+        tensor_core=sum(re.search(r"MMA|v_mfma", text) is not None for text in loop),
         ttgir=compiled.asm["ttgir"],
     )
 

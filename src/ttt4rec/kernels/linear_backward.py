@@ -138,7 +138,7 @@ def linear_backward_kernel(
         minus_dlr = tl.sum(G.to(tl.float32) * minus_dU, 1)
         tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr, mask=rows)
 
-        # Through the inner gradient. Reading k again is cheaper than keeping it: registers are what there is too few of.
+        # Through the inner gradient. k, G and lr are read again, from the cache: registers are what there is too few of.
         k_rows = tl.load(k + here, mask=mask, other=0.0)
         K = expanded(k_rows, tile)
         x_hat, r = normalised(dot(K, W, tile, b), eps, tile)

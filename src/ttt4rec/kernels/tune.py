@@ -1,8 +1,8 @@
 """How the launch table was made: ``python -m ttt4rec.kernels.tune linear_backward:sm_90:16:8:bf16 ...``.
 
-Every sensible cut of a kernel is compiled, and its cost read from the machine code. The best has no spill in its loop if
-any has none, and then the fewest issue slots per mini-batch and head: instructions of a warp times warps by heads, a spill
-counted as sixteen. No GPU is needed, nor can one vary the answer; timings may, one day, overrule it.
+Every sensible cut of a kernel is compiled, and its cost read from the machine code. The best has no spill in its loop,
+if any has none, and then the fewest issue slots per mini-batch and head: a warp's instructions times warps by heads, a
+spill counted as sixteen. This needs no GPU; timings on one may overrule it.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def tuned(kernel: str) -> list[tuple[bool, float, launch.Blocks, Cost]]:
     op, architecture, head_dim, mini_batch_size, dtype = kernel.split(":")
     table, found = launch.blocks, []
     for choice in candidates(op, int(head_dim), int(mini_batch_size)):
-        launch.blocks = lambda *_, choice=choice: choice  # type: ignore[misc]
+        launch.blocks = lambda *_, choice=choice: choice
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the code of a kernel that does not assemble
                 cost = compile_for(architecture, op, int(head_dim), int(mini_batch_size), DTYPES[dtype])

@@ -1,0 +1,169 @@
+"""What every kernel of the launch table costs: ``python -m ttt4rec.kernels.resources docs/resources.md``.
+
+Compiles all configurations for all architectures with the installed Triton and rewrites that Triton's sections of the
+file; those of other versions stay. Some minutes of work on two cores, with progress; no GPU is needed.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+
+from . import launch
+from .aot import DTYPES, TARGETS
+
+INTRODUCTION = """# What the kernels cost
+
+Read from machine code that was compiled without a GPU, for 4 heads, by `python -m ttt4rec.kernels.resources
+docs/resources.md`; nothing here is a timing. A row stands for all mini-batch sizes down to the next smaller one. Cut:
+warps × software-pipeline stages × heads in a program. Registers are a thread's; spills, instructions and tensor-core
+instructions are those of one warp in one mini-batch (in brackets: spills outside the loop too); programs is how many fit
+a multiprocessor at once.
+"""
+HEADER = "| kernel | D | K | dtype | cut | registers | spills | shared memory | programs | instructions | tensor core |"
+ROW = re.compile(
+    r"\| (\w+) \| (\d+) \| (\d+) \| (\w+) \| (\d+)×(\d+)×(\d+) " + r"\| (\d+) \| (\d+) \((\d+)\) " + r"\| (\d+) " * 4
+)
+
+
+class Machine(NamedTuple):
+    """What one multiprocessor has."""
+
+    registers: int  # of 32 bits
+    register_unit: int  # registers are given to a warp in multiples of so many
+    shared_memory: int  # bytes for one program at most, about all there is
+    warps: int
+    programs: int
+    lanes: int  # threads in a warp
+
+
+MACHINES = {
+    "sm_80": Machine(65536, 256, 163 * 1024, 64, 32, 32),
+    "sm_90": Machine(65536, 256, 227 * 1024, 64, 32, 32),
+    "sm_100": Machine(65536, 256, 227 * 1024, 64, 32, 32),
+    "gfx942": Machine(4 * 512 * 64, 8 * 64, 64 * 1024, 32, 32, 64),
+}
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    op: str
+    head_dim: int
+    mini_batch_size: int
+    dtype: str
+    num_warps: int
+    num_stages: int
+    heads: int
+    registers: int
+    loop_spills: int
+    spills: int
+    shared_memory: int
+    programs: int
+    loop_instructions: int
+    tensor_core: int
+
+    def __str__(self) -> str:
+        return (
+            f"| {self.op} | {self.head_dim} | {self.mini_batch_size} | {self.dtype} "
+            f"| {self.num_warps}×{self.num_stages}×{self.heads} | {self.registers} | {self.loop_spills} ({self.spills}) "
+            f"| {self.shared_memory} | {self.programs} | {self.loop_instructions} | {self.tensor_core} |"
+        )
+
+
+def configurations() -> Iterator[str]:
+    """Every configuration that the launch table can choose, as ``op:head_dim:mini_batch_size:dtype``."""
+    for dtype, table in (("bf16", launch.HALF), ("fp32", launch.SINGLE)):
+        for (op, head_dim), choices in table.items():
+            for mini_batch_size in choices:
+                yield f"{op}:{head_dim}:{mini_batch_size}:{dtype}"
+
+
+def programs(architecture: str, registers: int, shared_memory: int, num_warps: int) -> int:
+    """How many programs fit a multiprocessor at once."""
+    machine = MACHINES[architecture]
+    per_warp = -(-registers * machine.lanes // machine.register_unit) * machine.register_unit
+    by_registers = machine.registers // (per_warp * num_warps)
+    by_memory = machine.shared_memory // max(1, shared_memory)
+    return min(by_registers, by_memory, machine.warps // num_warps, machine.programs)
+
+
+def measured(architecture: str, configuration: str) -> Row:
+    """Compile one configuration, in a process of its own."""
+    op, head_dim, mini_batch_size, dtype = configuration.split(":")
+    kernel = f"{op}:{architecture}:{head_dim}:{mini_batch_size}:{dtype}"
+    command = [sys.executable, "-m", "ttt4rec.kernels.aot", "--json", kernel]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"{kernel} does not compile: {run.stderr[-1000:]}")
+    return row(architecture, json.loads(run.stdout))
+
+
+def row(architecture: str, cost: dict[str, Any]) -> Row:
+    """The line of one of ``aot``'s objects."""
+    op, _, head_dim, mini_batch_size, dtype = cost["kernel"].split(":")
+    cut = launch.blocks(op, int(head_dim), int(mini_batch_size), DTYPES[dtype], architecture, 4)
+    return Row(
+        op,
+        int(head_dim),
+        int(mini_batch_size),
+        dtype,
+        *cut,
+        cost["registers"],
+        cost["loop_spills"],
+        cost["spills"],
+        cost["shared_memory"],
+        programs(architecture, cost["registers"], cost["shared_memory"], cut.num_warps),
+        cost["loop_instructions"],
+        cost["tensor_core"],
+    )
+
+
+def read(text: str) -> dict[tuple[str, str], list[Row]]:
+    """The rows of a file by Triton version and architecture."""
+    tables: dict[tuple[str, str], list[Row]] = {}
+    for line in text.splitlines():
+        if heading := re.match(r"## Triton (\S+), (\w+)", line):
+            tables[heading[1], heading[2]] = []
+        elif found := ROW.match(line):
+            op, head_dim, mini_batch_size, dtype, *numbers = found.groups()
+            values = Row(op, int(head_dim), int(mini_batch_size), dtype, *map(int, numbers))
+            list(tables.values())[-1].append(values)
+    return tables
+
+
+def written(tables: dict[tuple[str, str], list[Row]]) -> str:
+    """The file of some tables."""
+    sections = [INTRODUCTION]
+    for (version, architecture), rows in sorted(tables.items(), reverse=True):
+        lines = [HEADER, "|---" * 11 + "|", *map(str, rows)]
+        sections.append(f"## Triton {version}, {architecture}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(sections)
+
+
+def main() -> None:
+    """Measure everything and rewrite the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--workers", type=int, default=2, help="configurations compiled at once")
+    given = parser.parse_args()
+    tables = read(given.file.read_text()) if given.file.exists() else {}
+    jobs = [(architecture, configuration) for architecture in TARGETS for configuration in configurations()]
+    for architecture in TARGETS:
+        tables[triton.__version__, architecture] = []
+    with ThreadPoolExecutor(given.workers) as pool:
+        for done, (job, line) in enumerate(zip(jobs, pool.map(lambda job: measured(*job), jobs), strict=True), 1):
+            tables[triton.__version__, job[0]].append(line)
+            print(f"{done}/{len(jobs)} {job[0]} {line}", file=sys.stderr, flush=True)
+    given.file.write_text(written(tables))
+
+
+if __name__ == "__main__":
+    main()
