@@ -133,12 +133,13 @@ def linear_backward_kernel(
         X = dot(K, dW, tile, db)
         minus_dU = dot(tl.trans(C), minus_dCU, tile, s_last * X)
         d_last_scale -= committed * tl.sum(U * X, 1)
+        # G, lr and k are read again, from the cache, as there are no registers to keep them in.
         G = tl.load(G_kept + here, mask=mask, other=0.0)
         lr = tl.where(rows, tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0), 0.0)
         minus_dlr = tl.sum(G.to(tl.float32) * minus_dU, 1)
         tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr, mask=rows)
 
-        # Through the inner gradient. k, G and lr are read again, from the cache: registers are what there is too few of.
+        # Through the inner gradient.
         k_rows = tl.load(k + here, mask=mask, other=0.0)
         K = expanded(k_rows, tile)
         x_hat, r = normalised(dot(K, W, tile, b), eps, tile)

@@ -22,10 +22,10 @@ from .aot import DTYPES, TARGETS
 INTRODUCTION = """# What the kernels cost
 
 Read from machine code that was compiled without a GPU, for 4 heads, by `python -m ttt4rec.kernels.resources
-docs/resources.md`; nothing here is a timing. A row stands for all mini-batch sizes down to the next smaller one. Cut:
-warps × software-pipeline stages × heads in a program. Registers are a thread's; spills, instructions and tensor-core
-instructions are those of one warp in one mini-batch (in brackets: spills outside the loop too); programs is how many fit
-a multiprocessor at once.
+docs/resources.md`; nothing here is a timing. A row stands for all mini-batch sizes down to the next smaller one, and
+bf16 for fp16 too. Cut: warps × software-pipeline stages × heads in a program. Registers are a thread's; spills,
+instructions and tensor-core instructions are a warp's in one mini-batch (in brackets: with the spills outside the loop);
+programs is how many fit a multiprocessor at once.
 """
 HEADER = "| kernel | D | K | dtype | cut | registers | spills | shared memory | programs | instructions | tensor core |"
 ROW = re.compile(
@@ -71,11 +71,10 @@ class Row(NamedTuple):
     tensor_core: int
 
     def __str__(self) -> str:
-        return (
-            f"| {self.op} | {self.head_dim} | {self.mini_batch_size} | {self.dtype} "
-            f"| {self.num_warps}×{self.num_stages}×{self.heads} | {self.registers} | {self.loop_spills} ({self.spills}) "
-            f"| {self.shared_memory} | {self.programs} | {self.loop_instructions} | {self.tensor_core} |"
-        )
+        what = f"| {self.op} | {self.head_dim} | {self.mini_batch_size} | {self.dtype} "
+        cut = f"| {self.num_warps}×{self.num_stages}×{self.heads} | {self.registers} "
+        memory = f"| {self.loop_spills} ({self.spills}) | {self.shared_memory} | {self.programs} "
+        return f"{what}{cut}{memory}| {self.loop_instructions} | {self.tensor_core} |"
 
 
 def configurations() -> Iterator[str]:
