@@ -22,7 +22,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``y_t = b + Σ_j w_j x_{t - (taps - 1) + j}`` for x ``[B, L, C]`` with zeros before it, w ``[C, taps]``, b ``[C]``."""
+    """``y_t = b + Σ_j w_j x_{t - (taps - 1) + j}`` of x ``[B, L, C]``, zeros before it; w ``[C, taps]``, b ``[C]``."""
     L, taps = x.shape[1], weight.shape[1]
     padded = torch.nn.functional.pad(x, (0, 0, taps - 1, 0))
     return bias + sum(padded[:, j : j + L] * weight[:, j] for j in range(taps))
