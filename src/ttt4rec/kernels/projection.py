@@ -49,11 +49,11 @@ class Columns(NamedTuple):
 
 Choice = tuple[int, int, launch.Blocks]  # rows, features, warps and stages
 TABLE: dict[str, dict[int, Choice]] = {  # op: {largest width: choice}, for bfloat16 and float16
-    "fused_forward": {64: (64, 64, launch.Blocks(4, 2)), 128: (64, 64, launch.Blocks(4, 2)), 256: (64, 64, launch.Blocks(4, 2))},
+    "fused_forward": {256: (64, 64, launch.Blocks(4, 2))},
     "rotation": {0: (32, 64, launch.Blocks(4, 2))},
     "fused_backward": {64: (64, 64, launch.Blocks(8, 1))},
     "packing": {0: (32, 64, launch.Blocks(4, 1))},
-}  # fmt: skip
+}
 
 
 def choose(op: str, width: int, dtype: torch.dtype) -> Choice:

@@ -7,6 +7,7 @@ Sums over tokens are taken in a fixed order. Gradients of the logits are rounded
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -172,10 +173,12 @@ def prepare_projection_backward(
     base_lr: float,
     dtype: torch.dtype,
 ) -> tuple[list[Tensor], launch.Launch]:
-    """Make a launch and what it fills: dx, the parameters' partial sums; or the packed gradients ``[B·L, 3C + ...]``."""
+    """Make a launch and what it fills: dx and the parameters' partial sums, or the packed gradients."""
     H, C = lr_weight.shape
     num_tokens = x.shape[0] * x.shape[1]
     fused = C <= FUSED_BACKWARD_WIDTH
+    operands: tuple[Any, ...] = ()
+    outputs: tuple[Any, ...]
     sizes, blocks = columns("fused_backward" if fused else "packing", x, lr_weight, rotated, 2 * cos.shape[1], dtype)
     num_programs = triton.cdiv(num_tokens, sizes.rows)
     if fused:
@@ -188,7 +191,7 @@ def prepare_projection_backward(
         outputs = (results[0], tuple(partial_sums[:-1]), partial_sums[-1])
     else:
         results = [torch.empty((num_tokens, 3 * C + sizes.head_columns), dtype=dtype, device=x.device)]
-        kernel, operands, outputs = packing_kernel, (), (results[0],)
+        kernel, outputs = packing_kernel, (results[0],)
     arguments = (
         tuple(flat(g) for g in grads),
         contiguous(grad_lr, inner_lr),

@@ -44,9 +44,9 @@ def fused_forward_kernel(
         outputs = first + tl.arange(0, sizes.features)
         if sizes.rotated > 0:
             cos, sin = load_angles(table, positions, rows, num_tokens, num_positions, first, sizes)
-        mask = (outputs < sizes.width)[:, None] & own[None, :]
+        W_mask = (outputs < sizes.width)[:, None] & own[None, :]
         for i in tl.static_range(3):
-            W = tl.load(weights[i] + outputs[:, None] * sizes.width + inputs[None, :], mask=mask, other=0.0)
+            W = tl.load(weights[i] + outputs[:, None] * sizes.width + inputs[None, :], mask=W_mask, other=0.0)
             view = dot(X, tl.trans(W), sizes.views)
             if i < sizes.rotated:
                 view = turned(view, cos, sin, sizes)
