@@ -19,8 +19,8 @@ from torch import Tensor
 
 from . import launch
 
-FUSED_FORWARD_WIDTH = 256
-FUSED_BACKWARD_WIDTH = 64
+FUSED_WIDTH = {"forward": 256, "backward": 64}
+FUSED_WIDTH_SINGLE = {"forward": 64, "backward": 0}  # of float32, whose tiles take twice the room and more products
 PARTIAL_SUMS = 128  # programs of the fused backward, each with its own sum of the weights' gradients
 
 
@@ -43,23 +43,34 @@ class Columns(NamedTuple):
     head_columns: int  # H padded to a power of two >= 16
     rotated: int  # results that are rotated
     rows: int  # tokens at a time
-    views: Product
-    rates: Product
+    operand: Any  # as in ``Product``, of everything but the rates' products
+    dot: Any
+    precision: str
 
 
 Choice = tuple[int, int, launch.Blocks]  # rows, features, warps and stages
 TABLE: dict[str, dict[int, Choice]] = {  # op: {largest width: choice}, for bfloat16 and float16
-    "fused_forward": {256: (64, 64, launch.Blocks(4, 2))},
-    "rotation": {0: (32, 64, launch.Blocks(4, 2))},
-    "fused_backward": {64: (64, 64, launch.Blocks(8, 1))},
-    "packing": {0: (32, 64, launch.Blocks(4, 1))},
+    "fused_forward": {
+        64: (64, 64, launch.Blocks(4, 2)),
+        128: (64, 32, launch.Blocks(4, 2)),
+        256: (64, 32, launch.Blocks(4, 1)),
+    },
+    "rotation": {1 << 31: (32, 64, launch.Blocks(4, 2))},
+    "fused_backward": {64: (32, 64, launch.Blocks(8, 2))},
+    "packing": {1 << 31: (32, 64, launch.Blocks(4, 1))},
 }
+TABLE_BY_ARCHITECTURE = {"gfx942": {"fused_backward": {64: (64, 64, launch.Blocks(4, 1))}}}
+
+
+def fused(direction: str, width: int, dtype: torch.dtype) -> bool:
+    """Whether the ``"forward"`` or ``"backward"`` of a width is one kernel or the library's products and a kernel."""
+    return width <= (FUSED_WIDTH_SINGLE if dtype == torch.float32 else FUSED_WIDTH)[direction]
 
 
 def choose(op: str, width: int, dtype: torch.dtype) -> Choice:
-    """Rows, features and blocks of a kernel; the last entry of its table is for all larger widths."""
-    table = TABLE[op]
-    rows, features, blocks = next((c for largest, c in table.items() if width <= largest), [*table.values()][-1])
+    """Rows, features and blocks of a kernel."""
+    table = (TABLE | TABLE_BY_ARCHITECTURE.get(launch.architecture(), {}))[op]
+    rows, features, blocks = next(choice for largest, choice in table.items() if width <= largest)
     return (rows // 2 if dtype == torch.float32 else rows), features, blocks
 
 
@@ -77,7 +88,6 @@ def columns(
     H, C = lr_weight.shape
     inputs = launch.padded(C)
     rows, features, blocks = choose(op, C, dtype)
-    exact = x.dtype if x.dtype == lr_weight.dtype else torch.float32
     sizes = Columns(
         width=C,
         inputs=inputs,
@@ -87,10 +97,14 @@ def columns(
         head_columns=launch.padded(H),
         rotated=rotated,
         rows=rows,
-        views=_product(dtype),
-        rates=_product(exact),
+        **_product(dtype)._asdict(),
     )
     return sizes, blocks
+
+
+def exact_product(x: Tensor, lr_weight: Tensor) -> Product:
+    """Types of the rates' products, which are exact: half precision only where x and w_lr both come in it."""
+    return _product(x.dtype if x.dtype == lr_weight.dtype else torch.float32)
 
 
 def _product(dtype: torch.dtype) -> Product:

@@ -17,11 +17,11 @@ from torch import Tensor
 from . import launch
 from .primitives import dot
 from .projection import (
-    FUSED_BACKWARD_WIDTH,
     PARTIAL_SUMS,
     columns,
     contiguous,
     flat,
+    fused,
     load_angles,
     logit_gradient,
     prepare,
@@ -60,11 +60,13 @@ def fused_backward_kernel(
     head_offsets = heads[:, None] * sizes.width + features[None, :]
     head_mask = (heads < sizes.heads)[:, None] & own[None, :]
     w = tl.load(weights[3] + head_offsets, mask=head_mask, other=0.0)
-    dW0 = tl.zeros((sizes.inputs, sizes.inputs), tl.float32)
+    N: tl.constexpr = sizes.inputs
+    P: tl.constexpr = sizes.head_columns
+    dW0 = tl.zeros((N, N), tl.float32)
     dW1 = tl.zeros_like(dW0)
     dW2 = tl.zeros_like(dW0)
-    dw = tl.zeros((sizes.head_columns, sizes.inputs), tl.float32)
-    db = tl.zeros((sizes.head_columns,), tl.float32)
+    dw = tl.zeros((P, N), tl.float32)
+    db = tl.zeros((P,), tl.float32)
     for block in tl.range(program, tl.cdiv(num_tokens, sizes.rows), num_programs):
         rows = tl.arange(0, sizes.rows).to(tl.int64) + block * sizes.rows
         offsets = rows[:, None] * sizes.width + features[None, :]
@@ -78,12 +80,12 @@ def fused_backward_kernel(
             d0 = turned(d0, cos, -sin, sizes)
             d1 = turned(d1, cos, -sin, sizes)
         dz = logit_gradient(rates[0], rates[1], rows, num_tokens, base_lr, sizes)
-        d_X = dot(d0, W0, sizes.views) + dot(d1, W1, sizes.views) + dot(d2, W2, sizes.views) + dot(dz, w, sizes.views)
+        d_X = dot(d0, W0, sizes) + dot(d1, W1, sizes) + dot(d2, W2, sizes) + dot(dz, w, sizes)
         tl.store(dx + offsets, d_X.to(dx.dtype.element_ty), mask=mask)
-        dW0 += dot(tl.trans(d0), X, sizes.views)
-        dW1 += dot(tl.trans(d1), X, sizes.views)
-        dW2 += dot(tl.trans(d2), X, sizes.views)
-        dw += dot(tl.trans(dz), X, sizes.views)
+        dW0 += dot(tl.trans(d0), X, sizes)
+        dW1 += dot(tl.trans(d1), X, sizes)
+        dW2 += dot(tl.trans(d2), X, sizes)
+        dw += dot(tl.trans(dz), X, sizes)
         db += tl.sum(dz, 0)
     partial = program.to(tl.int64) * sizes.width * sizes.width
     tl.store(d_weights[0] + partial + square, dW0, mask=square_mask)
@@ -117,9 +119,9 @@ def packing_kernel(
         for i in tl.static_range(3):
             d = tl.load(grads[i] + rows[:, None] * sizes.width + features[None, :], mask=mask, other=0.0)
             if i < sizes.rotated:
-                d = turned(d.to(tl.float32), cos, -sin, sizes).to(sizes.views.operand)
+                d = turned(d.to(tl.float32), cos, -sin, sizes).to(sizes.operand)
             tl.store(target + i * sizes.width + features[None, :], d, mask=mask)
-    dz = logit_gradient(rates[0], rates[1], rows, num_tokens, base_lr, sizes).to(sizes.views.operand)
+    dz = logit_gradient(rates[0], rates[1], rows, num_tokens, base_lr, sizes).to(sizes.operand)
     tl.store(target + 3 * sizes.width + tl.arange(0, sizes.head_columns)[None, :], dz, mask=exists)
 
 
@@ -144,7 +146,7 @@ def projection_backward(
     arguments = (grads, grad_lr, inner_lr, x, weights, lr_weight, cos, sin, positions, rotated, base_lr, dtype)
     results, prepared = prepare_projection_backward(*arguments)
     prepared.run()
-    if x.shape[2] <= FUSED_BACKWARD_WIDTH:
+    if fused("backward", x.shape[2], dtype):
         dx, *partial_sums = results
         *d_weights, d_bias = (partial.sum(0) for partial in partial_sums)
     else:
@@ -176,12 +178,12 @@ def prepare_projection_backward(
     """Make a launch and what it fills: dx and the parameters' partial sums, or the packed gradients."""
     H, C = lr_weight.shape
     num_tokens = x.shape[0] * x.shape[1]
-    fused = C <= FUSED_BACKWARD_WIDTH
+    whole = fused("backward", C, dtype)
     operands: tuple[Any, ...] = ()
     outputs: tuple[Any, ...]
-    sizes, blocks = columns("fused_backward" if fused else "packing", x, lr_weight, rotated, 2 * cos.shape[1], dtype)
+    sizes, blocks = columns("fused_backward" if whole else "packing", x, lr_weight, rotated, 2 * cos.shape[1], dtype)
     num_programs = triton.cdiv(num_tokens, sizes.rows)
-    if fused:
+    if whole:
         num_programs = min(num_programs, PARTIAL_SUMS)
         shapes = [(num_programs, C, C)] * 3 + [(num_programs, H, C), (num_programs, H)]
         partial_sums = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import dot
-from .projection import FUSED_FORWARD_WIDTH, columns, contiguous, flat, load_angles, prepare, turned
+from .projection import columns, contiguous, exact_product, flat, fused, load_angles, prepare, turned
 
 
 @triton.jit
@@ -27,6 +27,7 @@ def fused_forward_kernel(
     num_tokens,
     num_positions,
     base_lr,
+    exact: tl.constexpr,  # product of the rates
     sizes: tl.constexpr,
 ):
     """One program: R tokens, all their results. V_i = turned(x W_iᵀ), lr = base_lr · sigmoid(x w_lrᵀ + b_lr) / D."""
@@ -38,7 +39,7 @@ def fused_forward_kernel(
     heads = tl.arange(0, sizes.head_columns)
     mask = (heads < sizes.heads)[:, None] & own[None, :]
     w = tl.load(rates[0] + heads[:, None] * sizes.width + inputs[None, :], mask=mask, other=0.0)
-    store_rates(dot(X, tl.trans(w), sizes.rates), rates[1], inner_lr, rows, num_tokens, base_lr, sizes)
+    store_rates(dot(X, tl.trans(w), exact), rates[1], inner_lr, rows, num_tokens, base_lr, sizes)
 
     for first in tl.range(0, sizes.width, sizes.features):
         outputs = first + tl.arange(0, sizes.features)
@@ -47,11 +48,11 @@ def fused_forward_kernel(
         W_mask = (outputs < sizes.width)[:, None] & own[None, :]
         for i in tl.static_range(3):
             W = tl.load(weights[i] + outputs[:, None] * sizes.width + inputs[None, :], mask=W_mask, other=0.0)
-            view = dot(X, tl.trans(W), sizes.views)
+            view = dot(X, tl.trans(W), sizes)
             if i < sizes.rotated:
                 view = turned(view, cos, sin, sizes)
             target = views[i] + rows[:, None] * sizes.width + outputs[None, :]
-            tl.store(target, view.to(sizes.views.operand), mask=exists[:, None] & (outputs < sizes.width)[None, :])
+            tl.store(target, view.to(sizes.operand), mask=exists[:, None] & (outputs < sizes.width)[None, :])
 
 
 @triton.jit
@@ -65,12 +66,15 @@ def rotation_kernel(
     num_tokens,
     num_positions,
     base_lr,
+    exact: tl.constexpr,  # product of the rates
     sizes: tl.constexpr,
 ):
     """One program: what is left to do for R tokens when their views are products without rotation."""
     rows = tl.program_id(0).to(tl.int64) * sizes.rows + tl.arange(0, sizes.rows)
-    heads = tl.arange(0, sizes.head_columns)
-    logits = tl.zeros((sizes.rows, sizes.head_columns), tl.float32)
+    R: tl.constexpr = sizes.rows
+    P: tl.constexpr = sizes.head_columns
+    heads = tl.arange(0, P)
+    logits = tl.zeros((R, P), tl.float32)
     for first in tl.range(0, sizes.width, sizes.features):
         features = first + tl.arange(0, sizes.features)
         own = features < sizes.width
@@ -78,12 +82,13 @@ def rotation_kernel(
         mask = (rows < num_tokens)[:, None] & own[None, :]
         w_mask = (heads < sizes.heads)[:, None] & own[None, :]
         w = tl.load(rates[0] + heads[:, None] * sizes.width + features[None, :], mask=w_mask, other=0.0)
-        logits += dot(tl.load(x + offsets, mask=mask, other=0.0), tl.trans(w), sizes.rates)
+        logits += dot(tl.load(x + offsets, mask=mask, other=0.0), tl.trans(w), exact)
         if sizes.rotated > 0:
             cos, sin = load_angles(table, positions, rows, num_tokens, num_positions, first, sizes)
-        for i in tl.static_range(sizes.rotated):
-            view = tl.load(views[i] + offsets, mask=mask, other=0.0).to(tl.float32)
-            tl.store(views[i] + offsets, turned(view, cos, sin, sizes).to(sizes.views.operand), mask=mask)
+        for i in tl.static_range(3):
+            if i < sizes.rotated:
+                view = tl.load(views[i] + offsets, mask=mask, other=0.0).to(tl.float32)
+                tl.store(views[i] + offsets, turned(view, cos, sin, sizes).to(sizes.operand), mask=mask)
     store_rates(logits, rates[1], inner_lr, rows, num_tokens, base_lr, sizes)
 
 
@@ -150,17 +155,17 @@ def prepare_projection_forward(
     """Allocate the results and make the launch that fills them, of views computed before where that is faster."""
     B, L, C = x.shape
     H, D = lr_weight.shape[0], 2 * cos.shape[1]
-    fused = C <= FUSED_FORWARD_WIDTH
-    sizes, blocks = columns("fused_forward" if fused else "rotation", x, lr_weight, rotated, D, dtype)
+    whole = fused("forward", C, dtype)
+    sizes, blocks = columns("fused_forward" if whole else "rotation", x, lr_weight, rotated, D, dtype)
     inner_lr = torch.empty((B, L, H), dtype=torch.float32, device=x.device)
-    if fused:
+    if whole:
         views = [torch.empty((B, L, H, D), dtype=dtype, device=x.device) for _ in weights]
     else:
         views = [(flat(x).to(dtype) @ w.to(dtype).t()).view(B, L, H, D) for w in weights]
-    kernel = fused_forward_kernel if fused else rotation_kernel
+    kernel = fused_forward_kernel if whole else rotation_kernel
     arguments = (
         flat(x),
-        *((contiguous(*weights),) if fused else ()),
+        *((contiguous(*weights),) if whole else ()),
         contiguous(lr_weight, lr_bias),
         contiguous(cos, sin),
         positions.contiguous(),
@@ -169,5 +174,6 @@ def prepare_projection_forward(
         B * L,
         positions.numel(),
         base_lr,
+        exact_product(x, lr_weight),
     )
     return [*views, inner_lr], prepare(kernel, triton.cdiv(B * L, sizes.rows), arguments, blocks, sizes)
