@@ -157,8 +157,8 @@ def projection_backward(
         dx = packed @ stacked
         *d_weights, d_lr_weight = (packed.t() @ flat(x).to(dtype)).split([C, C, C, H])
         d_weights, d_bias = [*d_weights, d_lr_weight], packed[:, 3 * C :].sum(0, dtype=torch.float32)
-    targets = (*weights, lr_weight)
-    return [dx.to(x.dtype).view(x.shape), *(d.to(w.dtype) for d, w in zip(d_weights, targets, strict=True)), d_bias]
+    own = [d.to(w.dtype, copy=True) for d, w in zip(d_weights, (*weights, lr_weight), strict=True)]
+    return [dx.to(x.dtype).view(x.shape), *own, d_bias]
 
 
 def prepare_projection_backward(
