@@ -1,5 +1,9 @@
-"""Every test starts from the same seed, on one thread, and no test may rely on what uninitialised memory holds."""
+"""Every test starts from the same seed, on one thread, and no test may rely on what uninitialised memory holds.
 
+Where there is no GPU, kernels run under Triton's interpreter.
+"""
+
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +21,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("ttt4rec")
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read when the kernels are imported
 torch.set_num_threads(1)  # operands are tiny; several threads would only wait for each other
 
 

@@ -1,17 +1,15 @@
 """The TTT-Linear kernels against their definition in float64, on the GPU where there is one, else interpreted."""
 
-import os
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read when the kernels are imported
-
 from ttt4rec import reference
 from ttt4rec.kernels import launch, linear_backward, linear_forward
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
 NAMES = ("q", "k", "v", "inner_lr", "token_scale", "W1", "b1", "ln_weight", "ln_bias")

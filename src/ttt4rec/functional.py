@@ -122,6 +122,7 @@ def _inner_loop(
     check_backend(backend)
     if backend == "triton":
         check_kernel(tokens[0], len(initial), K)
+    tokens = _autocast(tokens)
     B, L = tokens[0].shape[:2]
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
     spans = make_spans(mask, cu_seqlens, L)
@@ -150,6 +151,15 @@ def _inner_loop(
     if extended is not None:
         o = extended.part(o)
     return o, TTTState(tuple(outgoing), pending_k, pending_v, pending_lr, seen)
+
+
+def _autocast(tokens: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What autocast does to the arguments of ``scaled_dot_product_attention``."""
+    device, dtype = tokens[0].device.type, tokens[0].dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x.to(dtype) for x in tokens)
+    return q, k, v
 
 
 def _scan(

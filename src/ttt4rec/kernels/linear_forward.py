@@ -178,7 +178,7 @@ def prepare_linear_forward(
     L, H = q.shape[1:3]
     N, K = launch.num_sequences(q, starts), token_scale.numel()
     choice, tile = launch.plan("linear_forward", q, K)
-    o, G = launch.new_tokens(q, starts), torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    o, G = launch.new_tokens(q, starts), launch.new_tokens(q, starts)
     W1_out = torch.empty(W1.shape, dtype=torch.float32, device=q.device)
     b1_out = torch.empty(b1.shape, dtype=torch.float32, device=q.device)
     strides = tuple(x.stride() for x in (q, k, v, inner_lr, W1, b1, o))

@@ -1,0 +1,147 @@
+"""``backend="triton"`` as users call it: layers and inner loops on the kernels, interpreted where there is no GPU."""
+
+import pytest
+import torch
+
+from checks import assert_close, golden_cases, gradients, inner_inputs, load_golden, relative_error, run_inner
+from test_golden import layer_of
+from ttt4rec import TTTLayer, ops
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FP32 = 3e-6  # a few roundings of 6e-8, summed over features, tokens and mini-batches
+LINEAR_CASES = [name for name in golden_cases() if name.startswith("linear")]
+
+
+def make_layer(**options):
+    """A layer in float32 whose inner loop changes its outputs visibly."""
+    layer = TTTLayer(32, 2, mini_batch_size=4, **{"backend": "triton", **options})
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return layer.to(DEVICE)
+
+
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_layer_matches_the_release(name):
+    """In float32, at most twice as far from the release's float64 numbers as the reference run in float32."""
+    case = load_golden(name)
+    worst = {backend: worst_golden_error(case, backend) for backend in ("reference", "triton")}
+    assert worst["triton"] <= 2 * worst["reference"]
+    assert worst["reference"] < 1e-5
+
+
+def worst_golden_error(case, backend):
+    layer = layer_of(case.config, backend).float()
+    layer.load_release_state_dict({k: v.float() for k, v in case.part("param.seq_modeling_block.").items()})
+    layer.to(DEVICE)
+    x = case.tensors["x"].float().to(DEVICE).requires_grad_()
+    y = layer(x)
+    y.backward(case.tensors["layer.grad_y"].float().to(DEVICE))
+    results = {"layer.y": y, "layer.grad_x": x.grad}
+    own = layer_of(case.config, backend)
+    own.load_release_state_dict(case.part("layer.grad."))  # the gradients, under the names of the parameters
+    expected = {"layer.y": case.tensors["layer.y"], "layer.grad_x": case.tensors["layer.grad_x"]}
+    for parameter_name, parameter in layer.named_parameters():
+        results[parameter_name] = parameter.grad
+        expected[parameter_name] = own.get_parameter(parameter_name).detach()
+    return max(relative_error(results[key].cpu(), expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "mamba"])
+def test_a_stream_cut_anywhere_gives_the_same_numbers(backbone):
+    layer = make_layer(backbone=backbone)
+    x = torch.randn(2, 11, 32, device=DEVICE)
+    whole, end = layer(x, return_state=True)
+    state, outputs = None, []
+    for piece in x.split((1, 5, 2, 3), dim=1):
+        y, state = layer(piece, state=state, return_state=True)
+        outputs.append(y)
+    assert_close(torch.cat(outputs, 1), whole, FP32)
+    for w, expected in zip(state.weights, end.weights, strict=True):
+        assert_close(w, expected, FP32)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_get_what_they_get_alone(side):
+    layer = make_layer()
+    x = torch.randn(2, 9, 32, device=DEVICE)
+    real = slice(4, 9) if side == "left" else slice(0, 5)
+    mask = torch.zeros(2, 9, dtype=torch.bool, device=DEVICE)
+    mask[0], mask[1, real] = True, True
+    y = layer(x, mask=mask)
+    assert_close(y[1, real], layer(x[1:, real])[0], FP32)
+    assert (y[1][~mask[1]] == 0).all()
+
+
+def test_gradients_of_packed_sequences_are_those_of_the_eager_path():
+    layer = make_layer()
+    x = torch.randn(1, 14, 32, device=DEVICE, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 5, 5, 14], device=DEVICE)
+    found = {}
+    for backend in ("reference", "triton"):
+        layer.backend = backend
+        y = layer(x, cu_seqlens=cu_seqlens)
+        found[backend] = [y, *gradients([y], [x, *layer.parameters()])]
+    for actual, expected in zip(found["triton"], found["reference"], strict=True):
+        assert_close(actual, expected, 2 * FP32)  # both err
+
+
+def test_gradients_of_the_incoming_state():
+    inputs = {name: x.float().to(DEVICE).requires_grad_() for name, x in inner_inputs("linear", 2, 7, 2, 16, 4).items()}
+    found = {}
+    for backend in ("reference", "triton"):
+        _, state = run_inner("linear", inputs, backend=backend)
+        o, end = run_inner("linear", inputs, state=state, backend=backend)
+        found[backend] = [o, *end.weights, *gradients([o, *end.weights], list(inputs.values()))]
+    for actual, expected in zip(found["triton"], found["reference"], strict=True):
+        assert_close(actual, expected, 2 * FP32)  # both err
+
+
+@pytest.mark.parametrize("spans", ["dense", "packed"])
+def test_opcheck(spans):
+    arguments = kernel_arguments(spans, requires_grad=True)
+    torch.library.opcheck(ops.linear_scan, arguments)
+    plain = kernel_arguments(spans, requires_grad=False)
+    o, *saved = ops.linear_scan(*plain)
+    cotangents = [torch.randn_like(x) for x in (o, *saved[:2])]
+    torch.library.opcheck(ops.linear_scan_backward, (*cotangents, *plain[:5], *saved, *plain[7:]))
+
+
+def kernel_arguments(spans, *, requires_grad):
+    N = 2 if spans == "dense" else 3
+    where = (None, None) if spans == "dense" else (torch.tensor([6, 0, 3]), torch.tensor([4, 3, 0]))
+    named = inner_inputs("linear", B=2 if spans == "dense" else 1, L=5 * N, H=2, D=16, K=4, dtype=torch.float32)
+    for name in ("W1", "b1"):
+        named[name] = named[name].expand(N, *named[name].shape).contiguous()
+    tensors = [x.to(DEVICE).requires_grad_(requires_grad) for x in named.values()]
+    return (*tensors, *(None if x is None else x.to(DEVICE) for x in where), 1e-6, True)
+
+
+def test_compile_has_no_graph_break_and_does_not_recompile_for_each_length():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layer = make_layer()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for L in (5, 9, 14, 23):
+        x = torch.randn(2, L, 32, device=DEVICE)
+        assert_close(compiled(x), layer(x), FP32)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # one for the first length, one for any
+
+
+def test_same_bits_twice():
+    layer = make_layer()
+    x = torch.randn(2, 13, 32, device=DEVICE, requires_grad=True)
+    first, second = (gradients([layer(x)], [x, *layer.parameters()]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+def test_autocast_is_that_of_scaled_dot_product_attention(backend):
+    """Queries, keys and values are taken in autocast's dtype; the state stays float32."""
+    inputs = {name: x.float().to(DEVICE) for name, x in inner_inputs("linear", 1, 6, 2, 16, 4).items()}
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        attention = torch.nn.functional.scaled_dot_product_attention(*(inputs[n].transpose(1, 2) for n in "qkv"))
+        o, state = run_inner("linear", inputs, backend=backend)
+    assert o.dtype == attention.dtype == torch.bfloat16
+    assert {w.dtype for w in state.weights} == {torch.float32}
