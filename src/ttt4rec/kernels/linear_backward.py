@@ -13,10 +13,10 @@ from .primitives import (
     causal,
     centred,
     dot,
+    expanded,
     head_offsets,
     inner_gradient_backward,
     layer_norm_backward,
-    load_expanded,
     load_layer_norm,
     normalised,
     own,
@@ -41,10 +41,10 @@ def linear_backward_kernel(
     weights,  # the outgoing W1 [N, H, D, D], b1 [N, H, D]
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
-    d_tokens,  # of q, k, v [B, L, H, D] and inner_lr [B, L, H], contiguous
-    d_weights,  # of the incoming W1, b1, contiguous
+    d_tokens,  # of q, k, v [B, L, H, D] and inner_lr [B, L, H]
+    d_weights,  # of the incoming W1, b1
     partial_sums,  # per sequence: γ and β's gradients [N, H, D], s's and the updates' share of s_last's [N, H, K]
-    strides,  # of grads, tokens, inner_lr, weights; last those shared by dq, dk and dv
+    strides,  # of W1's and b1's gradients and of weights; all others are contiguous
     L,
     H,
     eps,
@@ -67,9 +67,8 @@ def linear_backward_kernel(
     q, k, v, G_kept = tokens
     inner_lr, token_scale = rates
     dq, dk, dv, d_lr = d_tokens
-    grad_o_strides, grad_W_strides, grad_b_strides, q_strides, k_strides, v_strides, G_strides = strides[:7]
-    lr_strides, W_strides, b_strides, d_strides = strides[7:]
-    sequence, head, batch, token, length = program_place(spans, L, H, tile)
+    grad_W_strides, grad_b_strides, W_strides, b_strides = strides
+    sequence, head, first, length = program_place(spans, L, H, tile)
 
     R: tl.constexpr = tile.rows
     D: tl.constexpr = tile.head_dim
@@ -77,6 +76,7 @@ def linear_backward_kernel(
     head_exists = head + row_head(tile) < H
     columns = features[None, :] < tile.head_dim
     parameter_mask = head_exists[:, None] & columns
+    elements = tile_offsets(H, tile)
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
     scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
@@ -96,56 +96,60 @@ def linear_backward_kernel(
         start = (num_mini_batches - 1 - t) * tile.mini_batch
         rows = head_exists & (positions < min(tile.mini_batch, length - start))
         mask = rows[:, None] & columns
-        at = token + start
-        dO = tl.load(grad_o + tile_offsets(grad_o_strides, batch, at, head, tile), mask=mask, other=0.0).to(tl.float32)
-        q_rows = tl.load(q + tile_offsets(q_strides, batch, at, head, tile), mask=mask, other=0.0)
-        k_rows = tl.load(k + tile_offsets(k_strides, batch, at, head, tile), mask=mask, other=0.0)
-        v_rows = tl.load(v + tile_offsets(v_strides, batch, at, head, tile), mask=mask, other=0.0)
-        G = tl.load(G_kept + tile_offsets(G_strides, batch, at, head, tile), mask=mask, other=0.0)
-        lr = tl.load(inner_lr + row_offsets(lr_strides, batch, at, head, tile), mask=rows, other=0.0)
-        Q = load_expanded(q, rows, q_strides, batch, at, head, tile)
-        K = load_expanded(k, rows, k_strides, batch, at, head, tile)
-
+        at = (first + start) * H + head
+        here = at * D + elements
         # Rebuild the weights before the mini-batch.
+        k_rows = tl.load(k + here, mask=mask, other=0.0)
+        G = tl.load(G_kept + here, mask=mask, other=0.0)
+        lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
+        lr = tl.where(rows, lr, 0.0)
+        K = expanded(k_rows, tile)
+        heads = tl.where(same_head(tile), 1.0, 0.0)
         committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
         s_last = committed * last_scale
-        G = G.to(tl.float32)
-        U = lr[:, None] * G
+        U = lr[:, None] * G.to(tl.float32)
         W -= -s_last * dot(tl.trans(K), U, tile)
-        b -= -s_last * dot(tl.where(same_head(tile), 1.0, 0.0), U, tile)
+        b -= -s_last * dot(heads, U, tile)
 
-        x_hat, r = normalised(dot(K, W, tile) + b, eps, tile)
-        error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
-        attention = tl.where(causal(tile), dot(Q, tl.trans(K), tile) + 1.0, 0.0)
-        steps = dot(attention, U, tile)
-        p_hat, p_r = normalised(dot(Q, W, tile) + b - scale * steps, eps, tile)
-        minus_dout = -layer_norm_backward(gamma * dO, p_hat, p_r, tile)
-        d_scale += tl.sum(minus_dout * steps, 1)
+        # Through the output.
+        q_rows = tl.load(q + here, mask=mask, other=0.0)
+        Q = expanded(q_rows, tile)
+        attention = dot(q_rows, tl.trans(k_rows), tile) + 1.0
+        minus_C = tl.where(causal(tile), -scale * attention, 0.0)
+        p_hat, p_r = normalised(dot(minus_C, U, tile, dot(Q, W, tile, b)), eps, tile)
+        dO = tl.load(grad_o + here, mask=mask, other=0.0).to(tl.float32)
+        d_gamma += dO * p_hat
+        d_beta += dO
+        minus_dout = layer_norm_backward(gamma * dO, p_hat, -p_r, tile)
+        d_attention = tl.where(causal(tile), dot(minus_dout, tl.trans(U), tile), 0.0)
+        d_scale += tl.sum(d_attention * attention, 1)
+        d_attention *= -scale
+        d_q = dO - dot(d_attention, k_rows, tile, own(dot(minus_dout, tl.trans(W), tile), tile))
+        tl.store(dq + here, d_q.to(tile.operand), mask=mask)
 
-        d_attention = tl.where(causal(tile), scale * dot(minus_dout, tl.trans(U), tile), 0.0)
-        d_q = dO - own(dot(minus_dout, tl.trans(W), tile), tile) + dot(d_attention, k_rows, tile)
-        tl.store(dq + tile_offsets(d_strides, batch, at, head, tile), d_q.to(tile.operand), mask=mask)
-
-        X = dot(K, dW, tile) + db
-        dU = dot(tl.trans(scale * attention), minus_dout, tile) - s_last * X
+        # Through the steps.
+        X = dot(K, dW, tile, db)
+        minus_dU = dot(tl.trans(minus_C), minus_dout, tile) + s_last * X
         d_last_scale -= committed * tl.sum(U * X, 1)
-        lr_offsets = (at * H + batch * L * H + head) + positions * H + row_head(tile)
-        dlr = tl.sum(G * dU, 1)
-        tl.store(d_lr + lr_offsets, dlr, mask=rows)
+        minus_dlr = tl.sum(G.to(tl.float32) * minus_dU, 1)
+        tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr, mask=rows)
 
-        dZ, de, d_gamma_inner = inner_gradient_backward(
-            lr[:, None] * dU, (lr * dlr)[:, None], gamma * error, error, x_hat, r, gamma, tile
+        # Through the inner gradient.
+        x_hat, r = normalised(dot(K, W, tile, b), eps, tile)
+        v_rows = tl.load(v + here, mask=mask, other=0.0)
+        error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
+        minus_dZ, minus_de, minus_d_gamma = inner_gradient_backward(
+            lr[:, None] * minus_dU, (lr * minus_dlr)[:, None], G.to(tl.float32), error, x_hat, r, gamma, tile
         )
-        d_gamma += dO * p_hat + d_gamma_inner
-        d_beta += dO + de
-        tl.store(dv + tile_offsets(d_strides, batch, at, head, tile), (-de).to(tile.operand), mask=mask)
-        through_W = dot(-dZ, tl.trans(W), tile) + s_last * dot(U, tl.trans(dW), tile)
-        d_k = de + dot(tl.trans(d_attention), q_rows, tile) - own(through_W, tile)
-        tl.store(dk + tile_offsets(d_strides, batch, at, head, tile), d_k.to(tile.operand), mask=mask)
+        d_gamma -= minus_d_gamma
+        d_beta -= minus_de
+        tl.store(dv + here, minus_de.to(tile.operand), mask=mask)
+        through_W = dot(minus_dZ, tl.trans(W), tile) + s_last * dot(U, tl.trans(dW), tile)
+        minus_dk = dot(tl.trans(d_attention), q_rows, tile, minus_de) + own(through_W, tile)
+        tl.store(dk + here, (-minus_dk).to(tile.operand), mask=mask)
 
-        dW -= dot(tl.trans(Q), minus_dout, tile) + dot(tl.trans(K), -dZ, tile)
-        heads = tl.where(same_head(tile), 1.0, 0.0)
-        db -= dot(heads, minus_dout, tile) + dot(heads, -dZ, tile)
+        dW -= dot(tl.trans(Q), minus_dout, tile) + dot(tl.trans(K), minus_dZ, tile)
+        db -= dot(heads, minus_dout, tile) + dot(heads, minus_dZ, tile)
 
     tl.store(d_weights[0] + weight_offsets((H * D * D, D * D, D, 1), sequence, head, tile), dW, mask=W_mask)
     one_row = parameter_mask & (positions == 0)[:, None]
@@ -225,18 +229,17 @@ def prepare_linear_backward(
         [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes]
         for shapes in (((N, H, D, D), (N, H, D)), ((N, H, D), (N, H, D), (N, H, K), (N, H, K)))
     ]
-    strided = (grad_o, grad_W1, grad_b1, q, k, v, G, inner_lr, W1, b1, d_tokens[0])
     arguments = (
-        (grad_o, grad_W1, grad_b1),
-        (q, k, v, G),
-        (inner_lr, token_scale.contiguous()),
+        (grad_o.contiguous(), grad_W1, grad_b1),
+        launch.contiguous(q, k, v, G),
+        launch.contiguous(inner_lr, token_scale),
         (W1, b1),
         launch.contiguous(ln_weight, ln_bias),
         launch.contiguous(starts, lengths),
         tuple(d_tokens),
         tuple(d_weights),
         tuple(sums),
-        tuple(x.stride() for x in strided),
+        tuple(x.stride() for x in (grad_W1, grad_b1, W1, b1)),
         L,
         H,
         eps,

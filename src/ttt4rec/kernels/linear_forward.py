@@ -18,9 +18,9 @@ from .primitives import (
     causal,
     centred,
     dot,
+    expanded,
     head_offsets,
     layer_norm_backward,
-    load_expanded,
     load_layer_norm,
     normalised,
     program_place,
@@ -42,7 +42,7 @@ def linear_forward_kernel(
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
     outputs,  # o and G [B, L, H, D], W1 and b1 after the last complete mini-batch
-    strides,  # of q, k, v, inner_lr, W1, b1, and those shared by o and G
+    strides,  # of weights; all others are contiguous
     L,
     H,
     eps,
@@ -60,13 +60,14 @@ def linear_forward_kernel(
     inner_lr, token_scale = rates
     W1, b1 = weights
     o, G_kept, W1_out, b1_out = outputs
-    q_strides, k_strides, v_strides, lr_strides, W_strides, b_strides, o_strides = strides
-    sequence, head, batch, token, length = program_place(spans, L, H, tile)
+    W_strides, b_strides = strides
+    sequence, head, first, length = program_place(spans, L, H, tile)
 
     positions, features = row_token(tile), tl.arange(0, tile.features)
     head_exists = head + row_head(tile) < H
     columns = features[None, :] < tile.head_dim
     parameter_mask = head_exists[:, None] & columns
+    elements = tile_offsets(H, tile)
     D: tl.constexpr = tile.head_dim
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
     scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
@@ -80,24 +81,25 @@ def linear_forward_kernel(
     for start in tl.range(0, length, tile.mini_batch):
         rows = head_exists & (positions < min(tile.mini_batch, length - start))
         mask = rows[:, None] & columns
-        at = token + start
-        q_rows = tl.load(q + tile_offsets(q_strides, batch, at, head, tile), mask=mask, other=0.0)
-        k_rows = tl.load(k + tile_offsets(k_strides, batch, at, head, tile), mask=mask, other=0.0)
-        v_rows = tl.load(v + tile_offsets(v_strides, batch, at, head, tile), mask=mask, other=0.0)
-        lr = tl.load(inner_lr + row_offsets(lr_strides, batch, at, head, tile), mask=rows, other=0.0)
-        Q = load_expanded(q, rows, q_strides, batch, at, head, tile)
-        K = load_expanded(k, rows, k_strides, batch, at, head, tile)
-
-        x_hat, r = normalised(dot(K, W, tile) + b, eps, tile)
+        at = (first + start) * H + head
+        here = at * D + elements
+        k_rows = tl.load(k + here, mask=mask, other=0.0)
+        v_rows = tl.load(v + here, mask=mask, other=0.0)
+        lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
+        K = expanded(k_rows, tile)
+        x_hat, r = normalised(dot(K, W, tile, b), eps, tile)
         y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
         G = layer_norm_backward(y, x_hat, r, tile).to(tile.operand)
-        tl.store(G_kept + tile_offsets(o_strides, batch, at, head, tile), G, mask=mask)
-
+        tl.store(G_kept + here, G, mask=mask)
         U = lr[:, None] * G.to(tl.float32)
-        attention = tl.where(causal(tile), dot(Q, tl.trans(K), tile) + 1.0, 0.0)
-        p_hat, _ = normalised(dot(Q, W, tile) + b - scale * dot(attention, U, tile), eps, tile)
+
+        q_rows = tl.load(q + here, mask=mask, other=0.0)
+        Q = expanded(q_rows, tile)
+        attention = dot(q_rows, tl.trans(k_rows), tile) + 1.0
+        minus_C = tl.where(causal(tile), -scale * attention, 0.0)
+        p_hat, _ = normalised(dot(minus_C, U, tile, dot(Q, W, tile, b)), eps, tile)
         out = q_rows.to(tl.float32) + gamma * p_hat + beta
-        tl.store(o + tile_offsets(o_strides, batch, at, head, tile), out.to(tile.operand), mask=mask)
+        tl.store(o + here, out.to(tile.operand), mask=mask)
 
         # A last, short mini-batch is not committed.
         committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
@@ -181,15 +183,14 @@ def prepare_linear_forward(
     o, G = launch.new_tokens(q, starts), launch.new_tokens(q, starts)
     W1_out = torch.empty(W1.shape, dtype=torch.float32, device=q.device)
     b1_out = torch.empty(b1.shape, dtype=torch.float32, device=q.device)
-    strides = tuple(x.stride() for x in (q, k, v, inner_lr, W1, b1, o))
     arguments = (
-        (q, k, v),
-        (inner_lr, token_scale.contiguous()),
+        launch.contiguous(q, k, v),
+        launch.contiguous(inner_lr, token_scale),
         (W1, b1),
         launch.contiguous(ln_weight, ln_bias),
         launch.contiguous(starts, lengths),
         (o, G, W1_out, b1_out),
-        strides,
+        (W1.stride(), b1.stride()),
         L,
         H,
         eps,

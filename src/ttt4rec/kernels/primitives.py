@@ -35,11 +35,11 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def dot(a, b, tile: tl.constexpr):
-    """Matrix product of operands rounded to the input dtype, summed in float32."""
+def dot(a, b, tile: tl.constexpr, onto=None):
+    """Matrix product of operands rounded to the input dtype, summed in float32, onto a float32 tile if one is given."""
     a = a.to(tile.operand).to(tile.dot)
     b = b.to(tile.operand).to(tile.dot)
-    return tl.dot(a, b, input_precision=tile.precision)
+    return tl.dot(a, b, onto, input_precision=tile.precision)
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def layer_norm_backward(dx_hat, x_hat, r, tile: tl.constexpr):
 
 
 @triton.jit
-def inner_gradient_backward(dG, dG_dot_G, y, error, x_hat, r, gamma, tile: tl.constexpr):
+def inner_gradient_backward(dG, dG_dot_G, G, error, x_hat, r, gamma, tile: tl.constexpr):
     """Gradients through G = J y, y = γ ∘ error, error = γ ∘ x̂ + β - (v - k); dG_dot_G is Σ dG ∘ G per row, [R, 1].
 
     Returns, [R, F] each, dZ of the layer norm's input, d error, and the terms of dγ.
@@ -88,9 +88,11 @@ def inner_gradient_backward(dG, dG_dot_G, y, error, x_hat, r, gamma, tile: tl.co
     along_x_hat = mean(dG * x_hat, tile)
     dy = only_features(r * (dG - mean(dG, tile) - x_hat * along_x_hat), tile)  # J dG
     d_error = gamma * dy
-    dx_hat = gamma * d_error - r * (dG * mean(y * x_hat, tile) + y * along_x_hat)
-    dZ = layer_norm_backward(dx_hat, x_hat, r, tile) - (r * dG_dot_G * (1.0 / tile.head_dim)) * x_hat
-    return dZ, d_error, dy * error + d_error * x_hat
+    y_along_x_hat = mean(gamma * error * x_hat, tile)
+    dx_hat = gamma * d_error
+    inner = mean(dx_hat * x_hat, tile) + dG_dot_G * (1.0 / tile.head_dim)
+    dZ = r * (dx_hat - mean(dx_hat, tile) - x_hat * inner - y_along_x_hat * dy - along_x_hat * G)
+    return only_features(dZ, tile), d_error, dy * error + d_error * x_hat
 
 
 @triton.jit
@@ -125,56 +127,58 @@ def causal(tile: tl.constexpr):
 
 
 @triton.jit
+def either(a, b):
+    """One of two bit patterns of which the other is zero; unlike a sum it costs nothing where zeros are known."""
+    return a | b
+
+
+@triton.jit
 def own(x, tile: tl.constexpr):
     """[R, P·F] to [R, F]: of every row, its own head's columns."""
     if tile.heads > 1:
+        bits = tl.where(own_columns(tile), x.to(tl.int32, bitcast=True), 0)
+        bits = tl.reduce(tl.reshape(bits, (tile.rows, tile.heads, tile.features)), 1, either)
+        x = bits.to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def expanded(x, tile: tl.constexpr):
+    """[R, F] to [R, P·F]."""
+    for _ in tl.static_range(0, tile.heads // 2):
+        if x.shape[1] < tile.heads * tile.features:
+            x = tl.reshape(tl.permute(tl.join(x, x), (0, 2, 1)), (tile.rows, 2 * x.shape[1]))
+    if tile.heads > 1:
         x = tl.where(own_columns(tile), x, 0.0)
-        x = tl.sum(tl.reshape(x, (tile.rows, tile.heads, tile.features)), 1)
     return x
 
 
 @triton.jit
 def program_place(spans, L, H, tile: tl.constexpr):
-    """The program's sequence and first head; the sequence's batch row, first token in it and number of tokens."""
+    """The program's sequence and first head; the sequence's first token in the flattened tokens, and its length."""
     head_groups = tl.cdiv(H, tile.heads)
     sequence = tl.program_id(0) // head_groups
     head = (tl.program_id(0) % head_groups) * tile.heads
     starts, lengths = spans
     if starts is None:
-        batch = sequence.to(tl.int64)
-        token = batch * 0
+        first = sequence.to(tl.int64) * L
         length = L
     else:
-        start = tl.load(starts + sequence).to(tl.int64)
-        batch = start // L
-        token = start % L
+        first = tl.load(starts + sequence).to(tl.int64)
         length = tl.load(lengths + sequence).to(tl.int32)
-    return sequence, head, batch, token, length
+    return sequence, head, first, length
 
 
 @triton.jit
-def row_offsets(strides, batch, token, head, tile: tl.constexpr):
-    """Offsets in ``[B, L, H]`` of a mini-batch's rows, its first token and head given, [R]."""
-    first = batch * strides[0] + token * strides[1] + head.to(tl.int64) * strides[2]
-    return first + (row_token(tile).to(tl.int64) * strides[1] + row_head(tile).to(tl.int64) * strides[2])
+def row_offsets(H, tile: tl.constexpr):
+    """Offsets of a mini-batch's rows in a contiguous ``[B, L, H]``, from its first token and head, [R]."""
+    return row_token(tile) * H + row_head(tile)
 
 
 @triton.jit
-def tile_offsets(strides, batch, token, head, tile: tl.constexpr):
-    """Offsets in ``[B, L, H, D]`` of a mini-batch's elements, its first token and head given, [R, F]."""
-    features = tl.arange(0, tile.features).to(tl.int64)
-    return row_offsets(strides, batch, token, head, tile)[:, None] + features[None, :] * strides[3]
-
-
-@triton.jit
-def load_expanded(x, rows, strides, batch, token, head, tile: tl.constexpr):
-    """Load a mini-batch of ``[B, L, H, D]`` expanded, [R, P·F]; rows [R] tells which tokens exist."""
-    columns = tl.arange(0, tile.heads * tile.features) % tile.features
-    offsets = row_offsets(strides, batch, token, head, tile)[:, None] + columns.to(tl.int64)[None, :] * strides[3]
-    mask = rows[:, None] & (columns < tile.head_dim)[None, :]
-    if tile.heads > 1:
-        mask = mask & own_columns(tile)
-    return tl.load(x + offsets, mask=mask, other=0.0)
+def tile_offsets(H, tile: tl.constexpr):
+    """Offsets of a mini-batch's elements in a contiguous ``[B, L, H, D]``, from its first token and head, [R, F]."""
+    return row_offsets(H, tile)[:, None] * tile.head_dim + tl.arange(0, tile.features)[None, :]
 
 
 @triton.jit
