@@ -1,12 +1,13 @@
 """What surrounds the inner loop, views, rates and convolutions: the operators against plain PyTorch in float64."""
 
+import copy
 import os
 import sys
 from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read when the kernels are imported
 
@@ -16,7 +17,6 @@ from ttt4rec.kernels import projection as kernel_choice
 from ttt4rec.projection import (
     Rope,
     causal_convolutions,
-    project,
     rope_convolution,
     rope_convolution_backward,
     rope_projection,
@@ -84,14 +84,13 @@ def norm_errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[fl
 def test_the_eager_projection_is_its_definition(positions, rotated):
     rope = make_rope(2, 5, 4, 3, positions)
     x, *weights, w_lr, b_lr = (t.requires_grad_() for t in make_inputs(2, 5, 2, 4)[:6])
-    views, lr = project(x, weights, w_lr, b_lr, rope, rotated, BASE_LR, "auto")
-    for actual, expected in zip((*views, lr), definition(x, weights, w_lr, b_lr, rope, rotated), strict=True):
+    results = rope_projection(x, weights, w_lr, b_lr, *rope, rotated, BASE_LR, x.dtype, False)
+    for actual, expected in zip(results, definition(x, weights, w_lr, b_lr, rope, rotated), strict=True):
         assert_close(actual, expected, 1e-14)
     inputs = (x, *weights, w_lr, b_lr)
 
     def function(x, W0, W1, W2, w_lr, b_lr):
-        views, lr = project(x, [W0, W1, W2], w_lr, b_lr, rope, rotated, BASE_LR, "auto")
-        return (*views, lr)
+        return tuple(rope_projection(x, [W0, W1, W2], w_lr, b_lr, *rope, rotated, BASE_LR, x.dtype, False))
 
     assert torch.autograd.gradcheck(function, inputs)
 
@@ -146,7 +145,7 @@ def test_opcheck_convolution(with_rope):
 def test_an_output_nobody_uses_has_no_gradient():
     rope = make_rope(2, 5, 4, 3, "shared")
     x, *weights, w_lr, b_lr = (t.requires_grad_() for t in make_inputs(2, 5, 2, 4)[:6])
-    views, _ = project(x, weights, w_lr, b_lr, rope, 2, BASE_LR, "auto")
+    *views, _ = rope_projection(x, weights, w_lr, b_lr, *rope, 2, BASE_LR, x.dtype, False)
     dx, *d_weights = torch.autograd.grad(views[2].sum(), [x, *weights])
     assert_close(dx, weights[2].sum(0).expand_as(x))
     assert all((d == 0).all() for d in d_weights[:2])
@@ -285,3 +284,44 @@ def run(path, inputs, rope, rotated, dtype):
     grads = [g.to(dtype) for g in inputs[6:9]]
     options = (*rope, rotated, BASE_LR, dtype)
     return [*results, *path.projection_backward(grads, inputs[9], results[-1], x, weights, w_lr, *options)]
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank adapter, as fine-tuning libraries put one in its place."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down, self.up = nn.Linear(linear.in_features, 2, bias=False), nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "mamba"])
+def test_a_replaced_projection_is_called(backbone: str) -> None:
+    torch.manual_seed(0)
+    layer = TTTLayer(16, 2, backbone=backbone, mini_batch_size=4)
+    x = torch.randn(2, 9, 16)
+    merged = copy.deepcopy(layer)
+    layer.query = Adapted(layer.query)
+    with torch.no_grad():
+        merged.query.weight += layer.query.up.weight @ layer.query.down.weight
+    y = layer(x)
+    torch.testing.assert_close(y, merged(x), rtol=1e-5, atol=1e-6)
+    y.sum().backward()
+    assert layer.query.down.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "mamba"])
+def test_hooks_of_a_projection_fire(backbone: str) -> None:
+    layer = TTTLayer(16, 2, backbone=backbone, mini_batch_size=4)
+    x = torch.randn(2, 9, 16)
+    plain = layer(x)
+    seen = []
+    hook = layer.query.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-6)
+    assert len(seen) == 1
+    hook.remove()
+    layer.query.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert not torch.allclose(layer(x), plain)

@@ -190,11 +190,11 @@ class TTTLayer(nn.Module):
         rope = Rope(*table, self._positions(x, spans, state))
         rates = (self.inner_lr_weight, self.inner_lr_bias)
         if self.backbone == "transformer":
-            weights = [self.query.weight, self.key.weight, self.value.weight]
-            (q, k, v), lr = project(x, weights, *rates, rope, 2, self.base_lr, self.backend)
+            linears = [self.query, self.key, self.value]
+            (q, k, v), lr = project(x, linears, *rates, rope, 2, self.base_lr, self.backend)
             return q, k, v, self._inner_lr(lr, k), None, None
-        weights = [self.query.weight, self.value.weight, self.gate.weight]
-        (shared, v, gate), lr = project(x, weights, *rates, rope, 0, self.base_lr, self.backend)
+        linears = [self.query, self.value, self.gate]
+        (shared, v, gate), lr = project(x, linears, *rates, rope, 0, self.base_lr, self.backend)
         convs, context = (self.query_conv, self.key_conv), None if state is None else state.conv
         views, conv = convolve(convs, shared.flatten(-2), spans, context, rope, self.backend)
         q, k = (view.unflatten(-1, (self.num_heads, -1)) for view in views)

@@ -5,8 +5,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import eager, reference
 
@@ -26,7 +25,7 @@ class Rope(NamedTuple):
 
 def project(
     x: Tensor,
-    weights: Sequence[Tensor],
+    linears: Sequence[nn.Module],
     lr_weight: Tensor,
     lr_bias: Tensor,
     rope: Rope,
@@ -34,13 +33,14 @@ def project(
     base_lr: float,
     backend: str,
 ) -> tuple[list[Tensor], Tensor]:
-    """Project x ``[B, L, C]`` with every weight ``[C, C]``, rotate the first results, and compute the inner rates.
+    """Project x ``[B, L, C]`` to C features with every module, rotate the first results, and compute the inner rates.
 
-    Products are taken in x's dtype, or in that of autocast; rates are float32 at least and never see autocast.
+    Products are taken in x's dtype, or in that of autocast; rates are float32 at least and never see autocast. Modules
+    that something was done to (replaced by an adapter or a quantised one, hooked, parametrised) are called one by one.
 
     Args:
         x: the input.
-        weights: as in ``nn.Linear``.
+        linears: ``nn.Linear`` without bias, or what stands in its place.
         lr_weight: w_lr ``[H, C]``.
         lr_bias: b_lr ``[H]``.
         rope: the rotation.
@@ -49,26 +49,33 @@ def project(
         backend: see ``ttt4rec.functional.ttt_linear``.
 
     Returns:
-        One ``[B, L, H, D]`` a weight, and the rates ``[B, L, H]``.
+        One ``[B, L, H, D]`` a module, and the rates ``[B, L, H]``.
 
     Raises:
         TypeError: x's dtype is not that of the weights.
     """
     dtype, device = x.dtype, x.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    elif dtype != weights[0].dtype:
-        raise TypeError(f"x must have the parameters' dtype {weights[0].dtype}; given {dtype}")
-    if backend == "reference":
-        views = [F.linear(x, w) for w in weights]
+    if backend == "reference" or not all(map(_plain, linears)):
+        views = [linear(x) for linear in linears]
         views = [rope.rotate(view) if i < rotated else view for i, view in enumerate(views)]
         with torch.autocast(device, enabled=False):
             inner_lr = reference.inner_learning_rate(x, lr_weight, lr_bias, base_lr)
         return [view.unflatten(-1, (lr_weight.shape[0], -1)) for view in views], inner_lr
+    weights = [linear.get_parameter("weight") for linear in linears]
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    elif dtype != weights[0].dtype:
+        raise TypeError(f"x must have the parameters' dtype {weights[0].dtype}; given {dtype}")
     results: list[Tensor] = rope_projection(
         x, weights, lr_weight, lr_bias, *rope, rotated, base_lr, dtype, backend == "triton"
     )
     return results[:-1], results[-1]
+
+
+def _plain(linear: nn.Module) -> bool:
+    """Whether calling the module would do no more than multiply by its weight."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear) is nn.Linear and linear.bias is None and not hooks
 
 
 def causal_convolutions(
