@@ -6,29 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .projection import Rope, causal_convolutions
 from .spans import Spans, last_tokens
 
 
 class CausalConv(nn.Module):
-    """Depthwise causal convolution over the tokens of each sequence, ``y_t = b + Σ_j w_j x_{t - (kernel - 1) + j}``."""
+    """The parameters of a depthwise causal convolution, ``y_t = b + Σ_j w_j x_{t - (kernel - 1) + j}``."""
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, kernel).uniform_(-(kernel**-0.5), kernel**-0.5))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x ``[B, kernel - 1 + L, width]``, context first, to ``[B, L, width]``."""
-        taps = self.weight.shape[1]
-        L = x.shape[1] - taps + 1
-        y = self.bias.to(x.dtype) + x[:, :L] * self.weight[:, 0].to(x.dtype)
-        for j in range(1, taps):
-            y = torch.addcmul(y, x[:, j : j + L], self.weight[:, j].to(x.dtype))
-        return y
-
 
 def convolve(
-    convs: Sequence[CausalConv], x: Tensor, spans: Spans | None, context: Tensor | None
+    convs: Sequence[CausalConv],
+    x: Tensor,
+    spans: Spans | None,
+    context: Tensor | None,
+    rope: Rope | None = None,
+    backend: str = "auto",
 ) -> tuple[list[Tensor], Tensor]:
     """Run several convolutions of one kernel size over the same tokens.
 
@@ -37,20 +34,35 @@ def convolve(
         x: ``[B, L, width]``.
         spans: where the N sequences are; None: one a row.
         context: the inputs before the first ones, ``[N, kernel - 1, width]``; None: zeros.
+        rope: how to rotate the outputs; None: not at all.
+        backend: ``"reference"`` is the plain computation under autograd.
 
     Returns:
         The outputs ``[B, L, width]`` and the outgoing context, float32 at least.
     """
-    size = convs[0].weight.shape[1] - 1
-    N = x.shape[0] if spans is None else spans.starts.numel()
-    context = x.new_zeros(N, size, x.shape[-1]) if context is None else context.to(x.dtype)
+    weights, biases = [conv.weight for conv in convs], [conv.bias for conv in convs]
+    size = weights[0].shape[1] - 1
     float_dtype = torch.promote_types(x.dtype, torch.float32)
     if spans is None:
-        joined = torch.cat((context, x), dim=1)
-        return [conv(joined) for conv in convs], joined[:, x.shape[1] :].to(float_dtype)
+        L = x.shape[1]
+        if context is None:
+            outputs = causal_convolutions(x, weights, biases, rope, 0, backend)
+            return outputs, F.pad(x[:, max(0, L - size) :], (0, 0, max(0, size - L), 0)).to(float_dtype)
+        joined = torch.cat((context.to(x.dtype), x), dim=1)
+        return causal_convolutions(joined, weights, biases, rope, size, backend), joined[:, L:].to(float_dtype)
+    if context is None and spans.valid is not None:
+        # Rows of their own: zeros in place of padding are the context.
+        x = x.masked_fill(~spans.valid.unsqueeze(-1), 0)
+        count = spans.lengths.clamp_max(size)
+        outputs = causal_convolutions(x, weights, biases, rope, 0, backend)
+        return outputs, last_tokens(x, spans.starts, spans.lengths, size, count).to(float_dtype)
     extended = spans.with_context(size)
-    joined = extended.join(context, x)
-    padded = F.pad(joined, (0, 0, size, 0))
-    outputs = [extended.part(conv(padded)) for conv in convs]
+    if context is None:
+        context = x.new_zeros(spans.starts.numel(), size, x.shape[-1])
+    joined = extended.join(context.to(x.dtype), x)
+    if rope is not None:
+        slots, positions = extended.slots.flatten(), rope.positions.expand(*x.shape[:2]).flatten()
+        rope = rope._replace(positions=positions.new_zeros(1, joined.shape[1]).index_copy(1, slots, positions[None]))
+    outputs = [extended.part(y) for y in causal_convolutions(joined, weights, biases, rope, 0, backend)]
     count = torch.full_like(extended.lengths, size)
     return outputs, last_tokens(joined, extended.first, extended.lengths, size, count).to(float_dtype)

@@ -9,8 +9,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .convolution import CausalConv, convolve
-from .functional import Backend, check_backend, make_spans, ttt_linear, ttt_mlp
-from .reference import inner_learning_rate, rotate, rotation, token_scale
+from .functional import Backend, check_backend, check_kernel, make_spans, ttt_linear, ttt_mlp
+from .projection import Rope, project
+from .reference import rotation, token_scale
 from .release import load_release_layer
 from .spans import Spans
 from .state import TTTState
@@ -158,12 +159,15 @@ class TTTLayer(nn.Module):
             N = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
             check_layer_state(state, N, self.backbone, self.conv_kernel, self.width)
         spans = make_spans(mask, cu_seqlens, x.shape[1])
-        q, k, v, conv = self._views(x, spans, state)
-        inner_lr = self._inner_lr(x, k)
+        if self.backend == "triton":
+            check_kernel(
+                x.unflatten(-1, (self.num_heads, -1)), 2 if self.inner == "linear" else 4, self.mini_batch_size
+            )
+        q, k, v, inner_lr, gate, conv = self._views(x, spans, state)
         o, new_state = self._inner_loop(q, k, v, inner_lr, state=state, mask=mask, cu_seqlens=cu_seqlens)
         y = self.norm(rearrange(o, "b l h d -> b l (h d)").to(self.norm.weight.dtype))
-        if self.backbone == "mamba":
-            y = F.gelu(self.gate(x), approximate="tanh") * y
+        if gate is not None:
+            y = F.gelu(gate, approximate="tanh") * y
         y = self.output(y.to(x.dtype))
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(-1), 0)
@@ -179,20 +183,22 @@ class TTTLayer(nn.Module):
 
     def _views(
         self, x: Tensor, spans: Spans | None, state: TTTState | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q and k, rotated, and v, each ``[B, L, H, D]``, and the convolutions' outgoing context."""
-        q, v, conv = self.query(x), self.value(x), None
-        if self.backbone == "transformer":
-            k = self.key(x)
-        else:
-            context = None if state is None else state.conv
-            (q, k), conv = convolve((self.query_conv, self.key_conv), q, spans, context)
-        q, k, v = (rearrange(t, "b l (h d) -> b l h d", h=self.num_heads) for t in (q, k, v))
-        dtype = torch.promote_types(q.dtype, torch.float32)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """q and k, rotated, and v, ``[B, L, H, D]``; the rates; what gates the output; the convolutions' context."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
         table = rotation(torch.arange(self.mini_batch_size, device=x.device), self.head_dim, self.rope_theta, dtype)
-        positions = self._positions(x, spans, state)
-        cos, sin = (entry[positions] for entry in table)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v, conv
+        rope = Rope(*table, self._positions(x, spans, state))
+        rates = (self.inner_lr_weight, self.inner_lr_bias)
+        if self.backbone == "transformer":
+            linears = [self.query, self.key, self.value]
+            (q, k, v), lr = project(x, linears, *rates, rope, 2, self.base_lr, self.backend)
+            return q, k, v, self._inner_lr(lr, k), None, None
+        linears = [self.query, self.value, self.gate]
+        (shared, v, gate), lr = project(x, linears, *rates, rope, 0, self.base_lr, self.backend)
+        convs, context = (self.query_conv, self.key_conv), None if state is None else state.conv
+        views, conv = convolve(convs, shared.flatten(-2), spans, context, rope, self.backend)
+        q, k = (view.unflatten(-1, (self.num_heads, -1)) for view in views)
+        return q, k, v, self._inner_lr(lr, k), gate.flatten(-2), conv
 
     def _positions(self, x: Tensor, spans: Spans | None, state: TTTState | None) -> Tensor:
         """Each token's place in its mini-batch, ``[L]`` or ``[B, L]``."""
@@ -206,13 +212,13 @@ class TTTLayer(nn.Module):
                 offset = offset + state.position[spans.sequence]
         return offset % self.mini_batch_size
 
-    def _inner_lr(self, x: Tensor, k: Tensor) -> Tensor:
-        """Each token's inner rate ``[B, L, H]``, float32 at least, whatever autocast is set to."""
-        with torch.autocast(x.device.type, enabled=False):
-            lr = inner_learning_rate(x, self.inner_lr_weight, self.inner_lr_bias, self.base_lr)
-            if self.max_inner_step is not None:
-                lr = torch.minimum(lr, self.max_inner_step / (1 + k.to(lr.dtype).square().sum(-1)))
-            return lr * self.inner_lr_scale if self.adapt else torch.zeros_like(lr)
+    def _inner_lr(self, lr: Tensor, k: Tensor) -> Tensor:
+        """The learned rates ``[B, L, H]``, bounded, scaled or switched off."""
+        if not self.adapt:
+            return torch.zeros_like(lr)
+        if self.max_inner_step is not None:
+            lr = torch.minimum(lr, self.max_inner_step / (1 + k.to(lr.dtype).square().sum(-1)))
+        return lr * self.inner_lr_scale
 
     def load_release_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Load weights of the original ``ttt-lm-pytorch`` TTTLinear or TTTMLP.

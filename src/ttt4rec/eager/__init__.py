@@ -5,7 +5,18 @@ walks from the last mini-batch to the first and rebuilds the weights before each
 Nothing is stored per mini-batch and no graph is recorded. The specification these follow is ``ttt4rec.reference``.
 """
 
+from .convolution import convolution_backward, convolution_forward
 from .linear import linear_backward, linear_forward
 from .mlp import mlp_backward, mlp_forward
+from .projection import projection_backward, projection_forward
 
-__all__ = ["linear_backward", "linear_forward", "mlp_backward", "mlp_forward"]
+__all__ = [
+    "convolution_backward",
+    "convolution_forward",
+    "linear_backward",
+    "linear_forward",
+    "mlp_backward",
+    "mlp_forward",
+    "projection_backward",
+    "projection_forward",
+]

@@ -23,6 +23,8 @@ from triton.runtime import driver
 from . import launch
 from .linear_backward import prepare_linear_backward
 from .linear_forward import prepare_linear_forward
+from .projection_backward import prepare_projection_backward
+from .projection_forward import prepare_projection_forward
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -75,18 +77,37 @@ class OfflineDriver:
 def compile_for(
     architecture: str, op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int = 50
 ) -> Cost:
-    """Compile a kernel for an architecture, as it would be launched for 4 heads and sequences that are not packed."""
+    """Compile a kernel for an architecture, as it would be launched for 4 heads and sequences that are not packed.
+
+    Which projection kernel ``projection_forward`` and ``projection_backward`` are follows from the width, 4 heads.
+    """
     driver.set_active(OfflineDriver(architecture))
+    prepare = _prepare_projection if op.startswith("projection") else _prepare_linear
+    prepared = prepare(op, head_dim, mini_batch_size, dtype, length)
+    compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options())
+    return _amd_cost(compiled) if architecture.startswith("gfx") else _nvidia_cost(compiled)
+
+
+def _prepare_linear(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
     q = torch.empty(2, length, 4, head_dim, dtype=dtype, device="meta")
     rates = _meta(2, length, 4), _meta(mini_batch_size)
     weights = _meta(2, 4, head_dim, head_dim), _meta(2, 4, head_dim)
     layer_norm = _meta(4, head_dim), _meta(4, head_dim)
     if op == "linear_forward":
-        *_, prepared = prepare_linear_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)
-    else:
-        *_, prepared = prepare_linear_backward(q, *weights, q, q, q, *rates, *weights, q, *layer_norm, None, None, 1e-6)
-    compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options())
-    return _amd_cost(compiled) if architecture.startswith("gfx") else _nvidia_cost(compiled)
+        return prepare_linear_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)[-1]
+    return prepare_linear_backward(q, *weights, q, q, q, *rates, *weights, q, *layer_norm, None, None, 1e-6)[-1]
+
+
+def _prepare_projection(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
+    width = 4 * head_dim
+    x, q = _meta(2, length, width).to(dtype), _meta(2, length, 4, head_dim).to(dtype)
+    weights, lr_weight = [_meta(width, width).to(dtype)] * 3, _meta(4, width).to(dtype)
+    cos, positions = _meta(mini_batch_size, head_dim // 2), _meta(length).long()
+    options = (cos, cos, positions, 2, 1.0, dtype)
+    if op == "projection_forward":
+        return prepare_projection_forward(x, weights, lr_weight, _meta(4).to(dtype), *options)[-1]
+    rates = _meta(2, length, 4)
+    return prepare_projection_backward([q] * 3, rates, rates, x, weights, lr_weight, *options)[-1]
 
 
 def _meta(*shape: int) -> Tensor:

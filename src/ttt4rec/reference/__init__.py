@@ -10,9 +10,10 @@ Everything here takes any float dtype and computes in it; nothing is cast, cache
 from .dual import dual_form
 from .inner_models import inner_loss, layer_norm, linear_model, mlp_model
 from .primal import primal_form
-from .views import inner_learning_rate, rotate, rotation, token_scale
+from .views import causal_convolution, inner_learning_rate, rotate, rotation, token_scale
 
 __all__ = [
+    "causal_convolution",
     "dual_form",
     "inner_learning_rate",
     "inner_loss",

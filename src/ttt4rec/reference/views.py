@@ -21,6 +21,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
+def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``y_t = b + Σ_j w_j x_{t - (taps - 1) + j}`` of x ``[B, L, C]``, zeros before it; w ``[C, taps]``, b ``[C]``."""
+    L, taps = x.shape[1], weight.shape[1]
+    padded = torch.nn.functional.pad(x, (0, 0, taps - 1, 0))
+    return bias + sum(padded[:, j : j + L] * weight[:, j] for j in range(taps))
+
+
 def inner_learning_rate(x: Tensor, weight: Tensor, bias: Tensor, base_lr: float) -> Tensor:
     """``lr = base_lr · sigmoid(x · w_lr + b_lr) / D`` per token and head.
 

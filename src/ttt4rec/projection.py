@@ -1,0 +1,251 @@
+"""The operators in front of the inner loop: schema, shapes for tracing, autograd, choice of kernel or eager path."""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import eager, reference
+
+
+class Rope(NamedTuple):
+    """How tokens are rotated."""
+
+    cos: Tensor  # of the angles at every place in a mini-batch [K, D/2], float32 or float64
+    sin: Tensor
+    positions: Tensor  # every token's place [L] or [B, L]
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate x ``[B, L, C]``, all heads alike."""
+        heads = x.unflatten(-1, (-1, 2 * self.cos.shape[1]))
+        return reference.rotate(heads, self.cos[self.positions], self.sin[self.positions]).flatten(-2)
+
+
+def project(
+    x: Tensor,
+    linears: Sequence[nn.Module],
+    lr_weight: Tensor,
+    lr_bias: Tensor,
+    rope: Rope,
+    rotated: int,
+    base_lr: float,
+    backend: str,
+) -> tuple[list[Tensor], Tensor]:
+    """Project x ``[B, L, C]`` to C features with every module, rotate the first results, and compute the inner rates.
+
+    Products are taken in x's dtype, or in that of autocast; rates are float32 at least and never see autocast. Modules
+    that something was done to (replaced by an adapter or a quantised one, hooked, parametrised) are called one by one.
+
+    Args:
+        x: the input.
+        linears: ``nn.Linear`` without bias, or what stands in its place.
+        lr_weight: w_lr ``[H, C]``.
+        lr_bias: b_lr ``[H]``.
+        rope: the rotation.
+        rotated: how many of the results are rotated.
+        base_lr: η_base.
+        backend: see ``ttt4rec.functional.ttt_linear``.
+
+    Returns:
+        One ``[B, L, H, D]`` a module, and the rates ``[B, L, H]``.
+
+    Raises:
+        TypeError: x's dtype is not that of the weights.
+    """
+    dtype, device = x.dtype, x.device.type
+    if backend == "reference" or not all(map(_plain, linears)):
+        views = [linear(x) for linear in linears]
+        views = [rope.rotate(view) if i < rotated else view for i, view in enumerate(views)]
+        with torch.autocast(device, enabled=False):
+            inner_lr = reference.inner_learning_rate(x, lr_weight, lr_bias, base_lr)
+        return [view.unflatten(-1, (lr_weight.shape[0], -1)) for view in views], inner_lr
+    weights = [linear.get_parameter("weight") for linear in linears]
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    elif dtype != weights[0].dtype:
+        raise TypeError(f"x must have the parameters' dtype {weights[0].dtype}; given {dtype}")
+    results: list[Tensor] = rope_projection(
+        x, weights, lr_weight, lr_bias, *rope, rotated, base_lr, dtype, backend == "triton"
+    )
+    return results[:-1], results[-1]
+
+
+def _plain(linear: nn.Module) -> bool:
+    """Whether calling the module would do no more than multiply by its weight."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear) is nn.Linear and linear.bias is None and not hooks
+
+
+def causal_convolutions(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], rope: Rope | None, lead: int, backend: str
+) -> list[Tensor]:
+    """Depthwise convolutions ``y_t = b + Σ_j w_j x_{t - (taps - 1) + j}`` of x, each rotated if there is a rope.
+
+    Args:
+        x: ``[B, lead + L, C]``, with zeros before it; its first ``lead`` tokens have no output.
+        weights: each ``[C, taps]``.
+        biases: each ``[C]``.
+        rope: the rotation of the L outputs.
+        lead: number of context tokens.
+        backend: see ``ttt4rec.functional.ttt_linear``.
+
+    Returns:
+        One ``[B, L, C]`` a weight.
+    """
+    if backend == "reference":
+        parameters = zip(weights, biases, strict=True)
+        plain = [reference.causal_convolution(x, w.to(x.dtype), b.to(x.dtype))[:, lead:] for w, b in parameters]
+        return plain if rope is None else [rope.rotate(y) for y in plain]
+    return list(rope_convolution(x, weights, biases, *(rope or (None, None, None)), lead))
+
+
+def _path(kernel: bool) -> ModuleType:
+    if not kernel:
+        return eager
+    from . import kernels
+
+    return kernels
+
+
+@torch.library.custom_op("ttt4rec::rope_projection", mutates_args=())
+def rope_projection(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lr_weight: Tensor,
+    lr_bias: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    rotated: int,
+    base_lr: float,
+    dtype: torch.dtype,
+    kernel: bool,
+) -> list[Tensor]:
+    """Views ``[B, L, H, D]`` of x ``[B, L, C]``, the first ``rotated`` of them rotated, and the rates ``[B, L, H]``."""
+    path = _path(kernel)
+    with torch.autocast(x.device.type, enabled=False):
+        return path.projection_forward(  # type: ignore[no-any-return]
+            x, weights, lr_weight, lr_bias, cos, sin, positions, rotated, base_lr, dtype
+        )
+
+
+@torch.library.custom_op("ttt4rec::rope_projection_backward", mutates_args=())
+def rope_projection_backward(
+    grads: Sequence[Tensor],
+    grad_lr: Tensor,
+    inner_lr: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lr_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    rotated: int,
+    base_lr: float,
+    dtype: torch.dtype,
+    kernel: bool,
+) -> list[Tensor]:
+    """Gradients of x, the weights, w_lr and b_lr."""
+    path = _path(kernel)
+    with torch.autocast(x.device.type, enabled=False):
+        return path.projection_backward(  # type: ignore[no-any-return]
+            grads, grad_lr, inner_lr, x, weights, lr_weight, cos, sin, positions, rotated, base_lr, dtype
+        )
+
+
+@rope_projection.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], lr_weight: Tensor, *rest: Any) -> list[Tensor]:
+    B, L, C = x.shape
+    H, dtype = lr_weight.shape[0], rest[-2]
+    views = [x.new_empty(B, L, H, C // H, dtype=dtype) for _ in weights]
+    return [*views, x.new_empty(B, L, H, dtype=torch.promote_types(x.dtype, torch.float32))]
+
+
+@rope_projection_backward.register_fake
+def _(
+    grads: Sequence[Tensor],
+    grad_lr: Tensor,
+    inner_lr: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lr_weight: Tensor,
+    *rest: Any,
+) -> list[Tensor]:
+    like = [y.new_empty(y.shape) for y in (x, *weights, lr_weight)]
+    return [*like, grad_lr.new_empty(lr_weight.shape[0])]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, lr_weight, lr_bias, cos, sin, positions, *ctx.options = inputs
+    ctx.lr_bias_dtype = lr_bias.dtype
+    ctx.save_for_backward(output[-1], x, lr_weight, cos, sin, positions, *weights)
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    inner_lr, x, lr_weight, cos, sin, positions, *weights = ctx.saved_tensors
+    dx, *d_weights, d_lr_weight, d_lr_bias = rope_projection_backward(
+        grads[:-1], grads[-1], inner_lr, x, weights, lr_weight, cos, sin, positions, *ctx.options
+    )
+    return dx, d_weights, d_lr_weight, d_lr_bias.to(ctx.lr_bias_dtype), *[None] * (3 + len(ctx.options))
+
+
+rope_projection.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("ttt4rec::rope_convolution", mutates_args=())
+def rope_convolution(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    lead: int,
+) -> list[Tensor]:
+    """Causal convolutions ``[B, L, C]`` of x ``[B, lead + L, C]``, rotated where there are angles."""
+    return eager.convolution_forward(x, weights, biases, cos, sin, positions, lead)
+
+
+@torch.library.custom_op("ttt4rec::rope_convolution_backward", mutates_args=())
+def rope_convolution_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    lead: int,
+) -> list[Tensor]:
+    """Gradients of x, the weights and the biases."""
+    return eager.convolution_backward(grads, x, weights, biases, cos, sin, positions, lead)
+
+
+@rope_convolution.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], x.shape[1] - rest[-1], x.shape[2]) for _ in weights]
+
+
+@rope_convolution_backward.register_fake
+def _(
+    grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    return [y.new_empty(y.shape) for y in (x, *weights, *biases)]
+
+
+def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, biases, cos, sin, positions, ctx.lead = inputs
+    ctx.save_for_backward(x, cos, sin, positions, *weights, *biases)
+
+
+def _backward_convolution(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    x, cos, sin, positions, *parameters = ctx.saved_tensors
+    count = len(parameters) // 2
+    weights, biases = parameters[:count], parameters[count:]
+    dx, *gradients = rope_convolution_backward(grads, x, weights, biases, cos, sin, positions, ctx.lead)
+    return dx, gradients[:count], gradients[count:], None, None, None, None
+
+
+rope_convolution.register_autograd(_backward_convolution, setup_context=_save_convolution)

@@ -1,0 +1,327 @@
+"""What surrounds the inner loop, views, rates and convolutions: the operators against plain PyTorch in float64."""
+
+import copy
+import os
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read when the kernels are imported
+
+from checks import BACKBONES, INNERS, assert_close, gradients, make_layer, relative_error
+from ttt4rec import TTTLayer, eager, kernels, reference
+from ttt4rec.kernels import projection as kernel_choice
+from ttt4rec.projection import (
+    Rope,
+    causal_convolutions,
+    rope_convolution,
+    rope_convolution_backward,
+    rope_projection,
+    rope_projection_backward,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BASE_LR = 1.3
+FP32_TOLERANCE = 2e-6
+POSITIONS = ("shared", "per row")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, so that a result that is not written fails."""
+    empty = torch.empty
+
+    def poisoned(*shape: int | Sequence[int], **options: object) -> Tensor:
+        x = empty(*shape, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() and x.device.type != "meta" else x
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def make_rope(B: int, L: int, D: int, K: int, positions: str, dtype: torch.dtype = torch.float64) -> Rope:
+    table = reference.rotation(torch.arange(K, device=DEVICE), D, 100.0, dtype)
+    shared = torch.arange(L, device=DEVICE) % K
+    return Rope(*table, shared if positions == "shared" else torch.randint(0, K, (B, L), device=DEVICE))
+
+
+def make_inputs(B: int, L: int, H: int, D: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """x, three weights, w_lr, b_lr, and gradients of the three views and the rates."""
+    C = H * D
+    shapes = [(B, L, C), *[(C, C)] * 3, (H, C), (H,), *[(B, L, H, D)] * 3]
+    tensors = [(torch.randn(shape) / (C**0.5 if len(shape) == 2 else 1)).to(DEVICE, dtype) for shape in shapes]
+    return [*tensors, torch.randn(B, L, H).to(DEVICE, torch.promote_types(dtype, torch.float32))]
+
+
+def definition(
+    x: Tensor, weights: Sequence[Tensor], w_lr: Tensor, b_lr: Tensor, rope: Rope, rotated: int
+) -> list[Tensor]:
+    """Views and rates as the mathematics has them."""
+    angles = rope.cos[rope.positions], rope.sin[rope.positions]
+    views = [(x @ w.t()).unflatten(-1, (w_lr.shape[0], -1)) for w in weights]
+    views[:rotated] = [reference.rotate(view, *angles) for view in views[:rotated]]
+    return [*views, reference.inner_learning_rate(x, w_lr, b_lr, BASE_LR)]
+
+
+def defined_results(inputs: Sequence[Tensor], rope: Rope, rotated: int) -> list[Tensor]:
+    """Views, rates and the gradients of x, the weights, w_lr and b_lr, in float64."""
+    x, W0, W1, W2, w_lr, b_lr, *grads = (t.double() for t in inputs)
+    leaves = [t.requires_grad_() for t in (x, W0, W1, W2, w_lr, b_lr)]
+    rope = Rope(rope.cos.double(), rope.sin.double(), rope.positions)
+    results = definition(x, [W0, W1, W2], w_lr, b_lr, rope, rotated)
+    return [*(r.detach() for r in results), *torch.autograd.grad(results, leaves, grads)]
+
+
+def norm_errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    pairs = zip(actual, expected, strict=True)
+    return [((a.double() - e).norm() / e.norm().clamp_min(1e-9)).item() for a, e in pairs]
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("rotated", [0, 2])
+def test_the_eager_projection_is_its_definition(positions, rotated):
+    rope = make_rope(2, 5, 4, 3, positions)
+    x, *weights, w_lr, b_lr = (t.requires_grad_() for t in make_inputs(2, 5, 2, 4)[:6])
+    results = rope_projection(x, weights, w_lr, b_lr, *rope, rotated, BASE_LR, x.dtype, False)
+    for actual, expected in zip(results, definition(x, weights, w_lr, b_lr, rope, rotated), strict=True):
+        assert_close(actual, expected, 1e-14)
+    inputs = (x, *weights, w_lr, b_lr)
+
+    def function(x, W0, W1, W2, w_lr, b_lr):
+        return tuple(rope_projection(x, [W0, W1, W2], w_lr, b_lr, *rope, rotated, BASE_LR, x.dtype, False))
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("lead", [0, 1, 3])
+def test_the_eager_convolution_is_its_definition(positions, lead):
+    rope = make_rope(2, 6, 4, 3, positions)
+    make = [(2, lead + 6, 8), (8, 4), (8, 4), (8,), (8,)]
+    x, *parameters = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in make)
+    for with_rope in (rope, None):
+
+        def function(x, *p, rope=with_rope, backend="auto"):
+            return tuple(causal_convolutions(x, p[:2], p[2:], rope, lead, backend))
+
+        expected = function(x, *parameters, backend="reference")
+        for actual, y in zip(function(x, *parameters), expected, strict=True):
+            assert_close(actual, y, 1e-14)
+        assert torch.autograd.gradcheck(function, (x, *parameters))
+
+
+def test_a_convolution_longer_than_the_sequence():
+    x, w, b = torch.randn(2, 2, 4), torch.randn(4, 5), torch.randn(4)
+    (actual,), (expected,) = (causal_convolutions(x, [w], [b], None, 0, backend) for backend in ("auto", "reference"))
+    assert_close(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_opcheck_projection(positions, kernel):
+    dtype = torch.float32 if kernel else torch.float64
+    rope = make_rope(2, 5, 4, 3, positions, dtype)
+    x, *weights, w_lr, b_lr = (t.requires_grad_() for t in make_inputs(2, 5, 2, 4, dtype)[:6])
+    options = (*rope, 2, BASE_LR, dtype, kernel)
+    torch.library.opcheck(rope_projection, (x, weights, w_lr, b_lr, *options))
+    x, *weights, w_lr, b_lr, d0, d1, d2, d_lr = make_inputs(2, 5, 2, 4, dtype)
+    lr = rope_projection(x, weights, w_lr, b_lr, *options)[-1]
+    arguments = ([d0, d1, d2], d_lr, lr, x, weights, w_lr, *options)
+    torch.library.opcheck(rope_projection_backward, arguments)
+
+
+@pytest.mark.parametrize("with_rope", [True, False])
+def test_opcheck_convolution(with_rope):
+    rope = make_rope(2, 5, 4, 3, "shared") if with_rope else (None, None, None)
+    x, *p = (torch.randn(s, dtype=torch.float64, device=DEVICE) for s in [(2, 7, 8), (8, 3), (8, 3), (8,), (8,)])
+    grads = [torch.randn(2, 5, 8, dtype=torch.float64, device=DEVICE) for _ in range(2)]
+    torch.library.opcheck(rope_convolution_backward, (grads, x, p[:2], p[2:], *rope, 2))
+    x, *p = (t.requires_grad_() for t in (x, *p))
+    torch.library.opcheck(rope_convolution, (x, p[:2], p[2:], *rope, 2))
+
+
+def test_an_output_nobody_uses_has_no_gradient():
+    rope = make_rope(2, 5, 4, 3, "shared")
+    x, *weights, w_lr, b_lr = (t.requires_grad_() for t in make_inputs(2, 5, 2, 4)[:6])
+    *views, _ = rope_projection(x, weights, w_lr, b_lr, *rope, 2, BASE_LR, x.dtype, False)
+    dx, *d_weights = torch.autograd.grad(views[2].sum(), [x, *weights])
+    assert_close(dx, weights[2].sum(0).expand_as(x))
+    assert all((d == 0).all() for d in d_weights[:2])
+
+
+SHAPES = [  # B, L, H, D, rotated
+    (2, 21, 4, 16, 2),
+    (2, 21, 3, 6, 2),  # width 18, padded to 32
+    (1, 70, 2, 24, 0),
+    (1, 1, 2, 8, 2),  # a single token
+    (1, 70, 4, 24, 2),
+    (1, 35, 5, 26, 2),  # a last chunk of 2 features
+]
+FUSED = {"everything": 1 << 31, "nothing": 0}
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize(("B", "L", "H", "D", "rotated"), SHAPES)
+def test_kernels_match_definition(B, L, H, D, rotated, fused, monkeypatch):
+    choose_kernels(monkeypatch, FUSED[fused])
+    inputs, rope = make_inputs(B, L, H, D, torch.float32), make_rope(B, L, D, 8, "per row", torch.float32)
+    actual = run_kernels(inputs, rope, rotated, torch.float32)
+    worst = max(norm_errors(actual, defined_results(inputs, rope, rotated)))
+    assert worst <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("input_dtype", ["same", torch.float32])  # float32 as under autocast
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_in_low_precision_are_no_worse_than_torch(dtype, input_dtype, fused, monkeypatch):
+    choose_kernels(monkeypatch, FUSED[fused])
+    inputs = make_inputs(2, 40, 4, 16, dtype if input_dtype == "same" else input_dtype)
+    rope = make_rope(2, 40, 16, 8, "shared", torch.float32)
+    exact = defined_results(inputs, rope, 2)
+    actual, eager_results = (run(inputs, rope, 2, dtype) for run in (run_kernels, run_eager))
+    assert [a.dtype for a in actual] == [e.dtype for e in eager_results]
+    errors, eager_errors = norm_errors(actual, exact), norm_errors(eager_results, exact)
+    rounding = 2 * torch.finfo(dtype).eps  # the interpreter truncates; logits' gradients are rounded
+    wrong = [(e, r) for e, r in zip(errors, eager_errors, strict=True) if not e <= 2 * r + rounding]
+    assert not wrong
+    assert errors[3] <= FP32_TOLERANCE  # rates are exact
+
+
+@pytest.mark.parametrize("fused", FUSED)
+def test_kernels_give_the_same_bits_twice_whatever_the_strides(fused, monkeypatch):
+    choose_kernels(monkeypatch, FUSED[fused])
+    inputs, rope = make_inputs(2, 40, 2, 16, torch.float32), make_rope(2, 40, 16, 8, "per row", torch.float32)
+    strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in inputs]
+    first, second = (run_kernels(i, rope, 2, torch.float32) for i in (inputs, strided))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_more_blocks_than_partial_sums(monkeypatch):
+    monkeypatch.setattr(sys.modules["ttt4rec.kernels.projection_backward"], "PARTIAL_SUMS", 2)
+    choose_kernels(monkeypatch, 1 << 31)
+    inputs, rope = make_inputs(2, 50, 2, 16, torch.float32), make_rope(2, 50, 16, 8, "shared", torch.float32)
+    assert (
+        max(norm_errors(run_kernels(inputs, rope, 2, torch.float32), defined_results(inputs, rope, 2)))
+        <= FP32_TOLERANCE
+    )
+
+
+def test_kernels_refuse_float64():
+    inputs, rope = make_inputs(1, 2, 1, 4), make_rope(1, 2, 4, 2, "shared")
+    with pytest.raises(ValueError, match="float64"):
+        run_kernels(inputs, rope, 2, torch.float64)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_layer_on_the_kernels(backbone):
+    torch.manual_seed(1)
+    layer = make_layer("linear", backbone).float().to(DEVICE)
+    x = torch.randn(2, 11, 8, device=DEVICE).requires_grad_()
+    mask = torch.tensor([[True] * 11, [False] * 4 + [True] * 7], device=DEVICE)
+    results = []
+    for backend in ("triton", "reference"):
+        layer.backend = backend
+        y = layer(x, mask=mask)
+        results.append([y, *gradients([y], [x, *layer.parameters()])])
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, 1e-4)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("inner", INNERS)
+def test_autocast_gives_what_the_plain_path_gives(inner, backbone):
+    """Gradients too, to bfloat16's precision; parameters keep float32 gradients."""
+    torch.manual_seed(2)
+    layer = make_layer(inner, backbone).float()
+    x = torch.randn(2, 10, 8).requires_grad_()
+    results = []
+    for backend in ("auto", "reference"):
+        layer.backend = backend
+        with torch.autocast("cpu", torch.bfloat16):
+            y, state = layer(x, return_state=True)
+        assert state.pending_lr.dtype == torch.float32
+        grads = gradients([y], [x, *layer.parameters()])
+        assert all(g.dtype == torch.float32 for g in grads)
+        results.append((y, *grads))
+    exact = layer.double()
+    x64 = x.detach().double().requires_grad_()
+    y = exact(x64)
+    expected = [y, *gradients([y], [x64, *exact.parameters()])]
+    for ours, plain, e in zip(*results, expected, strict=True):
+        bound = 3 * relative_error(plain, e) + 4 * torch.finfo(torch.bfloat16).eps
+        assert relative_error(ours, e) <= bound
+
+
+def test_a_layer_of_another_dtype_than_its_input_is_named():
+    with pytest.raises(TypeError, match=r"x must have the parameters' dtype torch.float32; given torch.bfloat16"):
+        TTTLayer(8, 2)(torch.zeros(1, 3, 8, dtype=torch.bfloat16))
+
+
+def choose_kernels(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Fuse up to this width, with the blocks of the narrowest table entry for all."""
+    for name in ("FUSED_WIDTH", "FUSED_WIDTH_SINGLE"):
+        monkeypatch.setattr(kernel_choice, name, {"forward": width, "backward": width})
+    table = {op: {1 << 31: next(iter(entry.values()))} for op, entry in kernel_choice.TABLE.items()}
+    rows, _, blocks = table["fused_backward"][1 << 31]
+    table["fused_backward"] = {1 << 31: (rows, 1 << 10, blocks)}  # all features at a time
+    monkeypatch.setattr(kernel_choice, "TABLE", table)
+
+
+def run_kernels(inputs, rope, rotated, dtype):
+    return run(kernels, inputs, rope, rotated, dtype)
+
+
+def run_eager(inputs, rope, rotated, dtype):
+    return run(eager, inputs, rope, rotated, dtype)
+
+
+def run(path, inputs, rope, rotated, dtype):
+    """Views, rates, and gradients as ``defined_results`` orders them."""
+    x, *weights, w_lr, b_lr = inputs[:6]
+    results = path.projection_forward(x, weights, w_lr, b_lr, *rope, rotated, BASE_LR, dtype)
+    grads = [g.to(dtype) for g in inputs[6:9]]
+    options = (*rope, rotated, BASE_LR, dtype)
+    return [*results, *path.projection_backward(grads, inputs[9], results[-1], x, weights, w_lr, *options)]
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank adapter, as fine-tuning libraries put one in its place."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down, self.up = nn.Linear(linear.in_features, 2, bias=False), nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "mamba"])
+def test_a_replaced_projection_is_called(backbone: str) -> None:
+    torch.manual_seed(0)
+    layer = TTTLayer(16, 2, backbone=backbone, mini_batch_size=4)
+    x = torch.randn(2, 9, 16)
+    merged = copy.deepcopy(layer)
+    layer.query = Adapted(layer.query)
+    with torch.no_grad():
+        merged.query.weight += layer.query.up.weight @ layer.query.down.weight
+    y = layer(x)
+    torch.testing.assert_close(y, merged(x), rtol=1e-5, atol=1e-6)
+    y.sum().backward()
+    assert layer.query.down.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "mamba"])
+def test_hooks_of_a_projection_fire(backbone: str) -> None:
+    layer = TTTLayer(16, 2, backbone=backbone, mini_batch_size=4)
+    x = torch.randn(2, 9, 16)
+    plain = layer(x)
+    seen = []
+    hook = layer.query.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-6)
+    assert len(seen) == 1
+    hook.remove()
+    layer.query.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert not torch.allclose(layer(x), plain)
