@@ -1,7 +1,7 @@
 """How kernels are launched: block sizes from a table, types of the matrix products, memory for results.
 
-The table was filled from machine code, not from timings: ``python -m ttt4rec.kernels.aot`` prints registers, spills
-and instructions per mini-batch. An entry is, as a rule, the choice with the fewest instructions per head.
+The table was filled from machine code, not from timings, by ``python -m ttt4rec.kernels.tune``: an entry has no spill
+in its loop, if any choice has none, and then the fewest instructions per head.
 """
 
 from typing import Any, NamedTuple
@@ -27,30 +27,39 @@ class Blocks(NamedTuple):
 
 
 HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for bfloat16 and float16
-    ("linear_forward", 16): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 3), 32: Blocks(2, 2), 64: Blocks(4, 2)},
-    ("linear_forward", 32): {8: Blocks(2, 3, heads=2), 16: Blocks(1, 3), 64: Blocks(4, 2)},
-    ("linear_forward", 64): {16: Blocks(4, 3), 64: Blocks(8, 2)},
-    ("linear_forward", 128): {16: Blocks(8, 3), 64: Blocks(8, 1)},
-    ("linear_backward", 16): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(2, 2), 64: Blocks(4, 2)},
-    ("linear_backward", 32): {8: Blocks(2, 2, heads=2), 16: Blocks(2, 2), 64: Blocks(4, 2)},
-    ("linear_backward", 64): {16: Blocks(4, 2), 64: Blocks(8, 1)},
-    ("linear_backward", 128): {64: Blocks(8, 1)},
+    ("linear_forward", 16): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
+    ("linear_forward", 32): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(4, 2)},
+    ("linear_forward", 64): {16: Blocks(4, 2), 32: Blocks(4, 2), 64: Blocks(8, 2)},
+    ("linear_forward", 128): {16: Blocks(8, 2), 64: Blocks(8, 1)},
+    ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(2, 1), 64: Blocks(4, 1)},
+    ("linear_backward", 32): {8: Blocks(4, 1, heads=2), 16: Blocks(4, 1), 32: Blocks(2, 1), 64: Blocks(4, 1)},
+    ("linear_backward", 64): {16: Blocks(8, 1), 32: Blocks(8, 1), 64: Blocks(8, 1)},
+    ("linear_backward", 128): {16: Blocks(8, 1), 64: Blocks(8, 1)},
 }
 SINGLE = {  # the same for float32, whose products are three tensor-core products, or none
     ("linear_forward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 64: Blocks(4, 1)},
     ("linear_forward", 32): {16: Blocks(2, 1), 64: Blocks(4, 1)},
     ("linear_forward", 64): {64: Blocks(8, 1)},
     ("linear_forward", 128): {64: Blocks(8, 1)},
-    ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 64: Blocks(4, 1)},
-    ("linear_backward", 32): {64: Blocks(4, 1)},
+    ("linear_backward", 16): {8: Blocks(1, 1), 16: Blocks(1, 1), 64: Blocks(4, 1)},
+    ("linear_backward", 32): {16: Blocks(4, 1), 64: Blocks(4, 1)},
     ("linear_backward", 64): {64: Blocks(8, 1)},
     ("linear_backward", 128): {64: Blocks(8, 1)},
 }
-HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice; gfx942 has twice the registers
-    "gfx942": {
-        ("linear_forward", 32): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 3), 64: Blocks(4, 2)},
-        ("linear_backward", 32): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 64: Blocks(4, 2)},
-    }
+HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice than sm_90
+    "sm_80": {
+        ("linear_backward", 32): {8: Blocks(4, 1, heads=2), 16: Blocks(2, 1), 32: Blocks(2, 1), 64: Blocks(4, 1)},
+    },
+    "sm_100": {
+        ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(2, 1), 64: Blocks(8, 1)},
+        ("linear_backward", 32): {8: Blocks(2, 1), 16: Blocks(2, 1), 32: Blocks(2, 2), 64: Blocks(8, 2)},
+    },
+    "gfx942": {  # twice the registers
+        ("linear_forward", 32): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
+        ("linear_forward", 64): {16: Blocks(2, 2), 32: Blocks(4, 2), 64: Blocks(8, 2)},
+        ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(1, 1), 64: Blocks(2, 1)},
+        ("linear_backward", 32): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(4, 2), 64: Blocks(2, 1)},
+    },
 }
 
 
