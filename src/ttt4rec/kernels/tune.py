@@ -2,8 +2,8 @@
 
 Every sensible cut of a kernel is compiled, and its cost read from the machine code. The best has no spill in its loop,
 if any has none, and then the fewest issue slots per mini-batch and head: a warp's instructions times warps by heads, a
-spill counted as sixteen. The forward loads at least one mini-batch ahead (two stages), which the count does not see; the
-backward has no registers for it. This needs no GPU; timings on one may overrule it.
+spill counted as sixteen. The forward loads at least one mini-batch ahead (two stages), which the count does not see;
+the backward has no registers for it. This needs no GPU; timings on one may overrule it.
 """
 
 import argparse
