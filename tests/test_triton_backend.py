@@ -1,11 +1,14 @@
 """``backend="triton"`` as users call it: layers and inner loops on the kernels, interpreted where there is no GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from checks import assert_close, golden_cases, gradients, inner_inputs, load_golden, relative_error, run_inner
 from test_golden import layer_of
 from ttt4rec import TTTLayer, ops
+from ttt4rec.functional import choose_backend
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,3 +148,20 @@ def test_autocast_is_that_of_scaled_dot_product_attention(backend):
         o, state = run_inner("linear", inputs, backend=backend)
     assert o.dtype == attention.dtype == torch.bfloat16
     assert {w.dtype for w in state.weights} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("backend", "cuda", "dtype", "num_weights", "chosen"),
+    [
+        ("auto", False, torch.float32, 2, "auto"),
+        ("auto", True, torch.float32, 2, "triton"),
+        ("auto", True, torch.bfloat16, 2, "triton"),
+        ("auto", True, torch.float64, 2, "auto"),
+        ("auto", True, torch.float32, 4, "auto"),
+        ("reference", True, torch.float32, 2, "reference"),
+        ("triton", True, torch.float32, 2, "triton"),
+    ],
+)
+def test_auto_takes_the_kernels_on_a_gpu_where_they_can_run(backend, cuda, dtype, num_weights, chosen):
+    q = SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(1, 2, 3, 16), device="cuda:0")  # no GPU is needed to choose
+    assert choose_backend(backend, q, num_weights, 8) == chosen

@@ -55,9 +55,8 @@ def ttt_linear(
             state alone.
         cu_seqlens: int ``[N + 1]``: the sequences ``[cu[n], cu[n+1])`` packed in q ``[1, total, H, D]``.
         eps: added to the layer norm's variance.
-        backend: ``"reference"`` is the dual form under autograd; ``"auto"`` the same computation with a hand-written
-            reversible backward; ``"triton"`` the fused kernels, which are not chosen by themselves yet because no
-            GPU run has proven them.
+        backend: ``"reference"`` is the dual form under autograd; ``"triton"`` the fused kernels; ``"auto"`` the kernels
+            where there is a GPU and they can run, and elsewhere a reversible backward written in PyTorch.
 
     Returns:
         Outputs ``[B, L, H, D]`` in q's dtype, and the outgoing state. State and arithmetic are float32 (float64 for
@@ -119,9 +118,7 @@ def _inner_loop(
     backend: Backend,
 ) -> tuple[Tensor, TTTState]:
     check_inner_loop_arguments(tokens, inner_lr, token_scale, initial, layer_norm, K, state, mask, cu_seqlens)
-    check_backend(backend)
-    if backend == "triton":
-        check_kernel(tokens[0], len(initial), K)
+    backend = choose_backend(backend, tokens[0], len(initial), K)
     tokens = _autocast(tokens)
     B, L = tokens[0].shape[:2]
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
@@ -224,18 +221,33 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; given {backend!r}")
 
 
-def check_kernel(q: Tensor, num_weights: int, K: int) -> None:
-    """Raise unless the fused kernels can run on these tensors: they never fall back silently."""
+def choose_backend(backend: Backend, q: Tensor, num_weights: int, K: int) -> Backend:
+    """What runs: for ``"auto"`` the kernels, where there is a GPU and they can run, or else ``"auto"``, the eager path.
+
+    Raises:
+        RuntimeError: ``"triton"`` was asked for and cannot run; it never falls back silently.
+        ValueError: there is no such backend.
+    """
+    check_backend(backend)
+    if backend == "reference" or (backend == "auto" and not q.is_cuda):
+        return backend
+    refusal = _kernel_refusal(q, num_weights, K)
+    if backend == "triton" and refusal is not None:
+        raise RuntimeError(f"backend 'triton' {refusal}")
+    return "triton" if refusal is None else "auto"
+
+
+def _kernel_refusal(q: Tensor, num_weights: int, K: int) -> str | None:
+    """Why the fused kernels cannot run on these tensors; None if they can."""
     if num_weights != 2:
-        raise RuntimeError("backend 'triton' has no kernel for TTT-MLP; use 'auto' or 'reference'")
+        return "has no kernel for TTT-MLP; use 'auto' or 'reference'"
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("backend 'triton' needs the package triton, which is not installed")
+        return "needs the package triton, which is not installed"
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(
-            f"backend 'triton' runs on CUDA tensors, or on others with TRITON_INTERPRET=1; given {q.device}"
-        )
+        return f"runs on CUDA tensors, or on others with TRITON_INTERPRET=1; given {q.device}"
     if q.dtype == torch.float64 or q.shape[-1] > MAX_HEAD_DIM or K > MAX_MINI_BATCH_SIZE:
-        raise RuntimeError(
-            f"backend 'triton' takes float32, bfloat16 and float16, head dimensions up to {MAX_HEAD_DIM} and "
+        return (
+            f"takes float32, bfloat16 and float16, head dimensions up to {MAX_HEAD_DIM} and "
             f"mini-batches up to {MAX_MINI_BATCH_SIZE}; given {q.dtype}, {q.shape[-1]} and {K}"
         )
+    return None

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .convolution import CausalConv, convolve
-from .functional import Backend, check_backend, check_kernel, make_spans, ttt_linear, ttt_mlp
+from .functional import Backend, check_backend, choose_backend, make_spans, ttt_linear, ttt_mlp
 from .projection import Rope, project
 from .reference import rotation, token_scale
 from .release import load_release_layer
@@ -159,12 +159,11 @@ class TTTLayer(nn.Module):
             N = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
             check_layer_state(state, N, self.backbone, self.conv_kernel, self.width)
         spans = make_spans(mask, cu_seqlens, x.shape[1])
-        if self.backend == "triton":
-            check_kernel(
-                x.unflatten(-1, (self.num_heads, -1)), 2 if self.inner == "linear" else 4, self.mini_batch_size
-            )
-        q, k, v, inner_lr, gate, conv = self._views(x, spans, state)
-        o, new_state = self._inner_loop(q, k, v, inner_lr, state=state, mask=mask, cu_seqlens=cu_seqlens)
+        heads = x.unflatten(-1, (self.num_heads, -1))
+        backend = choose_backend(self.backend, heads, 2 if self.inner == "linear" else 4, self.mini_batch_size)
+        q, k, v, inner_lr, gate, conv = self._views(x, spans, state, backend)
+        where = {"state": state, "mask": mask, "cu_seqlens": cu_seqlens, "backend": backend}
+        o, new_state = self._inner_loop(q, k, v, inner_lr, **where)
         y = self.norm(rearrange(o, "b l h d -> b l (h d)").to(self.norm.weight.dtype))
         if gate is not None:
             y = F.gelu(gate, approximate="tanh") * y
@@ -176,13 +175,13 @@ class TTTLayer(nn.Module):
     def _inner_loop(self, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, **where: Any) -> tuple[Tensor, TTTState]:
         scale = token_scale(self.token_offset.to(lr.dtype))
         norm = (self.inner_norm_weight, self.inner_norm_bias)
-        where |= {"mini_batch_size": self.mini_batch_size, "backend": self.backend}
+        where["mini_batch_size"] = self.mini_batch_size
         if self.inner == "linear":
             return ttt_linear(q, k, v, lr, scale, self.W1, self.b1, *norm, **where)
         return ttt_mlp(q, k, v, lr, scale, self.W1, self.b1, self.W2, self.b2, *norm, **where)
 
     def _views(
-        self, x: Tensor, spans: Spans | None, state: TTTState | None
+        self, x: Tensor, spans: Spans | None, state: TTTState | None, backend: Backend
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """q and k, rotated, and v, ``[B, L, H, D]``; the rates; what gates the output; the convolutions' context."""
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -191,12 +190,12 @@ class TTTLayer(nn.Module):
         rates = (self.inner_lr_weight, self.inner_lr_bias)
         if self.backbone == "transformer":
             linears = [self.query, self.key, self.value]
-            (q, k, v), lr = project(x, linears, *rates, rope, 2, self.base_lr, self.backend)
+            (q, k, v), lr = project(x, linears, *rates, rope, 2, self.base_lr, backend)
             return q, k, v, self._inner_lr(lr, k), None, None
         linears = [self.query, self.value, self.gate]
-        (shared, v, gate), lr = project(x, linears, *rates, rope, 0, self.base_lr, self.backend)
+        (shared, v, gate), lr = project(x, linears, *rates, rope, 0, self.base_lr, backend)
         convs, context = (self.query_conv, self.key_conv), None if state is None else state.conv
-        views, conv = convolve(convs, shared.flatten(-2), spans, context, rope, self.backend)
+        views, conv = convolve(convs, shared.flatten(-2), spans, context, rope, backend)
         q, k = (view.unflatten(-1, (self.num_heads, -1)) for view in views)
         return q, k, v, self._inner_lr(lr, k), gate.flatten(-2), conv
 
