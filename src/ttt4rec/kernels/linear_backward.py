@@ -74,6 +74,7 @@ def linear_backward_kernel(
     sequence, head, first, length = program_place(spans, L, H, tile)
 
     R: tl.constexpr = tile.rows
+    F: tl.constexpr = tile.features
     D: tl.constexpr = tile.head_dim
     positions, features = row_token(tile), tl.arange(0, tile.features)
     head_exists = head + row_head(tile) < H
@@ -90,8 +91,8 @@ def linear_backward_kernel(
     dW = tl.load(grad_W + weight_offsets(grad_W_strides, sequence, head, tile), mask=W_mask, other=0.0)
     db = tl.load(grad_b + parameter_offsets(grad_b_strides, sequence, head, tile), mask=b_mask, other=0.0)
 
-    d_gamma = tl.zeros((R, tile.features), tl.float32)
-    d_beta = tl.zeros((R, tile.features), tl.float32)
+    d_gamma = tl.zeros((R, F), tl.float32)
+    d_beta = tl.zeros((R, F), tl.float32)
     d_scale = tl.zeros((R,), tl.float32)
     d_last_scale = tl.zeros((R,), tl.float32)
     num_mini_batches = tl.cdiv(length, tile.mini_batch)
