@@ -153,6 +153,20 @@ def plan(op: str, q: Tensor, mini_batch_size: int) -> tuple[Blocks, Tile]:
     return choice, tile
 
 
+def check_compiler(head_dim: int, mini_batch_size: int) -> None:
+    """Refuse a backward that Triton compiles to a trap: up to 3.6, on sm_100, of wide heads and long mini-batches.
+
+    Raises:
+        ValueError: for those.
+    """
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version <= (3, 6) and head_dim > 32 and mini_batch_size > 32 and architecture().startswith("sm_10"):
+        raise ValueError(
+            f"on {architecture()} a backward of head dimension {head_dim} and mini_batch_size {mini_batch_size} needs a "
+            f"Triton newer than 3.6, got {triton.__version__}"
+        )
+
+
 def num_sequences(q: Tensor, starts: Tensor | None) -> int:
     """N: one sequence per batch row unless starts says otherwise."""
     return q.shape[0] if starts is None else starts.numel()
