@@ -89,13 +89,13 @@ def test_all_kernels_fit_and_the_important_ones_do_not_spill(version: str, archi
 
 @pytest.mark.parametrize("trap", TRAPS)
 def test_what_a_compiler_turns_into_a_trap_is_refused(trap: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    version, architecture, op, head_dim, mini_batch_size = trap
+    version, architecture, _, head_dim, mini_batch_size = trap
     (r,) = (r for r in TABLE[version, architecture] if r[:3] == trap[2:])
     assert r.tensor_core == 0  # if it has become a kernel, the refusal can go
     monkeypatch.setattr(launch, "architecture", lambda: architecture)
     launch.check_compiler(head_dim, mini_batch_size // 2)
     monkeypatch.setattr(triton, "__version__", version)
-    with pytest.raises(ValueError, match="needs a Triton newer than 3.6, got 3.6.0"):
+    with pytest.raises(ValueError, match=r"needs a Triton newer than 3\.6, got 3\.6\.0"):
         launch.check_compiler(head_dim, mini_batch_size)
 
 

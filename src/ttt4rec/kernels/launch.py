@@ -162,8 +162,8 @@ def check_compiler(head_dim: int, mini_batch_size: int) -> None:
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     if version <= (3, 6) and head_dim > 32 and mini_batch_size > 32 and architecture().startswith("sm_10"):
         raise ValueError(
-            f"on {architecture()} a backward of head dimension {head_dim} and mini_batch_size {mini_batch_size} needs a "
-            f"Triton newer than 3.6, got {triton.__version__}"
+            f"on {architecture()} a backward of head dimension {head_dim} and mini_batch_size {mini_batch_size} "
+            f"needs a Triton newer than 3.6, got {triton.__version__}"
         )
 
 
