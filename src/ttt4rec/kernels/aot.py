@@ -23,6 +23,7 @@ from triton.runtime import driver
 from . import launch
 from .linear_backward import prepare_linear_backward
 from .linear_forward import prepare_linear_forward
+from .mlp_forward import prepare_mlp_forward
 from .projection_backward import prepare_projection_backward
 from .projection_forward import prepare_projection_forward
 
@@ -93,6 +94,10 @@ def _prepare_linear(op: str, head_dim: int, mini_batch_size: int, dtype: torch.d
     rates = _meta(2, length, 4), _meta(mini_batch_size)
     weights = _meta(2, 4, head_dim, head_dim), _meta(2, 4, head_dim)
     layer_norm = _meta(4, head_dim), _meta(4, head_dim)
+    if op == "mlp_forward":
+        n=4*head_dim
+        weights = _meta(2, 4, head_dim, n), _meta(2, 4, n), _meta(2, 4, n, head_dim), _meta(2, 4, head_dim)
+        return prepare_mlp_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)[-1]
     if op == "linear_forward":
         return prepare_linear_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)[-1]
     return prepare_linear_backward(q, *weights, q, q, q, *rates, *weights, q, *layer_norm, None, None, 1e-6)[-1]
@@ -175,7 +180,7 @@ def main() -> None:
     parser.add_argument(
         "kernels", nargs="+", help="op:architecture:head_dim:mini_batch_size:dtype, e.g. linear_forward:sm_90:16:8:bf16"
     )
-    parser.add_argument("--blocks", nargs=3, type=int, metavar=("WARPS", "STAGES", "HEADS"))
+    parser.add_argument("--blocks", nargs="+", type=int)
     parser.add_argument("--json", action="store_true", help="one object per kernel, the intermediate form included")
     given = parser.parse_args()
     if given.blocks:

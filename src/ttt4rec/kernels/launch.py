@@ -24,6 +24,7 @@ class Blocks(NamedTuple):
     num_warps: int
     num_stages: int
     heads: int = 1  # heads of one sequence in a program
+    chunks: int = 1  # into which an inner MLP's hidden features are cut; one: the state stays in registers
 
 
 HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for bfloat16 and float16
@@ -35,6 +36,10 @@ HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for 
     ("linear_backward", 32): {8: Blocks(4, 1, heads=2), 16: Blocks(4, 1), 32: Blocks(2, 1), 64: Blocks(4, 1)},
     ("linear_backward", 64): {16: Blocks(8, 1), 32: Blocks(8, 1), 64: Blocks(8, 1)},
     ("linear_backward", 128): {16: Blocks(8, 1), 64: Blocks(8, 1)},
+    ("mlp_forward", 16): {8: Blocks(4, 2, heads=2), 64: Blocks(4, 2)},
+    ("mlp_forward", 32): {64: Blocks(8, 2)},
+    ("mlp_forward", 64): {64: Blocks(8, 2)},
+    ("mlp_forward", 128): {64: Blocks(8, 2, chunks=4)},
 }
 SINGLE = {  # the same for float32, whose products are three tensor-core products, or none
     ("linear_forward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 64: Blocks(4, 1)},
@@ -45,6 +50,10 @@ SINGLE = {  # the same for float32, whose products are three tensor-core product
     ("linear_backward", 32): {16: Blocks(4, 1), 64: Blocks(4, 1)},
     ("linear_backward", 64): {64: Blocks(8, 1)},
     ("linear_backward", 128): {64: Blocks(8, 1)},
+    ("mlp_forward", 16): {8: Blocks(4, 2, heads=2), 64: Blocks(4, 2)},
+    ("mlp_forward", 32): {64: Blocks(8, 2)},
+    ("mlp_forward", 64): {64: Blocks(8, 2)},
+    ("mlp_forward", 128): {64: Blocks(8, 2, chunks=4)},
 }
 HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice than sm_90
     "sm_80": {
@@ -119,13 +128,14 @@ def architecture() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-def plan(op: str, q: Tensor, mini_batch_size: int) -> tuple[Blocks, Tile]:
+def plan(op: str, q: Tensor, mini_batch_size: int, hidden: int = 0) -> tuple[Blocks, Tile]:
     """Choose the blocks and the compile-time sizes of a launch.
 
     Args:
         op: key of the table.
         q: ``[B, L, H, D]``.
         mini_batch_size: K.
+        hidden: features of an inner MLP's hidden layer.
 
     Raises:
         ValueError: if the kernels do not run that dtype, head dimension or mini-batch size.
@@ -149,6 +159,9 @@ def plan(op: str, q: Tensor, mini_batch_size: int) -> tuple[Blocks, Tile]:
         operand=operand,
         dot=tl.float32 if interpreted() else operand,
         precision="tf32x3" if here.startswith("sm_") else "ieee",  # plain tf32 has 11 bits
+        hidden=hidden,
+        chunk=padded(hidden) // choice.chunks,
+        chunks=choice.chunks,
     )
     return choice, tile
 
@@ -177,7 +190,11 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
-def new_tokens(x: Tensor, starts: Tensor | None) -> Tensor:
-    """Memory for a result per token of x, contiguous; zero where spans may leave tokens out."""
+def new_tokens(x: Tensor, starts: Tensor | None, features: int | None = None) -> Tensor:
+    """Memory for a result per token of x, contiguous; zero where spans may leave tokens out.
+
+    Of x's shape, or with another number of features.
+    """
     allocate = torch.empty if starts is None else torch.zeros
-    return allocate(x.shape, dtype=x.dtype, device=x.device)
+    shape = x.shape if features is None else (*x.shape[:-1], features)
+    return allocate(shape, dtype=x.dtype, device=x.device)

@@ -1,0 +1,248 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# Jit functions are typed by Triton when they are compiled.
+
+"""TTT-MLP forward: the whole inner loop of every sequence and head in one launch.
+
+The state has 8D² numbers a head. Where registers hold them, they stay there from the first mini-batch to the last. Else
+the hidden features are worked on in chunks, whose weights wait in the memory of the results, that is in the cache.
+
+The kept Z1 and G2 are the rounded ones that everything else is made of, and products are subtracted from the state as a
+whole, for the reason that TTT-Linear's forward gives.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .primitives import (
+    causal,
+    centred,
+    centred_columns,
+    dot,
+    expanded,
+    first_rows,
+    gelu,
+    hidden_columns,
+    hidden_mask,
+    hidden_offsets,
+    hidden_state_strides,
+    layer_norm_backward,
+    load_hidden_state,
+    load_layer_norm,
+    normalised,
+    own,
+    parameter_mask,
+    parameter_offsets,
+    program_place,
+    row_head,
+    row_offsets,
+    row_token,
+    store_hidden_state,
+    tile_offsets,
+    token_sums,
+)
+
+
+@triton.jit(do_not_specialize=["L", "H"])
+def mlp_forward_kernel(
+    tokens,  # q, k, v [B, L, H, D]
+    rates,  # inner_lr [B, L, H], token_scale [K]
+    weights,  # W1 [N, H, D, hidden], b1 [N, H, hidden], W2 [N, H, hidden, D], b2 [N, H, D]
+    layer_norm,  # γ, β [H, D]
+    spans,  # starts, lengths [N], or None twice
+    outputs,  # o [B, L, H, D]; W1, b1, W2, b2 after the last complete mini-batch
+    kept,  # Z1 [B, L, H, hidden] and G2 [B, L, H, D]
+    strides,  # of weights; all others are contiguous
+    L,
+    H,
+    eps,
+    tile: tl.constexpr,
+):
+    """One program: P heads of one sequence, mini-batch after mini-batch.
+
+    Z1 = K W1 + b1       X2 = gelu(Z1)               Z2 = X2 W2 + b2      x̂, r = normalised(Z2)
+    y = γ ∘ (γ ∘ x̂ + β - (V - K))                    G2 = r (y - mean(y) - x̂ mean(y ∘ x̂))
+    G1 = (G2 W2ᵀ) ∘ gelu'(Z1)                        U1 = lr ∘ G1,  U2 = lr ∘ G2, the steps
+    P1 = Q W1 + b1 - s ∘ tril(Q Kᵀ + 1) U1           X̄2 = gelu(P1)
+    P2 = X̄2 W2 + b2 - s ∘ tril(X̄2 X2ᵀ + 1) U2        O = Q + LN(P2)
+    W1 ← W1 - s_last Kᵀ U1,  b1 ← b1 - s_last Σ_j U1_j, and so for W2 and b2 with X2 and U2
+    """
+    q, k, v = tokens
+    inner_lr, token_scale = rates
+    o, W1_out, b1_out, W2_out, b2_out = outputs
+    Z1_kept, G2_kept = kept
+    W1_strides, b1_strides, W2_strides, b2_strides = strides
+    incoming, incoming_strides = (weights[0], weights[1], weights[2]), (W1_strides, b1_strides, W2_strides)
+    state = W1_out, b1_out, W2_out
+    sequence, head, first, length = program_place(spans, L, H, tile)
+
+    positions = row_token(tile)
+    head_exists = head + row_head(tile) < H
+    columns = tl.arange(0, tile.features)[None, :] < tile.head_dim
+    b2_mask = parameter_mask(head, H, tile)
+    elements = tile_offsets(H, tile)
+    D: tl.constexpr = tile.head_dim
+    gamma, beta = load_layer_norm(layer_norm, head, H, tile)
+    scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
+    last_scale = tl.load(token_scale + tile.mini_batch - 1)
+    b2_in = weights[3] + parameter_offsets(b2_strides, sequence, head, tile)
+    b2 = centred(tl.load(b2_in, mask=b2_mask, other=0.0), tile)
+    if tile.chunks == 1:
+        W1, b1, W2 = load_hidden_state(incoming, incoming_strides, sequence, head, 0, H, tile)
+        W2 = centred_columns(W2, tile)
+    else:
+        for chunk in tl.range(0, tile.chunks, num_stages=1):
+            W1, b1, W2 = load_hidden_state(incoming, incoming_strides, sequence, head, chunk, H, tile)
+            store_hidden_state(state, (W1, b1, centred_columns(W2, tile)), sequence, head, chunk, H, tile)
+        tl.debug_barrier()
+
+    Z1 = tl.zeros((tile.rows, tile.chunk), tile.operand)
+    for start in tl.range(0, length, tile.mini_batch):
+        rows = head_exists & (positions < min(tile.mini_batch, length - start))
+        mask = rows[:, None] & columns
+        at = (first + start) * H + head
+        here = at * D + elements
+        k_rows = tl.load(k + here, mask=mask, other=0.0)
+        v_rows = tl.load(v + here, mask=mask, other=0.0)
+        lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)[:, None]
+        K = expanded(k_rows, tile)
+        X2_W2 = tl.zeros((tile.rows, tile.heads * tile.features), tl.float32)
+        for chunk in tl.range(0, tile.chunks, num_stages=1):
+            if tile.chunks > 1:
+                W1, b1, W2 = load_hidden_state(state, hidden_state_strides(H, tile), sequence, head, chunk, H, tile)
+            Z1 = dot(K, W1, tile, b1).to(tile.operand)
+            Z1_at = Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile)
+            tl.store(Z1_at, Z1, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile))
+            X2, _, _ = gelu(Z1.to(tl.float32))
+            X2_W2 = dot(X2, tl.trans(W2), tile, X2_W2)
+        x_hat, r = normalised(own(X2_W2, tile) + b2, eps, tile)
+        y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
+        G2_rows = layer_norm_backward(y, x_hat, r, tile).to(tile.operand)
+        tl.store(G2_kept + here, G2_rows, mask=mask)
+        G2 = expanded(G2_rows, tile)
+        U2 = lr * G2_rows.to(tl.float32)
+
+        q_rows = tl.load(q + here, mask=mask, other=0.0)
+        Q = expanded(q_rows, tile)
+        C1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
+        # A last, short mini-batch is not committed.
+        committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
+        X2_bar_W2 = tl.zeros((tile.rows, tile.heads * tile.features), tl.float32)
+        C2_U2 = tl.zeros((tile.rows, tile.features), tl.float32)
+        sums = token_sums(U2, tile)
+        for chunk in tl.range(0, tile.chunks, num_stages=1):
+            if tile.chunks > 1:
+                W1, b1, W2 = load_hidden_state(state, hidden_state_strides(H, tile), sequence, head, chunk, H, tile)
+                Z1_at = Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile)
+                Z1 = tl.load(Z1_at, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile), other=0.0)
+            X2, slope, _ = gelu(Z1.to(tl.float32))
+            U1 = lr * (dot(G2, W2, tile) * slope)
+            X2_bar, _, _ = gelu(dot(Q, W1, tile, b1) - scale * dot(C1, U1, tile))
+            C2 = tl.where(causal(tile), dot(X2_bar, tl.trans(X2), tile) + tl.where(chunk == 0, 1.0, 0.0), 0.0)
+            C2_U2 = dot(C2, U2, tile, C2_U2)
+            X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, X2_bar_W2)
+            b1 -= committed_scale * token_sums(U1, tile)
+            W1 -= committed_scale * dot(tl.trans(K), U1, tile)
+            W2 -= committed_scale * dot(tl.trans(expanded(U2, tile)), X2, tile)
+            if tile.chunks > 1:
+                store_hidden_state(state, (W1, b1, W2), sequence, head, chunk, H, tile)
+        p_hat, _ = normalised(own(X2_bar_W2, tile) - (scale * C2_U2 - b2), eps, tile)
+        out = q_rows.to(tl.float32) + gamma * p_hat + beta
+        tl.store(o + here, out.to(tile.operand), mask=mask)
+        b2 -= committed_scale * sums
+        if tile.chunks > 1:
+            tl.debug_barrier()
+
+    # Give the means of W2 and b2 back; without an update, give back exactly what came.
+    updated = length >= tile.mini_batch
+    for chunk in tl.range(0, tile.chunks, num_stages=1):
+        if tile.chunks > 1:
+            W1, b1, W2 = load_hidden_state(state, hidden_state_strides(H, tile), sequence, head, chunk, H, tile)
+        _, _, incoming_W2 = load_hidden_state(incoming, incoming_strides, sequence, head, chunk, H, tile)
+        W2 = tl.where(updated, W2 + (incoming_W2 - centred_columns(incoming_W2, tile)), incoming_W2)
+        store_hidden_state(state, (W1, b1, W2), sequence, head, chunk, H, tile)
+    incoming_b2 = tl.load(b2_in, mask=b2_mask, other=0.0)
+    b2 = tl.where(updated, b2 + (incoming_b2 - centred(incoming_b2, tile)), incoming_b2)
+    once = b2_mask & first_rows(tile)
+    tl.store(b2_out + parameter_offsets((H * D, D, 1), sequence, head, tile), b2, mask=once)
+
+
+def mlp_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    W2: Tensor,
+    b2: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """Run the inner loop of TTT-MLP. Tokens outside every sequence get zero outputs.
+
+    Args:
+        W1: ``[N, H, D, hidden]``, float32, of the N sequences, as the next three; may be expanded from one.
+        b1: ``[N, H, hidden]``.
+        W2: ``[N, H, hidden, D]``.
+        b2: ``[N, H, D]``.
+
+    The others are those of ``linear_forward``, and so are the errors.
+
+    Returns:
+        o ``[B, L, H, D]`` in q's dtype; the four weights after each sequence's last complete mini-batch, float32; and,
+        in q's dtype, what the backward needs: Z1 ``[B, L, H, hidden]`` and G2 ``[B, L, H, D]``.
+    """
+    results, prepared = prepare_mlp_forward(
+        q, k, v, inner_lr, token_scale, W1, b1, W2, b2, ln_weight, ln_bias, starts, lengths, eps
+    )
+    prepared.run()
+    return results
+
+
+def prepare_mlp_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    W2: Tensor,
+    b2: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    eps: float,
+) -> tuple[tuple[Tensor, ...], launch.Launch]:
+    """Allocate the results and make the launch that fills them; arguments as in ``mlp_forward``."""
+    L, H = q.shape[1:3]
+    N, K, hidden = launch.num_sequences(q, starts), token_scale.numel(), W1.shape[-1]
+    choice, tile = launch.plan("mlp_forward", q, K, hidden)
+    weights = W1, b1, W2, b2
+    o, G2 = launch.new_tokens(q, starts), launch.new_tokens(q, starts)
+    Z1 = launch.new_tokens(q, starts, hidden)
+    outgoing = tuple(torch.empty(w.shape, dtype=torch.float32, device=q.device) for w in weights)
+    arguments = (
+        launch.contiguous(q, k, v),
+        launch.contiguous(inner_lr, token_scale),
+        weights,
+        launch.contiguous(ln_weight, ln_bias),
+        launch.contiguous(starts, lengths),
+        (o, *outgoing),
+        (Z1, G2),
+        tuple(w.stride() for w in weights),
+        L,
+        H,
+        eps,
+        tile,
+    )
+    grid = (N * triton.cdiv(H, choice.heads),)
+    return (o, *outgoing, Z1, G2), launch.Launch(mlp_forward_kernel, grid, arguments, choice)
