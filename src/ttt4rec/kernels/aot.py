@@ -23,6 +23,7 @@ from triton.runtime import driver
 from . import launch
 from .linear_backward import prepare_linear_backward
 from .linear_forward import prepare_linear_forward
+from .mlp_backward import prepare_mlp_backward
 from .mlp_forward import prepare_mlp_forward
 from .projection_backward import prepare_projection_backward
 from .projection_forward import prepare_projection_forward
@@ -94,10 +95,13 @@ def _prepare_linear(op: str, head_dim: int, mini_batch_size: int, dtype: torch.d
     rates = _meta(2, length, 4), _meta(mini_batch_size)
     weights = _meta(2, 4, head_dim, head_dim), _meta(2, 4, head_dim)
     layer_norm = _meta(4, head_dim), _meta(4, head_dim)
-    if op == "mlp_forward":
+    if op.startswith("mlp"):
         n=4*head_dim
         weights = _meta(2, 4, head_dim, n), _meta(2, 4, n), _meta(2, 4, n, head_dim), _meta(2, 4, head_dim)
-        return prepare_mlp_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)[-1]
+        if op == "mlp_forward":
+            return prepare_mlp_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)[-1]
+        Z1 = torch.empty(2, length, 4, n, dtype=dtype, device="meta")
+        return prepare_mlp_backward(q, weights, q, q, q, *rates, weights, Z1, q, *layer_norm, None, None, 1e-6)[-1]
     if op == "linear_forward":
         return prepare_linear_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)[-1]
     return prepare_linear_backward(q, *weights, q, q, q, *rates, *weights, q, *layer_norm, None, None, 1e-6)[-1]

@@ -40,6 +40,10 @@ HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for 
     ("mlp_forward", 32): {64: Blocks(8, 2)},
     ("mlp_forward", 64): {64: Blocks(8, 2)},
     ("mlp_forward", 128): {64: Blocks(8, 2, chunks=4)},
+    ("mlp_backward", 16): {8: Blocks(4, 1, heads=2), 64: Blocks(4, 1)},
+    ("mlp_backward", 32): {64: Blocks(8, 1)},
+    ("mlp_backward", 64): {64: Blocks(8, 1, chunks=4)},
+    ("mlp_backward", 128): {64: Blocks(8, 1, chunks=8)},
 }
 SINGLE = {  # the same for float32, whose products are three tensor-core products, or none
     ("linear_forward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 64: Blocks(4, 1)},
@@ -54,6 +58,10 @@ SINGLE = {  # the same for float32, whose products are three tensor-core product
     ("mlp_forward", 32): {64: Blocks(8, 2)},
     ("mlp_forward", 64): {64: Blocks(8, 2)},
     ("mlp_forward", 128): {64: Blocks(8, 2, chunks=4)},
+    ("mlp_backward", 16): {8: Blocks(4, 1, heads=2), 64: Blocks(4, 1)},
+    ("mlp_backward", 32): {64: Blocks(8, 1)},
+    ("mlp_backward", 64): {64: Blocks(8, 1, chunks=4)},
+    ("mlp_backward", 128): {64: Blocks(8, 1, chunks=8)},
 }
 HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice than sm_90
     "sm_80": {
