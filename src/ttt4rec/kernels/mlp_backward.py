@@ -47,19 +47,17 @@ from .primitives import (
 
 
 @triton.jit
-def hidden_steps(Z1, G2, lr, W2, tile: tl.constexpr):
-    """Of a chunk: X2, gelu' and gelu'' at Z1; G2 W2ᵀ; and U1."""
-    X2, slope, curve = gelu(Z1.to(tl.float32))
-    G2_W2 = dot(G2, W2, tile)
-    return X2, slope, curve, G2_W2, lr * (G2_W2 * slope)
+def load_hidden(pointer, rows, chunk, tile: tl.constexpr):
+    """Z1 of a chunk, float32 [R, C].
 
-
-@triton.jit
-def hidden_outputs(Q, C1, U1, minus_scale, W1, b1, tile: tl.constexpr):
-    """Of a chunk: tril(Q Kᵀ + 1) U1; X̄2 and gelu' at P1."""
-    C1_U1 = dot(C1, U1, tile)
-    X2_bar, bar_slope, _ = gelu(dot(Q, W1, tile, b1) + minus_scale * C1_U1)
-    return C1_U1, X2_bar, bar_slope
+    As a product with the identity, which leaves 16-bit numbers as they are: so it is laid out as products are, and the
+    compiler does not compute its GELU over again for every operand that it becomes.
+    """
+    Z1 = tl.load(pointer, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile), other=0.0)
+    if tile.operand != tl.float32:
+        tokens = tl.arange(0, tile.rows)
+        Z1 = dot(tl.where(tokens[:, None] == tokens[None, :], 1.0, 0.0), Z1, tile)
+    return Z1.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["L", "H"])
@@ -135,8 +133,8 @@ def mlp_backward_kernel(
         tl.debug_barrier()
 
     d_gamma, d_beta = tl.zeros((R, tile.features), tl.float32), tl.zeros((R, tile.features), tl.float32)
-    d_scale, d_last_scale = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
-    Z1 = tl.zeros((R, tile.chunk), tile.operand)
+    d_scale, d_last_scale = tl.zeros((R, R), tl.float32), tl.zeros((R,), tl.float32)
+    Z1 = tl.zeros((R, tile.chunk), tl.float32)
     minus_dZ1 = tl.zeros((R, tile.chunk), tl.float32)
     num_mini_batches = tl.cdiv(length, tile.mini_batch)
     for t in tl.range(0, num_mini_batches):
@@ -148,31 +146,33 @@ def mlp_backward_kernel(
         k_rows = tl.load(k + here, mask=mask, other=0.0)
         q_rows = tl.load(q + here, mask=mask, other=0.0)
         G2_rows = tl.load(G2_kept + here, mask=mask, other=0.0)
-        lr = tl.where(rows, tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0), 0.0)[:, None]
+        rates_here = tl.where(rows, tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0), 0.0)
+        lr, lr_columns = rates_here[:, None], rates_here[None, :]
         K, Q, G2 = expanded(k_rows, tile), expanded(q_rows, tile), expanded(G2_rows, tile)
         committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
         s_last = committed * last_scale
-        U2_rows = lr * G2_rows.to(tl.float32)
-        U2 = expanded(U2_rows, tile)
+        U2 = lr * G2_rows.to(tl.float32)
         C1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
+        A1 = C1 * lr_columns
 
         # Rebuild the weights before the mini-batch, and the forward's values.
-        b2 -= -s_last * token_sums(U2_rows, tile)
+        b2 -= -s_last * token_sums(U2, tile)
+        U2 = expanded(U2, tile)
         X2_W2, X2_bar_W2, X2_dW2 = (tl.zeros((R, PF), tl.float32),) * 3
         X2_bar_X2 = tl.zeros((R, R), tl.float32)
         for chunk in tl.range(0, tile.chunks, num_stages=1):
-            Z1_at = Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile)
-            Z1 = tl.load(Z1_at, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile), other=0.0)
+            Z1 = load_hidden(Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile), rows, chunk, tile)
             if tile.chunks > 1:
                 W1, b1, W2 = load_hidden_state(state, contiguous, sequence, head, chunk, H, tile)
                 _, _, dW2 = load_hidden_state(d_state, contiguous, sequence, head, chunk, H, tile)
-            W2 -= -s_last * dot(tl.trans(U2), gelu(Z1.to(tl.float32))[0], tile)
-            X2, _, _, _, U1 = hidden_steps(Z1, G2, lr, W2, tile)
-            W1 -= -s_last * dot(tl.trans(K), U1, tile)
-            b1 -= -s_last * token_sums(U1, tile)
+            X2, slope, _ = gelu(Z1)
+            W2 -= -s_last * dot(tl.trans(U2), X2, tile)
+            G1 = dot(G2, W2, tile) * slope
+            W1 -= -s_last * dot(tl.trans(lr * K), G1, tile)
+            b1 -= -s_last * token_sums(lr * G1, tile)
             if tile.chunks > 1:
                 store_hidden_state(state, (W1, b1, W2), sequence, head, chunk, H, tile)
-            _, X2_bar, _ = hidden_outputs(Q, C1, U1, minus_scale, W1, b1, tile)
+            X2_bar, _, _ = gelu(dot(Q, W1, tile, b1) + minus_scale * dot(A1, G1, tile))
             X2_W2 = dot(X2, tl.trans(W2), tile, X2_W2)
             X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, X2_bar_W2)
             X2_dW2 = dot(X2, tl.trans(dW2), tile, X2_dW2)
@@ -182,45 +182,40 @@ def mlp_backward_kernel(
 
         # Through the output and the outer layer's steps.
         C2 = tl.where(causal(tile), X2_bar_X2 + 1.0, 0.0)
-        C2_U2 = dot(C2, U2_rows, tile)
-        p_hat, p_r = normalised(own(X2_bar_W2, tile) + b2 + minus_scale * C2_U2, eps, tile)
+        A2 = C2 * lr_columns
+        p_hat, p_r = normalised(own(X2_bar_W2, tile) + b2 + minus_scale * dot(A2, G2_rows, tile), eps, tile)
         dO = tl.load(grads[0] + here, mask=mask, other=0.0).to(tl.float32)
         d_gamma += dO * p_hat
         d_beta += dO
         minus_dP2_rows = layer_norm_backward(gamma * dO, p_hat, -p_r, tile)
-        d_scale += tl.sum(minus_dP2_rows * C2_U2, 1)
-        minus_dCU2 = minus_scale * minus_dP2_rows
-        minus_dC2 = tl.where(causal(tile), dot(minus_dCU2, tl.trans(U2_rows), tile), 0.0)
-        X2_dW2_rows = own(X2_dW2, tile) + db2
-        minus_dU2 = dot(tl.trans(C2), minus_dCU2, tile, s_last * X2_dW2_rows)
-        d_last_scale -= committed * tl.sum(U2_rows * X2_dW2_rows, 1)
-        minus_dlr = tl.sum(G2_rows.to(tl.float32) * minus_dU2, 1)
         minus_dP2 = expanded(minus_dP2_rows, tile)
+        dP2_G2 = dot(minus_dP2_rows, tl.trans(G2_rows), tile)
+        minus_dC2 = tl.where(causal(tile), minus_scale * lr_columns * dP2_G2, 0.0)
+        X2_dW2_rows = own(X2_dW2, tile) + db2
+        minus_dG2 = dot(tl.trans(A2), minus_scale * minus_dP2_rows, tile, s_last * lr * X2_dW2_rows)
+        along_dW = tl.sum(G2_rows.to(tl.float32) * X2_dW2_rows, 1)
 
         # Through the hidden layer's outputs and steps.
-        minus_dC1 = tl.zeros((R, R), tl.float32)
-        through_P1, through_U1, through_E = (tl.zeros((R, PF), tl.float32),) * 3
+        dP1_G1 = tl.zeros((R, R), tl.float32)
+        through_P1, through_G1, through_E = (tl.zeros((R, PF), tl.float32),) * 3
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             if tile.chunks > 1:
                 W1, b1, W2 = load_hidden_state(state, contiguous, sequence, head, chunk, H, tile)
                 dW1, db1, dW2 = load_hidden_state(d_state, contiguous, sequence, head, chunk, H, tile)
-                Z1_at = Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile)
-                Z1 = tl.load(Z1_at, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile), other=0.0)
-            X2, slope, curve, G2_W2, U1 = hidden_steps(Z1, G2, lr, W2, tile)
-            C1_U1, X2_bar, bar_slope = hidden_outputs(Q, C1, U1, minus_scale, W1, b1, tile)
+                Z1 = load_hidden(Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile), rows, chunk, tile)
+            X2, slope, curve = gelu(Z1)
+            G2_W2 = dot(G2, W2, tile)
+            G1 = G2_W2 * slope
+            X2_bar, bar_slope, _ = gelu(dot(Q, W1, tile, b1) + minus_scale * dot(A1, G1, tile))
             minus_dP1 = dot(minus_dC2, X2, tile, dot(minus_dP2, W2, tile)) * bar_slope
-            d_scale += tl.sum(minus_dP1 * C1_U1, 1)
-            minus_dCU1 = minus_scale * minus_dP1
-            minus_dC1 = dot(minus_dCU1, tl.trans(U1), tile, minus_dC1)
+            dP1_G1 = dot(minus_dP1, tl.trans(G1), tile, dP1_G1)
             through_P1 = dot(minus_dP1, tl.trans(W1), tile, through_P1)
             K_dW1 = dot(K, dW1, tile, db1)
-            d_last_scale -= committed * tl.sum(U1 * K_dW1, 1)
-            minus_dU1 = dot(tl.trans(C1), minus_dCU1, tile, s_last * K_dW1)
-            minus_dlr += tl.sum(G2_W2 * slope * minus_dU1, 1)
-            minus_dG1 = lr * minus_dU1
+            along_dW += tl.sum(G1 * K_dW1, 1)
+            minus_dG1 = dot(tl.trans(A1), minus_scale * minus_dP1, tile, s_last * lr * K_dW1)
             minus_E = minus_dG1 * slope
             through_E = dot(minus_E, tl.trans(W2), tile, through_E)
-            through_U1 = dot(U1, tl.trans(dW1), tile, through_U1)
+            through_G1 = dot(G1, tl.trans(dW1), tile, through_G1)
             minus_dX2 = dot(tl.trans(minus_dC2), X2_bar, tile, s_last * dot(U2, dW2, tile))
             minus_dZ1 = minus_dX2 * slope + minus_dG1 * G2_W2 * curve
             db1 -= token_sums(minus_dP1, tile)
@@ -233,8 +228,11 @@ def mlp_backward_kernel(
                 tl.store(part, minus_dZ1, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile))
         if tile.chunks > 1:
             tl.debug_barrier()
-        tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr, mask=rows)
-        minus_dC1 = tl.where(causal(tile), minus_dC1, 0.0)
+        d_scale += A1 * dP1_G1 + A2 * dP2_G2
+        d_last_scale -= committed * rates_here * along_dW
+        minus_dlr = tl.sum(minus_scale * (C1 * dP1_G1 + C2 * dP2_G2), 0)
+        tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr - s_last * along_dW, mask=rows)
+        minus_dC1 = tl.where(causal(tile), minus_scale * lr_columns * dP1_G1, 0.0)
         d_q = dO - dot(minus_dC1, k_rows, tile) - own(through_P1, tile)
         tl.store(dq + here, d_q.to(tile.operand), mask=mask)
 
@@ -242,7 +240,7 @@ def mlp_backward_kernel(
         x_hat, r = normalised(own(X2_W2, tile) + b2, eps, tile)
         v_rows = tl.load(v + here, mask=mask, other=0.0)
         error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
-        minus_dG2 = lr * minus_dU2 + own(through_E, tile)
+        minus_dG2 += own(through_E, tile)
         G2_float = G2_rows.to(tl.float32)
         along_G2 = tl.sum(minus_dG2 * G2_float, 1)[:, None]
         minus_dZ2_rows, minus_de, minus_d_gamma = inner_gradient_backward(
@@ -252,19 +250,18 @@ def mlp_backward_kernel(
         d_beta -= minus_de
         tl.store(dv + here, minus_de.to(tile.operand), mask=mask)
         db2 -= token_sums(minus_dP2_rows, tile) + token_sums(minus_dZ2_rows, tile)
-        d_k = -dot(tl.trans(minus_dC1), q_rows, tile, minus_de + s_last * own(through_U1, tile))
+        d_k = -dot(tl.trans(minus_dC1), q_rows, tile, minus_de + s_last * lr * own(through_G1, tile))
         minus_dZ2 = expanded(minus_dZ2_rows, tile)
         through_Z1 = tl.zeros((R, PF), tl.float32)
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             if tile.chunks > 1:
                 W1, b1, W2 = load_hidden_state(state, contiguous, sequence, head, chunk, H, tile)
                 dW1, db1, dW2 = load_hidden_state(d_state, contiguous, sequence, head, chunk, H, tile)
-                Z1_at = Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile)
-                Z1 = tl.load(Z1_at, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile), other=0.0)
+                Z1 = load_hidden(Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile), rows, chunk, tile)
                 part = scratch[3] + (sequence.to(tl.int64) * H + head) * R * tile.hidden
                 part += tl.arange(0, R)[:, None] * tile.hidden + hidden_columns(chunk, tile)[None, :]
                 minus_dZ1 = tl.load(part, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile), other=0.0)
-            X2, slope, _ = gelu(Z1.to(tl.float32))
+            X2, slope, _ = gelu(Z1)
             minus_dZ1 += dot(minus_dZ2, W2, tile) * slope
             through_Z1 = dot(minus_dZ1, tl.trans(W1), tile, through_Z1)
             db1 -= token_sums(minus_dZ1, tile)
@@ -282,7 +279,7 @@ def mlp_backward_kernel(
     tl.store(d_weights[3] + parameter_offsets((H * D, D, 1), sequence, head, tile), db2, mask=once)
     store_head_sums(partial_sums[0], d_gamma, sequence, head, H, tile)
     store_head_sums(partial_sums[1], d_beta, sequence, head, H, tile)
-    store_token_sums(partial_sums[2], d_scale, sequence, head, H, tile)
+    store_token_sums(partial_sums[2], tl.sum(d_scale, 1), sequence, head, H, tile)
     store_token_sums(partial_sums[3], d_last_scale, sequence, head, H, tile)
 
 

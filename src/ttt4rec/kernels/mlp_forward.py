@@ -64,10 +64,12 @@ def mlp_forward_kernel(
 
     Z1 = K W1 + b1       X2 = gelu(Z1)               Z2 = X2 W2 + b2      x̂, r = normalised(Z2)
     y = γ ∘ (γ ∘ x̂ + β - (V - K))                    G2 = r (y - mean(y) - x̂ mean(y ∘ x̂))
-    G1 = (G2 W2ᵀ) ∘ gelu'(Z1)                        U1 = lr ∘ G1,  U2 = lr ∘ G2, the steps
-    P1 = Q W1 + b1 - s ∘ tril(Q Kᵀ + 1) U1           X̄2 = gelu(P1)
-    P2 = X̄2 W2 + b2 - s ∘ tril(X̄2 X2ᵀ + 1) U2        O = Q + LN(P2)
-    W1 ← W1 - s_last Kᵀ U1,  b1 ← b1 - s_last Σ_j U1_j, and so for W2 and b2 with X2 and U2
+    G1 = (G2 W2ᵀ) ∘ gelu'(Z1)
+    P1 = Q W1 + b1 - s ∘ A1 G1                       A1 = tril(Q Kᵀ + 1) with column j times lr_j
+    P2 = X̄2 W2 + b2 - s ∘ A2 G2,  X̄2 = gelu(P1)      A2 = tril(X̄2 X2ᵀ + 1) likewise
+    O = Q + LN(P2)
+    W1 ← W1 - s_last Kᵀ (lr ∘ G1)                    b1 ← b1 - s_last Σ_j lr_j G1_j
+    W2 ← W2 - s_last X2ᵀ (lr ∘ G2)                   b2 ← b2 - s_last Σ_j lr_j G2_j
     """
     q, k, v = tokens
     inner_lr, token_scale = rates
@@ -76,6 +78,7 @@ def mlp_forward_kernel(
     W1_strides, b1_strides, W2_strides, b2_strides = strides
     incoming, incoming_strides = (weights[0], weights[1], weights[2]), (W1_strides, b1_strides, W2_strides)
     state = W1_out, b1_out, W2_out
+    contiguous = hidden_state_strides(H, tile)
     sequence, head, first, length = program_place(spans, L, H, tile)
 
     positions = row_token(tile)
@@ -106,12 +109,13 @@ def mlp_forward_kernel(
         here = at * D + elements
         k_rows = tl.load(k + here, mask=mask, other=0.0)
         v_rows = tl.load(v + here, mask=mask, other=0.0)
-        lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)[:, None]
+        rates_here = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
+        lr, lr_columns = rates_here[:, None], rates_here[None, :]
         K = expanded(k_rows, tile)
         X2_W2 = tl.zeros((tile.rows, tile.heads * tile.features), tl.float32)
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             if tile.chunks > 1:
-                W1, b1, W2 = load_hidden_state(state, hidden_state_strides(H, tile), sequence, head, chunk, H, tile)
+                W1, b1, W2 = load_hidden_state(state, contiguous, sequence, head, chunk, H, tile)
             Z1 = dot(K, W1, tile, b1).to(tile.operand)
             Z1_at = Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile)
             tl.store(Z1_at, Z1, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile))
@@ -126,32 +130,33 @@ def mlp_forward_kernel(
 
         q_rows = tl.load(q + here, mask=mask, other=0.0)
         Q = expanded(q_rows, tile)
-        C1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
+        A1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0) * lr_columns
         # A last, short mini-batch is not committed.
         committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
+        U2_sums = token_sums(U2, tile)
+        U2 = expanded(U2, tile)
         X2_bar_W2 = tl.zeros((tile.rows, tile.heads * tile.features), tl.float32)
-        C2_U2 = tl.zeros((tile.rows, tile.features), tl.float32)
-        sums = token_sums(U2, tile)
+        A2_G2 = tl.zeros((tile.rows, tile.features), tl.float32)
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             if tile.chunks > 1:
-                W1, b1, W2 = load_hidden_state(state, hidden_state_strides(H, tile), sequence, head, chunk, H, tile)
+                W1, b1, W2 = load_hidden_state(state, contiguous, sequence, head, chunk, H, tile)
                 Z1_at = Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile)
                 Z1 = tl.load(Z1_at, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile), other=0.0)
             X2, slope, _ = gelu(Z1.to(tl.float32))
-            U1 = lr * (dot(G2, W2, tile) * slope)
-            X2_bar, _, _ = gelu(dot(Q, W1, tile, b1) - scale * dot(C1, U1, tile))
-            C2 = tl.where(causal(tile), dot(X2_bar, tl.trans(X2), tile) + tl.where(chunk == 0, 1.0, 0.0), 0.0)
-            C2_U2 = dot(C2, U2, tile, C2_U2)
+            G1 = dot(G2, W2, tile) * slope
+            X2_bar, _, _ = gelu(dot(Q, W1, tile, b1) - scale * dot(A1, G1, tile))
+            A2 = dot(X2_bar, tl.trans(X2), tile) + tl.where(chunk == 0, 1.0, 0.0)
+            A2_G2 = dot(tl.where(causal(tile), A2, 0.0) * lr_columns, G2_rows, tile, A2_G2)
             X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, X2_bar_W2)
-            b1 -= committed_scale * token_sums(U1, tile)
-            W1 -= committed_scale * dot(tl.trans(K), U1, tile)
-            W2 -= committed_scale * dot(tl.trans(expanded(U2, tile)), X2, tile)
+            b1 -= committed_scale * token_sums(lr * G1, tile)
+            W1 -= committed_scale * dot(tl.trans(lr * K), G1, tile)
+            W2 -= committed_scale * dot(tl.trans(U2), X2, tile)
             if tile.chunks > 1:
                 store_hidden_state(state, (W1, b1, W2), sequence, head, chunk, H, tile)
-        p_hat, _ = normalised(own(X2_bar_W2, tile) - (scale * C2_U2 - b2), eps, tile)
+        p_hat, _ = normalised(own(X2_bar_W2, tile) - (scale * A2_G2 - b2), eps, tile)
         out = q_rows.to(tl.float32) + gamma * p_hat + beta
         tl.store(o + here, out.to(tile.operand), mask=mask)
-        b2 -= committed_scale * sums
+        b2 -= committed_scale * U2_sums
         if tile.chunks > 1:
             tl.debug_barrier()
 
@@ -159,7 +164,7 @@ def mlp_forward_kernel(
     updated = length >= tile.mini_batch
     for chunk in tl.range(0, tile.chunks, num_stages=1):
         if tile.chunks > 1:
-            W1, b1, W2 = load_hidden_state(state, hidden_state_strides(H, tile), sequence, head, chunk, H, tile)
+            W1, b1, W2 = load_hidden_state(state, contiguous, sequence, head, chunk, H, tile)
         _, _, incoming_W2 = load_hidden_state(incoming, incoming_strides, sequence, head, chunk, H, tile)
         W2 = tl.where(updated, W2 + (incoming_W2 - centred_columns(incoming_W2, tile)), incoming_W2)
         store_hidden_state(state, (W1, b1, W2), sequence, head, chunk, H, tile)
