@@ -87,7 +87,8 @@ def compile_for(
     prepare = _prepare_projection if op.startswith("projection") else _prepare_linear
     prepared = prepare(op, head_dim, mini_batch_size, dtype, length)
     compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options())
-    return _amd_cost(compiled) if architecture.startswith("gfx") else _nvidia_cost(compiled)
+    count = _amd_cost if architecture.startswith("gfx") else _nvidia_cost
+    return count(compiled, prepared.blocks.chunks)
 
 
 def _prepare_linear(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
@@ -123,7 +124,7 @@ def _meta(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-def _nvidia_cost(compiled: Any) -> Cost:
+def _nvidia_cost(compiled: Any, chunks: int) -> Cost:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -135,15 +136,15 @@ def _nvidia_cost(compiled: Any) -> Cost:
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?\w+ )?[A-Z].*?);", code)
     instructions = {int(address, 16): text for address, text in lines}
-    start, stop = 0, -1
+    branches = []
     for address, text in instructions.items():
         target = re.search(r"BRA.*? `?\(?(?:\.L_x_\d+|0x([0-9a-f]+))", text)
-        if target and target[1] and address - int(target[1], 16) > stop - start:
-            start, stop = int(target[1], 16), address
-    return _cost(compiled, registers, instructions, start, stop, r"\b(LDL|STL)\b")
+        if target and target[1]:
+            branches.append((int(target[1], 16), address))
+    return _cost(compiled, chunks, registers, instructions, branches, r"\b(LDL|STL)\b")
 
 
-def _amd_cost(compiled: Any) -> Cost:
+def _amd_cost(compiled: Any, chunks: int) -> Cost:
     code = compiled.asm["amdgcn"]
     registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
     instructions: dict[int, str] = {}
@@ -154,26 +155,41 @@ def _amd_cost(compiled: Any) -> Cost:
             labels[label[1]] = len(instructions)
         elif re.match(r"[a-z]\w+", text):
             instructions[len(instructions)] = text
-    start, stop = 0, -1
+    branches = []
     for address, text in instructions.items():
         branch = re.match(r"s_c?branch\w* (\.LBB\w+)", text)
-        if branch and branch[1] in labels and address - labels[branch[1]] > stop - start:
-            start, stop = labels[branch[1]], address
-    return _cost(
-        compiled, registers, instructions, start, stop, r"scratch_(load|store)|buffer_(load|store)\S* .*\bs32\b"
-    )
+        if branch and branch[1] in labels:
+            branches.append((labels[branch[1]], address))
+    spill = r"scratch_(load|store)|buffer_(load|store)\S* .*\bs32\b"
+    return _cost(compiled, chunks, registers, instructions, branches, spill)
 
 
-def _cost(compiled: Any, registers: int, instructions: dict[int, str], start: int, stop: int, spill: str) -> Cost:
-    spills = [address for address, text in instructions.items() if re.search(spill, text)]
-    loop = [text for address, text in instructions.items() if start <= address <= stop]
+def _cost(
+    compiled: Any,
+    chunks: int,
+    registers: int,
+    instructions: dict[int, str],
+    branches: list[tuple[int, int]],
+    spill: str,
+) -> Cost:
+    """Count in the longest loop; what is in a loop inside it that has products, one over chunks, counts for each chunk."""
+    loops = sorted((b for b in branches if b[0] <= b[1]), key=lambda b: b[0] - b[1])
+    spills = {address for address, text in instructions.items() if re.search(spill, text)}
+    products = {address for address, text in instructions.items() if re.search(r"MMA|v_mfma", text)}
+    (start, stop), *inside = loops or [(0, -1)]
+    inner = [b for b in inside if start <= b[0] and b[1] <= stop and any(b[0] <= p <= b[1] for p in products)]
+    times = {
+        address: chunks if any(b[0] <= address <= b[1] for b in inner) else 1
+        for address in instructions
+        if start <= address <= stop
+    }
     return Cost(
         registers=registers,
         spills=len(spills),
-        loop_spills=sum(start <= address <= stop for address in spills),
+        loop_spills=sum(n for address, n in times.items() if address in spills),
         shared_memory=compiled.metadata.shared,
-        loop_instructions=len(loop),
-        tensor_core=sum(re.search(r"MMA|v_mfma", text) is not None for text in loop),
+        loop_instructions=sum(times.values()),
+        tensor_core=sum(n for address, n in times.items() if address in products),
         ttgir=compiled.asm["ttgir"],
     )
 
