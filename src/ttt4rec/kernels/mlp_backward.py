@@ -173,10 +173,10 @@ def mlp_backward_kernel(
             if tile.chunks > 1:
                 store_hidden_state(state, (W1, b1, W2), sequence, head, chunk, H, tile)
             X2_bar, _, _ = gelu(dot(Q, W1, tile, b1) + minus_scale * dot(A1, G1, tile))
+            X2_bar_X2 = dot(X2_bar, tl.trans(X2), tile, X2_bar_X2)
             X2_W2 = dot(X2, tl.trans(W2), tile, X2_W2)
             X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, X2_bar_W2)
             X2_dW2 = dot(X2, tl.trans(dW2), tile, X2_dW2)
-            X2_bar_X2 = dot(X2_bar, tl.trans(X2), tile, X2_bar_X2)
         if tile.chunks > 1:
             tl.debug_barrier()
 

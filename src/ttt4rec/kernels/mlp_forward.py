@@ -101,7 +101,7 @@ def mlp_forward_kernel(
             store_hidden_state(state, (W1, b1, centred_columns(W2, tile)), sequence, head, chunk, H, tile)
         tl.debug_barrier()
 
-    Z1 = tl.zeros((tile.rows, tile.chunk), tile.operand)
+    Z1, Q_W1 = tl.zeros((tile.rows, tile.chunk), tile.operand), tl.zeros((tile.rows, tile.chunk), tl.float32)
     for start in tl.range(0, length, tile.mini_batch):
         rows = head_exists & (positions < min(tile.mini_batch, length - start))
         mask = rows[:, None] & columns
@@ -111,7 +111,8 @@ def mlp_forward_kernel(
         v_rows = tl.load(v + here, mask=mask, other=0.0)
         rates_here = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
         lr, lr_columns = rates_here[:, None], rates_here[None, :]
-        K = expanded(k_rows, tile)
+        q_rows = tl.load(q + here, mask=mask, other=0.0)
+        K, Q = expanded(k_rows, tile), expanded(q_rows, tile)
         X2_W2 = tl.zeros((tile.rows, tile.heads * tile.features), tl.float32)
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             if tile.chunks > 1:
@@ -119,6 +120,7 @@ def mlp_forward_kernel(
             Z1 = dot(K, W1, tile, b1).to(tile.operand)
             Z1_at = Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile)
             tl.store(Z1_at, Z1, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile))
+            Q_W1 = dot(Q, W1, tile, b1)
             X2, _, _ = gelu(Z1.to(tl.float32))
             X2_W2 = dot(X2, tl.trans(W2), tile, X2_W2)
         x_hat, r = normalised(own(X2_W2, tile) + b2, eps, tile)
@@ -128,8 +130,6 @@ def mlp_forward_kernel(
         G2 = expanded(G2_rows, tile)
         U2 = lr * G2_rows.to(tl.float32)
 
-        q_rows = tl.load(q + here, mask=mask, other=0.0)
-        Q = expanded(q_rows, tile)
         A1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0) * lr_columns
         # A last, short mini-batch is not committed.
         committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
@@ -142,9 +142,10 @@ def mlp_forward_kernel(
                 W1, b1, W2 = load_hidden_state(state, contiguous, sequence, head, chunk, H, tile)
                 Z1_at = Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile)
                 Z1 = tl.load(Z1_at, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile), other=0.0)
+                Q_W1 = dot(Q, W1, tile, b1)
             X2, slope, _ = gelu(Z1.to(tl.float32))
             G1 = dot(G2, W2, tile) * slope
-            X2_bar, _, _ = gelu(dot(Q, W1, tile, b1) - scale * dot(A1, G1, tile))
+            X2_bar, _, _ = gelu(Q_W1 - scale * dot(A1, G1, tile))
             A2 = dot(X2_bar, tl.trans(X2), tile) + tl.where(chunk == 0, 1.0, 0.0)
             A2_G2 = dot(tl.where(causal(tile), A2, 0.0) * lr_columns, G2_rows, tile, A2_G2)
             X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, X2_bar_W2)
