@@ -118,7 +118,7 @@ def _inner_loop(
     backend: Backend,
 ) -> tuple[Tensor, TTTState]:
     check_inner_loop_arguments(tokens, inner_lr, token_scale, initial, layer_norm, K, state, mask, cu_seqlens)
-    backend = choose_backend(backend, tokens[0], len(initial), K)
+    backend = choose_backend(backend, tokens[0], K)
     tokens = _autocast(tokens)
     B, L = tokens[0].shape[:2]
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
@@ -221,7 +221,7 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; given {backend!r}")
 
 
-def choose_backend(backend: Backend, q: Tensor, num_weights: int, K: int) -> Backend:
+def choose_backend(backend: Backend, q: Tensor, K: int) -> Backend:
     """What runs: for ``"auto"`` the kernels, where there is a GPU and they can run, or else ``"auto"``, the eager path.
 
     Raises:
@@ -231,16 +231,14 @@ def choose_backend(backend: Backend, q: Tensor, num_weights: int, K: int) -> Bac
     check_backend(backend)
     if backend == "reference" or (backend == "auto" and not q.is_cuda):
         return backend
-    refusal = _kernel_refusal(q, num_weights, K)
+    refusal = _kernel_refusal(q, K)
     if backend == "triton" and refusal is not None:
         raise RuntimeError(f"backend 'triton' {refusal}")
     return "triton" if refusal is None else "auto"
 
 
-def _kernel_refusal(q: Tensor, num_weights: int, K: int) -> str | None:
+def _kernel_refusal(q: Tensor, K: int) -> str | None:
     """Why the fused kernels cannot run on these tensors; None if they can."""
-    if num_weights != 2:
-        return "has no kernel for TTT-MLP; use 'auto' or 'reference'"
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed"
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

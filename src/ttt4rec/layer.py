@@ -160,7 +160,7 @@ class TTTLayer(nn.Module):
             check_layer_state(state, N, self.backbone, self.conv_kernel, self.width)
         spans = make_spans(mask, cu_seqlens, x.shape[1])
         heads = x.unflatten(-1, (self.num_heads, -1))
-        backend = choose_backend(self.backend, heads, 2 if self.inner == "linear" else 4, self.mini_batch_size)
+        backend = choose_backend(self.backend, heads, self.mini_batch_size)
         q, k, v, inner_lr, gate, conv = self._views(x, spans, state, backend)
         where = {"state": state, "mask": mask, "cu_seqlens": cu_seqlens, "backend": backend}
         o, new_state = self._inner_loop(q, k, v, inner_lr, **where)

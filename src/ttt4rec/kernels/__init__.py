@@ -2,7 +2,16 @@
 
 from .linear_backward import linear_backward
 from .linear_forward import linear_forward
+from .mlp_backward import mlp_backward
+from .mlp_forward import mlp_forward
 from .projection_backward import projection_backward
 from .projection_forward import projection_forward
 
-__all__ = ["linear_backward", "linear_forward", "projection_backward", "projection_forward"]
+__all__ = [
+    "linear_backward",
+    "linear_forward",
+    "mlp_backward",
+    "mlp_forward",
+    "projection_backward",
+    "projection_forward",
+]

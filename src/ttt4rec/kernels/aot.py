@@ -84,28 +84,29 @@ def compile_for(
     Which projection kernel ``projection_forward`` and ``projection_backward`` are follows from the width, 4 heads.
     """
     driver.set_active(OfflineDriver(architecture))
-    prepare = _prepare_projection if op.startswith("projection") else _prepare_linear
+    prepare = _prepare_projection if op.startswith("projection") else _prepare_inner_loop
     prepared = prepare(op, head_dim, mini_batch_size, dtype, length)
     compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options())
     count = _amd_cost if architecture.startswith("gfx") else _nvidia_cost
-    return count(compiled, prepared.blocks.chunks)
+    return count(compiled, prepared.arguments[-1].chunks if op.startswith("mlp") else 1)
 
 
-def _prepare_linear(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
+def _prepare_inner_loop(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
     q = torch.empty(2, length, 4, head_dim, dtype=dtype, device="meta")
-    rates = _meta(2, length, 4), _meta(mini_batch_size)
+    hidden = 4 * head_dim
+    tokens = q, q, q, _meta(2, length, 4), _meta(mini_batch_size)
     weights = _meta(2, 4, head_dim, head_dim), _meta(2, 4, head_dim)
-    layer_norm = _meta(4, head_dim), _meta(4, head_dim)
     if op.startswith("mlp"):
-        n=4*head_dim
-        weights = _meta(2, 4, head_dim, n), _meta(2, 4, n), _meta(2, 4, n, head_dim), _meta(2, 4, head_dim)
-        if op == "mlp_forward":
-            return prepare_mlp_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)[-1]
-        Z1 = torch.empty(2, length, 4, n, dtype=dtype, device="meta")
-        return prepare_mlp_backward(q, weights, q, q, q, *rates, weights, Z1, q, *layer_norm, None, None, 1e-6)[-1]
+        weights = _meta(2, 4, head_dim, hidden), _meta(2, 4, hidden), _meta(2, 4, hidden, head_dim), weights[1]
+    rest = _meta(4, head_dim), _meta(4, head_dim), None, None, 1e-6
     if op == "linear_forward":
-        return prepare_linear_forward(q, q, q, *rates, *weights, *layer_norm, None, None, 1e-6)[-1]
-    return prepare_linear_backward(q, *weights, q, q, q, *rates, *weights, q, *layer_norm, None, None, 1e-6)[-1]
+        return prepare_linear_forward(*tokens, *weights, *rest)[-1]
+    if op == "linear_backward":
+        return prepare_linear_backward(q, *weights, *tokens, *weights, q, *rest)[-1]
+    if op == "mlp_forward":
+        return prepare_mlp_forward(*tokens, *weights, *rest)[-1]
+    Z1 = torch.empty(2, length, 4, hidden, dtype=dtype, device="meta")
+    return prepare_mlp_backward(q, weights, *tokens, weights, Z1, q, *rest)[-1]
 
 
 def _prepare_projection(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
@@ -172,7 +173,7 @@ def _cost(
     branches: list[tuple[int, int]],
     spill: str,
 ) -> Cost:
-    """Count in the longest loop; what is in a loop inside it that has products, one over chunks, counts for each chunk."""
+    """Count in the longest loop; a loop with products inside it is one over chunks, and counts once for each."""
     loops = sorted((b for b in branches if b[0] <= b[1]), key=lambda b: b[0] - b[1])
     spills = {address for address, text in instructions.items() if re.search(spill, text)}
     products = {address for address, text in instructions.items() if re.search(r"MMA|v_mfma", text)}
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument(
         "kernels", nargs="+", help="op:architecture:head_dim:mini_batch_size:dtype, e.g. linear_forward:sm_90:16:8:bf16"
     )
-    parser.add_argument("--blocks", nargs="+", type=int)
+    parser.add_argument("--blocks", nargs="+", type=int, metavar="WARPS STAGES HEADS CHUNKS")
     parser.add_argument("--json", action="store_true", help="one object per kernel, the intermediate form included")
     given = parser.parse_args()
     if given.blocks:

@@ -24,7 +24,7 @@ class Blocks(NamedTuple):
     num_warps: int
     num_stages: int
     heads: int = 1  # heads of one sequence in a program
-    chunks: int = 1  # into which an inner MLP's hidden features are cut; one: the state stays in registers
+    chunks: int = 1  # into which an inner MLP's 4D hidden features are cut; one: the state stays in registers
 
 
 HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for bfloat16 and float16
@@ -105,7 +105,7 @@ def blocks(
     """Look up how a kernel is cut.
 
     Args:
-        op: ``"linear_forward"`` or ``"linear_backward"``.
+        op: ``"linear_forward"``, ``"mlp_backward"``, ...
         head_dim: D.
         mini_batch_size: K.
         dtype: of q, k and v.
@@ -158,6 +158,7 @@ def plan(op: str, q: Tensor, mini_batch_size: int, hidden: int = 0) -> tuple[Blo
     here = architecture()
     choice = blocks(op, D, mini_batch_size, q.dtype, here, q.shape[2])
     operand = TRITON_DTYPE[q.dtype]
+    chunk = min(padded(hidden), 4 * padded(D) // choice.chunks)  # the table is for hidden layers of 4D
     tile = Tile(
         mini_batch=mini_batch_size,
         heads=choice.heads,
@@ -168,8 +169,8 @@ def plan(op: str, q: Tensor, mini_batch_size: int, hidden: int = 0) -> tuple[Blo
         dot=tl.float32 if interpreted() else operand,
         precision="tf32x3" if here.startswith("sm_") else "ieee",  # plain tf32 has 11 bits
         hidden=hidden,
-        chunk=padded(hidden) // choice.chunks,
-        chunks=choice.chunks,
+        chunk=chunk,
+        chunks=padded(hidden) // chunk,
     )
     return choice, tile
 

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # Jit functions are typed by Triton when they are compiled.
 
-"""TTT-MLP backward: one launch that walks the mini-batches from the last to the first and rebuilds the state on the way.
+"""TTT-MLP backward: one launch that walks the mini-batches from the last to the first and rebuilds the state.
 
 From the kept Z1 and G2 all four weights are rebuilt: X2 = gelu(Z1) gives W2 back, W2 gives G1 and G1 gives W1 back.
 The hidden features are passed over three times. Every pass computes the forward's values again; where there is only one
@@ -14,21 +14,26 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import (
-    causal,
-    centred,
-    centred_columns,
-    dot,
-    expanded,
-    first_rows,
+from .hidden_layer import (
+    contiguous_strides,
     gelu,
     hidden_columns,
     hidden_mask,
     hidden_offsets,
-    hidden_state_strides,
+    load_centred_state,
+    load_hidden,
+    load_state,
+    store_state,
+    wait_for_stores,
+)
+from .primitives import (
+    causal,
+    centred,
+    dot,
+    expanded,
+    first_rows,
     inner_gradient_backward,
     layer_norm_backward,
-    load_hidden_state,
     load_layer_norm,
     normalised,
     own,
@@ -39,7 +44,6 @@ from .primitives import (
     row_offsets,
     row_token,
     store_head_sums,
-    store_hidden_state,
     store_token_sums,
     tile_offsets,
     token_sums,
@@ -47,17 +51,102 @@ from .primitives import (
 
 
 @triton.jit
-def load_hidden(pointer, rows, chunk, tile: tl.constexpr):
-    """Z1 of a chunk, float32 [R, C].
+def part_places(place, chunk, tile: tl.constexpr):
+    """Offsets and mask of a chunk of a program's rows in ``[N, H, R, hidden]``."""
+    sequence, head, H = place
+    columns, tokens = hidden_columns(chunk, tile), tl.arange(0, tile.rows)
+    rows = (sequence.to(tl.int64) * H + head) * tile.rows + tokens
+    return rows[:, None] * tile.hidden + columns[None, :], hidden_mask(tokens >= 0, columns, tile)
 
-    As a product with the identity, which leaves 16-bit numbers as they are: so it is laid out as products are, and the
-    compiler does not compute its GELU over again for every operand that it becomes.
+
+@triton.jit
+def store_part(pointer, x, place, chunk, tile: tl.constexpr):
+    """Store x [R, C]."""
+    offsets, mask = part_places(place, chunk, tile)
+    tl.store(pointer + offsets, x, mask=mask)
+
+
+@triton.jit
+def load_part(pointer, place, chunk, tile: tl.constexpr):
+    """Load what ``store_part`` stored."""
+    offsets, mask = part_places(place, chunk, tile)
+    return tl.load(pointer + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def forward_values(Z1, state, mini_batch, tile: tl.constexpr):
+    """Of a chunk, at the weights before the mini-batch: G2 W2ᵀ; G1; X̄2 and gelu' at P1."""
+    W1, b1, W2 = state
+    _, Q, G2, _, A1, _, minus_scale, _ = mini_batch
+    G2_W2 = dot(G2, W2, tile)
+    G1 = G2_W2 * gelu(Z1)[1]
+    X2_bar, bar_slope, _ = gelu(dot(Q, W1, tile, b1) + minus_scale * dot(A1, G1, tile))
+    return G2_W2, G1, X2_bar, bar_slope
+
+
+@triton.jit
+def rebuild(Z1, state, dW2, mini_batch, sums, tile: tl.constexpr):
+    """Rebuild a chunk of W1, b1 and W2; add what it contributes to X̄2 X2ᵀ, X2 W2, X̄2 W2 and X2 dW2.
+
+    The last product decides how all tiles of a loop are spread over the warps: it must not be a square of tokens.
     """
-    Z1 = tl.load(pointer, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile), other=0.0)
-    if tile.operand != tl.float32:
-        tokens = tl.arange(0, tile.rows)
-        Z1 = dot(tl.where(tokens[:, None] == tokens[None, :], 1.0, 0.0), Z1, tile)
-    return Z1.to(tl.float32)
+    W1, b1, W2 = state
+    K, _, G2, U2, _, lr, _, s_last = mini_batch
+    X2, slope, _ = gelu(Z1)
+    W2 -= -s_last * dot(tl.trans(U2), X2, tile)
+    G1 = dot(G2, W2, tile) * slope
+    W1 -= -s_last * dot(tl.trans(lr * K), G1, tile)
+    b1 -= -s_last * token_sums(lr * G1, tile)
+    _, _, X2_bar, _ = forward_values(Z1, (W1, b1, W2), mini_batch, tile)
+    X2_bar_X2 = dot(X2_bar, tl.trans(X2), tile, sums[0])
+    X2_W2 = dot(X2, tl.trans(W2), tile, sums[1])
+    X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, sums[2])
+    X2_dW2 = dot(X2, tl.trans(dW2), tile, sums[3])
+    return W1, b1, W2, (X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2)
+
+
+@triton.jit
+def through_outputs(Z1, state, d_state, mini_batch, minus_dP2, minus_dC2, sums, tile: tl.constexpr):
+    """Through a chunk's outputs, steps and G1.
+
+    Returns dW1, db1 and dW2 without what passes through Z1; that part of -dZ1 which does not pass through Z2; and the
+    chunk added to -dP1 G1ᵀ, -dP1 W1ᵀ, G1 dW1ᵀ, -E W2 and Σ G1 ∘ (K dW1 + db1).
+    """
+    W1, _, W2 = state
+    dW1, db1, dW2 = d_state
+    K, Q, G2, U2, A1, lr, minus_scale, s_last = mini_batch
+    dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW1 = sums
+    X2, slope, curve = gelu(Z1)
+    G2_W2, G1, X2_bar, bar_slope = forward_values(Z1, state, mini_batch, tile)
+    minus_dP1 = dot(minus_dC2, X2, tile, dot(minus_dP2, W2, tile)) * bar_slope
+    dP1_G1 = dot(minus_dP1, tl.trans(G1), tile, dP1_G1)
+    dP1_W1 = dot(minus_dP1, tl.trans(W1), tile, dP1_W1)
+    K_dW1 = dot(K, dW1, tile, db1)
+    along_dW1 += tl.sum(G1 * K_dW1, 1)
+    minus_dG1 = dot(tl.trans(A1), minus_scale * minus_dP1, tile, s_last * lr * K_dW1)
+    minus_E = minus_dG1 * slope
+    E_W2 = dot(minus_E, tl.trans(W2), tile, E_W2)
+    G1_dW1 = dot(G1, tl.trans(dW1), tile, G1_dW1)
+    minus_dX2 = dot(tl.trans(minus_dC2), X2_bar, tile, s_last * dot(U2, dW2, tile))
+    minus_dZ1 = minus_dX2 * slope + minus_dG1 * G2_W2 * curve
+    db1 -= token_sums(minus_dP1, tile)
+    dW1 -= dot(tl.trans(Q), minus_dP1, tile)
+    dW2 -= dot(tl.trans(minus_dP2), X2_bar, tile, dot(tl.trans(G2), minus_E, tile))
+    return dW1, db1, dW2, minus_dZ1, (dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW1)
+
+
+@triton.jit
+def through_inputs(Z1, minus_dZ1, state, d_state, K, minus_dZ2, dZ1_W1, tile: tl.constexpr):
+    """Through a chunk's Z2 and Z1: dW1, db1 and dW2 before the mini-batch, and the chunk added to -dZ1 W1ᵀ."""
+    W1, _, W2 = state
+    dW1, db1, dW2 = d_state
+    X2, slope, _ = gelu(Z1)
+    minus_dZ1 += dot(minus_dZ2, W2, tile) * slope
+    dZ1_W1 = dot(minus_dZ1, tl.trans(W1), tile, dZ1_W1)
+    db1 -= token_sums(minus_dZ1, tile)
+    dW1 -= dot(tl.trans(K), minus_dZ1, tile)
+    dW2 -= dot(tl.trans(minus_dZ2), X2, tile)
+    return dW1, db1, dW2, dZ1_W1
 
 
 @triton.jit(do_not_specialize=["L", "H"])
@@ -71,7 +160,7 @@ def mlp_backward_kernel(
     d_tokens,  # of q, k, v [B, L, H, D] and inner_lr [B, L, H]
     d_weights,  # of the incoming W1, b1, W2, b2
     partial_sums,  # per sequence: γ and β's gradients [N, H, D], s's and the updates' share of s_last's [N, H, K]
-    scratch,  # of more than one chunk: W1, b1, W2 as they are walked back; a part of a mini-batch's dZ1 [N, H, R, hidden]
+    scratch,  # for chunks: W1, b1, W2 as they are walked back, and a part of a mini-batch's -dZ1 [N, H, R, hidden]
     strides,  # of W1, b1, W2, b2 and of their gradients; all others are contiguous
     L,
     H,
@@ -93,18 +182,17 @@ def mlp_backward_kernel(
     dW1 ← dW1 + Qᵀ dP1 + Kᵀ dZ1                      dW2 ← dW2 + X̄2ᵀ dP2 + X2ᵀ dZ2 + Eᵀ G2
     ds = -Σ dP1 ∘ C1 U1 - Σ dP2 ∘ C2 U2              ds_last -= Σ U1 ∘ (K dW1 + db1) + Σ U2 ∘ (X2 dW2 + db2)
 
-    As in TTT-Linear's, all but dO, dq and the parameters' gradients carry the opposite sign. A sum into which products
-    go in the last pass is subtracted from at the end, so that the compiler does not move a product behind the state's:
-    the last product of the loop decides how all tiles are spread over the warps.
+    In the code, as in TTT-Linear's, all but dO, dq and the parameters' gradients carry the opposite sign.
     """
     q, k, v, G2_kept, Z1_kept = tokens
     inner_lr, token_scale = rates
     dq, dk, dv, d_lr = d_tokens
-    W_strides, dW_strides = (strides[0], strides[1], strides[2]), (strides[4], strides[5], strides[6])
     state, d_state = (scratch[0], scratch[1], scratch[2]), (d_weights[0], d_weights[1], d_weights[2])
-    outgoing, d_outgoing = (weights[0], weights[1], weights[2]), (grads[1], grads[2], grads[3])
-    contiguous = hidden_state_strides(H, tile)
+    outgoing, outgoing_strides = (weights[0], weights[1], weights[2]), (strides[0], strides[1], strides[2])
+    d_outgoing, d_outgoing_strides = (grads[1], grads[2], grads[3]), (strides[4], strides[5], strides[6])
     sequence, head, first, length = program_place(spans, L, H, tile)
+    place = sequence, head, H
+    contiguous = contiguous_strides(place, tile)
 
     R: tl.constexpr = tile.rows
     PF: tl.constexpr = tile.heads * tile.features
@@ -121,21 +209,17 @@ def mlp_backward_kernel(
     b2 = centred(b2, tile)
     db2 = tl.load(grads[4] + parameter_offsets(strides[7], sequence, head, tile), mask=b_mask, other=0.0)
     if tile.chunks == 1:
-        W1, b1, W2 = load_hidden_state(outgoing, W_strides, sequence, head, 0, H, tile)
-        W2 = centred_columns(W2, tile)
-        dW1, db1, dW2 = load_hidden_state(d_outgoing, dW_strides, sequence, head, 0, H, tile)
+        W1, b1, W2 = load_centred_state(outgoing, outgoing_strides, place, 0, tile)
+        dW1, db1, dW2 = load_state(d_outgoing, d_outgoing_strides, place, 0, tile)
     else:
         for chunk in tl.range(0, tile.chunks, num_stages=1):
-            W1, b1, W2 = load_hidden_state(outgoing, W_strides, sequence, head, chunk, H, tile)
-            store_hidden_state(state, (W1, b1, centred_columns(W2, tile)), sequence, head, chunk, H, tile)
-            dW = load_hidden_state(d_outgoing, dW_strides, sequence, head, chunk, H, tile)
-            store_hidden_state(d_state, dW, sequence, head, chunk, H, tile)
-        tl.debug_barrier()
+            store_state(state, load_centred_state(outgoing, outgoing_strides, place, chunk, tile), place, chunk, tile)
+            store_state(d_state, load_state(d_outgoing, d_outgoing_strides, place, chunk, tile), place, chunk, tile)
+    wait_for_stores(tile)
 
-    d_gamma, d_beta = tl.zeros((R, tile.features), tl.float32), tl.zeros((R, tile.features), tl.float32)
+    d_gamma, d_beta = (tl.zeros((R, tile.features), tl.float32),) * 2
     d_scale, d_last_scale = tl.zeros((R, R), tl.float32), tl.zeros((R,), tl.float32)
-    Z1 = tl.zeros((R, tile.chunk), tl.float32)
-    minus_dZ1 = tl.zeros((R, tile.chunk), tl.float32)
+    Z1, minus_dZ1 = (tl.zeros((R, tile.chunk), tl.float32),) * 2
     num_mini_batches = tl.cdiv(length, tile.mini_batch)
     for t in tl.range(0, num_mini_batches):
         start = (num_mini_batches - 1 - t) * tile.mini_batch
@@ -143,42 +227,35 @@ def mlp_backward_kernel(
         mask = rows[:, None] & columns
         at = (first + start) * H + head
         here = at * D + elements
+        Z1_here = Z1_kept + at * tile.hidden
         k_rows = tl.load(k + here, mask=mask, other=0.0)
         q_rows = tl.load(q + here, mask=mask, other=0.0)
         G2_rows = tl.load(G2_kept + here, mask=mask, other=0.0)
-        rates_here = tl.where(rows, tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0), 0.0)
-        lr, lr_columns = rates_here[:, None], rates_here[None, :]
+        own_rates = tl.where(rows, tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0), 0.0)
+        lr, lr_columns = own_rates[:, None], own_rates[None, :]
         K, Q, G2 = expanded(k_rows, tile), expanded(q_rows, tile), expanded(G2_rows, tile)
         committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
         s_last = committed * last_scale
-        U2 = lr * G2_rows.to(tl.float32)
+        U2_rows = lr * G2_rows.to(tl.float32)
         C1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
         A1 = C1 * lr_columns
+        mini_batch = K, Q, G2, expanded(U2_rows, tile), A1, lr, minus_scale, s_last
 
         # Rebuild the weights before the mini-batch, and the forward's values.
-        b2 -= -s_last * token_sums(U2, tile)
-        U2 = expanded(U2, tile)
-        X2_W2, X2_bar_W2, X2_dW2 = (tl.zeros((R, PF), tl.float32),) * 3
+        b2 -= -s_last * token_sums(U2_rows, tile)
         X2_bar_X2 = tl.zeros((R, R), tl.float32)
+        X2_W2, X2_bar_W2, X2_dW2 = (tl.zeros((R, PF), tl.float32),) * 3
         for chunk in tl.range(0, tile.chunks, num_stages=1):
-            Z1 = load_hidden(Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile), rows, chunk, tile)
+            Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
             if tile.chunks > 1:
-                W1, b1, W2 = load_hidden_state(state, contiguous, sequence, head, chunk, H, tile)
-                _, _, dW2 = load_hidden_state(d_state, contiguous, sequence, head, chunk, H, tile)
-            X2, slope, _ = gelu(Z1)
-            W2 -= -s_last * dot(tl.trans(U2), X2, tile)
-            G1 = dot(G2, W2, tile) * slope
-            W1 -= -s_last * dot(tl.trans(lr * K), G1, tile)
-            b1 -= -s_last * token_sums(lr * G1, tile)
+                W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
+                dW1, db1, dW2 = load_state(d_state, contiguous, place, chunk, tile)
+            sums = X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2
+            W1, b1, W2, sums = rebuild(Z1, (W1, b1, W2), dW2, mini_batch, sums, tile)
+            X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2 = sums
             if tile.chunks > 1:
-                store_hidden_state(state, (W1, b1, W2), sequence, head, chunk, H, tile)
-            X2_bar, _, _ = gelu(dot(Q, W1, tile, b1) + minus_scale * dot(A1, G1, tile))
-            X2_bar_X2 = dot(X2_bar, tl.trans(X2), tile, X2_bar_X2)
-            X2_W2 = dot(X2, tl.trans(W2), tile, X2_W2)
-            X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, X2_bar_W2)
-            X2_dW2 = dot(X2, tl.trans(dW2), tile, X2_dW2)
-        if tile.chunks > 1:
-            tl.debug_barrier()
+                store_state(state, (W1, b1, W2), place, chunk, tile)
+        wait_for_stores(tile)
 
         # Through the output and the outer layer's steps.
         C2 = tl.where(causal(tile), X2_bar_X2 + 1.0, 0.0)
@@ -187,94 +264,72 @@ def mlp_backward_kernel(
         dO = tl.load(grads[0] + here, mask=mask, other=0.0).to(tl.float32)
         d_gamma += dO * p_hat
         d_beta += dO
-        minus_dP2_rows = layer_norm_backward(gamma * dO, p_hat, -p_r, tile)
-        minus_dP2 = expanded(minus_dP2_rows, tile)
-        dP2_G2 = dot(minus_dP2_rows, tl.trans(G2_rows), tile)
+        minus_dP2 = layer_norm_backward(gamma * dO, p_hat, -p_r, tile)
+        dP2_G2 = dot(minus_dP2, tl.trans(G2_rows), tile)
         minus_dC2 = tl.where(causal(tile), minus_scale * lr_columns * dP2_G2, 0.0)
         X2_dW2_rows = own(X2_dW2, tile) + db2
-        minus_dG2 = dot(tl.trans(A2), minus_scale * minus_dP2_rows, tile, s_last * lr * X2_dW2_rows)
+        minus_dG2 = dot(tl.trans(A2), minus_scale * minus_dP2, tile, s_last * lr * X2_dW2_rows)
         along_dW = tl.sum(G2_rows.to(tl.float32) * X2_dW2_rows, 1)
+        expanded_dP2 = expanded(minus_dP2, tile)
 
         # Through the hidden layer's outputs and steps.
         dP1_G1 = tl.zeros((R, R), tl.float32)
-        through_P1, through_G1, through_E = (tl.zeros((R, PF), tl.float32),) * 3
+        dP1_W1, G1_dW1, E_W2 = (tl.zeros((R, PF), tl.float32),) * 3
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             if tile.chunks > 1:
-                W1, b1, W2 = load_hidden_state(state, contiguous, sequence, head, chunk, H, tile)
-                dW1, db1, dW2 = load_hidden_state(d_state, contiguous, sequence, head, chunk, H, tile)
-                Z1 = load_hidden(Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile), rows, chunk, tile)
-            X2, slope, curve = gelu(Z1)
-            G2_W2 = dot(G2, W2, tile)
-            G1 = G2_W2 * slope
-            X2_bar, bar_slope, _ = gelu(dot(Q, W1, tile, b1) + minus_scale * dot(A1, G1, tile))
-            minus_dP1 = dot(minus_dC2, X2, tile, dot(minus_dP2, W2, tile)) * bar_slope
-            dP1_G1 = dot(minus_dP1, tl.trans(G1), tile, dP1_G1)
-            through_P1 = dot(minus_dP1, tl.trans(W1), tile, through_P1)
-            K_dW1 = dot(K, dW1, tile, db1)
-            along_dW += tl.sum(G1 * K_dW1, 1)
-            minus_dG1 = dot(tl.trans(A1), minus_scale * minus_dP1, tile, s_last * lr * K_dW1)
-            minus_E = minus_dG1 * slope
-            through_E = dot(minus_E, tl.trans(W2), tile, through_E)
-            through_G1 = dot(G1, tl.trans(dW1), tile, through_G1)
-            minus_dX2 = dot(tl.trans(minus_dC2), X2_bar, tile, s_last * dot(U2, dW2, tile))
-            minus_dZ1 = minus_dX2 * slope + minus_dG1 * G2_W2 * curve
-            db1 -= token_sums(minus_dP1, tile)
-            dW1 -= dot(tl.trans(Q), minus_dP1, tile)
-            dW2 -= dot(tl.trans(minus_dP2), X2_bar, tile, dot(tl.trans(G2), minus_E, tile))
+                Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
+                W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
+                dW1, db1, dW2 = load_state(d_state, contiguous, place, chunk, tile)
+            sums = dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW
+            dW1, db1, dW2, minus_dZ1, sums = through_outputs(
+                Z1, (W1, b1, W2), (dW1, db1, dW2), mini_batch, expanded_dP2, minus_dC2, sums, tile
+            )
+            dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW = sums
             if tile.chunks > 1:
-                store_hidden_state(d_state, (dW1, db1, dW2), sequence, head, chunk, H, tile)
-                part = scratch[3] + (sequence.to(tl.int64) * H + head) * R * tile.hidden
-                part += tl.arange(0, R)[:, None] * tile.hidden + hidden_columns(chunk, tile)[None, :]
-                tl.store(part, minus_dZ1, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile))
-        if tile.chunks > 1:
-            tl.debug_barrier()
+                store_state(d_state, (dW1, db1, dW2), place, chunk, tile)
+                store_part(scratch[3], minus_dZ1, place, chunk, tile)
+        wait_for_stores(tile)
         d_scale += A1 * dP1_G1 + A2 * dP2_G2
-        d_last_scale -= committed * rates_here * along_dW
+        d_last_scale -= committed * own_rates * along_dW
         minus_dlr = tl.sum(minus_scale * (C1 * dP1_G1 + C2 * dP2_G2), 0)
         tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr - s_last * along_dW, mask=rows)
         minus_dC1 = tl.where(causal(tile), minus_scale * lr_columns * dP1_G1, 0.0)
-        d_q = dO - dot(minus_dC1, k_rows, tile) - own(through_P1, tile)
+        d_q = dO - dot(minus_dC1, k_rows, tile) - own(dP1_W1, tile)
         tl.store(dq + here, d_q.to(tile.operand), mask=mask)
 
         # Through the inner gradient.
         x_hat, r = normalised(own(X2_W2, tile) + b2, eps, tile)
         v_rows = tl.load(v + here, mask=mask, other=0.0)
         error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
-        minus_dG2 += own(through_E, tile)
-        G2_float = G2_rows.to(tl.float32)
-        along_G2 = tl.sum(minus_dG2 * G2_float, 1)[:, None]
-        minus_dZ2_rows, minus_de, minus_d_gamma = inner_gradient_backward(
-            minus_dG2, along_G2, G2_float, error, x_hat, r, gamma, tile
+        minus_dG2 += own(E_W2, tile)
+        along_G2 = tl.sum(minus_dG2 * G2_rows.to(tl.float32), 1)[:, None]
+        minus_dZ2, minus_de, minus_d_gamma = inner_gradient_backward(
+            minus_dG2, along_G2, G2_rows.to(tl.float32), error, x_hat, r, gamma, tile
         )
         d_gamma -= minus_d_gamma
         d_beta -= minus_de
         tl.store(dv + here, minus_de.to(tile.operand), mask=mask)
-        db2 -= token_sums(minus_dP2_rows, tile) + token_sums(minus_dZ2_rows, tile)
-        d_k = -dot(tl.trans(minus_dC1), q_rows, tile, minus_de + s_last * lr * own(through_G1, tile))
-        minus_dZ2 = expanded(minus_dZ2_rows, tile)
-        through_Z1 = tl.zeros((R, PF), tl.float32)
+        db2 -= token_sums(minus_dP2, tile) + token_sums(minus_dZ2, tile)
+        d_k = -dot(tl.trans(minus_dC1), q_rows, tile, minus_de + s_last * lr * own(G1_dW1, tile))
+        expanded_dZ2 = expanded(minus_dZ2, tile)
+        dZ1_W1 = tl.zeros((R, PF), tl.float32)
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             if tile.chunks > 1:
-                W1, b1, W2 = load_hidden_state(state, contiguous, sequence, head, chunk, H, tile)
-                dW1, db1, dW2 = load_hidden_state(d_state, contiguous, sequence, head, chunk, H, tile)
-                Z1 = load_hidden(Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile), rows, chunk, tile)
-                part = scratch[3] + (sequence.to(tl.int64) * H + head) * R * tile.hidden
-                part += tl.arange(0, R)[:, None] * tile.hidden + hidden_columns(chunk, tile)[None, :]
-                minus_dZ1 = tl.load(part, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile), other=0.0)
-            X2, slope, _ = gelu(Z1)
-            minus_dZ1 += dot(minus_dZ2, W2, tile) * slope
-            through_Z1 = dot(minus_dZ1, tl.trans(W1), tile, through_Z1)
-            db1 -= token_sums(minus_dZ1, tile)
-            dW1 -= dot(tl.trans(K), minus_dZ1, tile)
-            dW2 -= dot(tl.trans(minus_dZ2), X2, tile)
+                Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
+                W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
+                dW1, db1, dW2 = load_state(d_state, contiguous, place, chunk, tile)
+                minus_dZ1 = load_part(scratch[3], place, chunk, tile)
+            dW1, db1, dW2, dZ1_W1 = through_inputs(
+                Z1, minus_dZ1, (W1, b1, W2), (dW1, db1, dW2), K, expanded_dZ2, dZ1_W1, tile
+            )
             if tile.chunks > 1:
-                store_hidden_state(d_state, (dW1, db1, dW2), sequence, head, chunk, H, tile)
-        if tile.chunks > 1:
-            tl.debug_barrier()
-        tl.store(dk + here, (d_k - own(through_Z1, tile)).to(tile.operand), mask=mask)
+                store_state(d_state, (dW1, db1, dW2), place, chunk, tile)
+        wait_for_stores(tile)
+        # Subtracted, as in the forward: a sum would move the product behind the state's.
+        tl.store(dk + here, (d_k - own(dZ1_W1, tile)).to(tile.operand), mask=mask)
 
     if tile.chunks == 1:
-        store_hidden_state(d_state, (dW1, db1, dW2), sequence, head, 0, H, tile)
+        store_state(d_state, (dW1, db1, dW2), place, 0, tile)
     once = b_mask & first_rows(tile)
     tl.store(d_weights[3] + parameter_offsets((H * D, D, 1), sequence, head, tile), db2, mask=once)
     store_head_sums(partial_sums[0], d_gamma, sequence, head, H, tile)

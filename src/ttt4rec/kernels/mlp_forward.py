@@ -16,20 +16,26 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import (
-    causal,
-    centred,
+from .hidden_layer import (
     centred_columns,
-    dot,
-    expanded,
-    first_rows,
+    contiguous_strides,
     gelu,
     hidden_columns,
     hidden_mask,
     hidden_offsets,
-    hidden_state_strides,
+    load_centred_state,
+    load_hidden,
+    load_state,
+    store_state,
+    wait_for_stores,
+)
+from .primitives import (
+    causal,
+    centred,
+    dot,
+    expanded,
+    first_rows,
     layer_norm_backward,
-    load_hidden_state,
     load_layer_norm,
     normalised,
     own,
@@ -39,7 +45,6 @@ from .primitives import (
     row_head,
     row_offsets,
     row_token,
-    store_hidden_state,
     tile_offsets,
     token_sums,
 )
@@ -73,13 +78,11 @@ def mlp_forward_kernel(
     """
     q, k, v = tokens
     inner_lr, token_scale = rates
-    o, W1_out, b1_out, W2_out, b2_out = outputs
-    Z1_kept, G2_kept = kept
-    W1_strides, b1_strides, W2_strides, b2_strides = strides
-    incoming, incoming_strides = (weights[0], weights[1], weights[2]), (W1_strides, b1_strides, W2_strides)
-    state = W1_out, b1_out, W2_out
-    contiguous = hidden_state_strides(H, tile)
+    incoming, incoming_strides = (weights[0], weights[1], weights[2]), (strides[0], strides[1], strides[2])
+    state = outputs[1], outputs[2], outputs[3]
     sequence, head, first, length = program_place(spans, L, H, tile)
+    place = sequence, head, H
+    contiguous = contiguous_strides(place, tile)
 
     positions = row_token(tile)
     head_exists = head + row_head(tile) < H
@@ -90,18 +93,17 @@ def mlp_forward_kernel(
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
     scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
-    b2_in = weights[3] + parameter_offsets(b2_strides, sequence, head, tile)
+    b2_in = weights[3] + parameter_offsets(strides[3], sequence, head, tile)
     b2 = centred(tl.load(b2_in, mask=b2_mask, other=0.0), tile)
     if tile.chunks == 1:
-        W1, b1, W2 = load_hidden_state(incoming, incoming_strides, sequence, head, 0, H, tile)
-        W2 = centred_columns(W2, tile)
+        W1, b1, W2 = load_centred_state(incoming, incoming_strides, place, 0, tile)
     else:
         for chunk in tl.range(0, tile.chunks, num_stages=1):
-            W1, b1, W2 = load_hidden_state(incoming, incoming_strides, sequence, head, chunk, H, tile)
-            store_hidden_state(state, (W1, b1, centred_columns(W2, tile)), sequence, head, chunk, H, tile)
-        tl.debug_barrier()
+            loaded = load_centred_state(incoming, incoming_strides, place, chunk, tile)
+            store_state(state, loaded, place, chunk, tile)
+    wait_for_stores(tile)
 
-    Z1, Q_W1 = tl.zeros((tile.rows, tile.chunk), tile.operand), tl.zeros((tile.rows, tile.chunk), tl.float32)
+    Z1, Q_W1 = (tl.zeros((tile.rows, tile.chunk), tl.float32),) * 2
     for start in tl.range(0, length, tile.mini_batch):
         rows = head_exists & (positions < min(tile.mini_batch, length - start))
         mask = rows[:, None] & columns
@@ -109,41 +111,38 @@ def mlp_forward_kernel(
         here = at * D + elements
         k_rows = tl.load(k + here, mask=mask, other=0.0)
         v_rows = tl.load(v + here, mask=mask, other=0.0)
-        rates_here = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
-        lr, lr_columns = rates_here[:, None], rates_here[None, :]
         q_rows = tl.load(q + here, mask=mask, other=0.0)
+        own_rates = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
+        lr, lr_columns = own_rates[:, None], own_rates[None, :]
         K, Q = expanded(k_rows, tile), expanded(q_rows, tile)
         X2_W2 = tl.zeros((tile.rows, tile.heads * tile.features), tl.float32)
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             if tile.chunks > 1:
-                W1, b1, W2 = load_hidden_state(state, contiguous, sequence, head, chunk, H, tile)
-            Z1 = dot(K, W1, tile, b1).to(tile.operand)
-            Z1_at = Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile)
-            tl.store(Z1_at, Z1, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile))
-            Q_W1 = dot(Q, W1, tile, b1)
-            X2, _, _ = gelu(Z1.to(tl.float32))
-            X2_W2 = dot(X2, tl.trans(W2), tile, X2_W2)
+                W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
+            rounded = dot(K, W1, tile, b1).to(tile.operand)
+            Z1_here = kept[0] + at * tile.hidden + hidden_offsets(chunk, H, tile)
+            tl.store(Z1_here, rounded, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile))
+            Z1, Q_W1 = rounded.to(tl.float32), dot(Q, W1, tile, b1)
+            X2_W2 = dot(gelu(Z1)[0], tl.trans(W2), tile, X2_W2)
+        wait_for_stores(tile)
         x_hat, r = normalised(own(X2_W2, tile) + b2, eps, tile)
         y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
         G2_rows = layer_norm_backward(y, x_hat, r, tile).to(tile.operand)
-        tl.store(G2_kept + here, G2_rows, mask=mask)
-        G2 = expanded(G2_rows, tile)
-        U2 = lr * G2_rows.to(tl.float32)
+        tl.store(kept[1] + here, G2_rows, mask=mask)
+        G2, U2 = expanded(G2_rows, tile), lr * G2_rows.to(tl.float32)
+        U2_sums, U2 = token_sums(U2, tile), expanded(U2, tile)
 
         A1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0) * lr_columns
         # A last, short mini-batch is not committed.
         committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
-        U2_sums = token_sums(U2, tile)
-        U2 = expanded(U2, tile)
         X2_bar_W2 = tl.zeros((tile.rows, tile.heads * tile.features), tl.float32)
         A2_G2 = tl.zeros((tile.rows, tile.features), tl.float32)
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             if tile.chunks > 1:
-                W1, b1, W2 = load_hidden_state(state, contiguous, sequence, head, chunk, H, tile)
-                Z1_at = Z1_kept + at * tile.hidden + hidden_offsets(chunk, H, tile)
-                Z1 = tl.load(Z1_at, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile), other=0.0)
+                W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
+                Z1 = load_hidden(kept[0] + at * tile.hidden + hidden_offsets(chunk, H, tile), rows, chunk, tile)
                 Q_W1 = dot(Q, W1, tile, b1)
-            X2, slope, _ = gelu(Z1.to(tl.float32))
+            X2, slope, _ = gelu(Z1)
             G1 = dot(G2, W2, tile) * slope
             X2_bar, _, _ = gelu(Q_W1 - scale * dot(A1, G1, tile))
             A2 = dot(X2_bar, tl.trans(X2), tile) + tl.where(chunk == 0, 1.0, 0.0)
@@ -153,26 +152,27 @@ def mlp_forward_kernel(
             W1 -= committed_scale * dot(tl.trans(lr * K), G1, tile)
             W2 -= committed_scale * dot(tl.trans(U2), X2, tile)
             if tile.chunks > 1:
-                store_hidden_state(state, (W1, b1, W2), sequence, head, chunk, H, tile)
+                store_state(state, (W1, b1, W2), place, chunk, tile)
+        wait_for_stores(tile)
+        # Subtracted, since a product that something is added to moves to the sum, here behind that of the state: the
+        # last product of the loop decides how all tiles are spread over the warps.
         p_hat, _ = normalised(own(X2_bar_W2, tile) - (scale * A2_G2 - b2), eps, tile)
         out = q_rows.to(tl.float32) + gamma * p_hat + beta
-        tl.store(o + here, out.to(tile.operand), mask=mask)
+        tl.store(outputs[0] + here, out.to(tile.operand), mask=mask)
         b2 -= committed_scale * U2_sums
-        if tile.chunks > 1:
-            tl.debug_barrier()
 
     # Give the means of W2 and b2 back; without an update, give back exactly what came.
     updated = length >= tile.mini_batch
     for chunk in tl.range(0, tile.chunks, num_stages=1):
         if tile.chunks > 1:
-            W1, b1, W2 = load_hidden_state(state, contiguous, sequence, head, chunk, H, tile)
-        _, _, incoming_W2 = load_hidden_state(incoming, incoming_strides, sequence, head, chunk, H, tile)
+            W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
+        _, _, incoming_W2 = load_state(incoming, incoming_strides, place, chunk, tile)
         W2 = tl.where(updated, W2 + (incoming_W2 - centred_columns(incoming_W2, tile)), incoming_W2)
-        store_hidden_state(state, (W1, b1, W2), sequence, head, chunk, H, tile)
+        store_state(state, (W1, b1, W2), place, chunk, tile)
     incoming_b2 = tl.load(b2_in, mask=b2_mask, other=0.0)
     b2 = tl.where(updated, b2 + (incoming_b2 - centred(incoming_b2, tile)), incoming_b2)
     once = b2_mask & first_rows(tile)
-    tl.store(b2_out + parameter_offsets((H * D, D, 1), sequence, head, tile), b2, mask=once)
+    tl.store(outputs[4] + parameter_offsets((H * D, D, 1), sequence, head, tile), b2, mask=once)
 
 
 def mlp_forward(

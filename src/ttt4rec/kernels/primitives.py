@@ -11,9 +11,6 @@ A program runs P heads of one sequence. One mini-batch of one tensor is a tile o
   tile times the heads' stacked weights ``[P·F, F]`` is every head times its own weights.
 - *pairs* ``[R, R]``: one value per two tokens.
 
-The hidden features of an inner MLP come in *chunks* of C columns: [R, C] per token, [P·F, C] of its stacked weights, W2
-transposed. All are one chunk where the state fits into registers.
-
 A head's parameters, b, γ and β, are rows too: as many as tokens up to sixteen of them, where a sum over tokens costs
 a product of one instruction and a broadcast nothing; beyond, one row serves a program's one head, [1, F].
 
@@ -104,22 +101,6 @@ def inner_gradient_backward(dG, dG_dot_G, G, error, x_hat, r, gamma, tile: tl.co
     inner = mean(dx_hat * x_hat, tile) + dG_dot_G * (1.0 / tile.head_dim)
     dZ = r * (dx_hat - mean(dx_hat, tile) - x_hat * inner - y_along_x_hat * dy - along_x_hat * G)
     return only_features(dZ, tile), d_error, dy * error + d_error * x_hat
-
-
-@triton.jit
-def gelu(x):
-    """Tanh-GELU x σ(w), w = 2c (x + a x³), and its first and second derivative, x of any size.
-
-    By the sigmoid, since ½ (1 + tanh(w/2)) = σ(w); with δ = σ (1 - σ),
-    gelu' = σ + x δ w'                               gelu'' = δ (2 w' + x w'' + x (1 - 2σ) w'²)
-    """
-    square = x * x
-    slope = 1.5957691216057308 + 0.21406444881780076 * square  # w' = 2c (1 + 3a x²)
-    minus_w = x * (-2.302208198144325 - 0.1029432395800235 * square)  # in units of ln 2
-    sigmoid = 1.0 / (1.0 + tl.exp2(minus_w))
-    delta = sigmoid * (1.0 - sigmoid)
-    curve = 2.0 * slope + x * (0.4281288976356015 * x + (1.0 - 2.0 * sigmoid) * slope * slope)
-    return x * sigmoid, sigmoid + x * delta * slope, delta * curve
 
 
 @triton.jit
@@ -294,83 +275,3 @@ def store_token_sums(pointer, x, sequence, head, H, tile: tl.constexpr):
     heads, positions = head + row_head(tile), row_token(tile)
     offsets = (sequence.to(tl.int64) * H + heads) * tile.mini_batch + positions
     tl.store(pointer + offsets, x, mask=(heads < H) & (positions < tile.mini_batch))
-
-
-@triton.jit
-def hidden_columns(chunk, tile: tl.constexpr):
-    """Indices of a chunk of hidden features, [C]."""
-    return chunk * tile.chunk + tl.arange(0, tile.chunk)
-
-
-@triton.jit
-def hidden_mask(rows, columns, tile: tl.constexpr):
-    """Which elements of a chunk exist, given which rows do."""
-    return rows[:, None] & (columns < tile.hidden)[None, :]
-
-
-@triton.jit
-def hidden_offsets(chunk, H, tile: tl.constexpr):
-    """Offsets of a mini-batch's elements in a contiguous ``[B, L, H, hidden]``, from its first token and head, [R, C]."""
-    return row_offsets(H, tile)[:, None] * tile.hidden + hidden_columns(chunk, tile)[None, :]
-
-
-@triton.jit
-def hidden_state_places(strides, sequence, head, chunk, H, tile: tl.constexpr):
-    """Offsets and masks of a chunk of W1 ``[N, H, D, hidden]``, b1 ``[N, H, hidden]`` and W2 ``[N, H, hidden, D]``.
-
-    W1 and W2 are stacked, [P·F, C], W2 transposed; b1 is a tile of parameters, [R, C] or [1, C].
-    """
-    W1_strides, b1_strides, W2_strides = strides
-    columns = hidden_columns(chunk, tile)
-    stacked = tl.arange(0, tile.heads * tile.features)
-    heads, features = (head + stacked // tile.features).to(tl.int64), (stacked % tile.features).to(tl.int64)
-    W_mask = hidden_mask((heads < H) & (features < tile.head_dim), columns, tile)
-    b_heads = head + parameter_head(tile)
-    b_mask = hidden_mask(b_heads < H, columns, tile)
-    n, columns = sequence.to(tl.int64), columns.to(tl.int64)
-    W1_rows = n * W1_strides[0] + heads * W1_strides[1] + features * W1_strides[2]
-    b1_rows = n * b1_strides[0] + b_heads.to(tl.int64) * b1_strides[1]
-    W2_rows = n * W2_strides[0] + heads * W2_strides[1] + features * W2_strides[3]
-    return (
-        (W1_rows[:, None] + columns[None, :] * W1_strides[3], W_mask),
-        (b1_rows[:, None] + columns[None, :] * b1_strides[2], b_mask),
-        (W2_rows[:, None] + columns[None, :] * W2_strides[2], W_mask),
-    )
-
-
-@triton.jit
-def hidden_state_strides(H, tile: tl.constexpr):
-    """Strides of contiguous W1, b1 and W2."""
-    n: tl.constexpr = tile.hidden
-    D: tl.constexpr = tile.head_dim
-    return (H * D * n, D * n, n, 1), (H * n, n, 1), (H * n * D, n * D, D, 1)
-
-
-@triton.jit
-def load_hidden_state(pointers, strides, sequence, head, chunk, H, tile: tl.constexpr):
-    """A chunk of W1, b1 and W2."""
-    W1, b1, W2 = hidden_state_places(strides, sequence, head, chunk, H, tile)
-    return (
-        tl.load(pointers[0] + W1[0], mask=W1[1], other=0.0),
-        tl.load(pointers[1] + b1[0], mask=b1[1], other=0.0),
-        tl.load(pointers[2] + W2[0], mask=W2[1], other=0.0),
-    )
-
-
-@triton.jit
-def store_hidden_state(pointers, state, sequence, head, chunk, H, tile: tl.constexpr):
-    """Store a chunk of W1, b1 and W2 in contiguous memory."""
-    W1, b1, W2 = hidden_state_places(hidden_state_strides(H, tile), sequence, head, chunk, H, tile)
-    tl.store(pointers[0] + W1[0], state[0], mask=W1[1])
-    tl.store(pointers[1] + b1[0], state[1], mask=b1[1] & first_rows(tile))
-    tl.store(pointers[2] + W2[0], state[2], mask=W2[1])
-
-
-@triton.jit
-def centred_columns(W, tile: tl.constexpr):
-    """Stacked weights [P·F, C] minus their mean over each head's features: ``centred`` of the transpose."""
-    heads = tl.reshape(W, (tile.heads, tile.features, tile.chunk))
-    heads -= tl.sum(heads, 1)[:, None, :] * (1.0 / tile.head_dim)
-    W = tl.reshape(heads, (tile.heads * tile.features, tile.chunk))
-    stacked = tl.arange(0, tile.heads * tile.features)
-    return tl.where((stacked % tile.features < tile.head_dim)[:, None], W, 0.0)

@@ -19,16 +19,30 @@ SPILL = 16  # instructions
 
 def candidates(op: str, head_dim: int, mini_batch_size: int) -> list[launch.Blocks]:
     """The cuts worth compiling."""
-    tiles = max(launch.padded(mini_batch_size), launch.padded(head_dim)) // 16
-    warps = [w for w in (1, 2, 4, 8) if tiles // 2 <= w <= 2 * tiles]
-    stages = (2, 3) if op.endswith("forward") else (1, 2)
     heads = (1, 2) if mini_batch_size <= 8 and head_dim <= 32 else (1,)
-    return [launch.Blocks(w, s, h) for w in warps for s in stages for h in heads]
+    if op.startswith("mlp"):
+        stages, chunks = (2,) if op.endswith("forward") else (1,), (1,)
+        if head_dim > 32:  # the whole state of a forward just fits into registers at 64, that of a backward does not
+            chunks = (4, 8) if head_dim > 64 else (1, 4, 8) if op.endswith("forward") else (2, 4, 8)
+        warps = [w for w in (2, 4, 8) if 16 * head_dim <= 256 * w <= 64 * head_dim]
+    else:
+        tiles = max(launch.padded(mini_batch_size), launch.padded(head_dim)) // 16
+        warps, chunks = [w for w in (1, 2, 4, 8) if tiles // 2 <= w <= 2 * tiles], (1,)
+        stages = (2, 3) if op.endswith("forward") else (1, 2)
+    return [launch.Blocks(w, s, h, c) for w in warps for s in stages for h in heads for c in chunks]
 
 
-def issue_slots(cost: Cost, choice: launch.Blocks) -> float:
+def streamed(op: str, head_dim: int, choice: launch.Blocks) -> float:
+    """Registers' worth of state that a thread reads and writes per mini-batch, where chunks of it wait in memory."""
+    if choice.chunks == 1:
+        return 0.0
+    passes = 24 if op.endswith("forward") else 68  # times D²: of 8D² weights, and in the backward as many gradients
+    return passes * launch.padded(head_dim) ** 2 / (32 * choice.num_warps)
+
+
+def issue_slots(cost: Cost, choice: launch.Blocks, streamed: float) -> float:
     """Issue slots per mini-batch and head."""
-    return (cost.loop_instructions + SPILL * cost.loop_spills) * choice.num_warps / choice.heads
+    return (cost.loop_instructions + SPILL * (cost.loop_spills + streamed)) * choice.num_warps / choice.heads
 
 
 def tuned(kernel: str) -> list[tuple[bool, float, launch.Blocks, Cost]]:
@@ -42,7 +56,8 @@ def tuned(kernel: str) -> list[tuple[bool, float, launch.Blocks, Cost]]:
                 cost = compile_for(architecture, op, int(head_dim), int(mini_batch_size), DTYPES[dtype])
         except Exception:  # the compiler's own failures, of several kinds, rule a cut out
             continue
-        found.append((cost.loop_spills > 0, issue_slots(cost, choice), choice, cost))
+        slots = issue_slots(cost, choice, streamed(op, int(head_dim), choice))
+        found.append((cost.loop_spills > 0, slots, choice, cost))
     launch.blocks = table
     return sorted(found, key=lambda entry: entry[:2])
 
