@@ -95,18 +95,17 @@ def _prepare_inner_loop(op: str, head_dim: int, mini_batch_size: int, dtype: tor
     q = torch.empty(2, length, 4, head_dim, dtype=dtype, device="meta")
     hidden = 4 * head_dim
     tokens = q, q, q, _meta(2, length, 4), _meta(mini_batch_size)
-    weights = _meta(2, 4, head_dim, head_dim), _meta(2, 4, head_dim)
-    if op.startswith("mlp"):
-        weights = _meta(2, 4, head_dim, hidden), _meta(2, 4, hidden), _meta(2, 4, hidden, head_dim), weights[1]
-    rest = _meta(4, head_dim), _meta(4, head_dim), None, None, 1e-6
+    W, b = _meta(2, 4, head_dim, head_dim), _meta(2, 4, head_dim)
+    W1, b1, W2 = _meta(2, 4, head_dim, hidden), _meta(2, 4, hidden), _meta(2, 4, hidden, head_dim)
+    gamma = beta = _meta(4, head_dim)
     if op == "linear_forward":
-        return prepare_linear_forward(*tokens, *weights, *rest)[-1]
+        return prepare_linear_forward(*tokens, W, b, gamma, beta, None, None, 1e-6)[-1]
     if op == "linear_backward":
-        return prepare_linear_backward(q, *weights, *tokens, *weights, q, *rest)[-1]
+        return prepare_linear_backward(q, W, b, *tokens, W, b, q, gamma, beta, None, None, 1e-6)[-1]
     if op == "mlp_forward":
-        return prepare_mlp_forward(*tokens, *weights, *rest)[-1]
-    Z1 = torch.empty(2, length, 4, hidden, dtype=dtype, device="meta")
-    return prepare_mlp_backward(q, weights, *tokens, weights, Z1, q, *rest)[-1]
+        return prepare_mlp_forward(*tokens, W1, b1, W2, b, gamma, beta, None, None, 1e-6)[-1]
+    weights, Z1 = (W1, b1, W2, b), torch.empty(2, length, 4, hidden, dtype=dtype, device="meta")
+    return prepare_mlp_backward(q, weights, *tokens, weights, Z1, q, gamma, beta, None, None, 1e-6)[-1]
 
 
 def _prepare_projection(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:

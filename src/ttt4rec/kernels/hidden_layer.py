@@ -18,14 +18,14 @@ from .primitives import dot, first_rows, parameter_head, row_offsets
 def gelu(x):
     """Tanh-GELU x σ(w), w = 2c (x + a x³), and its first and second derivative, x of any size.
 
-    By the sigmoid, since ½ (1 + tanh(w/2)) = σ(w); with δ = σ (1 - σ),
+    By the sigmoid, since ½ (1 + tanh(w/2)) = σ(w); with δ = σ (1 - σ) = exp(-w) σ²,
     gelu' = σ + x δ w'                               gelu'' = δ (2 w' + x w'' + x (1 - 2σ) w'²)
     """
     square = x * x
     slope = 1.5957691216057308 + 0.21406444881780076 * square  # w' = 2c (1 + 3a x²)
-    minus_w = x * (-2.302208198144325 - 0.1029432395800235 * square)  # in units of ln 2
-    sigmoid = 1.0 / (1.0 + tl.exp2(minus_w))
-    delta = sigmoid * (1.0 - sigmoid)
+    exponential = tl.exp2(tl.minimum(x * (-2.302208198144325 - 0.1029432395800235 * square), 126.0))  # exp(-w), finite
+    sigmoid = 1.0 / (1.0 + exponential)
+    delta = exponential * sigmoid * sigmoid  # 1 - σ would cancel
     curve = 2.0 * slope + x * (0.4281288976356015 * x + (1.0 - 2.0 * sigmoid) * slope * slope)
     return x * sigmoid, sigmoid + x * delta * slope, delta * curve
 

@@ -23,6 +23,7 @@ from .primitives import (
     parameter_mask,
     parameter_offsets,
     program_place,
+    rounded,
     row_head,
     row_offsets,
     row_token,
@@ -128,7 +129,7 @@ def linear_backward_kernel(
         minus_dCU = minus_scale * minus_dout
         minus_dC = tl.where(causal(tile), dot(minus_dCU, tl.trans(U), tile), 0.0)
         d_q = dO - dot(minus_dC, k_rows, tile, own(dot(minus_dout, tl.trans(W), tile), tile))
-        tl.store(dq + here, d_q.to(tile.operand), mask=mask)
+        tl.store(dq + here, rounded(d_q, tile), mask=mask)
 
         # Through the steps.
         X = dot(K, dW, tile, db)
@@ -151,7 +152,7 @@ def linear_backward_kernel(
         )
         d_gamma -= minus_d_gamma
         d_beta -= minus_de
-        tl.store(dv + here, minus_de.to(tile.operand), mask=mask)
+        tl.store(dv + here, rounded(minus_de, tile), mask=mask)
         through_W = own(dot(minus_dZ, tl.trans(W), tile) + s_last * dot(U, tl.trans(dW), tile), tile)
 
         dW -= dot(tl.trans(Q), minus_dout, tile) + dot(tl.trans(K), minus_dZ, tile)
@@ -159,7 +160,7 @@ def linear_backward_kernel(
 
         # The last product: Triton splits all tiles among the warps as suits its shape, and [R, F] repeats least.
         minus_dk = dot(tl.trans(minus_dC), q_rows, tile, minus_de + through_W)
-        tl.store(dk + here, (-minus_dk).to(tile.operand), mask=mask)
+        tl.store(dk + here, rounded(-minus_dk, tile), mask=mask)
 
     tl.store(d_weights[0] + weight_offsets((H * D * D, D * D, D, 1), sequence, head, tile), dW, mask=W_mask)
     once = b_mask & first_rows(tile)

@@ -26,6 +26,7 @@ from .primitives import (
     parameter_mask,
     parameter_offsets,
     program_place,
+    rounded,
     row_head,
     row_offsets,
     row_token,
@@ -91,7 +92,7 @@ def linear_forward_kernel(
         K = expanded(k_rows, tile)
         x_hat, r = normalised(dot(K, W, tile, b), eps, tile)
         y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
-        G = layer_norm_backward(y, x_hat, r, tile).to(tile.operand)
+        G = rounded(layer_norm_backward(y, x_hat, r, tile), tile)
         tl.store(G_kept + here, G, mask=mask)
         U = lr[:, None] * G.to(tl.float32)
 
@@ -100,7 +101,7 @@ def linear_forward_kernel(
         C = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
         p_hat, _ = normalised(dot(Q, W, tile, b) - scale * dot(C, U, tile), eps, tile)
         out = q_rows.to(tl.float32) + gamma * p_hat + beta
-        tl.store(o + here, out.to(tile.operand), mask=mask)
+        tl.store(o + here, rounded(out, tile), mask=mask)
 
         # A last, short mini-batch is not committed.
         committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)

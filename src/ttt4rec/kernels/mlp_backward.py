@@ -35,11 +35,12 @@ from .primitives import (
     inner_gradient_backward,
     layer_norm_backward,
     load_layer_norm,
-    normalised,
     own,
     parameter_mask,
     parameter_offsets,
     program_place,
+    recentred,
+    rounded,
     row_head,
     row_offsets,
     row_token,
@@ -195,7 +196,9 @@ def mlp_backward_kernel(
     contiguous = contiguous_strides(place, tile)
 
     R: tl.constexpr = tile.rows
+    F: tl.constexpr = tile.features
     PF: tl.constexpr = tile.heads * tile.features
+    C: tl.constexpr = tile.chunk
     D: tl.constexpr = tile.head_dim
     positions = row_token(tile)
     head_exists = head + row_head(tile) < H
@@ -217,9 +220,11 @@ def mlp_backward_kernel(
             store_state(d_state, load_state(d_outgoing, d_outgoing_strides, place, chunk, tile), place, chunk, tile)
     wait_for_stores(tile)
 
-    d_gamma, d_beta = (tl.zeros((R, tile.features), tl.float32),) * 2
+    d_gamma, d_beta = tl.zeros((R, F), tl.float32), tl.zeros((R, F), tl.float32)
     d_scale, d_last_scale = tl.zeros((R, R), tl.float32), tl.zeros((R,), tl.float32)
-    Z1, minus_dZ1 = (tl.zeros((R, tile.chunk), tl.float32),) * 2
+    no_pairs, no_rows = tl.zeros((R, R), tl.float32), tl.zeros((R, PF), tl.float32)
+    Z1 = tl.zeros((R, C), tl.float32)
+    minus_dZ1 = Z1
     num_mini_batches = tl.cdiv(length, tile.mini_batch)
     for t in tl.range(0, num_mini_batches):
         start = (num_mini_batches - 1 - t) * tile.mini_batch
@@ -243,8 +248,7 @@ def mlp_backward_kernel(
 
         # Rebuild the weights before the mini-batch, and the forward's values.
         b2 -= -s_last * token_sums(U2_rows, tile)
-        X2_bar_X2 = tl.zeros((R, R), tl.float32)
-        X2_W2, X2_bar_W2, X2_dW2 = (tl.zeros((R, PF), tl.float32),) * 3
+        X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2 = no_pairs, no_rows, no_rows, no_rows
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
             if tile.chunks > 1:
@@ -260,7 +264,7 @@ def mlp_backward_kernel(
         # Through the output and the outer layer's steps.
         C2 = tl.where(causal(tile), X2_bar_X2 + 1.0, 0.0)
         A2 = C2 * lr_columns
-        p_hat, p_r = normalised(own(X2_bar_W2, tile) + b2 + minus_scale * dot(A2, G2_rows, tile), eps, tile)
+        p_hat, p_r = recentred(own(X2_bar_W2, tile) + b2 + minus_scale * dot(A2, G2_rows, tile), eps, tile)
         dO = tl.load(grads[0] + here, mask=mask, other=0.0).to(tl.float32)
         d_gamma += dO * p_hat
         d_beta += dO
@@ -273,18 +277,17 @@ def mlp_backward_kernel(
         expanded_dP2 = expanded(minus_dP2, tile)
 
         # Through the hidden layer's outputs and steps.
-        dP1_G1 = tl.zeros((R, R), tl.float32)
-        dP1_W1, G1_dW1, E_W2 = (tl.zeros((R, PF), tl.float32),) * 3
+        dP1_G1, dP1_W1, G1_dW1, E_W2 = no_pairs, no_rows, no_rows, no_rows
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             if tile.chunks > 1:
                 Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
                 W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
                 dW1, db1, dW2 = load_state(d_state, contiguous, place, chunk, tile)
-            sums = dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW
-            dW1, db1, dW2, minus_dZ1, sums = through_outputs(
-                Z1, (W1, b1, W2), (dW1, db1, dW2), mini_batch, expanded_dP2, minus_dC2, sums, tile
+            through = dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW
+            dW1, db1, dW2, minus_dZ1, through = through_outputs(
+                Z1, (W1, b1, W2), (dW1, db1, dW2), mini_batch, expanded_dP2, minus_dC2, through, tile
             )
-            dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW = sums
+            dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW = through
             if tile.chunks > 1:
                 store_state(d_state, (dW1, db1, dW2), place, chunk, tile)
                 store_part(scratch[3], minus_dZ1, place, chunk, tile)
@@ -295,10 +298,10 @@ def mlp_backward_kernel(
         tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr - s_last * along_dW, mask=rows)
         minus_dC1 = tl.where(causal(tile), minus_scale * lr_columns * dP1_G1, 0.0)
         d_q = dO - dot(minus_dC1, k_rows, tile) - own(dP1_W1, tile)
-        tl.store(dq + here, d_q.to(tile.operand), mask=mask)
+        tl.store(dq + here, rounded(d_q, tile), mask=mask)
 
         # Through the inner gradient.
-        x_hat, r = normalised(own(X2_W2, tile) + b2, eps, tile)
+        x_hat, r = recentred(own(X2_W2, tile) + b2, eps, tile)
         v_rows = tl.load(v + here, mask=mask, other=0.0)
         error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
         minus_dG2 += own(E_W2, tile)
@@ -308,11 +311,11 @@ def mlp_backward_kernel(
         )
         d_gamma -= minus_d_gamma
         d_beta -= minus_de
-        tl.store(dv + here, minus_de.to(tile.operand), mask=mask)
+        tl.store(dv + here, rounded(minus_de, tile), mask=mask)
         db2 -= token_sums(minus_dP2, tile) + token_sums(minus_dZ2, tile)
         d_k = -dot(tl.trans(minus_dC1), q_rows, tile, minus_de + s_last * lr * own(G1_dW1, tile))
         expanded_dZ2 = expanded(minus_dZ2, tile)
-        dZ1_W1 = tl.zeros((R, PF), tl.float32)
+        dZ1_W1 = no_rows
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             if tile.chunks > 1:
                 Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
@@ -326,7 +329,7 @@ def mlp_backward_kernel(
                 store_state(d_state, (dW1, db1, dW2), place, chunk, tile)
         wait_for_stores(tile)
         # Subtracted, as in the forward: a sum would move the product behind the state's.
-        tl.store(dk + here, (d_k - own(dZ1_W1, tile)).to(tile.operand), mask=mask)
+        tl.store(dk + here, rounded(d_k - own(dZ1_W1, tile), tile), mask=mask)
 
     if tile.chunks == 1:
         store_state(d_state, (dW1, db1, dW2), place, 0, tile)

@@ -37,11 +37,12 @@ from .primitives import (
     first_rows,
     layer_norm_backward,
     load_layer_norm,
-    normalised,
     own,
     parameter_mask,
     parameter_offsets,
     program_place,
+    recentred,
+    rounded,
     row_head,
     row_offsets,
     row_token,
@@ -67,7 +68,7 @@ def mlp_forward_kernel(
 ):
     """One program: P heads of one sequence, mini-batch after mini-batch.
 
-    Z1 = K W1 + b1       X2 = gelu(Z1)               Z2 = X2 W2 + b2      x̂, r = normalised(Z2)
+    Z1 = K W1 + b1       X2 = gelu(Z1)               Z2 = X2 W2 + b2      x̂, r = recentred(Z2)
     y = γ ∘ (γ ∘ x̂ + β - (V - K))                    G2 = r (y - mean(y) - x̂ mean(y ∘ x̂))
     G1 = (G2 W2ᵀ) ∘ gelu'(Z1)
     P1 = Q W1 + b1 - s ∘ A1 G1                       A1 = tril(Q Kᵀ + 1) with column j times lr_j
@@ -84,12 +85,16 @@ def mlp_forward_kernel(
     place = sequence, head, H
     contiguous = contiguous_strides(place, tile)
 
+    R: tl.constexpr = tile.rows
+    F: tl.constexpr = tile.features
+    PF: tl.constexpr = tile.heads * tile.features
+    C: tl.constexpr = tile.chunk
+    D: tl.constexpr = tile.head_dim
     positions = row_token(tile)
     head_exists = head + row_head(tile) < H
     columns = tl.arange(0, tile.features)[None, :] < tile.head_dim
     b2_mask = parameter_mask(head, H, tile)
     elements = tile_offsets(H, tile)
-    D: tl.constexpr = tile.head_dim
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
     scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
@@ -103,7 +108,8 @@ def mlp_forward_kernel(
             store_state(state, loaded, place, chunk, tile)
     wait_for_stores(tile)
 
-    Z1, Q_W1 = (tl.zeros((tile.rows, tile.chunk), tl.float32),) * 2
+    Z1 = tl.zeros((R, C), tl.float32)
+    Q_W1 = Z1
     for start in tl.range(0, length, tile.mini_batch):
         rows = head_exists & (positions < min(tile.mini_batch, length - start))
         mask = rows[:, None] & columns
@@ -115,19 +121,19 @@ def mlp_forward_kernel(
         own_rates = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
         lr, lr_columns = own_rates[:, None], own_rates[None, :]
         K, Q = expanded(k_rows, tile), expanded(q_rows, tile)
-        X2_W2 = tl.zeros((tile.rows, tile.heads * tile.features), tl.float32)
+        X2_W2 = tl.zeros((R, PF), tl.float32)
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             if tile.chunks > 1:
                 W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
-            rounded = dot(K, W1, tile, b1).to(tile.operand)
+            kept_Z1 = rounded(dot(K, W1, tile, b1), tile)
             Z1_here = kept[0] + at * tile.hidden + hidden_offsets(chunk, H, tile)
-            tl.store(Z1_here, rounded, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile))
-            Z1, Q_W1 = rounded.to(tl.float32), dot(Q, W1, tile, b1)
+            tl.store(Z1_here, kept_Z1, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile))
+            Z1, Q_W1 = kept_Z1.to(tl.float32), dot(Q, W1, tile, b1)
             X2_W2 = dot(gelu(Z1)[0], tl.trans(W2), tile, X2_W2)
         wait_for_stores(tile)
-        x_hat, r = normalised(own(X2_W2, tile) + b2, eps, tile)
+        x_hat, r = recentred(own(X2_W2, tile) + b2, eps, tile)
         y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
-        G2_rows = layer_norm_backward(y, x_hat, r, tile).to(tile.operand)
+        G2_rows = rounded(layer_norm_backward(y, x_hat, r, tile), tile)
         tl.store(kept[1] + here, G2_rows, mask=mask)
         G2, U2 = expanded(G2_rows, tile), lr * G2_rows.to(tl.float32)
         U2_sums, U2 = token_sums(U2, tile), expanded(U2, tile)
@@ -135,8 +141,8 @@ def mlp_forward_kernel(
         A1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0) * lr_columns
         # A last, short mini-batch is not committed.
         committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
-        X2_bar_W2 = tl.zeros((tile.rows, tile.heads * tile.features), tl.float32)
-        A2_G2 = tl.zeros((tile.rows, tile.features), tl.float32)
+        X2_bar_W2 = tl.zeros((R, PF), tl.float32)
+        A2_G2 = tl.zeros((R, F), tl.float32)
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             if tile.chunks > 1:
                 W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
@@ -156,9 +162,9 @@ def mlp_forward_kernel(
         wait_for_stores(tile)
         # Subtracted, since a product that something is added to moves to the sum, here behind that of the state: the
         # last product of the loop decides how all tiles are spread over the warps.
-        p_hat, _ = normalised(own(X2_bar_W2, tile) - (scale * A2_G2 - b2), eps, tile)
+        p_hat, _ = recentred(own(X2_bar_W2, tile) - (scale * A2_G2 - b2), eps, tile)
         out = q_rows.to(tl.float32) + gamma * p_hat + beta
-        tl.store(outputs[0] + here, out.to(tile.operand), mask=mask)
+        tl.store(outputs[0] + here, rounded(out, tile), mask=mask)
         b2 -= committed_scale * U2_sums
 
     # Give the means of W2 and b2 back; without an update, give back exactly what came.

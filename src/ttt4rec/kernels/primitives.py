@@ -41,10 +41,20 @@ class Tile(NamedTuple):
 
 
 @triton.jit
+def rounded(x, tile: tl.constexpr):
+    """x in the input dtype, rounded to nearest; the interpreter alone would cut bfloat16 off."""
+    if tile.dot == tl.float32 and tile.operand == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(tile.operand)
+
+
+@triton.jit
 def dot(a, b, tile: tl.constexpr, onto=None):
     """Matrix product of operands rounded to the input dtype, summed in float32, onto a float32 tile if one is given."""
-    a = a.to(tile.operand).to(tile.dot)
-    b = b.to(tile.operand).to(tile.dot)
+    a = rounded(a, tile).to(tile.dot)
+    b = rounded(b, tile).to(tile.dot)
     if onto is not None:
         onto = tl.broadcast_to(onto, (a.shape[0], b.shape[1]))
     return tl.dot(a, b, onto, input_precision=tile.precision)
@@ -79,6 +89,18 @@ def normalised(x, eps, tile: tl.constexpr):
     """x̂ = r x and r = (mean(x²) + eps)^-½, for x of mean zero."""
     r = tl.rsqrt(mean(x * x, tile) + eps)
     return x * r, r
+
+
+@triton.jit
+def recentred(x, eps, tile: tl.constexpr):
+    """x̂ and r for x of mean nearly zero.
+
+    Rounding lets the mean of a long sum of updates drift. Being small, it can be taken off the mean square in the same
+    round of sums, without cancellation: var(x) = mean(x²) - mean(x)².
+    """
+    drift = mean(x, tile)
+    r = tl.rsqrt(mean(x * x, tile) - drift * drift + eps)
+    return only_features((x - drift) * r, tile), r
 
 
 @triton.jit

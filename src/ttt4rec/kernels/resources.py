@@ -24,12 +24,14 @@ INTRODUCTION = """# What the kernels cost
 Read from machine code that was compiled without a GPU, for 4 heads, by `python -m ttt4rec.kernels.resources
 docs/resources.md`; nothing here is a timing. A row stands for all mini-batch sizes down to the next smaller one, and
 bf16 for fp16 too; of float32, a path for checking, only small shapes are listed. Cut: warps × stages of the software
-pipeline × heads in a program. Registers are a thread's; spills, instructions and tensor-core instructions a warp's in
-one mini-batch (in brackets: all spills, in the loop or not); programs is how many fit a multiprocessor at once.
+pipeline × heads in a program × chunks of TTT-MLP's hidden features, which is 1 where registers hold the state. Registers
+are a thread's; spills, instructions and tensor-core instructions a warp's in one mini-batch (in brackets: all spills in
+the code, in the loop or not; a loop over chunks counts once for each chunk); programs is how many fit a multiprocessor
+at once.
 """
 HEADER = "| kernel | D | K | dtype | cut | registers | spills | shared memory | programs | instructions | tensor core |"
 ROW = re.compile(
-    r"\| (\w+) \| (\d+) \| (\d+) \| (\w+) \| (\d+)×(\d+)×(\d+) \| (\d+) \| (\d+) \((\d+)\) " + r"\| (\d+) " * 4
+    r"\| (\w+) \| (\d+) \| (\d+) \| (\w+) \| (\d+)×(\d+)×(\d+)×(\d+) \| (\d+) \| (\d+) \((\d+)\) " + r"\| (\d+) " * 4
 )
 
 
@@ -62,6 +64,7 @@ class Row(NamedTuple):
     num_warps: int
     num_stages: int
     heads: int
+    chunks: int
     registers: int
     loop_spills: int
     spills: int
@@ -72,7 +75,7 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         what = f"| {self.op} | {self.head_dim} | {self.mini_batch_size} | {self.dtype} "
-        cut = f"| {self.num_warps}×{self.num_stages}×{self.heads} | {self.registers} "
+        cut = f"| {self.num_warps}×{self.num_stages}×{self.heads}×{self.chunks} | {self.registers} "
         memory = f"| {self.loop_spills} ({self.spills}) | {self.shared_memory} | {self.programs} "
         return f"{what}{cut}{memory}| {self.loop_instructions} | {self.tensor_core} |"
 

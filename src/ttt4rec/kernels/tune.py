@@ -21,7 +21,8 @@ def candidates(op: str, head_dim: int, mini_batch_size: int) -> list[launch.Bloc
     """The cuts worth compiling."""
     heads = (1, 2) if mini_batch_size <= 8 and head_dim <= 32 else (1,)
     if op.startswith("mlp"):
-        stages, chunks = (2,) if op.endswith("forward") else (1,), (1,)
+        stages: tuple[int, ...] = (2,) if op.endswith("forward") else (1,)
+        chunks: tuple[int, ...] = (1,)
         if head_dim > 32:  # the whole state of a forward just fits into registers at 64, that of a backward does not
             chunks = (4, 8) if head_dim > 64 else (1, 4, 8) if op.endswith("forward") else (2, 4, 8)
         warps = [w for w in (2, 4, 8) if 16 * head_dim <= 256 * w <= 64 * head_dim]
