@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from recsys_data import make_model, make_split
+from ttt4rec import catalogue
 from ttt4rec.recsys import evaluate
 from ttt4rec.recsys.windows import evaluation_prefixes
 
@@ -15,9 +16,8 @@ from ttt4rec.recsys.windows import evaluation_prefixes
 @pytest.mark.parametrize("sizes", [None, (40, 50)])
 def test_agrees_with_one_prefix_at_a_time(tmp_path, monkeypatch, part, sizes):
     if sizes is not None:  # many batches, few scores at once
-        module = sys.modules[evaluate.__module__]
-        monkeypatch.setattr(module, "TOKENS_PER_BATCH", sizes[0])
-        monkeypatch.setattr(module, "SCORES_PER_CHUNK", sizes[1])
+        monkeypatch.setattr(sys.modules[evaluate.__module__], "TOKENS_PER_BATCH", sizes[0])
+        monkeypatch.setattr(catalogue, "SCORES_PER_BLOCK", sizes[1])
     split = make_split(tmp_path)
     model = make_model(split).double().eval()
     for parameter in model.parameters():

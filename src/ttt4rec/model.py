@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import catalogue
 from .blocks import AttentionMixer, Block, BlockState, GRUMixer, make_norm
 from .layer import TTTLayer
 from .release import load_release_block
@@ -189,6 +190,21 @@ class TTT4Rec(nn.Module):
     def scores(self, h: Tensor) -> Tensor:
         """Scores of all items, ``[..., num_items]``, for hidden states ``[..., width]``; column j is item j + 1."""
         return F.linear(h, self.embedding.weight[1:])
+
+    def nll(self, h: Tensor, items: Tensor) -> Tensor:
+        """Negative log-likelihood ``[N]`` of items, int64 ``[N]`` from 1, for hidden states ``[N, width]``.
+
+        The softmax runs over all items, in blocks; nothing of size N times num_items is held. See ``catalogue.nll``.
+        """
+        return catalogue.nll(h, self.embedding.weight, items)
+
+    def ranks(self, h: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Ranks ``[N]`` of items among all items, 1 being the best; float64. See ``catalogue.ranks``."""
+        return catalogue.ranks(h, self.embedding.weight, items, seen)
+
+    def top_k(self, h: Tensor, k: int, seen: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Scores and ids ``[N, k]`` of the best items for hidden states ``[N, width]``. See ``catalogue.top_k``."""
+        return catalogue.top_k(h, self.embedding.weight, k, seen)
 
     def load_release_state_dict(self, state_dict: dict[str, Tensor], block: int = 0) -> None:
         """Load one block's weights from the original ``ttt-lm-pytorch`` Block.

@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from ttt4rec.model import TTT4Rec
-from ttt4rec.recsys.metrics import RankingMetrics, target_ranks
+from ttt4rec.recsys.metrics import RankingMetrics
 from ttt4rec.recsys.progress import progress_bar
 from ttt4rec.recsys.windows import Windows
 
 TOKENS_PER_BATCH = 16_384
 """Inputs read at once; enough to fill a CPU's matmuls, small enough for its caches."""
-
-SCORES_PER_CHUNK = 1 << 24
-"""Scores held at once: 64 MiB of float32, whatever the number of items."""
 
 
 @torch.no_grad()
@@ -41,17 +38,14 @@ def evaluate(
     model.eval()
     metrics = RankingMetrics(cutoffs)
     device = model.embedding.weight.device
-    rows = max(1, SCORES_PER_CHUNK // model.config.num_items)
     try:
         with progress_bar(total=windows.num_targets, unit="target", desc="evaluate", enabled=progress) as bar:
             for indices in _by_length(windows):
                 ids, targets, cu_seqlens = (x.to(device) for x in windows.packed_batch(indices))
                 scored = targets != 0
                 hidden = model(ids, cu_seqlens=cu_seqlens)[0, scored]
-                columns = targets[scored] - 1
-                for h, column in zip(hidden.split(rows), columns.split(rows), strict=True):
-                    metrics.update(target_ranks(model.scores(h), column))
-                bar.update(columns.numel())
+                metrics.update(model.ranks(hidden, targets[scored]))
+                bar.update(len(hidden))
     finally:
         model.train(training)
     return metrics.compute()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,8 +89,6 @@ class Recommender:
     ) -> list[Recommendations]:
         """The k best items for each of several histories of original item ids, in their order.
 
-        The scores of all items are held for all histories at once: 4 bytes each.
-
         Raises:
             ValueError: a history holds no known item, k is below 1, or the model's scores are NaN.
         """
@@ -111,35 +110,39 @@ class Recommender:
             raise ValueError(f"expected k of at least 1, given {k}")
         if not found:
             return []
-        scores = self._scores([codes for codes, _ in found])
+        hidden = self._hidden([codes for codes, _ in found])
+        seen = self._seen([codes for codes, _ in found]) if exclude_seen else None
         results = []
-        for (codes, unknown), row in zip(found, scores, strict=True):
-            if exclude_seen:
-                row[torch.from_numpy(codes - 1)] = -torch.inf
-            best = torch.argsort(row, descending=True, stable=True)[:k]
-            best = best[row[best] > -torch.inf]
-            names = [self.histories.item_ids[j] for j in best.tolist()]
-            results.append(Recommendations(list(zip(names, row[best].tolist(), strict=True)), unknown))
+        for (_, unknown), row, items in zip(
+            found, *(x.tolist() for x in self.model.top_k(hidden, k, seen)), strict=True
+        ):
+            best = [(self.histories.item_ids[j - 1], score) for j, score in zip(items, row, strict=True)]
+            results.append(Recommendations([entry for entry in best if entry[1] > -math.inf], unknown))
         return results
 
+    def _seen(self, histories: Sequence[IntArray]) -> tuple[Tensor, Tensor]:
+        """The items of each history as ``catalogue.top_k`` wants them."""
+        rows = np.repeat(np.arange(len(histories)), [len(codes) for codes in histories])
+        items = np.concatenate(histories)
+        order = np.argsort(items, kind="stable")
+        device = self.model.embedding.weight.device
+        return torch.from_numpy(rows[order]).to(device), torch.from_numpy(items[order]).to(device)
+
     @torch.no_grad()
-    def _scores(self, histories: Sequence[IntArray]) -> Tensor:
-        """Scores of all items after the last ``max_len`` of each history, float32 ``[N, num_items]``, on the CPU."""
+    def _hidden(self, histories: Sequence[IntArray]) -> Tensor:
+        """Hidden states ``[N, width]`` after the last ``max_len`` items of each history."""
         recent = [torch.from_numpy(codes[-self.model.config.max_len :].copy()) for codes in histories]
         ends = torch.tensor([len(codes) for codes in recent]).cumsum(0)
         device = self.model.embedding.weight.device
         training = self.model.training
         self.model.eval()
         try:
-            hidden = self.model(
+            hidden: Tensor = self.model(
                 torch.cat(recent)[None].to(device), cu_seqlens=torch.cat((ends.new_zeros(1), ends)).to(device)
             )
-            scores = self.model.scores(hidden[0, ends - 1]).float().cpu()
         finally:
             self.model.train(training)
-        if scores.isnan().any():
-            raise ValueError("expected scores that are numbers, got NaN from the model; it has diverged in training")
-        return scores
+        return hidden[0, ends - 1]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model, ``ids.json`` and ``histories.safetensors``, each file replaced atomically."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ttt4rec.layer import TTTLayer
@@ -186,7 +185,7 @@ class _Run:
         self._set_inner_lr_scale(self.steps / warmup if self.steps < warmup else 1.0)
         scored = targets != 0
         hidden = self.model(ids, cu_seqlens=cu_seqlens)[0, scored]
-        loss = F.cross_entropy(self.model.scores(hidden), targets[scored] - 1)
+        loss = self.model.nll(hidden, targets[scored]).mean()
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
