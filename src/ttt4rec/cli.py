@@ -102,6 +102,15 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     training.add_argument("--targets-per-batch", type=int, default=2048, metavar="N", help="targets in a step")
     training.add_argument("--clip-norm", type=float, default=5.0, metavar="X", help="largest norm of the gradients")
     training.add_argument("--inner-lr-warmup", type=int, default=0, metavar="N", help="steps to warm TTT's rates up")
+    losses = ["softmax", "sampled", "gbce", "bpr"]
+    training.add_argument("--loss", default="softmax", choices=losses, help="softmax is over all items")
+    training.add_argument(
+        "--num-negatives", type=int, default=256, metavar="N", help="drawn in a step, but for softmax"
+    )
+    training.add_argument(
+        "--popularity", type=float, default=0.0, metavar="X", help="draw by (count + 1) to this power"
+    )
+    training.add_argument("--calibration", type=float, default=0.75, metavar="X", help="gbce's t, from 0 to 1")
     training.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, shuffling and dropout")
     _add_machine(command)
 

@@ -45,6 +45,13 @@ class Split:
         first, end = self.bounds(part)
         return int((end - first).sum())
 
+    def train_counts(self) -> IntArray:
+        """How often each item occurs in the training part, int64 [num_items]; item code j + 1 at j."""
+        histories = self.histories
+        position = np.arange(len(histories.items)) - np.repeat(histories.offsets[:-1], np.diff(histories.offsets))
+        inside = position < np.repeat(self.train_end, np.diff(histories.offsets))
+        return np.bincount(histories.items[inside] - 1, minlength=histories.num_items)
+
 
 def split_by_ratio(histories: Histories, ratios: tuple[int, int, int] = (3, 2, 5)) -> Split:
     """Split every user's targets in time order by whole-number ratios of train, valid and test.

@@ -19,9 +19,11 @@ from ttt4rec.layer import TTTLayer
 from ttt4rec.model import TTT4Rec
 from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
 from ttt4rec.recsys.evaluate import evaluate
+from ttt4rec.recsys.losses import LOSSES, Loss, LossName
 from ttt4rec.recsys.progress import progress_bar
 from ttt4rec.recsys.split import Split
 from ttt4rec.recsys.windows import batches, training_windows
+from ttt4rec.validation import check_choice
 
 METRICS_FILE, CHECKPOINT_FILE = "metrics.csv", "checkpoint.safetensors"
 
@@ -37,7 +39,11 @@ class TrainOptions:
         targets_per_batch: scored targets in one step.
         clip_norm: largest norm of all gradients together.
         inner_lr_warmup: steps over which TTT layers' inner rates rise from 0 to their full size; 0: none.
-        seed: of the shuffling and the dropout.
+        loss: ``"softmax"`` over all items, or one over negatives: ``"sampled"`` softmax, ``"gbce"``, ``"bpr"``.
+        num_negatives: negatives drawn in a step, shared by its targets.
+        popularity: negatives are drawn in proportion to an item's training count + 1 to this power; 0: all alike.
+        calibration: gBCE's t, from 0 (binary cross-entropy) to 1.
+        seed: of the shuffling, the dropout and the negatives.
     """
 
     epochs: int = 300
@@ -46,6 +52,10 @@ class TrainOptions:
     targets_per_batch: int = 2048
     clip_norm: float = 5.0
     inner_lr_warmup: int = 0
+    loss: LossName = "softmax"
+    num_negatives: int = 256
+    popularity: float = 0.0
+    calibration: float = 0.75
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,12 +64,18 @@ class TrainOptions:
         Raises:
             ValueError: one is out of range.
         """
-        for name, least in (("epochs", 1), ("patience", 1), ("targets_per_batch", 1), ("inner_lr_warmup", 0)):
+        whole = {"epochs": 1, "patience": 1, "targets_per_batch": 1, "num_negatives": 1, "inner_lr_warmup": 0}
+        for name, least in whole.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; given {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and above 0; given {getattr(self, name)}")
+        check_choice("loss", self.loss, LOSSES)
+        if not 0 <= self.popularity < math.inf:
+            raise ValueError(f"popularity must be finite and at least 0; given {self.popularity}")
+        if not 0 <= self.calibration <= 1:
+            raise ValueError(f"calibration must be from 0 to 1; given {self.calibration}")
 
 
 @dataclass(frozen=True)
@@ -134,6 +150,14 @@ class _Run:
         self.model, self.options, self.device = model, options, model.embedding.weight.device
         self.train_windows = training_windows(split, max_len=model.config.max_len)
         self.valid_windows = training_windows(split, max_len=model.config.max_len, part="valid")
+        counts = torch.from_numpy(split.train_counts()).to(self.device)
+        self.loss = Loss.make(
+            options.loss,
+            counts,
+            num_negatives=options.num_negatives,
+            popularity=options.popularity,
+            calibration=options.calibration,
+        )
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.reports: list[EpochReport] = []
@@ -185,7 +209,7 @@ class _Run:
         self._set_inner_lr_scale(self.steps / warmup if self.steps < warmup else 1.0)
         scored = targets != 0
         hidden = self.model(ids, cu_seqlens=cu_seqlens)[0, scored]
-        loss = self.model.nll(hidden, targets[scored]).mean()
+        loss = self.loss(self.model, hidden, targets[scored]).mean()
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
