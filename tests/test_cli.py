@@ -39,6 +39,17 @@ def test_evaluate_repeats_the_test_of_training(run, capsys):
     assert capsys.readouterr().out.startswith("valid  HR@1 ")
 
 
+@pytest.mark.parametrize("split", [["--split-by", "last"], ["--split-by", "time", "--split", "6:2:2"]], ids=str)
+def test_other_splits(tmp_path, capsys, split):
+    data = write_events(tmp_path / "ring.inter")
+    command = ["train", str(data), "--out", str(tmp_path / "run"), "--epochs", "1", "--loss", "bpr", *split, *SMALL]
+    assert main([*command, "--exclude-seen"]) == 0
+    expected = json.loads((tmp_path / "run" / "run.json").read_text())["test"]
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--json", "--exclude-seen"]) == 0
+    assert json.loads(capsys.readouterr().out) == pytest.approx(expected)
+
+
 def test_recommend(run, capsys):
     assert main(["recommend", str(run / "run"), "--user", "u3", "--k", "4"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4

@@ -54,7 +54,7 @@ def ranks(h: Tensor, table: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] |
         h: hidden states ``[N, C]``.
         table: embeddings ``[num_items + 1, C]``.
         items: int64 ``[N]``.
-        seen: pairs (row, item), two int64 ``[P]``, ascending in items: the item takes no part in that row.
+        seen: pairs (row, item), two int64 ``[P]``, in any order: the item takes no part in that row.
 
     Returns:
         float64 ``[N]``.
@@ -142,6 +142,8 @@ def _blocks(h: Tensor, table: Tensor, seen: tuple[Tensor, Tensor] | None = None)
     size = max(1, SCORES_PER_BLOCK // max(1, h.shape[0]))
     bounds: list[int] = []
     if seen is not None:
+        order = seen[1].argsort()
+        seen = (seen[0][order], seen[1][order])
         edges = torch.arange(1, table.shape[0] + size, size, device=h.device)
         bounds = torch.searchsorted(seen[1], edges).tolist()
     h = h.to(dtype)

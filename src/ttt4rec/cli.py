@@ -80,7 +80,13 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     data.add_argument("--time-field", default="timestamp", metavar="NAME", help="column of times, a number")
     data.add_argument("--min-user", type=int, default=5, metavar="N", help="drop users with fewer interactions")
     data.add_argument("--min-item", type=int, default=5, metavar="N", help="drop items with fewer interactions")
-    data.add_argument("--split", default="3:2:5", metavar="A:B:C", help="train, validation and test share of each user")
+    ways = ["ratio", "last", "time"]
+    about = (
+        "shares of each user's items; each user's last two; or shares of all by time, the same moments for all users"
+    )
+    data.add_argument("--split-by", default="ratio", choices=ways, help=about)
+    data.add_argument("--split", default="3:2:5", metavar="A:B:C", help="shares of train, validation and test")
+    data.add_argument("--exclude-seen", action="store_true", help="rank only items new to the user, for such targets")
     model = command.add_argument_group("model")
     model.add_argument("--mixer", default="ttt", choices=["ttt", "attention", "gru"], help="sequence layer")
     model.add_argument("--inner", default="mlp", choices=["linear", "mlp"], help="TTT's inner model")
@@ -118,6 +124,9 @@ def _add_train(command: argparse.ArgumentParser) -> None:
 def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="DIR", help="folder that train wrote")
     command.add_argument("--part", default="test", choices=["valid", "test"], help="which targets")
+    command.add_argument(
+        "--exclude-seen", action="store_true", help="rank only items new to the user, for such targets"
+    )
     command.add_argument("--cutoffs", type=int, nargs="+", default=[10, 50], metavar="K", help="the k of HR@k")
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_machine(command)

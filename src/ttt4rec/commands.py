@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from ttt4rec.model import TTT4Rec, TTT4RecConfig
-from ttt4rec.recsys.data import DataError, Histories, build_histories, filter_k_core
+from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histories, filter_k_core
 from ttt4rec.recsys.datasets import load_interactions
 from ttt4rec.recsys.evaluate import evaluate as evaluate_windows
 from ttt4rec.recsys.plot import plot_training
 from ttt4rec.recsys.recommend import Recommender
-from ttt4rec.recsys.split import Split, split_by_ratio
+from ttt4rec.recsys.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.train import CHECKPOINT_FILE, EpochReport, TrainOptions, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
 
@@ -34,11 +34,14 @@ def train(args: Namespace) -> None:
     interactions = load_interactions(
         args.data, user_field=args.user_field, item_field=args.item_field, time_field=args.time_field
     )
-    histories = build_histories(filter_k_core(interactions, min_user=args.min_user, min_item=args.min_item))
-    split = split_by_ratio(histories, ratios)
+    split, cuts = _split(interactions, args, ratios)
+    histories = split.histories
     for part in ("train", "valid", "test"):
         if not split.num_targets(part):
-            raise DataError(f"--split {args.split} leaves no {part} targets; expected some for each of the three parts")
+            raise DataError(
+                f"--split-by {args.split_by} --split {args.split} leaves no {part} targets; "
+                "expected some for each of the three parts"
+            )
     config = TTT4RecConfig(num_items=histories.num_items, **_chosen(args, TTT4RecConfig))
     _describe(histories, split)
     with torch.random.fork_rng():
@@ -57,9 +60,9 @@ def train(args: Namespace) -> None:
     if importlib.util.find_spec("matplotlib"):
         plot_training(reports, folder / "training.png")
     windows = evaluation_prefixes(split, "test", max_len=config.max_len)
-    metrics = evaluate_windows(model, windows, progress=sys.stderr.isatty())
+    metrics = evaluate_windows(model, windows, exclude_seen=args.exclude_seen, progress=sys.stderr.isatty())
     settings = {name: value for name, value in vars(args).items() if name not in ("command", "device", "threads")}
-    _write_json(folder / RUN_FILE, {"settings": settings, "test": metrics})
+    _write_json(folder / RUN_FILE, {"settings": settings, "cuts": cuts, "test": metrics})
     print(f"test  {_format(metrics)}")
     _show_example(recommender)
     print(f"model in {folder}")
@@ -68,11 +71,17 @@ def train(args: Namespace) -> None:
 def evaluate(args: Namespace) -> None:
     """Rank the targets of a part by the protocol of the paper."""
     device = _machine(args)
-    ratios = _trained_ratios(Path(args.folder))
+    run = _trained(Path(args.folder))
     recommender = Recommender.load(args.folder, device)
-    split = split_by_ratio(recommender.histories, ratios)
+    split = _split_again(recommender.histories, *run)
     windows = evaluation_prefixes(split, args.part, max_len=recommender.model.config.max_len)
-    metrics = evaluate_windows(recommender.model, windows, cutoffs=args.cutoffs, progress=sys.stderr.isatty())
+    metrics = evaluate_windows(
+        recommender.model,
+        windows,
+        cutoffs=args.cutoffs,
+        exclude_seen=args.exclude_seen,
+        progress=sys.stderr.isatty(),
+    )
     print(json.dumps(metrics, indent=2) if args.json else f"{args.part}  {_format(metrics)}")
 
 
@@ -102,14 +111,35 @@ def _ratios(text: str) -> tuple[int, int, int]:
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
-def _trained_ratios(folder: Path) -> tuple[int, int, int]:
-    """The split of the run that wrote a folder."""
+def _split(
+    interactions: Interactions, args: Namespace, ratios: tuple[int, int, int]
+) -> tuple[Split, tuple[float, float] | None]:
+    """The split that the arguments name, and the moments at which it cuts if it does so by time."""
+    smallest = {"min_user": args.min_user, "min_item": args.min_item}
+    if args.split_by == "time":
+        return split_by_time(interactions, ratios, **smallest)
+    histories = build_histories(filter_k_core(interactions, **smallest))
+    return _split_again(histories, args.split_by, ratios, None), None
+
+
+def _split_again(
+    histories: Histories, way: str, ratios: tuple[int, int, int], cuts: tuple[float, float] | None
+) -> Split:
+    if cuts is not None:
+        return split_at(histories, *cuts)
+    return split_leave_one_out(histories) if way == "last" else split_by_ratio(histories, ratios)
+
+
+def _trained(folder: Path) -> tuple[str, tuple[int, int, int], tuple[float, float] | None]:
+    """How the run that wrote a folder split its data."""
     path = folder / RUN_FILE
     if not path.is_file():
         raise DataError(f"{folder} holds no finished training run: {RUN_FILE} is missing")
     try:
-        return _ratios(json.loads(path.read_text())["settings"]["split"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        run = json.loads(path.read_text())
+        cuts = run["cuts"] and (run["cuts"][0], run["cuts"][1])
+        return run["settings"]["split_by"], _ratios(run["settings"]["split"]), cuts
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise DataError(f"{path} is damaged; expected the settings of a training run") from error
 
 

@@ -7,7 +7,7 @@ from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histor
 from ttt4rec.recsys.datasets import load_interactions
 from ttt4rec.recsys.evaluate import evaluate
 from ttt4rec.recsys.recommend import Recommendations, Recommender
-from ttt4rec.recsys.split import Split, split_by_ratio
+from ttt4rec.recsys.split import Split, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.train import EpochReport, TrainOptions, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
 
@@ -28,4 +28,6 @@ __all__ = [
     "load_interactions",
     "read_interactions",
     "split_by_ratio",
+    "split_by_time",
+    "split_leave_one_out",
 ]

@@ -49,6 +49,18 @@ class Interactions:
     def __len__(self) -> int:
         return len(self.users)
 
+    def take(self, rows: IntArray) -> Interactions:
+        """Some of the rows, with codes closed up in their old order."""
+        user_codes, users = np.unique(self.users[rows], return_inverse=True)
+        item_codes, items = np.unique(self.items[rows], return_inverse=True)
+        return Interactions(
+            users.astype(np.int64),
+            items.astype(np.int64),
+            self.times[rows],
+            tuple(self.user_ids[code] for code in user_codes),
+            tuple(self.item_ids[code] for code in item_codes),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Histories:
@@ -305,29 +317,25 @@ def filter_k_core(interactions: Interactions, *, min_user: int, min_item: int) -
     Raises:
         DataError: nothing is left.
     """
-    users, items = interactions.users, interactions.items
+    kept = k_core_rows(interactions.users, interactions.items, min_user=min_user, min_item=min_item)
+    if not len(kept):
+        raise DataError(
+            f"expected interactions left after filtering, got none of {len(interactions)}: "
+            f"no users with >= {min_user} and items with >= {min_item} interactions among themselves"
+        )
+    return interactions.take(kept)
+
+
+def k_core_rows(users: IntArray, items: IntArray, *, min_user: int, min_item: int) -> IntArray:
+    """Which rows ``filter_k_core`` keeps, int64, ascending."""
     kept = np.arange(len(users))
     while True:
         enough_user = np.bincount(users[kept], minlength=1) >= min_user
         enough_item = np.bincount(items[kept], minlength=1) >= min_item
         still = kept[enough_user[users[kept]] & enough_item[items[kept]]]
         if len(still) == len(kept):
-            break
+            return kept
         kept = still
-    if not len(kept):
-        raise DataError(
-            f"expected interactions left after filtering, got none of {len(users)}: "
-            f"no users with >= {min_user} and items with >= {min_item} interactions among themselves"
-        )
-    user_codes, users = np.unique(users[kept], return_inverse=True)
-    item_codes, items = np.unique(items[kept], return_inverse=True)
-    return Interactions(
-        users.astype(np.int64),
-        items.astype(np.int64),
-        interactions.times[kept],
-        tuple(interactions.user_ids[code] for code in user_codes),
-        tuple(interactions.item_ids[code] for code in item_codes),
-    )
 
 
 def build_histories(interactions: Interactions) -> Histories:

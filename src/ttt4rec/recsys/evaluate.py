@@ -18,7 +18,12 @@ TOKENS_PER_BATCH = 16_384
 
 @torch.no_grad()
 def evaluate(
-    model: TTT4Rec, windows: Windows, *, cutoffs: Sequence[int] = (10, 50), progress: bool = False
+    model: TTT4Rec,
+    windows: Windows,
+    *,
+    cutoffs: Sequence[int] = (10, 50),
+    exclude_seen: bool = False,
+    progress: bool = False,
 ) -> dict[str, float]:
     """HR, NDCG and MRR of the model's ranking of all items, every scored target weighing the same.
 
@@ -26,6 +31,8 @@ def evaluate(
         model: put into evaluation mode, and back if it was training.
         windows: whose targets to rank; ``evaluation_prefixes`` gives the paper's protocol.
         cutoffs: the k of HR@k, NDCG@k and MRR@k.
+        exclude_seen: rank only items that the user has not had before, for the targets that are such items; a repeated
+            target, which could not be recommended, is passed over. Otherwise all items are ranked for all targets.
         progress: show a progress bar.
 
     Returns:
@@ -44,11 +51,23 @@ def evaluate(
                 ids, targets, cu_seqlens = (x.to(device) for x in windows.packed_batch(indices))
                 scored = targets != 0
                 hidden = model(ids, cu_seqlens=cu_seqlens)[0, scored]
-                metrics.update(model.ranks(hidden, targets[scored]))
-                bar.update(len(hidden))
+                items, seen = targets[scored], None
+                if exclude_seen:
+                    new, seen = _new_targets(items, *(x.to(device) for x in windows.seen(indices)))
+                    hidden, items = hidden[new], items[new]
+                metrics.update(model.ranks(hidden, items, seen))
+                bar.update(int(scored.sum()))
     finally:
         model.train(training)
     return metrics.compute()
+
+
+def _new_targets(items: Tensor, rows: Tensor, seen: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Which targets are not among what was seen before them, and what was seen before those, by their new numbers."""
+    new = torch.ones_like(items, dtype=torch.bool)
+    new[rows[seen == items[rows]]] = False
+    kept = new[rows]
+    return new, ((new.cumsum(0) - 1)[rows[kept]], seen[kept])
 
 
 def _by_length(windows: Windows) -> Iterator[Tensor]:

@@ -123,10 +123,8 @@ class Recommender:
     def _seen(self, histories: Sequence[IntArray]) -> tuple[Tensor, Tensor]:
         """The items of each history as ``catalogue.top_k`` wants them."""
         rows = np.repeat(np.arange(len(histories)), [len(codes) for codes in histories])
-        items = np.concatenate(histories)
-        order = np.argsort(items, kind="stable")
         device = self.model.embedding.weight.device
-        return torch.from_numpy(rows[order]).to(device), torch.from_numpy(items[order]).to(device)
+        return torch.from_numpy(rows).to(device), torch.from_numpy(np.concatenate(histories)).to(device)
 
     @torch.no_grad()
     def _hidden(self, histories: Sequence[IntArray]) -> Tensor:

@@ -43,6 +43,7 @@ class TrainOptions:
         num_negatives: negatives drawn in a step, shared by its targets.
         popularity: negatives are drawn in proportion to an item's training count + 1 to this power; 0: all alike.
         calibration: gBCE's t, from 0 (binary cross-entropy) to 1.
+        exclude_seen: validate on items new to the user, see ``evaluate``.
         seed: of the shuffling, the dropout and the negatives.
     """
 
@@ -56,6 +57,7 @@ class TrainOptions:
     num_negatives: int = 256
     popularity: float = 0.0
     calibration: float = 0.75
+    exclude_seen: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -178,7 +180,7 @@ class _Run:
         begin = time.perf_counter()
         loss = self._train_epoch(progress)
         middle = time.perf_counter()
-        metrics = evaluate(self.model, self.valid_windows, progress=progress)
+        metrics = evaluate(self.model, self.valid_windows, exclude_seen=self.options.exclude_seen, progress=progress)
         end = time.perf_counter()
         self.reports.append(EpochReport(len(self.reports), loss, middle - begin, end - middle, metrics))
         if self._best() == len(self.reports) - 1:
