@@ -117,6 +117,9 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         "--popularity", type=float, default=0.0, metavar="X", help="draw by (count + 1) to this power"
     )
     training.add_argument("--calibration", type=float, default=0.75, metavar="X", help="gbce's t, from 0 to 1")
+    training.add_argument("--accumulate", type=int, default=1, metavar="N", help="pieces of a step, to save memory")
+    training.add_argument("--autocast", action="store_true", help="run the model in bfloat16")
+    training.add_argument("--deterministic", action="store_true", help="deterministic algorithms only")
     training.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, shuffling and dropout")
     _add_machine(command)
 

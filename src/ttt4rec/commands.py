@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ttt4rec.files import write_json
 from ttt4rec.model import TTT4Rec, TTT4RecConfig
 from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histories, filter_k_core
 from ttt4rec.recsys.datasets import load_interactions
@@ -62,7 +62,7 @@ def train(args: Namespace) -> None:
     windows = evaluation_prefixes(split, "test", max_len=config.max_len)
     metrics = evaluate_windows(model, windows, exclude_seen=args.exclude_seen, progress=sys.stderr.isatty())
     settings = {name: value for name, value in vars(args).items() if name not in ("command", "device", "threads")}
-    _write_json(folder / RUN_FILE, {"settings": settings, "cuts": cuts, "test": metrics})
+    write_json(folder / RUN_FILE, {"settings": settings, "cuts": cuts, "test": metrics})
     print(f"test  {_format(metrics)}")
     _show_example(recommender)
     print(f"model in {folder}")
@@ -181,9 +181,3 @@ def _show_example(recommender: Recommender) -> None:
 
 def _format(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.startswith("MRR"))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import catalogue
 from .blocks import AttentionMixer, Block, BlockState, GRUMixer, make_norm
+from .files import write_json, write_tensors
 from .layer import TTTLayer
 from .release import load_release_block
 from .validation import check_choice, check_positive
@@ -216,17 +217,10 @@ class TTT4Rec(nn.Module):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``config.json`` and ``model.safetensors`` (needs the package ``safetensors``)."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
-        partial = folder / f"{WEIGHTS_FILE}.part"
-        save_file(tensors, partial)
-        os.replace(partial, folder / WEIGHTS_FILE)
-        partial = folder / f"{CONFIG_FILE}.part"
-        partial.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
-        os.replace(partial, folder / CONFIG_FILE)
+        write_tensors(folder / WEIGHTS_FILE, self.state_dict())
+        write_json(folder / CONFIG_FILE, dataclasses.asdict(self.config))
 
     @staticmethod
     def load(folder: str | os.PathLike[str], device: str = "cpu") -> "TTT4Rec":

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ttt4rec.files import write_json, write_tensors
 from ttt4rec.model import TTT4Rec
 from ttt4rec.recsys.data import DataError, Histories, IntArray
 
@@ -147,13 +148,9 @@ class Recommender:
         folder = Path(folder)
         self.model.save(folder)
         ids = {"users": self.histories.user_ids, "items": self.histories.item_ids}
-        partial = folder / f"{IDS_FILE}.part"
-        partial.write_text(json.dumps(ids))
-        os.replace(partial, folder / IDS_FILE)
-        partial = folder / f"{HISTORIES_FILE}.part"
+        write_json(folder / IDS_FILE, ids)
         arrays = {name: getattr(self.histories, name) for name in ("items", "offsets", "times")}
-        save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, partial)
-        os.replace(partial, folder / HISTORIES_FILE)
+        write_tensors(folder / HISTORIES_FILE, {name: torch.from_numpy(array) for name, array in arrays.items()})
 
     @staticmethod
     def load(folder: str | os.PathLike[str], device: str = "cpu") -> Recommender:
