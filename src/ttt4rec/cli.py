@@ -1,4 +1,4 @@
-"""The command line: ``ttt4rec train``, ``ttt4rec evaluate``, ``ttt4rec recommend``."""
+"""The command line: ``ttt4rec train``, ``evaluate``, ``recommend`` and ``report``."""
 
 from __future__ import annotations
 
@@ -63,6 +63,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(_command(commands, "train", "learn from interactions, rank the test targets, write a model folder"))
     _add_evaluate(_command(commands, "evaluate", "HR, NDCG and MRR of a trained model over the full catalogue"))
     _add_recommend(_command(commands, "recommend", "the best items for a user or a history"))
+    report = _command(
+        commands, "report", "configuration, data, curves and metrics of runs, such as seeds, side by side"
+    )
+    report.add_argument("folders", nargs="+", metavar="DIR", help="folders that train wrote")
+    report.add_argument("--out", required=True, metavar="DIR", help="where to write report.md and curves.png")
     return parser
 
 
@@ -72,8 +77,9 @@ def _command(commands: argparse._SubParsersAction[_Parser], name: str, text: str
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
-    command.add_argument("data", metavar="DATA", help="ml-100k, or a .inter, .csv or .tsv file, which may be gzipped")
+    command.add_argument("data", metavar="DATA", help="ml-100k, or a .inter, .csv or .tsv (also .gz) or .parquet file")
     command.add_argument("--out", required=True, metavar="DIR", help="model folder; an interrupted run there goes on")
+    command.add_argument("--warm-start", metavar="DIR", help="begin with this model, its shape, and codes of its items")
     data = command.add_argument_group("data")
     data.add_argument("--user-field", default="user_id", metavar="NAME", help="column of user ids")
     data.add_argument("--item-field", default="item_id", metavar="NAME", help="column of item ids")
@@ -140,6 +146,7 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     who = command.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", metavar="ID", help="a user of the training data")
     who.add_argument("--history", nargs="+", metavar="ITEM", help="anybody's item ids, oldest first")
+    who.add_argument("--histories", metavar="FILE", help="a history a line, ids separated by blanks; prints JSON lines")
     command.add_argument("-k", "--k", type=int, default=10, metavar="N", help="how many items")
     command.add_argument("--exclude-seen", action="store_true", help="leave out items of the history")
     command.add_argument("--json", action="store_true", help="print JSON")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,14 @@ import torch
 
 from ttt4rec.files import write_json
 from ttt4rec.model import TTT4Rec, TTT4RecConfig
-from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histories, filter_k_core
+from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histories, filter_k_core, keep_item_codes
 from ttt4rec.recsys.datasets import load_interactions
 from ttt4rec.recsys.evaluate import evaluate as evaluate_windows
-from ttt4rec.recsys.plot import plot_training
-from ttt4rec.recsys.recommend import Recommender
+from ttt4rec.recsys.recommend import Recommendations, Recommender
+from ttt4rec.recsys.report import RUN_FILE, describe_data, write_report
 from ttt4rec.recsys.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.train import CHECKPOINT_FILE, EpochReport, TrainOptions, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
-
-RUN_FILE = "run.json"
 
 
 def train(args: Namespace) -> None:
@@ -35,6 +33,9 @@ def train(args: Namespace) -> None:
         args.data, user_field=args.user_field, item_field=args.item_field, time_field=args.time_field
     )
     split, cuts = _split(interactions, args, ratios)
+    trained = Recommender.load(args.warm_start, device) if args.warm_start else None
+    if trained is not None:
+        split = dataclasses.replace(split, histories=keep_item_codes(split.histories, trained.histories.item_ids))
     histories = split.histories
     for part in ("train", "valid", "test"):
         if not split.num_targets(part):
@@ -46,7 +47,7 @@ def train(args: Namespace) -> None:
     _describe(histories, split)
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        model = TTT4Rec(config).to(device)
+        model = trained.model.with_items(histories.num_items) if trained else TTT4Rec(config).to(device)
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--out expects a folder, given the file {folder}")
@@ -57,12 +58,12 @@ def train(args: Namespace) -> None:
     print(f"best of {len(reports)} epochs: {best.epoch}")
     recommender = Recommender(model, histories)
     recommender.save(folder)
-    if importlib.util.find_spec("matplotlib"):
-        plot_training(reports, folder / "training.png")
-    windows = evaluation_prefixes(split, "test", max_len=config.max_len)
+    windows = evaluation_prefixes(split, "test", max_len=model.config.max_len)
     metrics = evaluate_windows(model, windows, exclude_seen=args.exclude_seen, progress=sys.stderr.isatty())
     settings = {name: value for name, value in vars(args).items() if name not in ("command", "device", "threads")}
-    write_json(folder / RUN_FILE, {"settings": settings, "cuts": cuts, "test": metrics})
+    about = {"settings": settings, "data": describe_data(split), "cuts": cuts, "test": metrics}
+    write_json(folder / RUN_FILE, about)
+    write_report([folder], folder)
     print(f"test  {_format(metrics)}")
     _show_example(recommender)
     print(f"model in {folder}")
@@ -88,15 +89,37 @@ def evaluate(args: Namespace) -> None:
 def recommend(args: Namespace) -> None:
     """Print the best items for a user or a history."""
     recommender = Recommender.load(args.folder, _machine(args))
+    if args.histories is not None:
+        _recommend_file(recommender, args)
+        return
     result = recommender.recommend(args.user, args.history, k=args.k, exclude_seen=args.exclude_seen)
     if args.json:
-        items = [{"item": item, "score": score} for item, score in result.items]
-        print(json.dumps({"items": items, "unknown": result.unknown}, indent=2))
+        print(json.dumps(_as_json(result), indent=2))
     else:
         for rank, (item, score) in enumerate(result.items, start=1):
             print(f"{rank:3d}  {item}  {score:.4f}")
     if result.unknown:
         print(f"not in the catalogue, left out: {', '.join(result.unknown)}", file=sys.stderr)
+
+
+def report(args: Namespace) -> None:
+    """Write a report of several runs together."""
+    print(f"report in {write_report(args.folders, args.out)}")
+
+
+def _recommend_file(recommender: Recommender, args: Namespace) -> None:
+    """A line of JSON for each line of a file; one without a known item gets no recommendations."""
+    with open(args.histories, encoding="utf-8") as file:
+        while chunk := [line.split() for line in islice(file, 4096)]:
+            known = [bool(len(recommender.histories.item_codes(history)[0])) for history in chunk]
+            asked = [history for history, answerable in zip(chunk, known, strict=True) if answerable]
+            answers = iter(recommender.recommend_batch(asked, k=args.k, exclude_seen=args.exclude_seen))
+            for history, answerable in zip(chunk, known, strict=True):
+                print(json.dumps(_as_json(next(answers) if answerable else Recommendations([], tuple(history)))))
+
+
+def _as_json(result: Recommendations) -> dict[str, Any]:
+    return {"items": [{"item": item, "score": score} for item, score in result.items], "unknown": result.unknown}
 
 
 def _chosen(args: Namespace, target: type[Any]) -> dict[str, Any]:

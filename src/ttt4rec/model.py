@@ -1,5 +1,6 @@
 """TTT4Rec: the sequential recommender (Yang, Wang & Ge 2024, arXiv 2409.19142), and its baselines in the same frame."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -206,6 +207,25 @@ class TTT4Rec(nn.Module):
     def top_k(self, h: Tensor, k: int, seen: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Scores and ids ``[N, k]`` of the best items for hidden states ``[N, width]``. See ``catalogue.top_k``."""
         return catalogue.top_k(h, self.embedding.weight, k, seen)
+
+    def with_items(self, num_items: int) -> "TTT4Rec":
+        """A copy for a larger catalogue: items 1 to the old number as they are, the others as in a new model.
+
+        Raises:
+            ValueError: fewer items than the model has.
+        """
+        if num_items < self.config.num_items:
+            raise ValueError(f"num_items must be at least the model's {self.config.num_items}; given {num_items}")
+        larger = copy.deepcopy(self)
+        larger.config = dataclasses.replace(self.config, num_items=num_items)
+        old = self.embedding.weight
+        larger.embedding = nn.Embedding(
+            num_items + 1, self.config.width, padding_idx=0, device=old.device, dtype=old.dtype
+        )
+        larger.embedding.apply(_init_weights)
+        with torch.no_grad():
+            larger.embedding.weight[: len(old)] = old
+        return larger
 
     def load_release_state_dict(self, state_dict: dict[str, Tensor], block: int = 0) -> None:
         """Load one block's weights from the original ``ttt-lm-pytorch`` Block.

@@ -3,7 +3,15 @@
 The modules hold the rest: ``windows`` (histories cut for training and evaluation), ``metrics``, ``datasets``, ``plot``.
 """
 
-from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histories, filter_k_core, read_interactions
+from ttt4rec.recsys.data import (
+    DataError,
+    Histories,
+    Interactions,
+    build_histories,
+    filter_k_core,
+    keep_item_codes,
+    read_interactions,
+)
 from ttt4rec.recsys.datasets import load_interactions
 from ttt4rec.recsys.evaluate import evaluate
 from ttt4rec.recsys.recommend import Recommendations, Recommender
@@ -25,6 +33,7 @@ __all__ = [
     "evaluation_prefixes",
     "filter_k_core",
     "fit",
+    "keep_item_codes",
     "load_interactions",
     "read_interactions",
     "split_by_ratio",

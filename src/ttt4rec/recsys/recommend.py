@@ -19,6 +19,8 @@ from ttt4rec.files import write_json, write_tensors
 from ttt4rec.model import TTT4Rec
 from ttt4rec.recsys.data import DataError, Histories, IntArray
 
+_HISTORIES_AT_ONCE = 512
+
 IDS_FILE, HISTORIES_FILE = "ids.json", "histories.safetensors"
 
 
@@ -109,16 +111,14 @@ class Recommender:
         """Recommendations for item codes, each with the unknown ids that stood among them."""
         if k < 1:
             raise ValueError(f"expected k of at least 1, given {k}")
-        if not found:
-            return []
-        hidden = self._hidden([codes for codes, _ in found])
-        seen = self._seen([codes for codes, _ in found]) if exclude_seen else None
         results = []
-        for (_, unknown), row, items in zip(
-            found, *(x.tolist() for x in self.model.top_k(hidden, k, seen)), strict=True
-        ):
-            best = [(self.histories.item_ids[j - 1], score) for j, score in zip(items, row, strict=True)]
-            results.append(Recommendations([entry for entry in best if entry[1] > -math.inf], unknown))
+        for start in range(0, len(found), _HISTORIES_AT_ONCE):
+            part = found[start : start + _HISTORIES_AT_ONCE]
+            codes = [codes for codes, _ in part]
+            best = self.model.top_k(self._hidden(codes), k, self._seen(codes) if exclude_seen else None)
+            for (_, unknown), scores, items in zip(part, *(x.tolist() for x in best), strict=True):
+                pairs = [(self.histories.item_ids[j - 1], score) for j, score in zip(items, scores, strict=True)]
+                results.append(Recommendations([pair for pair in pairs if pair[1] > -math.inf], unknown))
         return results
 
     def _seen(self, histories: Sequence[IntArray]) -> tuple[Tensor, Tensor]:
