@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from recsys_data import write_events
+from ttt4rec import TTT4Rec
 from ttt4rec.cli import main
 
 SMALL = ["--width", "16", "--num-heads", "2", "--ffn-width", "16", "--max-len", "8", "--targets-per-batch", "128"]
@@ -28,7 +30,15 @@ def test_train_prints_and_writes(run, capsys):
     assert "test  HR@10" in out
     assert "user u0, whose last items are" in out
     written = {path.name for path in (run / "run").iterdir()}
-    assert {"model.safetensors", "config.json", "ids.json", "metrics.csv", "run.json", "training.png"} <= written
+    assert {
+        "model.safetensors",
+        "config.json",
+        "ids.json",
+        "metrics.csv",
+        "run.json",
+        "report.md",
+        "curves.png",
+    } <= written
 
 
 def test_evaluate_repeats_the_test_of_training(run, capsys):
@@ -37,6 +47,33 @@ def test_evaluate_repeats_the_test_of_training(run, capsys):
     assert json.loads(capsys.readouterr().out) == pytest.approx(expected)
     assert main(["evaluate", str(run / "run"), "--part", "valid", "--cutoffs", "1", "5"]) == 0
     assert capsys.readouterr().out.startswith("valid  HR@1 ")
+
+
+@pytest.mark.parametrize("split", [["--split-by", "last"], ["--split-by", "time", "--split", "6:2:2"]], ids=str)
+def test_other_splits(tmp_path, capsys, split):
+    data = write_events(tmp_path / "ring.inter")
+    command = ["train", str(data), "--out", str(tmp_path / "run"), "--epochs", "1", "--loss", "bpr", *split, *SMALL]
+    assert main([*command, "--exclude-seen"]) == 0
+    expected = json.loads((tmp_path / "run" / "run.json").read_text())["test"]
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--json", "--exclude-seen"]) == 0
+    assert json.loads(capsys.readouterr().out) == pytest.approx(expected)
+
+
+def test_report_of_two_seeds(run, tmp_path, capsys):
+    seeds = [run / "run", tmp_path / "seed1"]
+    command = ["train", str(run / "ring.inter"), "--out", str(seeds[1]), "--epochs", "2", "--seed", "1", *SMALL]
+    assert main(command) == 0
+    assert main(["report", *map(str, seeds), "--out", str(tmp_path / "both")]) == 0
+    assert (tmp_path / "both" / "curves.png").stat().st_size > 1000
+    text = (tmp_path / "both" / "report.md").read_text()
+    values = [json.loads((folder / "run.json").read_text())["test"]["HR@10"] for folder in seeds]
+    assert f"| HR@10 | {sum(values) / 2:.4f} | {min(values):.4f} to {max(values):.4f} |" in text
+    assert "| users | 60 | 60 |" in text
+    assert "| seed | 0 | 1 |" in text
+    (seeds[1] / "run.json").write_text("{}")
+    assert main(["report", *map(str, seeds), "--out", str(tmp_path / "both")]) == 2
+    assert "damaged" in capsys.readouterr().err
 
 
 def test_recommend(run, capsys):
@@ -49,6 +86,33 @@ def test_recommend(run, capsys):
     assert answer["unknown"] == ["new"]
     assert not {"i1", "i2"} & {entry["item"] for entry in answer["items"]}
     assert "left out: new" in printed.err
+
+
+def test_recommend_for_a_file_of_histories(run, tmp_path, capsys):
+    (tmp_path / "histories.txt").write_text("i1 i2 i3\nnew newer\n\ni5 new\n" + "i7\n" * 600)
+    command = ["recommend", str(run / "run"), "--histories", str(tmp_path / "histories.txt"), "--k", "3"]
+    assert main(command) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(answer["items"]) for answer in answers] == [3, 0, 0, 3, *[3] * 600]
+    assert [answer["unknown"] for answer in answers[:4]] == [[], ["new", "newer"], [], ["new"]]
+    assert main(["recommend", str(run / "run"), "--history", "i1", "i2", "i3", "--k", "3", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)["items"]
+    assert [entry["item"] for entry in alone] == [entry["item"] for entry in answers[0]["items"]]
+
+
+def test_new_items_are_added_to_a_trained_model(run, tmp_path, capsys):
+    text = (run / "ring.inter").read_text()
+    new = "".join(f"v{u}\tnew{(u + t) % 5}\t{t}\n" for u in range(9) for t in range(9))
+    (tmp_path / "more.inter").write_text(text + new)
+    command = ["train", str(tmp_path / "more.inter"), "--out", str(tmp_path / "run"), "--epochs", "1", *SMALL]
+    assert main([*command, "--warm-start", str(run / "run"), "--learning-rate", "1e-9"]) == 0
+    old, grown = (json.loads((folder / "ids.json").read_text())["items"] for folder in (run / "run", tmp_path / "run"))
+    assert grown[: len(old)] == old
+    assert set(grown[len(old) :]) == {f"new{i}" for i in range(5)}
+    before, after = (TTT4Rec.load(folder).state_dict() for folder in (run / "run", tmp_path / "run"))
+    for name, x in before.items():
+        torch.testing.assert_close(after[name][: len(x)], x, rtol=0, atol=1e-6)
+    assert main(["recommend", str(tmp_path / "run"), "--history", "new1", "i2"]) == 0
 
 
 def test_csv_with_named_columns(tmp_path, capsys):
@@ -70,7 +134,7 @@ def test_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     assert "same command again" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"], ["report"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
@@ -104,6 +168,13 @@ BAD_FILES = {
         (["ring.inter", "--split", "a:b:c"], "a:b:c"),
         (["ring.inter", "--split", "0:1:1"], "0"),
         (["ring.inter", "--split", "1:0:1"], "valid"),
+        (["ring.inter", "--split-by", "time", "--split", "1:0:1"], "valid"),
+        (["ring.inter", "--split-by", "fate"], "fate"),
+        (["ring.inter", "--warm-start", "nowhere"], "nowhere"),
+        (["ring.inter", "--loss", "hinge"], "hinge"),
+        (["ring.inter", "--loss", "gbce", "--calibration", "2"], "2"),
+        (["ring.inter", "--loss", "bpr", "--num-negatives", "0"], "0"),
+        (["ring.inter", "--accumulate", "0"], "0"),
         (["ring.inter", "--min-item", "100000"], "100000"),
         (["ring.inter", "--width", "10", "--num-heads", "4"], "10"),
         (["ring.inter", "--width", "-8"], "-8"),
@@ -138,8 +209,10 @@ def test_bad_training_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch
         (["recommend", "nowhere", "--user", "u1"], "nowhere"),
         (["recommend", "RUN", "--user", "stranger"], "stranger"),
         (["recommend", "RUN", "--history", "x"], "x"),
+        (["recommend", "RUN", "--histories", "nowhere.txt"], "nowhere.txt"),
         (["recommend", "RUN", "--user", "u1", "--k", "0"], "0"),
         (["evaluate", "RUN", "--cutoffs", "0"], "0"),
+        (["report", "RUN", "nowhere", "--out", "RUN"], "nowhere"),
     ],
     ids=str,
 )

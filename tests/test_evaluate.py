@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from recsys_data import make_model, make_split
+from ttt4rec import catalogue
 from ttt4rec.recsys import evaluate
 from ttt4rec.recsys.windows import evaluation_prefixes
 
@@ -15,9 +16,8 @@ from ttt4rec.recsys.windows import evaluation_prefixes
 @pytest.mark.parametrize("sizes", [None, (40, 50)])
 def test_agrees_with_one_prefix_at_a_time(tmp_path, monkeypatch, part, sizes):
     if sizes is not None:  # many batches, few scores at once
-        module = sys.modules[evaluate.__module__]
-        monkeypatch.setattr(module, "TOKENS_PER_BATCH", sizes[0])
-        monkeypatch.setattr(module, "SCORES_PER_CHUNK", sizes[1])
+        monkeypatch.setattr(sys.modules[evaluate.__module__], "TOKENS_PER_BATCH", sizes[0])
+        monkeypatch.setattr(catalogue, "SCORES_PER_BLOCK", sizes[1])
     split = make_split(tmp_path)
     model = make_model(split).double().eval()
     for parameter in model.parameters():
@@ -60,3 +60,26 @@ def test_a_constant_scorer_does_not_look_good(tmp_path):
     torch.nn.init.zeros_(model.embedding.weight)
     metrics = evaluate(model, evaluation_prefixes(split, "test", max_len=8), cutoffs=(10,))
     assert metrics["HR@10"] == 0
+
+
+@pytest.mark.parametrize("block", [60, 1 << 23])
+def test_excluding_what_was_seen(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(catalogue, "SCORES_PER_BLOCK", block)
+    split = make_split(tmp_path)
+    model = make_model(split).eval()
+    ranks = []
+    first, end = split.bounds("test")
+    with torch.no_grad():
+        for user in range(split.histories.num_users):
+            history = torch.from_numpy(split.histories.history(user))
+            for p in range(int(first[user]), int(end[user])):
+                if history[p] in history[:p]:
+                    continue
+                scores = model.scores(model(history[None, max(0, p - 8) : p])[0, -1])
+                target = float(scores[history[p] - 1])
+                scores[history[:p] - 1] = -torch.inf
+                ranks.append(int((scores > target).sum()) + 1)
+    assert 0 < len(ranks) < split.num_targets("test")
+    metrics = evaluate(model, evaluation_prefixes(split, "test", max_len=8), cutoffs=(5,), exclude_seen=True)
+    assert metrics["HR@5"] == pytest.approx(sum(rank <= 5 for rank in ranks) / len(ranks))
+    assert metrics["MRR"] == pytest.approx(sum(1 / rank for rank in ranks) / len(ranks))

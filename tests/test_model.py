@@ -203,3 +203,19 @@ def test_the_configuration_is_the_published_one():
     config = dataclasses.asdict(TTT4RecConfig(num_items=1))
     published = {"width": 64, "num_blocks": 1, "num_heads": 4, "inner": "mlp", "mini_batch_size": 8, "dropout": 0.2}
     assert config | published | {"rope_theta": 1000.0, "norm": "rms", "ffn": "swiglu", "ffn_width": 256} == config
+
+
+def test_a_model_grows():
+    model = make()
+    larger = model.with_items(33)
+    h = torch.randn(4, 8, dtype=torch.float64)
+    torch.testing.assert_close(larger.scores(h)[:, :30], model.scores(h), rtol=0, atol=1e-12)
+    assert larger.scores(h).shape == (4, 33)
+    assert larger.config.num_items == 33
+    ids = torch.randint(1, 31, (2, 9))
+    assert torch.equal(larger(ids), model(ids))
+    assert larger(ids + 3).isfinite().all()
+    larger.embedding.weight.data.zero_()
+    assert model.embedding.weight.abs().sum() > 0
+    with pytest.raises(ValueError, match="at least the model's 30; given 29"):
+        model.with_items(29)

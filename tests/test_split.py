@@ -1,12 +1,15 @@
+import contextlib
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttt4rec.recsys.data import Histories
-from ttt4rec.recsys.split import Split, split_by_ratio
+from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histories
+from ttt4rec.recsys.split import PARTS, Split, split_by_ratio, split_by_time, split_leave_one_out
+from ttt4rec.recsys.windows import evaluation_prefixes, training_windows
 
 
 def histories_of(lengths: list[int]) -> Histories:
@@ -84,3 +87,110 @@ def test_bad_ratios(ratios: tuple[int, int, int]) -> None:
 def test_unknown_part() -> None:
     with pytest.raises(ValueError, match="got 'dev'"):
         split_by_ratio(histories_of([5])).bounds("dev")
+
+
+@pytest.mark.parametrize(
+    ("interactions", "expected"), [(1, (0, 0, 0)), (2, (1, 0, 0)), (3, (1, 0, 1)), (4, (1, 1, 1)), (9, (6, 1, 1))]
+)
+def test_leave_one_out_by_hand(interactions: int, expected: tuple[int, int, int]) -> None:
+    assert counts_of(split_leave_one_out(histories_of([interactions])), 0) == expected
+
+
+Row = tuple[int, int, int]  # user, item, time
+ROWS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7), st.integers(0, 30)), min_size=4, max_size=60)
+
+
+def interactions_of(rows: list[Row]) -> Interactions:
+    users, items, times = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
+    return Interactions(users, items, times, tuple(f"u{u}" for u in range(9)), tuple(f"i{i}" for i in range(12)))
+
+
+def splits_of(rows: list[Row]) -> dict[str, Split]:
+    interactions = interactions_of(rows)
+    histories = build_histories(interactions)
+    found = {"ratio": split_by_ratio(histories), "last": split_leave_one_out(histories)}
+    with contextlib.suppress(DataError):
+        found["time"] = split_by_time(interactions, (6, 2, 2), min_user=2, min_item=2)[0]
+    return found
+
+
+@settings(max_examples=100, deadline=None)
+@given(ROWS)
+def test_no_target_sees_itself_or_anything_later(rows: list[Row]) -> None:
+    for split in splits_of(rows).values():
+        histories = split.histories
+        user_of = np.repeat(np.arange(histories.num_users), np.diff(histories.offsets))
+        for part in PARTS:
+            for build in (training_windows, evaluation_prefixes):
+                windows = build(split, max_len=3, part=part)
+                for start, length in zip(windows.starts.tolist(), windows.lengths.tolist(), strict=True):
+                    assert len(set(user_of[start : start + length + 1])) == 1
+                    assert (np.diff(histories.times[start : start + length + 1]) >= 0).all()
+            if len(windows):
+                taken, seen = windows.seen(torch.arange(len(windows)))
+                first, end = split.bounds(part)
+                expected = [
+                    histories.history(u)[:p].tolist()
+                    for u in range(histories.num_users)
+                    for p in range(first[u], end[u])
+                ]
+                assert [seen[taken == row].tolist() for row in range(len(expected))] == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(ROWS)
+def test_training_reads_and_counts_its_own_part_only(rows: list[Row]) -> None:
+    for name, split in splits_of(rows).items():
+        histories = split.histories
+        own = [code for u in range(histories.num_users) for code in histories.history(u)[: split.train_end[u]].tolist()]
+        assert split.train_counts().tolist() == [own.count(j + 1) for j in range(histories.num_items)], name
+        windows = training_windows(split, max_len=3)
+        ends = (windows.starts + windows.lengths + 1 - windows.begins).tolist()
+        users = np.searchsorted(histories.offsets, windows.begins.numpy(), side="right") - 1
+        assert all(end <= split.train_end[user] for end, user in zip(ends, users, strict=True))
+
+
+@settings(max_examples=100, deadline=None)
+@given(ROWS)
+def test_the_time_split_cuts_all_users_at_the_same_moments(rows: list[Row]) -> None:
+    try:
+        split, (valid_from, test_from) = split_by_time(interactions_of(rows), (6, 2, 2))
+    except DataError:
+        return
+    assert sum(row[2] < valid_from for row in rows) <= len(rows) * 6 // 10
+    known = {row[1] for row in rows if row[2] < valid_from}
+    assert set(split.histories.item_ids) == {f"i{item}" for item in known}
+    limits = {"train": (-1, valid_from), "valid": (valid_from, test_from), "test": (test_from, 31)}
+    for part, (low, high) in limits.items():
+        for user, (first, end) in enumerate(zip(*split.bounds(part), strict=True)):
+            times = split.histories.times[split.histories.offsets[user] :][first:end]
+            assert ((low <= times) & (times < high)).all()
+            expected = sorted(r[2] for r in rows if f"u{r[0]}" == split.histories.user_ids[user] and r[1] in known)
+            expected = [time for p, time in enumerate(expected) if p and low <= time < high]
+            assert times.tolist() == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(ROWS, st.lists(st.tuples(st.integers(0, 8), st.integers(0, 11)), min_size=60, max_size=60))
+def test_another_future_changes_nothing_in_training(rows: list[Row], others: list[tuple[int, int]]) -> None:
+    options = {"ratios": (6, 2, 2), "min_user": 2, "min_item": 2}
+    try:
+        split, (valid_from, _) = split_by_time(interactions_of(rows), **options)
+    except DataError:
+        return
+    changed = [row if row[2] < valid_from else (*other, row[2]) for row, other in zip(rows, others, strict=False)]
+    again, _ = split_by_time(interactions_of(changed), **options)
+    assert again.histories.item_ids == split.histories.item_ids
+    assert again.train_counts().tolist() == split.train_counts().tolist()
+    windows, windows_again = (training_windows(s, max_len=3) for s in (split, again))
+    assert len(windows) == len(windows_again)
+    for i in range(len(windows)):
+        for a, b in zip(windows.batch(torch.tensor([i])), windows_again.batch(torch.tensor([i])), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_time_split_without_training_data() -> None:
+    with pytest.raises(DataError, match=r"before time 3 .* got none"):
+        split_by_time(interactions_of([(0, 0, 3), (1, 1, 3)]))
+    with pytest.raises(ValueError, match="expected three whole-number ratios"):
+        split_by_time(interactions_of([(0, 0, 3), (1, 1, 3)]), (1, 1))

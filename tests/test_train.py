@@ -1,6 +1,7 @@
 """Training: it learns, repeats itself, and survives being stopped."""
 
 import csv
+import dataclasses
 
 import pytest
 import torch
@@ -143,15 +144,63 @@ def test_inner_rates_warm_up(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [{"epochs": 0}, {"patience": 0}, {"targets_per_batch": 0}, {"inner_lr_warmup": -1}, {"learning_rate": 0.0},
-     {"clip_norm": float("inf")}],
+     {"clip_norm": float("inf")}, {"loss": "hinge"}, {"num_negatives": 0}, {"popularity": -1.0}, {"calibration": 1.5},
+     {"accumulate": 0}],
     ids=str,
 )  # fmt: skip
 def test_wrong_options(change):
     ((name, value),) = change.items()
-    with pytest.raises(ValueError, match=f"{name} must .* given {value}"):
+    with pytest.raises(ValueError, match=f"{name} must .* given '?{value}"):
         TrainOptions(**change)
 
 
 def test_report_row():
     row = EpochReport(3, 1.5, 2.0, 0.5, {"NDCG@10": 0.25}).row()
     assert row == {"epoch": 3, "loss": 1.5, "valid_NDCG@10": 0.25, "train_seconds": 2.0, "valid_seconds": 0.5}
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    split = make_split(tmp_path)
+    fit(make_model(split), split, tmp_path / "run", OPTIONS)
+    histories = dataclasses.replace(split.histories, items=split.histories.items[::-1].copy())
+    with pytest.raises(ValueError, match="other data"):
+        fit(make_model(split), dataclasses.replace(split, histories=histories), tmp_path / "run", OPTIONS)
+
+
+@pytest.mark.parametrize("pieces", [3, 1000])
+def test_accumulated_gradients_are_those_of_one_piece(tmp_path, pieces):
+    split = make_split(tmp_path)
+    losses = []
+    for name, accumulate in (("one", 1), ("many", pieces)):
+        model = make_model(split, dropout=0.0).double()
+        reports = fit(model, split, tmp_path / name, dataclasses.replace(OPTIONS, accumulate=accumulate))
+        losses.append([report.loss for report in reports])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled"])
+def test_training_under_autocast(tmp_path, loss):
+    split = make_split(tmp_path)
+    seen = []
+    model = make_model(split)
+    model.blocks[0].ffn.register_forward_hook(lambda module, args, y: seen.append(y.dtype) if model.training else None)
+    options = dataclasses.replace(OPTIONS, epochs=8, patience=8, autocast=True, loss=loss, num_negatives=16)
+    reports = fit(model, split, tmp_path / "run", options)
+    assert set(seen) == {torch.bfloat16}
+    assert {x.dtype for x in model.parameters()} == {torch.float32}
+    assert reports[-1].loss < reports[0].loss - 0.5
+    plain = fit(make_model(split), split, tmp_path / "plain", dataclasses.replace(options, autocast=False))
+    assert [report.loss for report in reports] != [report.loss for report in plain]
+    assert reports[0].loss == pytest.approx(plain[0].loss, rel=2**-6)  # bfloat16 keeps 8 bits
+
+
+def test_deterministic_mode_is_on_in_training_only(tmp_path):
+    split = make_split(tmp_path)
+    model, seen = make_model(split), []
+    model.norm.register_forward_hook(lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    for enabled in (True, False):
+        options = dataclasses.replace(OPTIONS, epochs=1, deterministic=enabled)
+        fit(model, split, tmp_path / str(enabled), options)
+        assert set(seen) == {enabled}
+        assert not torch.are_deterministic_algorithms_enabled()
+        seen.clear()

@@ -1,4 +1,4 @@
-"""The command line: ``ttt4rec train``, ``ttt4rec evaluate``, ``ttt4rec recommend``."""
+"""The command line: ``ttt4rec train``, ``evaluate``, ``recommend`` and ``report``."""
 
 from __future__ import annotations
 
@@ -63,6 +63,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(_command(commands, "train", "learn from interactions, rank the test targets, write a model folder"))
     _add_evaluate(_command(commands, "evaluate", "HR, NDCG and MRR of a trained model over the full catalogue"))
     _add_recommend(_command(commands, "recommend", "the best items for a user or a history"))
+    report = _command(
+        commands, "report", "configuration, data, curves and metrics of runs, such as seeds, side by side"
+    )
+    report.add_argument("folders", nargs="+", metavar="DIR", help="folders that train wrote")
+    report.add_argument("--out", required=True, metavar="DIR", help="where to write report.md and curves.png")
     return parser
 
 
@@ -72,15 +77,22 @@ def _command(commands: argparse._SubParsersAction[_Parser], name: str, text: str
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
-    command.add_argument("data", metavar="DATA", help="ml-100k, or a .inter, .csv or .tsv file, which may be gzipped")
+    command.add_argument("data", metavar="DATA", help="ml-100k, or a .inter, .csv or .tsv (also .gz) or .parquet file")
     command.add_argument("--out", required=True, metavar="DIR", help="model folder; an interrupted run there goes on")
+    command.add_argument("--warm-start", metavar="DIR", help="begin with this model, its shape, and codes of its items")
     data = command.add_argument_group("data")
     data.add_argument("--user-field", default="user_id", metavar="NAME", help="column of user ids")
     data.add_argument("--item-field", default="item_id", metavar="NAME", help="column of item ids")
     data.add_argument("--time-field", default="timestamp", metavar="NAME", help="column of times, a number")
     data.add_argument("--min-user", type=int, default=5, metavar="N", help="drop users with fewer interactions")
     data.add_argument("--min-item", type=int, default=5, metavar="N", help="drop items with fewer interactions")
-    data.add_argument("--split", default="3:2:5", metavar="A:B:C", help="train, validation and test share of each user")
+    ways = ["ratio", "last", "time"]
+    about = (
+        "shares of each user's items; each user's last two; or shares of all by time, the same moments for all users"
+    )
+    data.add_argument("--split-by", default="ratio", choices=ways, help=about)
+    data.add_argument("--split", default="3:2:5", metavar="A:B:C", help="shares of train, validation and test")
+    data.add_argument("--exclude-seen", action="store_true", help="rank only items new to the user, for such targets")
     model = command.add_argument_group("model")
     model.add_argument("--mixer", default="ttt", choices=["ttt", "attention", "gru"], help="sequence layer")
     model.add_argument("--inner", default="mlp", choices=["linear", "mlp"], help="TTT's inner model")
@@ -102,6 +114,18 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     training.add_argument("--targets-per-batch", type=int, default=2048, metavar="N", help="targets in a step")
     training.add_argument("--clip-norm", type=float, default=5.0, metavar="X", help="largest norm of the gradients")
     training.add_argument("--inner-lr-warmup", type=int, default=0, metavar="N", help="steps to warm TTT's rates up")
+    losses = ["softmax", "sampled", "gbce", "bpr"]
+    training.add_argument("--loss", default="softmax", choices=losses, help="softmax is over all items")
+    training.add_argument(
+        "--num-negatives", type=int, default=256, metavar="N", help="drawn in a step, but for softmax"
+    )
+    training.add_argument(
+        "--popularity", type=float, default=0.0, metavar="X", help="draw by (count + 1) to this power"
+    )
+    training.add_argument("--calibration", type=float, default=0.75, metavar="X", help="gbce's t, from 0 to 1")
+    training.add_argument("--accumulate", type=int, default=1, metavar="N", help="pieces of a step, to save memory")
+    training.add_argument("--autocast", action="store_true", help="run the model in bfloat16")
+    training.add_argument("--deterministic", action="store_true", help="deterministic algorithms only")
     training.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, shuffling and dropout")
     _add_machine(command)
 
@@ -109,6 +133,9 @@ def _add_train(command: argparse.ArgumentParser) -> None:
 def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="DIR", help="folder that train wrote")
     command.add_argument("--part", default="test", choices=["valid", "test"], help="which targets")
+    command.add_argument(
+        "--exclude-seen", action="store_true", help="rank only items new to the user, for such targets"
+    )
     command.add_argument("--cutoffs", type=int, nargs="+", default=[10, 50], metavar="K", help="the k of HR@k")
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_machine(command)
@@ -119,6 +146,7 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     who = command.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", metavar="ID", help="a user of the training data")
     who.add_argument("--history", nargs="+", metavar="ITEM", help="anybody's item ids, oldest first")
+    who.add_argument("--histories", metavar="FILE", help="a history a line, ids separated by blanks; prints JSON lines")
     command.add_argument("-k", "--k", type=int, default=10, metavar="N", help="how many items")
     command.add_argument("--exclude-seen", action="store_true", help="leave out items of the history")
     command.add_argument("--json", action="store_true", help="print JSON")

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import os
 import sys
 from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ttt4rec.files import write_json
 from ttt4rec.model import TTT4Rec, TTT4RecConfig
-from ttt4rec.recsys.data import DataError, Histories, build_histories, filter_k_core
+from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histories, filter_k_core, keep_item_codes
 from ttt4rec.recsys.datasets import load_interactions
 from ttt4rec.recsys.evaluate import evaluate as evaluate_windows
-from ttt4rec.recsys.plot import plot_training
-from ttt4rec.recsys.recommend import Recommender
-from ttt4rec.recsys.split import Split, split_by_ratio
+from ttt4rec.recsys.recommend import Recommendations, Recommender
+from ttt4rec.recsys.report import RUN_FILE, describe_data, write_report
+from ttt4rec.recsys.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.train import CHECKPOINT_FILE, EpochReport, TrainOptions, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
-
-RUN_FILE = "run.json"
 
 
 def train(args: Namespace) -> None:
@@ -34,16 +32,22 @@ def train(args: Namespace) -> None:
     interactions = load_interactions(
         args.data, user_field=args.user_field, item_field=args.item_field, time_field=args.time_field
     )
-    histories = build_histories(filter_k_core(interactions, min_user=args.min_user, min_item=args.min_item))
-    split = split_by_ratio(histories, ratios)
+    split, cuts = _split(interactions, args, ratios)
+    trained = Recommender.load(args.warm_start, device) if args.warm_start else None
+    if trained is not None:
+        split = dataclasses.replace(split, histories=keep_item_codes(split.histories, trained.histories.item_ids))
+    histories = split.histories
     for part in ("train", "valid", "test"):
         if not split.num_targets(part):
-            raise DataError(f"--split {args.split} leaves no {part} targets; expected some for each of the three parts")
+            raise DataError(
+                f"--split-by {args.split_by} --split {args.split} leaves no {part} targets; "
+                "expected some for each of the three parts"
+            )
     config = TTT4RecConfig(num_items=histories.num_items, **_chosen(args, TTT4RecConfig))
     _describe(histories, split)
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        model = TTT4Rec(config).to(device)
+        model = trained.model.with_items(histories.num_items) if trained else TTT4Rec(config).to(device)
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--out expects a folder, given the file {folder}")
@@ -54,12 +58,12 @@ def train(args: Namespace) -> None:
     print(f"best of {len(reports)} epochs: {best.epoch}")
     recommender = Recommender(model, histories)
     recommender.save(folder)
-    if importlib.util.find_spec("matplotlib"):
-        plot_training(reports, folder / "training.png")
-    windows = evaluation_prefixes(split, "test", max_len=config.max_len)
-    metrics = evaluate_windows(model, windows, progress=sys.stderr.isatty())
+    windows = evaluation_prefixes(split, "test", max_len=model.config.max_len)
+    metrics = evaluate_windows(model, windows, exclude_seen=args.exclude_seen, progress=sys.stderr.isatty())
     settings = {name: value for name, value in vars(args).items() if name not in ("command", "device", "threads")}
-    _write_json(folder / RUN_FILE, {"settings": settings, "test": metrics})
+    about = {"settings": settings, "data": describe_data(split), "cuts": cuts, "test": metrics}
+    write_json(folder / RUN_FILE, about)
+    write_report([folder], folder)
     print(f"test  {_format(metrics)}")
     _show_example(recommender)
     print(f"model in {folder}")
@@ -68,26 +72,54 @@ def train(args: Namespace) -> None:
 def evaluate(args: Namespace) -> None:
     """Rank the targets of a part by the protocol of the paper."""
     device = _machine(args)
-    ratios = _trained_ratios(Path(args.folder))
+    run = _trained(Path(args.folder))
     recommender = Recommender.load(args.folder, device)
-    split = split_by_ratio(recommender.histories, ratios)
+    split = _split_again(recommender.histories, *run)
     windows = evaluation_prefixes(split, args.part, max_len=recommender.model.config.max_len)
-    metrics = evaluate_windows(recommender.model, windows, cutoffs=args.cutoffs, progress=sys.stderr.isatty())
+    metrics = evaluate_windows(
+        recommender.model,
+        windows,
+        cutoffs=args.cutoffs,
+        exclude_seen=args.exclude_seen,
+        progress=sys.stderr.isatty(),
+    )
     print(json.dumps(metrics, indent=2) if args.json else f"{args.part}  {_format(metrics)}")
 
 
 def recommend(args: Namespace) -> None:
     """Print the best items for a user or a history."""
     recommender = Recommender.load(args.folder, _machine(args))
+    if args.histories is not None:
+        _recommend_file(recommender, args)
+        return
     result = recommender.recommend(args.user, args.history, k=args.k, exclude_seen=args.exclude_seen)
     if args.json:
-        items = [{"item": item, "score": score} for item, score in result.items]
-        print(json.dumps({"items": items, "unknown": result.unknown}, indent=2))
+        print(json.dumps(_as_json(result), indent=2))
     else:
         for rank, (item, score) in enumerate(result.items, start=1):
             print(f"{rank:3d}  {item}  {score:.4f}")
     if result.unknown:
         print(f"not in the catalogue, left out: {', '.join(result.unknown)}", file=sys.stderr)
+
+
+def report(args: Namespace) -> None:
+    """Write a report of several runs together."""
+    print(f"report in {write_report(args.folders, args.out)}")
+
+
+def _recommend_file(recommender: Recommender, args: Namespace) -> None:
+    """A line of JSON for each line of a file; one without a known item gets no recommendations."""
+    with open(args.histories, encoding="utf-8") as file:
+        while chunk := [line.split() for line in islice(file, 4096)]:
+            known = [bool(len(recommender.histories.item_codes(history)[0])) for history in chunk]
+            asked = [history for history, answerable in zip(chunk, known, strict=True) if answerable]
+            answers = iter(recommender.recommend_batch(asked, k=args.k, exclude_seen=args.exclude_seen))
+            for history, answerable in zip(chunk, known, strict=True):
+                print(json.dumps(_as_json(next(answers) if answerable else Recommendations([], tuple(history)))))
+
+
+def _as_json(result: Recommendations) -> dict[str, Any]:
+    return {"items": [{"item": item, "score": score} for item, score in result.items], "unknown": result.unknown}
 
 
 def _chosen(args: Namespace, target: type[Any]) -> dict[str, Any]:
@@ -102,14 +134,35 @@ def _ratios(text: str) -> tuple[int, int, int]:
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
-def _trained_ratios(folder: Path) -> tuple[int, int, int]:
-    """The split of the run that wrote a folder."""
+def _split(
+    interactions: Interactions, args: Namespace, ratios: tuple[int, int, int]
+) -> tuple[Split, tuple[float, float] | None]:
+    """The split that the arguments name, and the moments at which it cuts if it does so by time."""
+    smallest = {"min_user": args.min_user, "min_item": args.min_item}
+    if args.split_by == "time":
+        return split_by_time(interactions, ratios, **smallest)
+    histories = build_histories(filter_k_core(interactions, **smallest))
+    return _split_again(histories, args.split_by, ratios, None), None
+
+
+def _split_again(
+    histories: Histories, way: str, ratios: tuple[int, int, int], cuts: tuple[float, float] | None
+) -> Split:
+    if cuts is not None:
+        return split_at(histories, *cuts)
+    return split_leave_one_out(histories) if way == "last" else split_by_ratio(histories, ratios)
+
+
+def _trained(folder: Path) -> tuple[str, tuple[int, int, int], tuple[float, float] | None]:
+    """How the run that wrote a folder split its data."""
     path = folder / RUN_FILE
     if not path.is_file():
         raise DataError(f"{folder} holds no finished training run: {RUN_FILE} is missing")
     try:
-        return _ratios(json.loads(path.read_text())["settings"]["split"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        run = json.loads(path.read_text())
+        cuts = run["cuts"] and (run["cuts"][0], run["cuts"][1])
+        return run["settings"]["split_by"], _ratios(run["settings"]["split"]), cuts
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise DataError(f"{path} is damaged; expected the settings of a training run") from error
 
 
@@ -151,9 +204,3 @@ def _show_example(recommender: Recommender) -> None:
 
 def _format(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.startswith("MRR"))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)

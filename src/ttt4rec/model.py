@@ -1,5 +1,6 @@
 """TTT4Rec: the sequential recommender (Yang, Wang & Ge 2024, arXiv 2409.19142), and its baselines in the same frame."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import catalogue
 from .blocks import AttentionMixer, Block, BlockState, GRUMixer, make_norm
+from .files import write_json, write_tensors
 from .layer import TTTLayer
 from .release import load_release_block
 from .validation import check_choice, check_positive
@@ -190,6 +193,40 @@ class TTT4Rec(nn.Module):
         """Scores of all items, ``[..., num_items]``, for hidden states ``[..., width]``; column j is item j + 1."""
         return F.linear(h, self.embedding.weight[1:])
 
+    def nll(self, h: Tensor, items: Tensor) -> Tensor:
+        """Negative log-likelihood ``[N]`` of items, int64 ``[N]`` from 1, for hidden states ``[N, width]``.
+
+        The softmax runs over all items, in blocks; nothing of size N times num_items is held. See ``catalogue.nll``.
+        """
+        return catalogue.nll(h, self.embedding.weight, items)
+
+    def ranks(self, h: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Ranks ``[N]`` of items among all items, 1 being the best; float64. See ``catalogue.ranks``."""
+        return catalogue.ranks(h, self.embedding.weight, items, seen)
+
+    def top_k(self, h: Tensor, k: int, seen: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Scores and ids ``[N, k]`` of the best items for hidden states ``[N, width]``. See ``catalogue.top_k``."""
+        return catalogue.top_k(h, self.embedding.weight, k, seen)
+
+    def with_items(self, num_items: int) -> "TTT4Rec":
+        """A copy for a larger catalogue: items 1 to the old number as they are, the others as in a new model.
+
+        Raises:
+            ValueError: fewer items than the model has.
+        """
+        if num_items < self.config.num_items:
+            raise ValueError(f"num_items must be at least the model's {self.config.num_items}; given {num_items}")
+        larger = copy.deepcopy(self)
+        larger.config = dataclasses.replace(self.config, num_items=num_items)
+        old = self.embedding.weight
+        larger.embedding = nn.Embedding(
+            num_items + 1, self.config.width, padding_idx=0, device=old.device, dtype=old.dtype
+        )
+        larger.embedding.apply(_init_weights)
+        with torch.no_grad():
+            larger.embedding.weight[: len(old)] = old
+        return larger
+
     def load_release_state_dict(self, state_dict: dict[str, Tensor], block: int = 0) -> None:
         """Load one block's weights from the original ``ttt-lm-pytorch`` Block.
 
@@ -200,17 +237,10 @@ class TTT4Rec(nn.Module):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``config.json`` and ``model.safetensors`` (needs the package ``safetensors``)."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
-        partial = folder / f"{WEIGHTS_FILE}.part"
-        save_file(tensors, partial)
-        os.replace(partial, folder / WEIGHTS_FILE)
-        partial = folder / f"{CONFIG_FILE}.part"
-        partial.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
-        os.replace(partial, folder / CONFIG_FILE)
+        write_tensors(folder / WEIGHTS_FILE, self.state_dict())
+        write_json(folder / CONFIG_FILE, dataclasses.asdict(self.config))
 
     @staticmethod
     def load(folder: str | os.PathLike[str], device: str = "cpu") -> "TTT4Rec":

@@ -1,27 +1,22 @@
-"""Checkpoints: one safetensors file, its progress as JSON in the header, replaced atomically."""
+"""Checkpoints: one safetensors file, its progress as JSON in the header, replaced in one step."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from ttt4rec.files import write_tensors
 
 _KIND = "ttt4rec training checkpoint, version 1"
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
-    """Write to a file beside the old checkpoint, then put it in its place."""
-    partial = path.with_name(f"{path.name}.part")
-    contiguous = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    save_file(contiguous, partial, metadata={"kind": _KIND, "progress": json.dumps(progress)})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """Put a checkpoint in the place of the old one; OSError, and the old one stays, when it cannot be written."""
+    write_tensors(path, tensors, {"kind": _KIND, "progress": json.dumps(progress)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -36,5 +31,5 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if metadata.get("kind") != _KIND:
                 raise ValueError(f"{path} is not a training checkpoint of this version")
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["progress"])  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error

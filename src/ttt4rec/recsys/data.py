@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import os
 import zlib
@@ -48,6 +49,12 @@ class Interactions:
 
     def __len__(self) -> int:
         return len(self.users)
+
+    def take(self, rows: IntArray) -> Interactions:
+        """Some of the rows, with codes closed up in their old order."""
+        users, user_ids = _close_up(self.users[rows], self.user_ids)
+        items, item_ids = _close_up(self.items[rows], self.item_ids)
+        return Interactions(users, items, self.times[rows], user_ids, item_ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,10 +131,10 @@ def read_interactions(
     time_field: str = "timestamp",
     separator: str | None = None,
 ) -> Interactions:
-    """Read a delimited text file with a header line.
+    """Read a delimited text file with a header line, or a Parquet file.
 
-    RecBole atomic files (``.inter``, header ``name:type``), ``.tsv`` and ``.csv`` are told apart by their
-    suffix, each also with ``.gz`` behind it; another suffix needs ``separator``. Commas and other separators
+    RecBole atomic files (``.inter``, header ``name:type``), ``.tsv`` and ``.csv``, each also with ``.gz`` behind it,
+    and ``.parquet`` are told apart by their suffix; another suffix needs ``separator``. Commas and other separators
     allow quoted fields, tabs do not. Blank lines are passed over, other columns ignored.
 
     Ids are strings, coded in the order of their first appearance. Times become int64 when all of them are
@@ -135,9 +142,13 @@ def read_interactions(
 
     Raises:
         DataError: no such file, no such column, no rows, or rows that cannot be understood; it names the
-            file, the first bad line and how many there are.
+            file, the first bad line, how many there are and where.
     """
     path = Path(path)
+    if path.suffix == ".parquet":
+        from ttt4rec.recsys.parquet import read_parquet
+
+        return read_parquet(path, user_field, item_field, time_field)
     separator = _separator_of(path) if separator is None else separator
     if len(separator) != 1:
         raise DataError(f"expected a separator of one character, got {separator!r}")
@@ -199,7 +210,7 @@ class _Reader(Protocol):
     def __iter__(self) -> Iterator[list[str]]: ...
 
 
-class _Codes(dict[str, int]):
+class Codes(dict[str, int]):
     """Codes 0, 1, 2, ... given out in the order in which ids first appear."""
 
     def __missing__(self, key: str) -> int:
@@ -207,11 +218,12 @@ class _Codes(dict[str, int]):
         return code
 
     def encode(self, ids: Sequence[str]) -> IntArray:
+        """Codes of ids, int64."""
         return np.fromiter(map(self.__getitem__, ids), dtype=np.int64, count=len(ids))
 
 
 def _read_rows(path: Path, reader: _Reader, columns: _Columns) -> Interactions:
-    user_codes, item_codes = _Codes(), _Codes()
+    user_codes, item_codes = Codes(), Codes()
     users: list[IntArray] = []
     items: list[IntArray] = []
     times: list[TimeArray] = []
@@ -228,22 +240,30 @@ def _read_rows(path: Path, reader: _Reader, columns: _Columns) -> Interactions:
         users.append(user_codes.encode(user_column))
         items.append(item_codes.encode(item_column))
         times.append(time_column)
-    if problems:
-        line, what = problems[0]
-        count = "the only bad line" if len(problems) == 1 else f"the first of {len(problems)} bad lines"
-        raise DataError(f"{path} line {line}: {what} ({count})")
+    report_problems(path, problems, "line")
     if not users:
         raise DataError(f"{path}: expected rows after the header, got none")
     return Interactions(
         np.concatenate(users),
         np.concatenate(items),
-        _join_times(times),
+        join_times(times),
         tuple(user_codes),
         tuple(item_codes),
     )
 
 
-def _join_times(chunks: list[TimeArray]) -> TimeArray:
+def report_problems(path: Path, problems: Sequence[tuple[int, str]], place: str) -> None:
+    """Raise DataError if there are any: what is wrong with the first, how many there are and where."""
+    if len(problems) == 1:
+        raise DataError(f"{path} {place} {problems[0][0]}: {problems[0][1]} (the only bad {place})")
+    if problems:
+        where = ", ".join(str(number) for number, _ in problems[:5]) + (", ..." if len(problems) > 5 else "")
+        count = f"the first of {len(problems)} bad {place}s: {where}"
+        raise DataError(f"{path} {place} {problems[0][0]}: {problems[0][1]} ({count})")
+
+
+def join_times(chunks: list[TimeArray]) -> TimeArray:
+    """One array, int64 if all chunks are."""
     if all(chunk.dtype == np.int64 for chunk in chunks):
         return np.concatenate(chunks, dtype=np.int64)
     return np.concatenate(chunks, dtype=np.float64)
@@ -305,29 +325,31 @@ def filter_k_core(interactions: Interactions, *, min_user: int, min_item: int) -
     Raises:
         DataError: nothing is left.
     """
-    users, items = interactions.users, interactions.items
+    kept = k_core_rows(interactions.users, interactions.items, min_user=min_user, min_item=min_item)
+    if not len(kept):
+        raise DataError(
+            f"expected interactions left after filtering, got none of {len(interactions)}: "
+            f"no users with >= {min_user} and items with >= {min_item} interactions among themselves"
+        )
+    return interactions.take(kept)
+
+
+def k_core_rows(users: IntArray, items: IntArray, *, min_user: int, min_item: int) -> IntArray:
+    """Which rows ``filter_k_core`` keeps, int64, ascending."""
     kept = np.arange(len(users))
     while True:
         enough_user = np.bincount(users[kept], minlength=1) >= min_user
         enough_item = np.bincount(items[kept], minlength=1) >= min_item
         still = kept[enough_user[users[kept]] & enough_item[items[kept]]]
         if len(still) == len(kept):
-            break
+            return kept
         kept = still
-    if not len(kept):
-        raise DataError(
-            f"expected interactions left after filtering, got none of {len(users)}: "
-            f"no users with >= {min_user} and items with >= {min_item} interactions among themselves"
-        )
-    user_codes, users = np.unique(users[kept], return_inverse=True)
-    item_codes, items = np.unique(items[kept], return_inverse=True)
-    return Interactions(
-        users.astype(np.int64),
-        items.astype(np.int64),
-        interactions.times[kept],
-        tuple(interactions.user_ids[code] for code in user_codes),
-        tuple(interactions.item_ids[code] for code in item_codes),
-    )
+
+
+def _close_up(codes: IntArray, ids: tuple[str, ...]) -> tuple[IntArray, tuple[str, ...]]:
+    """Codes without gaps, and the ids of those that occur."""
+    occurs = np.bincount(codes, minlength=len(ids)) > 0
+    return (np.cumsum(occurs) - 1)[codes], tuple(ids[code] for code in np.flatnonzero(occurs))
 
 
 def build_histories(interactions: Interactions) -> Histories:
@@ -341,3 +363,10 @@ def build_histories(interactions: Interactions) -> Histories:
         interactions.user_ids,
         interactions.item_ids,
     )
+
+
+def keep_item_codes(histories: Histories, item_ids: Sequence[str]) -> Histories:
+    """The histories with items coded as an earlier model knows them: its ids first, then those that are new."""
+    codes = {item: code for code, item in enumerate(dict.fromkeys((*item_ids, *histories.item_ids)), start=1)}
+    lookup = np.array([0, *(codes[item] for item in histories.item_ids)], dtype=np.int64)
+    return dataclasses.replace(histories, items=lookup[histories.items], item_ids=tuple(codes))

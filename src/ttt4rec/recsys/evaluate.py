@@ -8,20 +8,22 @@ import torch
 from torch import Tensor
 
 from ttt4rec.model import TTT4Rec
-from ttt4rec.recsys.metrics import RankingMetrics, target_ranks
+from ttt4rec.recsys.metrics import RankingMetrics
 from ttt4rec.recsys.progress import progress_bar
 from ttt4rec.recsys.windows import Windows
 
 TOKENS_PER_BATCH = 16_384
 """Inputs read at once; enough to fill a CPU's matmuls, small enough for its caches."""
 
-SCORES_PER_CHUNK = 1 << 24
-"""Scores held at once: 64 MiB of float32, whatever the number of items."""
-
 
 @torch.no_grad()
 def evaluate(
-    model: TTT4Rec, windows: Windows, *, cutoffs: Sequence[int] = (10, 50), progress: bool = False
+    model: TTT4Rec,
+    windows: Windows,
+    *,
+    cutoffs: Sequence[int] = (10, 50),
+    exclude_seen: bool = False,
+    progress: bool = False,
 ) -> dict[str, float]:
     """HR, NDCG and MRR of the model's ranking of all items, every scored target weighing the same.
 
@@ -29,6 +31,8 @@ def evaluate(
         model: put into evaluation mode, and back if it was training.
         windows: whose targets to rank; ``evaluation_prefixes`` gives the paper's protocol.
         cutoffs: the k of HR@k, NDCG@k and MRR@k.
+        exclude_seen: rank only items that the user has not had before, for the targets that are such items; a repeated
+            target, which could not be recommended, is passed over. Otherwise all items are ranked for all targets.
         progress: show a progress bar.
 
     Returns:
@@ -41,20 +45,29 @@ def evaluate(
     model.eval()
     metrics = RankingMetrics(cutoffs)
     device = model.embedding.weight.device
-    rows = max(1, SCORES_PER_CHUNK // model.config.num_items)
     try:
         with progress_bar(total=windows.num_targets, unit="target", desc="evaluate", enabled=progress) as bar:
             for indices in _by_length(windows):
                 ids, targets, cu_seqlens = (x.to(device) for x in windows.packed_batch(indices))
                 scored = targets != 0
                 hidden = model(ids, cu_seqlens=cu_seqlens)[0, scored]
-                columns = targets[scored] - 1
-                for h, column in zip(hidden.split(rows), columns.split(rows), strict=True):
-                    metrics.update(target_ranks(model.scores(h), column))
-                bar.update(columns.numel())
+                items, seen = targets[scored], None
+                if exclude_seen:
+                    new, seen = _new_targets(items, *(x.to(device) for x in windows.seen(indices)))
+                    hidden, items = hidden[new], items[new]
+                metrics.update(model.ranks(hidden, items, seen))
+                bar.update(int(scored.sum()))
     finally:
         model.train(training)
     return metrics.compute()
+
+
+def _new_targets(items: Tensor, rows: Tensor, seen: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Which targets are not among what was seen before them, and what was seen before those, by their new numbers."""
+    new = torch.ones_like(items, dtype=torch.bool)
+    new[rows[seen == items[rows]]] = False
+    kept = new[rows]
+    return new, ((new.cumsum(0) - 1)[rows[kept]], seen[kept])
 
 
 def _by_length(windows: Windows) -> Iterator[Tensor]:

@@ -1,25 +1,28 @@
-"""A picture of a training run."""
+"""A picture of training runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ttt4rec.recsys.train import EpochReport
 
+def plot_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """Draw loss and validation NDCG@10 by epoch into a PNG file (needs the package ``matplotlib``).
 
-def plot_training(reports: Sequence[EpochReport], path: Path) -> None:
-    """Draw loss and validation NDCG@10 by epoch into a PNG file (needs the package ``matplotlib``)."""
+    Args:
+        runs: rows of ``metrics.csv`` by the name of the run.
+        path: the file.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    epochs = [report.epoch for report in reports]
-    left = figure.add_subplot()
-    right = left.twinx()
-    left.plot(epochs, [report.loss for report in reports], color="tab:gray")
-    right.plot(epochs, [report.metrics["NDCG@10"] for report in reports], color="tab:blue")
-    left.set(xlabel="epoch", ylabel="training loss (grey)")
-    right.set_ylabel("validation NDCG@10 (blue)")
+    for axes, column, label in zip(
+        figure.subplots(1, 2), ("loss", "valid_NDCG@10"), ("training loss", "validation NDCG@10"), strict=True
+    ):
+        for name, rows in runs.items():
+            axes.plot([row["epoch"] for row in rows], [row[column] for row in rows], label=name)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.legend()
     figure.savefig(path, dpi=120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ttt4rec.files import write_json, write_tensors
 from ttt4rec.model import TTT4Rec
 from ttt4rec.recsys.data import DataError, Histories, IntArray
+
+_HISTORIES_AT_ONCE = 512
 
 IDS_FILE, HISTORIES_FILE = "ids.json", "histories.safetensors"
 
@@ -88,8 +92,6 @@ class Recommender:
     ) -> list[Recommendations]:
         """The k best items for each of several histories of original item ids, in their order.
 
-        The scores of all items are held for all histories at once: 4 bytes each.
-
         Raises:
             ValueError: a history holds no known item, k is below 1, or the model's scores are NaN.
         """
@@ -109,50 +111,46 @@ class Recommender:
         """Recommendations for item codes, each with the unknown ids that stood among them."""
         if k < 1:
             raise ValueError(f"expected k of at least 1, given {k}")
-        if not found:
-            return []
-        scores = self._scores([codes for codes, _ in found])
         results = []
-        for (codes, unknown), row in zip(found, scores, strict=True):
-            if exclude_seen:
-                row[torch.from_numpy(codes - 1)] = -torch.inf
-            best = torch.argsort(row, descending=True, stable=True)[:k]
-            best = best[row[best] > -torch.inf]
-            names = [self.histories.item_ids[j] for j in best.tolist()]
-            results.append(Recommendations(list(zip(names, row[best].tolist(), strict=True)), unknown))
+        for start in range(0, len(found), _HISTORIES_AT_ONCE):
+            part = found[start : start + _HISTORIES_AT_ONCE]
+            codes = [codes for codes, _ in part]
+            best = self.model.top_k(self._hidden(codes), k, self._seen(codes) if exclude_seen else None)
+            for (_, unknown), scores, items in zip(part, *(x.tolist() for x in best), strict=True):
+                pairs = [(self.histories.item_ids[j - 1], score) for j, score in zip(items, scores, strict=True)]
+                results.append(Recommendations([pair for pair in pairs if pair[1] > -math.inf], unknown))
         return results
 
+    def _seen(self, histories: Sequence[IntArray]) -> tuple[Tensor, Tensor]:
+        """The items of each history as ``catalogue.top_k`` wants them."""
+        rows = np.repeat(np.arange(len(histories)), [len(codes) for codes in histories])
+        device = self.model.embedding.weight.device
+        return torch.from_numpy(rows).to(device), torch.from_numpy(np.concatenate(histories)).to(device)
+
     @torch.no_grad()
-    def _scores(self, histories: Sequence[IntArray]) -> Tensor:
-        """Scores of all items after the last ``max_len`` of each history, float32 ``[N, num_items]``, on the CPU."""
+    def _hidden(self, histories: Sequence[IntArray]) -> Tensor:
+        """Hidden states ``[N, width]`` after the last ``max_len`` items of each history."""
         recent = [torch.from_numpy(codes[-self.model.config.max_len :].copy()) for codes in histories]
         ends = torch.tensor([len(codes) for codes in recent]).cumsum(0)
         device = self.model.embedding.weight.device
         training = self.model.training
         self.model.eval()
         try:
-            hidden = self.model(
+            hidden: Tensor = self.model(
                 torch.cat(recent)[None].to(device), cu_seqlens=torch.cat((ends.new_zeros(1), ends)).to(device)
             )
-            scores = self.model.scores(hidden[0, ends - 1]).float().cpu()
         finally:
             self.model.train(training)
-        if scores.isnan().any():
-            raise ValueError("expected scores that are numbers, got NaN from the model; it has diverged in training")
-        return scores
+        return hidden[0, ends - 1]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model, ``ids.json`` and ``histories.safetensors``, each file replaced atomically."""
         folder = Path(folder)
         self.model.save(folder)
         ids = {"users": self.histories.user_ids, "items": self.histories.item_ids}
-        partial = folder / f"{IDS_FILE}.part"
-        partial.write_text(json.dumps(ids))
-        os.replace(partial, folder / IDS_FILE)
-        partial = folder / f"{HISTORIES_FILE}.part"
+        write_json(folder / IDS_FILE, ids)
         arrays = {name: getattr(self.histories, name) for name in ("items", "offsets", "times")}
-        save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, partial)
-        os.replace(partial, folder / HISTORIES_FILE)
+        write_tensors(folder / HISTORIES_FILE, {name: torch.from_numpy(array) for name, array in arrays.items()})
 
     @staticmethod
     def load(folder: str | os.PathLike[str], device: str = "cpu") -> Recommender:

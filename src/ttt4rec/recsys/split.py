@@ -1,29 +1,37 @@
-"""Histories split in time order into training, validation and test targets."""
+"""Histories split into training, validation and test targets, by each user's order or by one clock for all.
+
+No target is ever predicted from an interaction at or after it. What else a split lets training see differs:
+
+- by ratio and leave-one-out, as in most published work, users are cut at different times. One user's training part may
+  be later than another's test part, and the filter and the mapping of items are those of the whole data.
+- by time, all users are cut at the same moments. The filter, the mapping of items and every count are those of the
+  training part alone; an item first seen later has no code, and is left out.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
-from ttt4rec.recsys.data import Histories, IntArray
+from ttt4rec.recsys.data import DataError, Histories, IntArray, Interactions, build_histories, k_core_rows
 
 Part: TypeAlias = Literal["train", "valid", "test"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
     """Which part every target belongs to.
 
-    The targets of a user with n interactions are the history positions 1..n-1 (the first interaction has no
-    prefix to be predicted from). Position p is a training target if p < train_end, a validation target if
-    train_end <= p < valid_end, and a test target from there on.
+    History position p belongs to training if p < train_end, to validation if train_end <= p < valid_end, and to
+    the test from there on. Each is a target but position 0, which has no prefix to be predicted from.
 
     Attributes:
         histories: the histories that are split.
-        train_end: int64 [num_users].
-        valid_end: int64 [num_users].
+        train_end: int64 [num_users], at least 0.
+        valid_end: int64 [num_users], at least train_end.
     """
 
     histories: Histories
@@ -32,18 +40,23 @@ class Split:
 
     def bounds(self, part: Part) -> tuple[IntArray, IntArray]:
         """First target position and the one after the last, int64 [num_users] each; ValueError if unknown."""
-        if part == "train":
-            return np.ones_like(self.train_end), self.train_end
-        if part == "valid":
-            return self.train_end, self.valid_end
-        if part == "test":
-            return self.valid_end, np.maximum(np.diff(self.histories.offsets), self.valid_end)
+        if part in PARTS:
+            last = np.maximum(np.diff(self.histories.offsets), self.valid_end)
+            edges = np.maximum(1, np.stack([np.ones_like(last), self.train_end, self.valid_end, last]))
+            return edges[PARTS.index(part)], edges[PARTS.index(part) + 1]
         raise ValueError(f"expected a part out of 'train', 'valid' and 'test', got {part!r}")
 
     def num_targets(self, part: Part) -> int:
         """Number of targets of one part, all users together."""
         first, end = self.bounds(part)
         return int((end - first).sum())
+
+    def train_counts(self) -> IntArray:
+        """How often each item occurs in the training part, int64 [num_items]; item code j + 1 at j."""
+        histories = self.histories
+        position = np.arange(len(histories.items)) - np.repeat(histories.offsets[:-1], np.diff(histories.offsets))
+        inside = position < np.repeat(self.train_end, np.diff(histories.offsets))
+        return np.bincount(histories.items[inside] - 1, minlength=histories.num_items)
 
 
 def split_by_ratio(histories: Histories, ratios: tuple[int, int, int] = (3, 2, 5)) -> Split:
@@ -56,9 +69,7 @@ def split_by_ratio(histories: Histories, ratios: tuple[int, int, int] = (3, 2, 5
     Raises:
         ValueError: the ratios are not three whole numbers, train at least 1 and the others at least 0.
     """
-    whole = len(ratios) == 3 and all(isinstance(ratio, int) for ratio in ratios)
-    if not whole or ratios[0] < 1 or min(ratios) < 0:
-        raise ValueError(f"expected three whole-number ratios, train >= 1, valid and test >= 0, got {ratios}")
+    _check_ratios(ratios)
     targets = np.maximum(np.diff(histories.offsets) - 1, 0)
     valid = targets * ratios[1] // sum(ratios)
     test = targets * ratios[2] // sum(ratios)
@@ -67,3 +78,80 @@ def split_by_ratio(histories: Histories, ratios: tuple[int, int, int] = (3, 2, 5
             count += (count == 0) & (targets - valid - test > 1)
     train_end = 1 + targets - valid - test
     return Split(histories, train_end, train_end + valid)
+
+
+def split_leave_one_out(histories: Histories) -> Split:
+    """Every user's last target for the test, the one before for validation; training keeps at least one.
+
+    A user with two targets has none for validation, one with a single target none for the test either.
+    """
+    targets = np.maximum(np.diff(histories.offsets) - 1, 0)
+    test, valid = (targets > 1).astype(np.int64), (targets > 2).astype(np.int64)
+    train_end = 1 + targets - valid - test
+    return Split(histories, train_end, train_end + valid)
+
+
+def split_by_time(
+    interactions: Interactions, ratios: tuple[int, int, int] = (8, 1, 1), *, min_user: int = 1, min_item: int = 1
+) -> tuple[Split, tuple[float, float]]:
+    """Cut all users at the same two moments; nothing that training uses depends on what comes after the first.
+
+    The moments are the times of the interactions at the ratios' shares of all, in time order; what bears such a time
+    comes after the cut. The training part is filtered to a k-core, whose items are the catalogue. Of the later parts,
+    the interactions with these items are kept, whoever the user is: users new to them come after the known ones.
+
+    Args:
+        interactions: unfiltered.
+        ratios: shares of train, valid and test among all interactions.
+        min_user: drop users with fewer interactions in the training part from it.
+        min_item: drop items with fewer interactions in the training part.
+
+    Returns:
+        The split, and the times at which validation and test begin.
+
+    Raises:
+        ValueError: bad ratios, or (DataError) no training interaction is left.
+    """
+    _check_ratios(ratios)
+    clock = np.sort(interactions.times)
+    valid_from, test_from = (
+        clock[min(len(clock) - 1, len(clock) * share // sum(ratios))].item() for share in (ratios[0], sum(ratios[:2]))
+    )
+    early = np.flatnonzero(interactions.times < valid_from)
+    core = early[
+        k_core_rows(interactions.users[early], interactions.items[early], min_user=min_user, min_item=min_item)
+    ]
+    if not len(core):
+        raise DataError(
+            f"expected interactions before time {valid_from} with users of >= {min_user} and items of >= {min_item} "
+            "interactions among themselves, got none"
+        )
+    known = np.zeros(len(interactions.item_ids), dtype=bool)
+    known[interactions.items[core]] = True
+    late = np.flatnonzero((interactions.times >= valid_from) & known[interactions.items])
+    rows = np.concatenate([core, late])  # in this order, so that no code depends on what comes late
+    users, user_ids = _by_first_appearance(interactions.users[rows], interactions.user_ids)
+    items, item_ids = _by_first_appearance(interactions.items[rows], interactions.item_ids)
+    histories = build_histories(Interactions(users, items, interactions.times[rows], user_ids, item_ids))
+    return split_at(histories, valid_from, test_from), (valid_from, test_from)
+
+
+def split_at(histories: Histories, valid_from: float, test_from: float) -> Split:
+    """Split where time reaches ``valid_from``, then ``test_from``."""
+    ends = [np.r_[0, np.cumsum(histories.times < cut)][histories.offsets] for cut in (valid_from, test_from)]
+    return Split(histories, np.diff(ends[0]), np.diff(ends[1]))
+
+
+def _by_first_appearance(codes: IntArray, ids: tuple[str, ...]) -> tuple[IntArray, tuple[str, ...]]:
+    """Codes given out anew in the order in which they come, and the ids of these."""
+    old, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    new = np.empty_like(order)
+    new[order] = np.arange(len(order))
+    return new[inverse], tuple(ids[code] for code in old[order])
+
+
+def _check_ratios(ratios: tuple[int, int, int]) -> None:
+    whole = len(ratios) == 3 and all(isinstance(ratio, int) for ratio in ratios)
+    if not whole or ratios[0] < 1 or min(ratios) < 0:
+        raise ValueError(f"expected three whole-number ratios, train >= 1, valid and test >= 0, got {ratios}")

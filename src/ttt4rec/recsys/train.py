@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import math
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ttt4rec.files import replacing
 from ttt4rec.layer import TTTLayer
 from ttt4rec.model import TTT4Rec
 from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
 from ttt4rec.recsys.evaluate import evaluate
+from ttt4rec.recsys.losses import LOSSES, Loss, LossName
 from ttt4rec.recsys.progress import progress_bar
 from ttt4rec.recsys.split import Split
-from ttt4rec.recsys.windows import batches, training_windows
+from ttt4rec.recsys.windows import Windows, batches, training_windows
+from ttt4rec.validation import check_choice
 
 METRICS_FILE, CHECKPOINT_FILE = "metrics.csv", "checkpoint.safetensors"
 
@@ -38,7 +43,15 @@ class TrainOptions:
         targets_per_batch: scored targets in one step.
         clip_norm: largest norm of all gradients together.
         inner_lr_warmup: steps over which TTT layers' inner rates rise from 0 to their full size; 0: none.
-        seed: of the shuffling and the dropout.
+        loss: ``"softmax"`` over all items, or one over negatives: ``"sampled"`` softmax, ``"gbce"``, ``"bpr"``.
+        num_negatives: negatives drawn in a step, shared by its targets.
+        popularity: negatives are drawn in proportion to an item's training count + 1 to this power; 0: all alike.
+        calibration: gBCE's t, from 0 (binary cross-entropy) to 1.
+        exclude_seen: validate on items new to the user, see ``evaluate``.
+        accumulate: pieces in which a step's gradients are computed, one after the other, to save memory.
+        autocast: run the model in bfloat16 under autocast; weights, inner loop, scores and loss stay float32.
+        deterministic: have torch use deterministic algorithms only, and raise where there is none.
+        seed: of the shuffling, the dropout and the negatives.
     """
 
     epochs: int = 300
@@ -47,6 +60,14 @@ class TrainOptions:
     targets_per_batch: int = 2048
     clip_norm: float = 5.0
     inner_lr_warmup: int = 0
+    loss: LossName = "softmax"
+    num_negatives: int = 256
+    popularity: float = 0.0
+    calibration: float = 0.75
+    exclude_seen: bool = False
+    accumulate: int = 1
+    autocast: bool = False
+    deterministic: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,12 +76,19 @@ class TrainOptions:
         Raises:
             ValueError: one is out of range.
         """
-        for name, least in (("epochs", 1), ("patience", 1), ("targets_per_batch", 1), ("inner_lr_warmup", 0)):
+        at_least_one = ("epochs", "patience", "targets_per_batch", "num_negatives", "accumulate")
+        whole = dict.fromkeys(at_least_one, 1) | {"inner_lr_warmup": 0}
+        for name, least in whole.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; given {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and above 0; given {getattr(self, name)}")
+        check_choice("loss", self.loss, LOSSES)
+        if not 0 <= self.popularity < math.inf:
+            raise ValueError(f"popularity must be finite and at least 0; given {self.popularity}")
+        if not 0 <= self.calibration <= 1:
+            raise ValueError(f"calibration must be from 0 to 1; given {self.calibration}")
 
 
 @dataclass(frozen=True)
@@ -107,15 +135,22 @@ def fit(
         What happened in each epoch.
 
     Raises:
-        ValueError: the folder's checkpoint belongs to another run, or training diverged.
+        ValueError: the folder's checkpoint is damaged or belongs to another run, or training diverged.
+        OSError: the folder cannot be written or the disk is full; the last checkpoint stays whole.
     """
     options = options or TrainOptions()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass  # a folder that cannot be written is better known before the first epoch than after it
     run = _Run(model, split, options)
     if (folder / CHECKPOINT_FILE).exists():
         run.restore(folder / CHECKPOINT_FILE)
-    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        _write_metrics(folder / METRICS_FILE, run.reports)  # the interruption may have come just before this
+    with (
+        _deterministic(options.deterministic),
+        torch.random.fork_rng([run.device] if run.device.type == "cuda" else []),
+    ):
         torch.manual_seed(options.seed)
         run.restore_random_state()
         while not run.finished():
@@ -135,6 +170,14 @@ class _Run:
         self.model, self.options, self.device = model, options, model.embedding.weight.device
         self.train_windows = training_windows(split, max_len=model.config.max_len)
         self.valid_windows = training_windows(split, max_len=model.config.max_len, part="valid")
+        counts = torch.from_numpy(split.train_counts()).to(self.device)
+        self.loss = Loss.make(
+            options.loss,
+            counts,
+            num_negatives=options.num_negatives,
+            popularity=options.popularity,
+            calibration=options.calibration,
+        )
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.reports: list[EpochReport] = []
@@ -155,7 +198,7 @@ class _Run:
         begin = time.perf_counter()
         loss = self._train_epoch(progress)
         middle = time.perf_counter()
-        metrics = evaluate(self.model, self.valid_windows, progress=progress)
+        metrics = evaluate(self.model, self.valid_windows, exclude_seen=self.options.exclude_seen, progress=progress)
         end = time.perf_counter()
         self.reports.append(EpochReport(len(self.reports), loss, middle - begin, end - middle, metrics))
         if self._best() == len(self.reports) - 1:
@@ -163,14 +206,13 @@ class _Run:
         return self.reports[-1]
 
     def _train_epoch(self, progress: bool) -> float:
-        windows, device = self.train_windows, self.device
+        windows = self.train_windows
         self.model.train()
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         plan = list(batches(windows, targets_per_batch=self.options.targets_per_batch, generator=self.generator))
         with progress_bar(total=len(plan), unit="step", desc=f"epoch {len(self.reports)}", enabled=progress) as bar:
             for indices in plan:
-                loss, count = self._step(*(x.to(device) for x in windows.packed_batch(indices)))
-                total += loss.detach().double() * count
+                total += self._step(indices)
                 bar.update()
         self._set_inner_lr_scale(1.0)  # what is validated and kept is the model as it will be used
         mean = float(total) / windows.num_targets
@@ -181,18 +223,25 @@ class _Run:
             )
         return mean
 
-    def _step(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, int]:
+    def _step(self, indices: Tensor) -> Tensor:
+        """One update by the mean loss of some windows' targets; returns its sum."""
         warmup = self.options.inner_lr_warmup
         self._set_inner_lr_scale(self.steps / warmup if self.steps < warmup else 1.0)
-        scored = targets != 0
-        hidden = self.model(ids, cu_seqlens=cu_seqlens)[0, scored]
-        loss = F.cross_entropy(self.model.scores(hidden), targets[scored] - 1)
+        count = int(self.train_windows.targets_per_window[indices].sum())
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.optimizer.zero_grad()
-        loss.backward()
+        for piece in indices.tensor_split(min(self.options.accumulate, len(indices))):
+            ids, targets, cu_seqlens = (x.to(self.device) for x in self.train_windows.packed_batch(piece))
+            scored = targets != 0
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast):
+                hidden = self.model(ids, cu_seqlens=cu_seqlens)[0, scored]
+                loss = self.loss(self.model, hidden, targets[scored]).sum()
+            (loss / count).backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.optimizer.step()
         self.steps += 1
-        return loss, hidden.shape[0]
+        return total
 
     def _set_inner_lr_scale(self, scale: float) -> None:
         for module in self.model.modules():
@@ -219,10 +268,16 @@ class _Run:
     def restore(self, path: Path) -> None:
         """Take up what ``save`` wrote."""
         tensors, progress = load_checkpoint(path)
-        if progress["run"] != self._identity():
+        if progress.get("run") != self._identity():
             raise ValueError(
                 f"{path} belongs to a run with other data, model or options; choose another folder or delete it"
             )
+        try:
+            self._take(tensors, progress)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+    def _take(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "adam": {}, "random": {}}
         for name, x in tensors.items():
             group, _, rest = name.partition(".")
@@ -254,9 +309,26 @@ class _Run:
         """What must agree for a checkpoint to be this run's; the number of epochs and the patience may change."""
         options = dataclasses.asdict(self.options)
         del options["epochs"], options["patience"]
-        items = self.train_windows.items
-        data = [len(items), int((items * (torch.arange(len(items)) % 9973 + 1)).sum()), self.train_windows.num_targets]
+        data = [_fingerprint(windows) for windows in (self.train_windows, self.valid_windows)]
         return {"options": options, "config": dataclasses.asdict(self.model.config), "data": data}
+
+
+def _fingerprint(windows: Windows) -> str:
+    digest = hashlib.sha256()
+    for x in (windows.items, windows.starts, windows.lengths, windows.leading):
+        digest.update(x.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _deterministic(enabled: bool) -> Iterator[None]:
+    """Torch's deterministic mode for a while."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error" if enabled else before)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def _copy(model: TTT4Rec) -> dict[str, Tensor]:
@@ -264,9 +336,7 @@ def _copy(model: TTT4Rec) -> dict[str, Tensor]:
 
 
 def _write_metrics(path: Path, reports: list[EpochReport]) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(reports[0].row()))
         writer.writeheader()
         writer.writerows(report.row() for report in reports)
-    os.replace(partial, path)

@@ -26,12 +26,14 @@ class Windows:
         starts: int64 [W], index into ``items``.
         lengths: int64 [W], number of inputs, at least 1.
         leading: int64 [W], number of leading inputs whose target is not scored, less than ``lengths``.
+        begins: int64 [W], index into ``items`` of the first item of the user's history.
     """
 
     items: Tensor
     starts: Tensor
     lengths: Tensor
     leading: Tensor
+    begins: Tensor
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -88,10 +90,27 @@ class Windows:
             raise ValueError("expected the index of at least one window, got none")
         lengths = self.lengths[indices]
         cu_seqlens = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-        offset = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[:-1].repeat_interleave(lengths)
+        offset = _count_up(lengths)
         position = self.starts[indices].repeat_interleave(lengths) + offset
         scored = offset >= self.leading[indices].repeat_interleave(lengths)
         return self.items[position][None], self.items[position + 1] * scored, cu_seqlens
+
+    def seen(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """All that a user had before each scored target, also before the window.
+
+        Args:
+            indices: int64 [B], which windows.
+
+        Returns:
+            rows: int64 [P], number of the scored target, in the order of ``packed_batch``.
+            items: int64 [P], an item before it.
+        """
+        count = self.targets_per_window[indices]
+        nth = _count_up(count)
+        target = (self.starts + self.leading + 1)[indices].repeat_interleave(count) + nth
+        before = target - self.begins[indices].repeat_interleave(count)
+        rows = torch.arange(len(target)).repeat_interleave(before)
+        return rows, self.items[(target - before).repeat_interleave(before) + _count_up(before)]
 
 
 def training_windows(split: Split, *, max_len: int, part: Part = "train") -> Windows:
@@ -158,6 +177,11 @@ def batches(windows: Windows, *, targets_per_batch: int, generator: torch.Genera
     return iter(order.tensor_split(ends.tolist()) if len(windows) else ())
 
 
+def _count_up(lengths: Tensor) -> Tensor:
+    """0, 1, ..., length - 1 for each length, one behind the other."""
+    return torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+
+
 def _check_max_len(max_len: int) -> None:
     if max_len < 1:
         raise ValueError(f"expected max_len of at least 1, got {max_len}")
@@ -172,6 +196,6 @@ def _enumerate_windows(counts: IntArray) -> tuple[IntArray, IntArray]:
 
 def _make_windows(split: Split, user: IntArray, start: IntArray, length: IntArray, leading: IntArray) -> Windows:
     """Windows with ``start`` a position in the user's history."""
-    starts = split.histories.offsets[user] + start
-    arrays = (split.histories.items, starts, length, leading)
+    begins = split.histories.offsets[user]
+    arrays = (split.histories.items, begins + start, length, leading, begins)
     return Windows(*(torch.from_numpy(np.array(array, dtype=np.int64)) for array in arrays))

@@ -1,0 +1,236 @@
+"""Losses, ranks and best items over a whole catalogue, in blocks of items; the matrix of all scores is never held.
+
+Throughout, the catalogue is an embedding table ``[num_items + 1, C]`` whose row 0 is padding and takes no part, and the
+score of item j for hidden state h is their dot product. Scores are float32 (float64 where an input is), also under
+autocast. Each pass works on the scores of all hidden states with a block of items, about ``SCORES_PER_BLOCK`` of them,
+which is all the memory it needs beside its result; the gradient of an item is one product over all hidden states.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SCORES_PER_BLOCK = 1 << 23
+"""Scores held at once: 32 MiB of float32."""
+
+Block: TypeAlias = tuple[int, Tensor, Tensor]
+"""The first item of a block, its rows of the table ``[c, C]``, the scores ``[N, c]``."""
+
+
+def nll(h: Tensor, table: Tensor, items: Tensor) -> Tensor:
+    """Negative log-likelihood of items under the softmax over the catalogue.
+
+    Args:
+        h: hidden states ``[N, C]``, any float dtype.
+        table: embeddings ``[num_items + 1, C]``.
+        items: int64 ``[N]``, the target of each hidden state, from 1 to num_items.
+
+    Returns:
+        float32 (float64) ``[N]``; it may be differentiated once, with respect to h and table.
+
+    Raises:
+        ValueError: shapes do not fit or an item does not exist. TypeError: items are not int64.
+    """
+    _check(h, table, items)
+    if h.shape[0] * (table.shape[0] - 1) <= SCORES_PER_BLOCK:  # a single block, whose scores may as well be kept
+        with torch.autocast(h.device.type, enabled=False):
+            dtype = _dtype(h, table)
+            return F.cross_entropy(F.linear(h.to(dtype), table[1:].to(dtype)), items - 1, reduction="none")
+    loss: Tensor = catalogue_nll(h, table, items)[0]
+    return loss
+
+
+@torch.no_grad()
+def ranks(h: Tensor, table: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Rank of each hidden state's item in the catalogue, 1 being the best; a tie counts half.
+
+    Exactly ``recsys.metrics.target_ranks`` of the matrix of all scores, in two passes: the first finds the targets'
+    scores, the second compares. Both compute a block alike, to the last bit, so that equal scores are equal.
+
+    Args:
+        h: hidden states ``[N, C]``.
+        table: embeddings ``[num_items + 1, C]``.
+        items: int64 ``[N]``.
+        seen: pairs (row, item), two int64 ``[P]``, in any order: the item takes no part in that row.
+
+    Returns:
+        float64 ``[N]``.
+
+    Raises:
+        ValueError: shapes do not fit, an item does not exist, or a score is NaN. TypeError: items are not int64.
+    """
+    _check(h, table, items)
+    if not len(items):
+        return torch.zeros(0, dtype=torch.float64, device=h.device)
+    passes: list[Iterable[Block]] = [_blocks(h, table, seen) for _ in range(2)]
+    if h.shape[0] * (table.shape[0] - 1) <= SCORES_PER_BLOCK:
+        passes = [list(passes[0])] * 2
+    target = torch.zeros(h.shape[0], 1, dtype=_dtype(h, table), device=h.device)
+    nan = torch.zeros((), dtype=torch.bool, device=h.device)
+    for first, _, scores in passes[0]:
+        column, inside = _columns(items, first, scores)
+        target = torch.where(inside, scores.gather(1, column), target)
+        nan |= scores.amax().isnan()  # a maximum over any NaN is NaN
+    if nan:
+        raise ValueError("expected scores that are numbers, got NaN among them; has the model diverged in training?")
+    above, same = (torch.zeros(h.shape[0], dtype=torch.int64, device=h.device) for _ in range(2))
+    for _, _, scores in passes[1]:
+        above += (scores > target).sum(1)
+        same += (scores == target).sum(1)
+    return 1 + above.double() + (same - 1).double() / 2
+
+
+@torch.no_grad()
+def top_k(h: Tensor, table: Tensor, k: int, seen: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The best items of each hidden state, equal scores in the order of the catalogue.
+
+    Args:
+        h: hidden states ``[N, C]``.
+        table: embeddings ``[num_items + 1, C]``.
+        k: how many, at most num_items of which come back.
+        seen: as for ``ranks``; what is left out has score -inf.
+
+    Returns:
+        scores float32 ``[N, k]``, descending, and items int64 ``[N, k]``.
+
+    Raises:
+        ValueError: shapes do not fit, k is below 1, or a score is NaN.
+    """
+    _check(h, table)
+    if k < 1:
+        raise ValueError(f"expected k of at least 1, given {k}")
+    best = torch.empty(h.shape[0], 0, dtype=torch.int64, device=h.device)
+    for first, rows, scores in _blocks(h, table, seen):
+        if bool(scores.isnan().any()):
+            raise ValueError("expected scores that are numbers, got NaN from the model; it has diverged in training")
+        found = torch.cat((best, _sort_keys(scores, first)), 1)
+        best = found.topk(min(k, best.shape[1] + rows.shape[0]), dim=1).values
+    return _scores_of(best), ~best & _LOW
+
+
+def _dtype(h: Tensor, table: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(h.dtype, table.dtype), torch.float32)
+
+
+def _check(h: Tensor, table: Tensor, items: Tensor | None = None) -> None:
+    if h.dim() != 2 or table.dim() != 2 or h.shape[1] != table.shape[1]:
+        raise ValueError(
+            f"h must be [N, C] and table [num_items + 1, C]; given {list(h.shape)} and {list(table.shape)}"
+        )
+    if items is None or torch.compiler.is_compiling():
+        return
+    if items.dtype != torch.int64:
+        raise TypeError(f"items must be int64; given {items.dtype}")
+    if items.shape != h.shape[:1]:
+        raise ValueError(f"items must be [N], one for each of {h.shape[0]} hidden states; given {list(items.shape)}")
+    if items.numel() and not 1 <= int(items.min()) <= int(items.max()) < table.shape[0]:
+        raise ValueError(
+            f"items must be from 1 to {table.shape[0] - 1}; given {int(items.min())} to {int(items.max())}"
+        )
+
+
+def _blocks(h: Tensor, table: Tensor, seen: tuple[Tensor, Tensor] | None = None) -> Iterator[Block]:
+    """The catalogue block by block; what a row has seen has score -inf.
+
+    Every product has the same shape, the last one overlapping the one before it: a narrow one could be summed in
+    another order, and equal items would no longer score the same.
+    """
+    dtype = _dtype(h, table)
+    size = max(1, SCORES_PER_BLOCK // max(1, h.shape[0]))
+    bounds: list[int] = []
+    if seen is not None:
+        order = seen[1].argsort()
+        seen = (seen[0][order], seen[1][order])
+        edges = torch.arange(1, table.shape[0] + size, size, device=h.device)
+        bounds = torch.searchsorted(seen[1], edges).tolist()
+    h = h.to(dtype)
+    for number, first in enumerate(range(1, table.shape[0], size)):
+        overlap = max(0, min(first - 1, first + size - table.shape[0]))
+        rows = table[first - overlap : first + size].to(dtype)
+        with torch.autocast(h.device.type, enabled=False):
+            scores = (h @ rows.T)[:, overlap:]
+        rows = rows[overlap:]
+        if seen is not None:
+            part = slice(bounds[number], bounds[number + 1])
+            scores[seen[0][part], seen[1][part] - first] = -torch.inf
+        yield first, rows, scores
+
+
+def _columns(items: Tensor, first: int, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Column of each row's item in a block, and whether it stands there, ``[N, 1]`` each."""
+    column = (items - first).unsqueeze(1)
+    inside = (column >= 0) & (column < scores.shape[1])
+    return column.clamp(0, scores.shape[1] - 1), inside
+
+
+_LOW = (1 << 32) - 1
+
+
+def _sort_keys(scores: Tensor, first: int) -> Tensor:
+    """Integers in the order of (score, earlier item), so that no two are alike: the float's bits above the item's."""
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 the same as 0.0
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    items = torch.arange(first, first + scores.shape[1], device=scores.device)
+    return (ordered << 32) | (~items & _LOW)
+
+
+def _scores_of(keys: Tensor) -> Tensor:
+    ordered = (keys >> 32).int()
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+@torch.library.custom_op("ttt4rec::catalogue_nll", mutates_args=())
+def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods ``[N]`` and the logarithms of the softmax's denominators, float64 ``[N]``."""
+    lse = torch.full((h.shape[0],), -torch.inf, dtype=torch.float64, device=h.device)
+    target = torch.zeros(h.shape[0], 1, dtype=_dtype(h, table), device=h.device)
+    for first, _, scores in _blocks(h, table):
+        column, inside = _columns(items, first, scores)
+        target = torch.where(inside, scores.gather(1, column), target)
+        lse = torch.logaddexp(lse, scores.logsumexp(1).double())
+    return (lse - target.squeeze(1)).to(target.dtype), lse
+
+
+@torch.library.custom_op("ttt4rec::catalogue_nll_backward", mutates_args=())
+def catalogue_nll_backward(grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of h and table; the probabilities are computed again, block by block."""
+    dtype = _dtype(h, table)
+    grad_h = torch.zeros(h.shape, dtype=dtype, device=h.device)
+    grad_table = torch.empty_like(table)
+    grad_table[0] = 0
+    wide, offset, grad = h.to(dtype), lse.to(dtype).unsqueeze(1), grad.to(dtype).unsqueeze(1)
+    for first, rows, scores in _blocks(h, table):
+        column, inside = _columns(items, first, scores)
+        scores.sub_(offset).exp_().mul_(grad)
+        scores.scatter_add_(1, column, -grad * inside)
+        with torch.autocast(h.device.type, enabled=False):
+            grad_table[first : first + rows.shape[0]] = scores.T @ wide
+            grad_h.addmm_(scores, rows)
+    return grad_h.to(h.dtype), grad_table
+
+
+@catalogue_nll.register_fake
+def _(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape[0], dtype=_dtype(h, table)), h.new_empty(h.shape[0], dtype=torch.float64)
+
+
+@catalogue_nll_backward.register_fake
+def _(grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape), table.new_empty(table.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    if grad is None:
+        return None, None, None
+    return *catalogue_nll_backward(grad, *ctx.saved_tensors), None
+
+
+catalogue_nll.register_autograd(_backward, setup_context=_setup_context)

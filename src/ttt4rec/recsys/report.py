@@ -1,0 +1,119 @@
+"""A report of finished runs: configuration, data, curves, and metrics with their spread, as Markdown with a picture."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ttt4rec.files import replacing
+from ttt4rec.recsys.data import DataError
+from ttt4rec.recsys.plot import plot_curves
+from ttt4rec.recsys.split import PARTS, Split
+from ttt4rec.recsys.train import METRICS_FILE
+
+RUN_FILE, REPORT_FILE, CURVES_FILE = "run.json", "report.md", "curves.png"
+
+
+def describe_data(split: Split) -> dict[str, float]:
+    """Statistics of the histories and the parts, by name."""
+    histories = split.histories
+    lengths = np.diff(histories.offsets)
+    users = np.repeat(np.arange(histories.num_users), lengths)
+    distinct = len(np.unique(users * (histories.num_items + 1) + histories.items))
+    return {
+        "users": histories.num_users,
+        "items": histories.num_items,
+        "interactions": len(histories.items),
+        "mean history": round(float(lengths.mean()), 1),
+        "median history": float(np.median(lengths)),
+        "longest history": int(lengths.max()),
+        "share of repeats": round(1 - distinct / len(histories.items), 4),
+    } | {f"{part} targets": split.num_targets(part) for part in PARTS}
+
+
+def write_report(runs: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str]) -> Path:
+    """Write ``report.md`` about one run or several, such as seeds, and with matplotlib ``curves.png`` beside it.
+
+    Args:
+        runs: folders that ``ttt4rec train`` wrote.
+        folder: where to write; created if missing.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        DataError: a folder holds no finished run, or its files are damaged.
+    """
+    read = [_read(Path(run)) for run in runs]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = [
+        "# Training report\n",
+        "## Test metrics\n",
+        _metrics_table(read),
+        "## Data\n",
+        _table(["", *(run["name"] for run in read)], _side_by_side([run["data"] for run in read])),
+        "## Configuration\n",
+        _table(["", *(run["name"] for run in read)], _side_by_side([run["settings"] for run in read])),
+        "## Training\n",
+    ]
+    if importlib.util.find_spec("matplotlib"):
+        plot_curves({run["name"]: run["epochs"] for run in read}, folder / CURVES_FILE)
+        tables.append(f"![loss and validation NDCG@10 by epoch]({CURVES_FILE})\n")
+    rows = [[run["name"], *_summary(run["epochs"])] for run in read]
+    tables.append(_table(["run", "epochs", "best", "NDCG@10 there", "loss there", "training s", "validation s"], rows))
+    with replacing(folder / REPORT_FILE) as partial:
+        partial.write_text("\n".join(tables))
+    return folder / REPORT_FILE
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        run = json.loads((folder / RUN_FILE).read_text())
+        with (folder / METRICS_FILE).open(newline="") as file:
+            epochs = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        found = {"name": folder.name, "epochs": epochs} | {
+            part: dict(run[part]) for part in ("settings", "data", "test")
+        }
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} holds no finished training run: {Path(error.filename).name} is missing") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{folder}: expected the files of a training run, got damaged ones ({error})") from error
+    if not epochs:
+        raise DataError(f"{folder / METRICS_FILE}: expected at least one epoch, got none")
+    return found
+
+
+def _metrics_table(runs: Sequence[dict[str, Any]]) -> str:
+    names = list(runs[0]["test"])
+    rows = []
+    for name in names:
+        values = [run["test"].get(name, float("nan")) for run in runs]
+        row = [name, f"{statistics.fmean(values):.4f}"]
+        if len(runs) > 1:
+            row += [f"{min(values):.4f} to {max(values):.4f}", f"{statistics.stdev(values):.4f}"]
+        rows.append(row)
+    return _table(["metric", "mean", "range", "standard deviation"][: len(rows[0])], rows)
+
+
+def _summary(epochs: Sequence[dict[str, float]]) -> list[str]:
+    best = max(epochs, key=lambda row: row["valid_NDCG@10"])
+    seconds = [f"{sum(row[f'{part}_seconds'] for row in epochs):.1f}" for part in ("train", "valid")]
+    return [str(len(epochs)), f"{best['epoch']:.0f}", f"{best['valid_NDCG@10']:.4f}", f"{best['loss']:.4f}", *seconds]
+
+
+def _side_by_side(columns: Sequence[dict[str, Any]]) -> list[list[str]]:
+    return [[name, *(str(column.get(name, "")) for column in columns)] for name in columns[0]]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)

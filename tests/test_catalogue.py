@@ -1,0 +1,182 @@
+"""Losses, ranks and best items in blocks against the matrix of all scores."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ttt4rec import catalogue
+from ttt4rec.recsys.metrics import target_ranks
+
+N, V, C = 37, 101, 8
+
+
+def case(dtype=torch.float32, scale=1.0, seed=0):
+    torch.manual_seed(seed)
+    h = (torch.randn(N, C, dtype=torch.float64) * scale).to(dtype)
+    table = torch.randn(V + 1, C, dtype=torch.float64).to(dtype)
+    return h, table, torch.randint(1, V + 1, (N,))
+
+
+def dense_nll(h, table, items):
+    return F.cross_entropy(h @ table[1:].T, items - 1, reduction="none")
+
+
+def gradients(function, h, table, items, weights):
+    h, table = h.detach().requires_grad_(), table.detach().requires_grad_()
+    loss = function(h, table, items)
+    return loss.detach(), *torch.autograd.grad(loss, (h, table), weights.to(loss.dtype))
+
+
+@pytest.fixture(params=[N * 7, N * V - 1, 1 << 23], ids=["blocks", "two-blocks", "whole"])
+def _block(request, monkeypatch):
+    monkeypatch.setattr(catalogue, "SCORES_PER_BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("_block")
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_loss_and_gradients_are_those_of_all_scores(dtype, scale):
+    h, table, items = case(dtype, scale)
+    weights = torch.randn(N)
+    exact = gradients(dense_nll, h.double(), table.double(), items, weights.double())
+    dense = gradients(dense_nll, *(x.to(torch.promote_types(dtype, torch.float32)) for x in (h, table)), items, weights)
+    given = gradients(catalogue.nll, h, table, items, weights)
+    assert [x.dtype for x in given] == [torch.promote_types(dtype, torch.float32), dtype, dtype]
+    highest = (h.double() @ table.double().T).abs().max()
+    relative = torch.finfo(given[0].dtype).eps * highest  # of exp(score - log of the sum), either rounded
+    for name, x, plain, true in zip(("loss", "h", "table"), given, dense, exact, strict=True):
+        rounded = torch.finfo(x.dtype).eps * true.abs().max()
+        allowed = 4 * (plain - true).abs().max() + 2 * relative * true.abs().max() + rounded
+        assert (x - true).abs().max() <= allowed, name
+    assert given[2][0].abs().max() == 0
+
+
+def test_gradients_against_differences_and_the_operators_contract(monkeypatch):
+    monkeypatch.setattr(catalogue, "SCORES_PER_BLOCK", 3 * 4)
+    h, table, items = torch.randn(3, 2).double(), torch.randn(8, 2).double(), torch.tensor([1, 7, 7])
+    h.requires_grad_(), table.requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, table: catalogue.nll(h, table, items), (h, table))
+    torch.library.opcheck(catalogue.catalogue_nll, (h, table, items))
+    lse = catalogue.catalogue_nll(h, table, items)[1].detach()
+    arguments = (torch.randn(3).double(), h.detach(), table.detach(), items, lse)
+    torch.library.opcheck(catalogue.catalogue_nll_backward, arguments)
+
+
+@pytest.mark.usefixtures("_block")
+def test_autocast_leaves_the_scores_alone():
+    h, table, items = case()
+    expected = gradients(catalogue.nll, h, table, items, torch.ones(N))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = catalogue.nll(h.requires_grad_(), table.requires_grad_(), items)
+        assert torch.equal(catalogue.ranks(h, table, items), target_ranks_of(h, table, items))
+    given = loss.detach(), *torch.autograd.grad(loss, (h, table), torch.ones(N))
+    for a, b in zip(given, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def target_ranks_of(h, table, items):
+    with torch.autocast("cpu", enabled=False):
+        return target_ranks(h @ table[1:].T, items - 1)
+
+
+@pytest.mark.usefixtures("_block")
+@pytest.mark.parametrize("levels", [None, 2])
+def test_ranks_are_those_of_all_scores(levels):
+    h, table, items = case(torch.float64)
+    if levels:  # many ties
+        h, table = h.clamp(-1, 1).round(), table.clamp(-1, 1).round()
+    assert torch.equal(catalogue.ranks(h, table, items), target_ranks_of(h, table, items))
+
+
+@pytest.mark.usefixtures("_block")
+def test_ties_of_equal_items_survive_rounding():
+    h, table, items = case()
+    table[1:] = table[1]
+    assert catalogue.ranks(h, table, items).tolist() == [(V + 1) / 2] * N
+
+
+@pytest.mark.usefixtures("_block")
+@pytest.mark.parametrize("k", [1, 5, V, V + 3])
+@pytest.mark.parametrize("levels", [None, 2])
+@pytest.mark.parametrize("exclude", [False, True])
+def test_top_k_is_a_stable_sort_of_all_scores(k, levels, exclude):
+    h, table, items = case()
+    if levels:
+        h, table = h.clamp(-1, 1).round(), table.clamp(-1, 1).round()
+    scores, seen = h @ table[1:].T + 0.0, None
+    if exclude:
+        seen = (torch.arange(N).repeat(2), torch.cat((items, items % V + 1)))
+        scores[seen[0], seen[1] - 1] = -torch.inf
+    expected, columns = scores.sort(dim=1, descending=True, stable=True)
+    best, found = catalogue.top_k(h, table, k, seen)
+    torch.testing.assert_close(best, expected[:, :k], rtol=0, atol=1e-5)
+    if levels:  # whole numbers, so that ties are ties however the product is taken
+        assert torch.equal(found, columns[:, :k] + 1)
+    if exclude and k >= V:
+        assert (best[:, -2:] == -torch.inf).all()
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=12), st.integers(1, 12))
+def test_top_k_orders_any_floats(values, k):
+    table = torch.tensor([0.0, *values])[:, None]
+    best, items = catalogue.top_k(torch.ones(1, 1), table, k)
+    expected = sorted(range(len(values)), key=lambda j: (-values[j], j))[:k]
+    assert items[0].tolist() == [j + 1 for j in expected]
+    assert best[0].tolist() == [values[j] for j in expected]
+
+
+@pytest.mark.usefixtures("_block")
+def test_what_was_seen_takes_no_part_in_ranks():
+    h, table, items = case(torch.float64)
+    rows, others = torch.arange(N).repeat_interleave(3), torch.randint(1, V + 1, (3 * N,))
+    keep = others != items[rows]
+    rows, others = rows[keep], others[keep]
+    scores = h @ table[1:].T
+    scores[rows, others - 1] = -torch.inf
+    given = catalogue.ranks(h, table, items, (rows, others))
+    assert torch.equal(given, target_ranks(scores, items - 1))
+
+
+def test_nothing_to_do():
+    h, table, items = case()
+    assert catalogue.nll(h[:0], table, items[:0]).shape == (0,)
+    assert catalogue.ranks(h[:0], table, items[:0]).shape == (0,)
+    assert catalogue.top_k(h[:0], table, 3)[1].shape == (0, 3)
+
+
+@pytest.mark.usefixtures("_block")
+def test_scores_that_are_not_numbers():
+    h, table, items = case()
+    table[V // 2, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        catalogue.ranks(h, table, items)
+    with pytest.raises(ValueError, match="NaN"):
+        catalogue.top_k(h, table, 3)
+    assert catalogue.nll(h, table, items).isnan().all()
+
+
+@pytest.mark.parametrize("function", [catalogue.nll, catalogue.ranks])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"items": torch.zeros(N, dtype=torch.int64)}, ValueError, "from 1 to 101; given 0 to 0"),
+        ({"items": torch.full((N,), V + 1)}, ValueError, "given 102 to 102"),
+        ({"items": torch.ones(N)}, TypeError, "int64; given torch.float32"),
+        ({"items": torch.ones(N + 1, dtype=torch.int64)}, ValueError, r"given \[38\]"),
+        ({"h": torch.ones(N, C + 1)}, ValueError, r"given \[37, 9\] and \[102, 8\]"),
+        ({"h": torch.ones(C)}, ValueError, r"given \[8\]"),
+    ],
+)
+def test_wrong_arguments(function, change, error, message):
+    h, table, items = case()
+    with pytest.raises(error, match=message):
+        function(**({"h": h, "table": table, "items": items} | change))
+
+
+def test_wrong_k():
+    with pytest.raises(ValueError, match="k of at least 1, given 0"):
+        catalogue.top_k(*case()[:2], 0)

@@ -1,0 +1,154 @@
+"""Nothing that was saved is lost: kills, full disks, and files that are not what they should be."""
+
+import json
+import os
+import resource
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from crash import OPTIONS, fork, survive, train, wait
+from recsys_data import make_model, make_split
+from ttt4rec import TTT4Rec, files
+from ttt4rec.recsys.recommend import Recommender
+from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, fit
+
+
+def test_killed_at_random_moments(tmp_path):
+    assert survive(tmp_path, kills=6) >= 1
+
+
+@pytest.mark.parametrize("nth", [0, 1, 2, 5])
+@pytest.mark.parametrize("moment", ["half written", "before", "after"])
+def test_killed_while_a_file_is_replaced(tmp_path, nth, moment):
+    split = make_split(tmp_path)
+    replace, left = os.replace, [nth]
+
+    def fatal(source, target):
+        left[0] -= 1
+        if left[0] == -1:
+            if moment == "half written":
+                os.truncate(source, os.path.getsize(source) // 2)
+            if moment == "after":
+                replace(source, target)
+            os._exit(9)
+        replace(source, target)
+
+    def child():
+        files.os.replace = fatal
+        train(split, tmp_path / "run")
+
+    assert wait(fork(child)) == 9
+    assert train(split, tmp_path / "run") == train(split, tmp_path / "whole")
+
+
+def limited(size, function):
+    """Run the function in a child whose files cannot grow beyond a size; it must raise OSError."""
+
+    def child():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        with pytest.raises(OSError, match=r"cannot write|File too large"):
+            function()
+
+    return wait(fork(child)) == 0
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    split = make_split(tmp_path)
+    run = tmp_path / "run"
+
+    def stop(report):
+        if report.epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_model(split), split, run, OPTIONS, report=stop)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert limited(10_000, lambda: fit(make_model(split), split, run, OPTIONS))
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert train(split, run) == train(split, tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_the_old_recommender(tmp_path):
+    split = make_split(tmp_path)
+    old, new = make_model(split), make_model(split, seed=1)
+    Recommender(old, split.histories).save(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    for size in (0, 100, 5_000):
+        assert limited(size, lambda: Recommender(new, split.histories).save(tmp_path / "model"))
+        assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_training(tmp_path, monkeypatch):
+    split = make_split(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(OSError, match="file"):
+            fit(make_model(split), split, folder, OPTIONS)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("ttt4rec.recsys.train.tempfile.TemporaryFile", refuse)
+    with pytest.raises(PermissionError):
+        fit(make_model(split), split, tmp_path / "run", OPTIONS, report=lambda _: pytest.fail("trained in vain"))
+
+
+def foreign(tmp_path, name):
+    """Files that are no checkpoint of this run, by what they are."""
+    path = tmp_path / name
+    header = {"kind": "ttt4rec training checkpoint, version 1"}
+    match name:
+        case "pickle":
+            torch.save({"model": torch.ones(2)}, path)
+        case "tensors":
+            save_file({"model.x": torch.ones(2)}, path)
+        case "another version":
+            save_file({"model.x": torch.ones(2)}, path, {"kind": "ttt4rec training checkpoint, version 0"})
+        case "no progress":
+            save_file({"model.x": torch.ones(2)}, path, header)
+        case "broken progress":
+            save_file({"model.x": torch.ones(2)}, path, header | {"progress": "{"})
+        case "other progress":
+            save_file({"model.x": torch.ones(2)}, path, header | {"progress": json.dumps({"epoch": 3})})
+        case "text":
+            path.write_text("epoch 3")
+        case "zeros":
+            path.write_bytes(bytes(4096))
+    return path.read_bytes()
+
+
+NAMES = ["pickle", "tensors", "another version", "no progress", "broken progress", "other progress", "text", "zeros"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_foreign_checkpoint_is_a_clear_error(tmp_path, name):
+    split = make_split(tmp_path)
+    (tmp_path / "run").mkdir()
+    content = foreign(tmp_path, name)
+    (tmp_path / "run" / CHECKPOINT_FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged|not a training checkpoint|belongs to a run") as error:
+        fit(make_model(split), split, tmp_path / "run", OPTIONS)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "run" / CHECKPOINT_FILE) in str(error.value)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [CHECKPOINT_FILE]
+    assert (tmp_path / "run" / CHECKPOINT_FILE).read_bytes() == content
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.99, 0.9999])
+def test_a_truncated_file_is_a_clear_error(tmp_path, share):
+    split = make_split(tmp_path)
+    train(split, tmp_path / "run", OPTIONS)
+    for name, load in {
+        CHECKPOINT_FILE: lambda: fit(make_model(split), split, tmp_path / "run", OPTIONS),
+        "model.safetensors": lambda: TTT4Rec.load(tmp_path / "run"),
+        "config.json": lambda: TTT4Rec.load(tmp_path / "run"),
+    }.items():
+        path = tmp_path / "run" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(len(whole) * share)][:-3])
+        with pytest.raises(ValueError, match=r"damaged|does not hold a TTT4Rec model"):
+            load()
+        path.write_bytes(whole)
+    assert (tmp_path / "run" / METRICS_FILE).exists()
