@@ -14,7 +14,7 @@ import pytest
 from .contests import Contest
 from .environment import environment, load_average
 from .measure import REPLAY, Outcome, roofs, take_turns
-from .sides import absences, default_device
+from .sides import default_device
 
 KEY = "ttt4rec"
 """Of what is added to pytest-benchmark's JSON."""
@@ -59,12 +59,13 @@ class Arena:
 
     def record(self) -> dict[str, Any]:
         """What goes into the JSON beside pytest-benchmark's own."""
-        absent = [{"side": side, "why": why} for side, why in absences(self.device).items()]
-        unmeasured = [
-            {"table": info["table"], "column": info["column"], "side": side, "why": outcome.why_not}
-            for sides in self.results.values()
-            for side, (outcome, info) in sides.items()
-            if outcome.why_not
+        missing = [
+            {"table": contest.size["table"], "column": contest.size["column"], "side": side, "why": why}
+            for contest, sides in self.results.items()
+            for side, why in (
+                contest.absent(self.device) | {side: outcome.why_not for side, (outcome, _) in sides.items()}
+            ).items()
+            if why
         ]
         return {
             "device_type": self.device,
@@ -72,8 +73,14 @@ class Arena:
             "note": self.config.getoption("note"),
             "load_average": [self.load, load_average()],
             "roofs": self.roofs,
-            "not_measured": absent + unmeasured,
+            "contests": [[contest.size["table"], contest.size["column"]] for contest in self.results],
+            "sides": list(dict.fromkeys(side for c in self.results for side in _everyone(c, self.device))),
+            "not_measured": missing,
         }
+
+
+def _everyone(contest: Contest, device: str) -> list[str]:
+    return [*contest.sides(device), *contest.absent(device)]
 
 
 def _maker(contest: Contest, side: str, device: str, info: dict[str, Any]) -> Callable[[], Any]:
@@ -110,7 +117,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def record(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Contest, str], Outcome]:
-    """Hands a side's rounds to pytest-benchmark; what was not measured leaves no result there but a line in the JSON."""
+    """Hands a side's rounds to pytest-benchmark; what was not measured leaves only a line in the JSON."""
 
     def replay(contest: Contest, side: str) -> Outcome:
         outcome, info = pytestconfig.stash[ARENA].result(contest, side)

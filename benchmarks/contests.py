@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .measure import Call, NotMeasurableError, tensor_bytes
-from .sides import present, side_makers
+from .sides import absences, present, side_makers
 
 FORWARD, TRAINING, PREFILL, STEP = "forward", "forward and backward", "prefill", "one-token step"
 
@@ -28,6 +28,10 @@ class Contest(Protocol):
 
     def sides(self, device: str) -> list[str]:
         """Labels of those that take part."""
+        ...
+
+    def absent(self, device: str) -> dict[str, str]:
+        """Labels of those that do not, and why."""
         ...
 
     def prepare(self, side: str, device: str, info: dict[str, Any]) -> Call:
@@ -56,6 +60,9 @@ class MixerContest:
 
     def sides(self, device: str) -> list[str]:
         return list(present(device))
+
+    def absent(self, device: str) -> dict[str, str]:
+        return {side: f"absent: {why}" for side, why in absences(device).items()}
 
     def prepare(self, side: str, device: str, info: dict[str, Any]) -> Call:
         torch.manual_seed(0)
@@ -109,26 +116,26 @@ def mixer_contests(size: str) -> list[MixerContest]:
 
 
 # Width, batch, length. Rows of equal width and tokens show growth with the length; of equal length, with the batch.
+# What is quick comes first and leaves its time to what follows.
 _SMALL_PASSES = [
-    (64, 64, 50), (64, 16, 200), (64, 4, 800), (64, 1, 3200),
-    (64, 1, 50), (64, 512, 50),
-    (768, 1, 256),
+    (64, 1, 50), (64, 32, 50), (64, 256, 50), (64, 8, 200), (64, 2, 800), (64, 1, 1600),
+    (768, 1, 256), (2048, 1, 64),
 ]  # fmt: skip
 SMALL = {
+    STEP: [(64, 1, 50), (64, 1, 1600), (64, 32, 50), (768, 1, 256), (2048, 1, 64)],
+    PREFILL: [(64, 1, 50), (64, 1, 1600), (768, 1, 256)],
     FORWARD: _SMALL_PASSES,
     TRAINING: _SMALL_PASSES,
-    PREFILL: [(64, 1, 50), (64, 1, 3200), (768, 1, 256)],
-    STEP: [(64, 1, 50), (64, 1, 3200), (64, 64, 50), (768, 1, 256)],
 }
 _FULL_PASSES = [
-    (64, 2048, 50), (64, 512, 200), (64, 100, 1024), (64, 12, 8192), (64, 3, 32768),
-    (64, 1, 50), (64, 64, 50), (64, 8192, 50),
+    (64, 1, 50), (64, 64, 50), (64, 2048, 50), (64, 8192, 50),
+    (64, 512, 200), (64, 100, 1024), (64, 12, 8192), (64, 3, 32768),
     (768, 64, 512), (768, 16, 2048), (768, 4, 8192), (768, 1, 32768),
     (2048, 8, 2048), (2048, 1, 16384),
 ]  # fmt: skip
 FULL = {
-    TRAINING: _FULL_PASSES,
-    FORWARD: _FULL_PASSES,
-    PREFILL: [(64, 1, 50), (768, 1, 2048), (768, 1, 8192), (768, 1, 32768), (2048, 1, 2048)],
     STEP: [(64, 1, 50), (64, 2048, 50), (768, 1, 2048), (768, 1, 32768), (768, 64, 2048), (2048, 1, 2048)],
+    PREFILL: [(64, 1, 50), (768, 1, 2048), (768, 1, 8192), (768, 1, 32768), (2048, 1, 2048)],
+    FORWARD: _FULL_PASSES,
+    TRAINING: _FULL_PASSES,
 }

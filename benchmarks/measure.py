@@ -1,6 +1,5 @@
 """Timing several sides in turn, so that whatever else the machine does disturbs them alike."""
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
-MIN_ROUNDS, MAX_ROUNDS = 3, 20
+MIN_ROUNDS, MAX_ROUNDS = 3, 15
 SHORTEST_SAMPLE = 2e-3
 """Seconds; quicker calls are repeated within a round."""
 
@@ -41,14 +40,14 @@ class _Runner:
     call: Call
     outcome: Outcome
     once: float
-    iterations: int = 1
+    iterations: int
 
 
 def take_turns(sides: Mapping[str, Callable[[], Call]], device: str, seconds: float) -> dict[str, Outcome]:
     """Warm all sides up, then time one call, or a few short ones, of each in turn, round after round.
 
-    The order is turned by one place every round, so that no side always follows the same other. A side for which
-    ``MIN_ROUNDS`` calls would not fit into the time left is not timed.
+    The order is turned by one place every round, so that no side always follows the same other. The slowest
+    sides are left out until ``MIN_ROUNDS`` calls of all others fit into the time left.
 
     Args:
         sides: by label, what makes the call to be timed.
@@ -63,29 +62,40 @@ def take_turns(sides: Mapping[str, Callable[[], Call]], device: str, seconds: fl
     runners = []
     for label, make in sides.items():
         if time.monotonic() > deadline:
-            outcomes[label].why_not = "its share of the time budget was used up"
-        elif runner := _warmed_up(make, outcomes[label], device):
+            outcomes[label].why_not = "out of time"
+        elif runner := _warmed_up(make, outcomes[label], device, seconds / 4):
             runners.append(runner)
     runners.sort(key=lambda r: r.once)
-    while runners and MIN_ROUNDS * sum(max(r.once, SHORTEST_SAMPLE) for r in runners) > max(
-        deadline - time.monotonic(), seconds / 4
-    ):
+    left = max(deadline - time.monotonic(), seconds / 3)
+    while MIN_ROUNDS * sum(r.once * r.iterations for r in runners) > left:
         slowest = runners.pop()
-        slowest.outcome.why_not = f"one call takes {slowest.once:.2g} s, too long for the time budget"
+        slowest.outcome.why_not = out_of_time(slowest.once)
     for turn in range(MAX_ROUNDS if runners else 0):
         if turn >= MIN_ROUNDS and time.monotonic() > deadline:
             break
         first = turn % len(runners)
         for runner in runners[first:] + runners[:first]:
             runner.outcome.seconds.append(timed(runner.call, device, runner.iterations))
+    for runner in runners:
+        runner.outcome.peak_bytes = peak_memory(runner.call, device)
     return outcomes
 
 
-def _warmed_up(make: Callable[[], Call], outcome: Outcome, device: str) -> _Runner | None:
-    """The call, run twice and timed; None, with the reason in the outcome, if it cannot run."""
+def out_of_time(once: float) -> str:
+    """Why a side was not timed whose call takes so many seconds."""
+    return f"out of time, {once:.2g} s a call"
+
+
+def _warmed_up(make: Callable[[], Call], outcome: Outcome, device: str, longest: float) -> _Runner | None:
+    """The call, run once and then timed; None, with the reason in the outcome, if it cannot run, or is too slow."""
     try:
         call = make()
-        outcome.peak_bytes = peak_memory(call, device)
+        begin = time.monotonic()
+        call()
+        first = time.monotonic() - begin
+        if device == "cpu" and first > longest:  # on a GPU this was mostly the compiler
+            outcome.why_not = out_of_time(first)
+            return None
         once = timed(call, device)
     except NotMeasurableError as reason:
         outcome.why_not = str(reason)
@@ -157,7 +167,7 @@ def peak_memory(call: Call, device: str) -> int:
 
 
 def roofs(device: str, dtype_name: str) -> dict[str, float]:
-    """What the device reaches: ``copy``, bytes per second read and written, and ``matmul``, FLOPs per second."""
+    """The most the device reached: ``copy``, bytes per second read and written; ``matmul``, FLOPs per second."""
     dtype = getattr(torch, dtype_name)
     n, numbers = (8192, 1 << 28) if device == "cuda" else (1024, 1 << 25)
     source = torch.ones(numbers, dtype=dtype, device=device)
@@ -170,7 +180,7 @@ def roofs(device: str, dtype_name: str) -> dict[str, float]:
     rates = {}
     for name, (call, amount) in work.items():
         timed(call, device, 3)
-        rates[name] = amount / statistics.median(timed(call, device) for _ in range(9))
+        rates[name] = amount / min(timed(call, device) for _ in range(20))
     return rates
 
 

@@ -48,8 +48,9 @@ class Mixer(nn.Module):
 
     def flops(self, length: int) -> float:
         """FLOPs per token of a forward pass."""
-        matrices = [p for name, p in self.named_parameters() if p.dim() == 2 and not name.endswith("A_log")]
-        return 2 * sum(p.numel() for p in matrices) + self.recurrence_flops(length)
+        layers = [module for module in self.modules() if isinstance(module, nn.Linear | nn.GRU)]
+        projections = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() == 2)
+        return 2 * projections + self.recurrence_flops(length)
 
 
 class TTT(Mixer):
@@ -70,8 +71,10 @@ class TTT(Mixer):
         return self.layer(x, state=state, return_state=True)[0]
 
     def recurrence_flops(self, length: int) -> float:
-        # Linear: k W, the outer product, q W. MLP, hidden 4D: k and q through both layers, one layer back, two products.
-        return (6 if self.layer.inner == "linear" else 56) * self.layer.width * self.layer.head_dim
+        # Linear: k W, q W and an outer product. MLP, 4D hidden: k and q through both layers, one back, two products.
+        layer = self.layer
+        rates = 2 * layer.num_heads * layer.width
+        return rates + (6 if layer.inner == "linear" else 56) * layer.width * layer.head_dim
 
 
 class Attention(Mixer):

@@ -48,6 +48,9 @@ class RecommenderContest:
     def sides(self, device: str) -> list[str]:
         return list(MODELS)
 
+    def absent(self, device: str) -> dict[str, str]:
+        return {}
+
     def prepare(self, side: str, device: str, info: dict[str, Any]) -> Call:
         torch.manual_seed(0)
         split = split_by_ratio(made_up_histories(self.users, self.items))
@@ -96,7 +99,7 @@ def made_up_histories(users: int, items: int) -> Histories:
 
 def recommender_contests(size: str) -> list[RecommenderContest]:
     """The contests of ``"small"``, for a CPU, or ``"full"``, for a GPU."""
-    catalogues, evaluated = ((1_000, 10_000, 100_000), 8) if size == "small" else ((10_000, 100_000, 1_000_000), 200)
+    catalogues, evaluated = ((1_000, 10_000, 100_000), 4) if size == "small" else ((10_000, 100_000, 1_000_000), 200)
     return [RecommenderContest(TRAINING_STEP, items, 80) for items in catalogues] + [
         RecommenderContest(EVALUATION, items, evaluated) for items in catalogues
     ]

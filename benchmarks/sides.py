@@ -11,14 +11,11 @@ import torch
 
 from .mixers import GRU, TTT, Attention, FlaTTT, GatedDeltaNet, Mamba, Mamba2, Mixer, PlainMamba
 
-OWN = "TTT-"
-"""How the labels of this package's mixers begin."""
-
 
 def side_makers() -> dict[str, Callable[[int], Mixer]]:
     """Every contestant's maker, from the width, by its label."""
     own = {
-        f"{OWN}{title}, {backbone.title()}": partial(TTT, inner=inner, backbone=backbone)
+        f"TTT-{title} ({backbone.title()})": partial(TTT, inner=inner, backbone=backbone)
         for inner, title in (("linear", "Linear"), ("mlp", "MLP"))
         for backbone in ("transformer", "mamba")
     }
@@ -47,7 +44,7 @@ def present(device: str) -> dict[str, Callable[[int], Mixer]]:
 
 def _why_absent(maker: object, device: str) -> str:
     if maker is PlainMamba:
-        return "compared on a CPU only" if device == "cuda" else _import_failure("transformers.models.mamba")
+        return "compared on a CPU only" if device == "cuda" else import_failure("transformers.models.mamba")
     needs = {Mamba: "mamba_ssm", Mamba2: "mamba_ssm", GatedDeltaNet: "fla.layers", FlaTTT: "fla.ops.ttt"}
     if maker not in needs:
         return ""
@@ -55,7 +52,7 @@ def _why_absent(maker: object, device: str) -> str:
         return "its kernels need a GPU"
     if maker in (Mamba, Mamba2) and not has_cuda_scan() and maker is Mamba:
         return "its compiled CUDA scan is not installed"
-    return _import_failure(needs[maker])
+    return import_failure(needs[maker])
 
 
 def has_cuda_scan() -> bool:
@@ -67,7 +64,7 @@ def has_cuda_scan() -> bool:
     return hasattr(scan, "fwd")
 
 
-def _import_failure(module: str) -> str:
+def import_failure(module: str) -> str:
     """Why a module cannot be imported; empty if it can."""
     package = module.split(".")[0]
     if importlib.util.find_spec(package) is None:
