@@ -8,16 +8,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .contests import FORWARD, TRAINING
-from .report import Result, Run
+from .report import PLOTS, Result, Run
 
 
 def plot(result: Result, folder: Path) -> None:
     """Write ``time.png``, ``memory.png`` and ``roofline.png`` into the folder."""
-    _against_length(result, folder / "time.png", "µs per token", lambda run: run.seconds / run.info["tokens"] * 1e6)
-    _against_length(
-        result, folder / "memory.png", "peak bytes per token", lambda run: run.info["peak_bytes"] / run.info["tokens"]
-    )
-    _roofline(result, folder / "roofline.png")
+    time, memory, roofline = (folder / f"{name}.png" for name in PLOTS)
+    _against_length(result, time, "µs per token", lambda run: run.seconds / run.info["tokens"] * 1e6)
+    _against_length(result, memory, "peak bytes per token", lambda run: run.info["peak_bytes"] / run.info["tokens"])
+    _roofline(result, roofline)
 
 
 def passes(result: Result, operation: str) -> list[Run]:

@@ -16,6 +16,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 JSON_FILE, REPORT_FILE, NOTES_FILE = "benchmark.json", "report.md", "notes.md"
+LOGS = {
+    "parity.log": "The kernels against the reference, `pytest -m gpu`",
+    "tuner.log": "The best cut of some kernels by their machine code, `python -m ttt4rec.kernels.tune`",
+}
+PLOTS = ("time", "memory", "roofline")
 SECTION = re.compile(r"(?<=<!-- performance:begin -->\n).*?(?=<!-- performance:end -->)", re.DOTALL)
 IN_README = ("forward and backward, width 64", "one-token step, width 64", "training step", "full-catalogue evaluation")
 READING = (
@@ -176,12 +181,11 @@ def _markdown(head: Iterable[str], rows: Iterable[list[str]]) -> list[str]:
 def report(result: Result) -> str:
     """The whole of a result in Markdown."""
     lines = ["# Benchmarks", "", *_paragraphs(result.environment()), READING, ""]
-    for stage in ("parity", "tuner"):
-        log = result.path.parent / f"{stage}.log"
-        if log.exists():
-            last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
-            lines += [f"{stage}: {''.join(last) or 'said nothing'}", ""]
     lines += _paragraphs(result.notes())
+    for log, title in LOGS.items():
+        if (path := result.path.parent / log).exists():
+            lines += [f"{title}:", "", "```", *path.read_text().strip().splitlines()[-8:], "```", ""]
+    lines += [f"![{name} of the mixers]({name}.png)" for name in PLOTS if result.runs] + [""]
     for title, columns in result.tables.items():
         lines += [f"## {title}", "", *table(columns), ""]
     lines += [

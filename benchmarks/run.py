@@ -15,7 +15,7 @@ import torch
 
 from .report import JSON_FILE, REPORT_FILE, ROOT
 
-PARITY_SECONDS, TUNER_SECONDS, RESERVE = 150.0, 60.0, 40.0
+PARITY_SECONDS, TUNER_SECONDS, RESERVE = 140.0, 80.0, 40.0
 """At most for the first two stages; and what loading, saving and plotting take."""
 TUNED = [f"linear_{way}:{{}}:{shape}:bf16" for way in ("forward", "backward") for shape in ("16:8", "64:16")]
 

@@ -189,6 +189,7 @@ def test_report_names_winners_losers_and_the_absent(tmp_path):
     absent = [{"side": "Mamba-2", "why": "absent: its kernels need a GPU"}, {"side": "GRU", "why": "out of memory"}]
     result = made_up_result(tmp_path / "abacus" / report.JSON_FILE, times, absent)
     (tmp_path / "abacus" / "notes.md").write_text("Attention wins, since it is short.\n")
+    (tmp_path / "abacus" / "parity.log").write_text("....\n4 passed in 1.00s\n")
     text = report.report(result)
     assert "| TTT-MLP (Mamba) | 40.0 ± 1.0 |" in text
     assert "| attention | **20.0 ± 1.0** |" in text
@@ -199,6 +200,7 @@ def test_report_names_winners_losers_and_the_absent(tmp_path):
     assert "Abacus" in text
     assert "Shared." in text
     assert "since it is short" in text
+    assert "4 passed" in text
 
 
 def test_readme_section_says_what_was_not_measured(tmp_path, monkeypatch):
