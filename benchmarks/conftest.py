@@ -36,7 +36,8 @@ class Arena:
             self.begin = time.monotonic()
         if contest not in self.results:
             left = self.config.getoption("budget") - (time.monotonic() - self.begin)
-            self._run(contest, max(1.0, left / (len(self.selected) - len(self.results))))
+            to_come = sum(c.weight for c in self.selected if c not in self.results)
+            self._run(contest, max(1.0, left * contest.weight / to_come))
         return self.results[contest][side]
 
     def _run(self, contest: Contest, seconds: float) -> None:

@@ -45,6 +45,10 @@ class RecommenderContest:
     def size(self) -> dict[str, Any]:
         return {"table": self.operation, "column": f"{self.items:,} items"} | vars(self)
 
+    @property
+    def weight(self) -> int:
+        return 4 if self.operation == TRAINING_STEP else 2
+
     def sides(self, device: str) -> list[str]:
         return list(MODELS)
 
@@ -99,7 +103,7 @@ def made_up_histories(users: int, items: int) -> Histories:
 
 def recommender_contests(size: str) -> list[RecommenderContest]:
     """The contests of ``"small"``, for a CPU, or ``"full"``, for a GPU."""
-    catalogues, evaluated = ((1_000, 10_000, 100_000), 4) if size == "small" else ((10_000, 100_000, 1_000_000), 200)
+    catalogues, evaluated = ((1_000, 10_000, 30_000), 4) if size == "small" else ((10_000, 100_000, 1_000_000), 200)
     return [RecommenderContest(TRAINING_STEP, items, 80) for items in catalogues] + [
         RecommenderContest(EVALUATION, items, evaluated) for items in catalogues
     ]
