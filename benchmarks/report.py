@@ -140,7 +140,7 @@ def _is_ttt(side: str) -> bool:
 
 def number(x: float, digits: int = 3) -> str:
     """So many digits, or all before the point."""
-    return f"{x:,.0f}" if x >= 10 ** (digits - 1) else f"{x:#.{digits}g}"
+    return f"{x:,.0f}" if x >= 10 ** (digits - 1) else f"{x:#.{digits}g}".rstrip(".")
 
 
 def details(result: Result) -> list[str]:

@@ -184,6 +184,11 @@ def made_up_result(path, seconds, not_measured):
     return report.Result(path)
 
 
+def test_numbers_have_the_digits_that_mean_something():
+    assert [report.number(x) for x in (0.012345, 9.999, 45.67, 1234.5)] == ["0.0123", "10.0", "45.7", "1,234"]
+    assert [report.number(x, 2) for x in (0.1, 9.99, 12.3)] == ["0.10", "10", "12"]
+
+
 def test_report_names_winners_losers_and_the_absent(tmp_path):
     times = {"TTT-MLP (Mamba)": [0.03, 0.04, 0.08], "attention": [0.01, 0.02, 0.04]}
     absent = [{"side": "Mamba-2", "why": "absent: its kernels need a GPU"}, {"side": "GRU", "why": "out of memory"}]
