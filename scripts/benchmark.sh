@@ -7,7 +7,8 @@ if [ $# -eq 0 ]; then
   sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}"
   exit 2
 fi
-folder="$(realpath -m "$1")"
+mkdir -p "$1"
+folder="$(cd "$1" && pwd)"
 shift
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" bench,competitors
 if nvidia-smi >/dev/null 2>&1 && ! python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("mamba_ssm"))'; then
