@@ -25,7 +25,7 @@ def candidates(op: str, head_dim: int, mini_batch_size: int) -> list[launch.Bloc
         chunks: tuple[int, ...] = (1,)
         if head_dim > 32:  # the whole state of a forward just fits into registers at 64, that of a backward does not
             chunks = (4, 8) if head_dim > 64 else (1, 4, 8) if op.endswith("forward") else (2, 4, 8)
-        warps = [w for w in (2, 4, 8) if 16 * head_dim <= 256 * w <= 64 * head_dim]
+        warps = [w for w in (2, 4, 8) if min(4, head_dim // 8) <= w <= head_dim // 4]
     else:
         tiles = max(launch.padded(mini_batch_size), launch.padded(head_dim)) // 16
         warps, chunks = [w for w in (1, 2, 4, 8) if tiles // 2 <= w <= 2 * tiles], (1,)

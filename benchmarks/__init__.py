@@ -1,0 +1,1 @@
+"""What the layers and models cost, beside others: ``pytest benchmarks/ --benchmark-only``."""

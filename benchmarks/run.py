@@ -1,0 +1,87 @@
+"""Everything that a result consists of, into one folder: ``python -m benchmarks.run FOLDER``.
+
+On a GPU the kernels are first held to the reference there, and the cuts for their launch table compared; without one,
+both stay out. Then the contests are measured in what is left of the time, and the report is written.
+"""
+
+import argparse
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from .report import JSON_FILE, REPORT_FILE, ROOT
+
+PARITY_SECONDS, TUNER_SECONDS, RESERVE = 140.0, 80.0, 40.0
+"""At most for the first two stages; and what loading, saving and plotting take."""
+TUNED = [f"linear_{way}:{{}}:{shape}:bf16" for way in ("forward", "backward") for shape in ("16:8", "64:16")]
+
+
+class Stages:
+    """Runs commands one after the other, shows what they print and keeps it in the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.begin = folder, time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds since the first stage began."""
+        return time.monotonic() - self.begin
+
+    def run(self, name: str, module: list[str], seconds: float) -> bool:
+        """Whether ``python -m MODULE ...`` succeeded within its time; the last line of its log says if it did not."""
+        print(f"[{self.elapsed():4.0f} s] {name}, at most {seconds:.0f} s", flush=True)
+        with (self.folder / f"{name}.log").open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *module], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            watch = threading.Timer(seconds, process.kill)
+            watch.start()
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                log.write(line)
+            good = process.wait() == 0
+            if not watch.is_alive():
+                log.write(f"stopped after {seconds:.0f} s\n")
+            elif not good:
+                log.write("failed\n")
+            watch.cancel()
+        return good
+
+
+def architecture() -> str:
+    """The GPU's, as the tuner calls it: ``sm_90``, ``gfx942``."""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
+def main() -> int:
+    """Run all stages; 1 if the kernels do not agree with the reference or a contestant failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="made if missing")
+    parser.add_argument("--seconds", type=float, help="for everything; default: 480 on a GPU, 300 on a CPU")
+    parser.add_argument("--note", default="", help="what a reader of the results should know about the machine")
+    given = parser.parse_args()
+    folder = given.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.is_available()
+    stages, good = Stages(folder), True
+    if gpu:
+        good = stages.run("parity", ["pytest", "-q", "-m", "gpu", "tests"], PARITY_SECONDS)
+        kernels = [kernel.format(architecture()) for kernel in TUNED]
+        stages.run("tuner", ["ttt4rec.kernels.tune", "--json", *kernels], TUNER_SECONDS)
+    budget = (given.seconds or (480 if gpu else 300)) - stages.elapsed() - RESERVE
+    options = ["--benchmark-only", "--benchmark-quiet", f"--benchmark-json={folder / JSON_FILE}"]
+    files = ["benchmarks/test_mixers.py", "benchmarks/test_recommenders.py"]
+    measuring = ["pytest", "-q", *files, *options, f"--budget={budget:.0f}", f"--note={given.note}"]
+    good &= stages.run("benchmarks", measuring, budget + RESERVE)
+    written = stages.run("report", ["benchmarks.report", str(folder)], RESERVE)
+    print(f"[{stages.elapsed():4.0f} s] {folder / REPORT_FILE}" if written else "no report", flush=True)
+    return int(not (good and written))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
