@@ -1,6 +1,7 @@
-"""The kernels of both inner loops against their definition in float64, on the GPU where there is one, else interpreted."""
+"""The kernels of both inner loops against their definition in float64; interpreted where there is no GPU."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def make_inputs(
     inputs["inner_lr"] = torch.sigmoid(normal(B, L, H)) / D
     inputs["token_scale"] = (0.5 + torch.rand(K, generator=generator)) / torch.arange(1, K + 1)
     sizes = (D, D) if inner == "linear" else (D, hidden, D)
-    for layer, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False), 1):
+    for layer, (fan_in, fan_out) in enumerate(pairwise(sizes), 1):
         inputs[f"W{layer}"] = 0.02 + normal(N, H, fan_in, fan_out) / (2 * fan_in**0.5)  # rows with a mean
         inputs[f"b{layer}"] = 0.1 + 0.2 * normal(N, H, fan_out)
     inputs["ln_weight"] = 1 + 0.2 * normal(H, D)
