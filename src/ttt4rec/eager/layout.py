@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CACHE_BYTES = 1 << 20
+CACHE_BYTES = 1 << 19
 """Rows are walked in chunks whose widest operand is about this large, so that elementwise passes stay in cache."""
 
 
