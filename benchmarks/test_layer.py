@@ -1,8 +1,8 @@
 """Forward and backward of the whole layer: the path taken without a GPU against the dual form under autograd.
 
-``pytest benchmarks/test_layer.py -k "against or memory" -s`` prints the table of the README. The sides take turns in one
-process, and a ratio is the median of the rounds' ratios, so that what else runs on the machine slows both. Peak memory
-is how far one forward and backward raises the resident set of a process of its own, after a small one has warmed it up.
+``pytest benchmarks/test_layer.py -k "against or memory" -s`` prints the table of the README. The sides take turns in
+one process, and a ratio is the median of the rounds' ratios, so that what else runs on the machine slows both. Peak
+memory is how far one forward and backward raises the resident set of a fresh process that a small one has warmed up.
 """
 
 import statistics

@@ -201,12 +201,13 @@ def _reference_scan(
     q, k, v, lr = (torch.cat((x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])))[index] for x in (q, k, v, lr))
     outputs = [q[:, :0]]
     for start in range(0, longest, K):
-        part = [x[:, start : start + K] for x in (q, k, v, lr)]
-        o, updated = reference.dual_form(*part, token_scale, weights, gamma, beta, eps=eps)
+        q_t, k_t, v_t, lr_t = (x[:, start : start + K] for x in (q, k, v, lr))
+        o, updated = reference.dual_form(q_t, k_t, v_t, lr_t, token_scale, weights, gamma, beta, eps=eps)
         outputs.append(o)
         complete = lengths >= start + K
         weights = tuple(
-            torch.where(complete.view(-1, *[1] * (w.dim() - 1)), new, w) for new, w in zip(updated, weights, strict=True)
+            torch.where(complete.view(-1, *[1] * (w.dim() - 1)), new, w)
+            for new, w in zip(updated, weights, strict=True)
         )
     o = torch.cat(outputs, 1).flatten(0, 1)
     o = o.new_zeros(total + 1, *o.shape[1:]).index_copy(0, index.flatten(), o)

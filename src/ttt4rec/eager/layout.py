@@ -96,7 +96,9 @@ def row_chunks(
             yield RowChunk(sequences, sequences.stop - first, _dense(sequences, L, H, mini_batch_size))
     else:
         for sequences in torch.argsort(lengths, descending=True, stable=True).split(per_chunk):
-            yield RowChunk(sequences, sequences.numel(), _ragged(starts[sequences], lengths[sequences], H, mini_batch_size))
+            yield RowChunk(
+                sequences, sequences.numel(), _ragged(starts[sequences], lengths[sequences], H, mini_batch_size)
+            )
 
 
 def _dense(sequences: slice, L: int, H: int, K: int) -> list[MiniBatch]:
