@@ -1,4 +1,15 @@
-"""Forward and backward of the whole layer: the path taken without a GPU against the dual form under autograd."""
+"""Forward and backward of the whole layer: the path taken without a GPU against the dual form under autograd.
+
+``pytest benchmarks/test_layer.py -k "against or memory" -s`` prints the table of the README. The sides take turns in
+one process, and a ratio is the median of the rounds' ratios, so that what else runs on the machine slows both. Peak
+memory is how far one forward and backward raises the resident set of a fresh process that a small one has warmed up.
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,32 +18,58 @@ from ttt4rec import TTTLayer
 
 SHAPES = {
     "recommender": {"inner": "mlp", "batch": 256, "length": 50, "heads": 4, "head_dim": 16, "mini_batch_size": 8},
+    "paper's batch": {"inner": "mlp", "batch": 2048, "length": 50, "heads": 4, "head_dim": 16, "mini_batch_size": 8},
     "linear": {"inner": "linear", "batch": 8, "length": 512, "heads": 4, "head_dim": 64, "mini_batch_size": 16},
 }
+BACKENDS = ("auto", "reference")
+ROUNDS = 7
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_forward_backward(benchmark, shape, backend):
+def make(shape, backend, batch=None):
+    """A layer, its input and the cotangent of its output."""
     case = SHAPES[shape]
-    benchmark.group = f"forward and backward, {shape}"
     torch.manual_seed(0)
     width = case["heads"] * case["head_dim"]
-    layer = TTTLayer(
-        width, case["heads"], inner=case["inner"], mini_batch_size=case["mini_batch_size"], backend=backend
+    options = {name: case[name] for name in ("inner", "mini_batch_size")}
+    layer = TTTLayer(width, case["heads"], backend=backend, **options)
+    x = torch.randn(batch or case["batch"], case["length"], width, requires_grad=True)
+    return layer, x, torch.randn_like(x)
+
+
+def step(layer, x, grad):
+    layer.zero_grad()
+    x.grad = None
+    layer(x).backward(grad)
+    return x.grad
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_backward_against_the_reference(shape):
+    sides = {backend: make(shape, backend) for backend in BACKENDS}
+    seconds = {backend: [] for backend in BACKENDS}
+    for _ in range(1 + ROUNDS):
+        for backend, side in sides.items():
+            start = time.perf_counter()
+            result = step(*side)
+            seconds[backend].append(time.perf_counter() - start)
+            assert result.isfinite().all()
+    auto, reference = (seconds[backend][1:] for backend in BACKENDS)
+    ratio = statistics.median(r / a for r, a in zip(reference, auto, strict=True))
+    print(
+        f"\n{shape}: {statistics.median(auto):.3f} s, reference {statistics.median(reference):.3f} s, ratio {ratio:.2f}"
+        f" ({torch.get_num_threads()} threads, torch {torch.__version__})"
     )
-    x = torch.randn(case["batch"], case["length"], width, requires_grad=True)
-    grad = torch.randn_like(x)
-    benchmark.extra_info |= case | {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
-    def step():
-        layer.zero_grad()
-        x.grad = None
-        layer(x).backward(grad)
-        return x.grad
 
-    result = benchmark.pedantic(step, rounds=7, warmup_rounds=2)
-    assert result.isfinite().all()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_peak_memory_against_the_reference(shape):
+    peaks = {}
+    for backend in BACKENDS:
+        command = [sys.executable, Path(__file__), shape, backend]
+        peaks[backend] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    fraction = peaks["auto"] / peaks["reference"]
+    print(f"\n{shape}: {peaks['auto'] >> 20} MiB, reference {peaks['reference'] >> 20} MiB, {fraction:.2f} of it")
+    assert fraction < 1 / 3
 
 
 def test_one_event(benchmark):
@@ -44,3 +81,22 @@ def test_one_event(benchmark):
         event = torch.randn(1, 1, 64)
         y, _ = benchmark(lambda: layer(event, state=state, return_state=True))
     assert y.shape == (1, 1, 64)
+
+
+def peak_bytes(shape, backend):
+    """What a forward and backward adds to the resident set of this process, at its peak."""
+    step(*make(shape, backend, batch=2))
+    side = make(shape, backend)
+    before = resident("VmRSS")
+    step(*side)
+    return resident("VmHWM") - before
+
+
+def resident(field):
+    """Bytes; of ``/proc``, since ``ru_maxrss`` of a new process begins with what its parent used."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+if __name__ == "__main__":
+    print(peak_bytes(*sys.argv[1:]))

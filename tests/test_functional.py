@@ -1,5 +1,7 @@
 """ttt_linear and ttt_mlp: their gradients, and the fast path held against the reference."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 from hypothesis import given
@@ -110,17 +112,20 @@ def test_auto_equals_reference(inner, batch, cache_bytes, seed):
 @pytest.mark.parametrize("where", ["dense", "packed"])
 def test_float32_is_as_accurate_as_the_reference_in_float32(inner, where):
     options = {"cu_seqlens": torch.tensor([0, 40, 41, 96])} if where == "packed" else {}
-    exact = inner_inputs(inner, B=1, L=96, H=2, D=16, K=8)
-    single = {name: x.float() for name, x in exact.items()}
-    exact = {name: x.double() for name, x in single.items()}  # the same numbers
-    truth, reference, auto = (
-        flat(inner_results(inner, inputs, backend=backend, **options))
-        for inputs, backend in ((exact, "reference"), (single, "reference"), (single, "auto"))
-    )
-    for name, expected in truth.items():
-        assert auto[name].dtype == torch.float32, name
-        allowed = 2 * relative_error(reference[name], expected) + 8 * torch.finfo(torch.float32).eps
-        assert_close(auto[name], expected, allowed, name)
+    errors = {"reference": defaultdict(float), "auto": defaultdict(float)}  # summed, since a single sum may cancel
+    draws = 4
+    for _ in range(draws):
+        exact = inner_inputs(inner, B=1, L=96, H=2, D=16, K=8)
+        single = {name: x.float() for name, x in exact.items()}
+        exact = {name: x.double() for name, x in single.items()}  # the same numbers
+        truth = flat(inner_results(inner, exact, backend="reference", **options))
+        for backend, sums in errors.items():
+            for name, actual in flat(inner_results(inner, single, backend=backend, **options)).items():
+                assert actual.dtype == torch.float32, name
+                sums[name] += relative_error(actual, truth[name])
+    for name, error in errors["auto"].items():
+        allowed = 2 * errors["reference"][name] + draws * 8 * torch.finfo(torch.float32).eps
+        assert error <= allowed, f"{name}: mean error {error / draws:.2e} above {allowed / draws:.2e}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -185,27 +185,33 @@ def _reference_scan(
     spans: tuple[Tensor | None, Tensor | None],
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """The dual form; unequal sequences one after the other."""
-    dtype = weights[0].dtype
+    """The dual form; unequal sequences padded, with every one's weights at rest after its last complete mini-batch."""
+    dtype, K = weights[0].dtype, token_scale.numel()
     q, k, v, lr = (x.to(dtype) for x in tokens)
     gamma, beta = (p.to(dtype) for p in layer_norm)
     starts, lengths = spans
     if starts is None or lengths is None:
         o, outgoing = reference.dual_form(q, k, v, lr, token_scale, weights, gamma, beta, eps=eps)
         return o.to(tokens[0].dtype), *outgoing
-    flat = [x.flatten(0, 1) for x in (q, k, v, lr)]
-    o = torch.zeros_like(flat[0])
-    rows = []
-    for n, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-        own = tuple(w[n : n + 1] for w in weights)
-        if length:
-            slots = slice(start, start + length)
-            q_n, k_n, v_n, lr_n = (x[None, slots] for x in flat)
-            o_n, own = reference.dual_form(q_n, k_n, v_n, lr_n, token_scale, own, gamma, beta, eps=eps)
-            o = torch.cat((o[:start], o_n[0], o[slots.stop :]))
-        rows.append(own)
-    outgoing = tuple(torch.cat(column) for column in zip(*rows, strict=True))
-    return o.unflatten(0, q.shape[:2]).to(tokens[0].dtype), *outgoing
+    # Traced, nothing may depend on values: then a sequence may be as long as a row.
+    longest = q.shape[1] if torch.compiler.is_compiling() else max(lengths.tolist(), default=0)
+    slots = torch.arange(longest, device=q.device)
+    valid, total = slots < lengths[:, None], q.shape[0] * q.shape[1]
+    index = torch.where(valid, starts[:, None] + slots, total)  # padding reads and writes a spare zero behind the end
+    q, k, v, lr = (torch.cat((x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])))[index] for x in (q, k, v, lr))
+    outputs = [q[:, :0]]
+    for start in range(0, longest, K):
+        q_t, k_t, v_t, lr_t = (x[:, start : start + K] for x in (q, k, v, lr))
+        o, updated = reference.dual_form(q_t, k_t, v_t, lr_t, token_scale, weights, gamma, beta, eps=eps)
+        outputs.append(o)
+        complete = lengths >= start + K
+        weights = tuple(
+            torch.where(complete.view(-1, *[1] * (w.dim() - 1)), new, w)
+            for new, w in zip(updated, weights, strict=True)
+        )
+    o = torch.cat(outputs, 1).flatten(0, 1)
+    o = o.new_zeros(total + 1, *o.shape[1:]).index_copy(0, index.flatten(), o)
+    return o[:-1].unflatten(0, tokens[0].shape[:2]).to(tokens[0].dtype), *weights
 
 
 def make_spans(mask: Tensor | None, cu_seqlens: Tensor | None, L: int) -> Spans | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .tiles import InnerGradient, Normalised, Rates, dual_backward, dual_output, linear_backward_, update
+from .tiles import DualLayer, InnerGradient, Normalised, Rates
 from .walk import walk_backward, walk_forward
 
 
@@ -87,11 +87,11 @@ def _forward_step(
     rates: Rates,
     eps: float,
 ) -> tuple[Tensor, tuple[Tensor]]:
-    W, b = weights
-    Z = torch.baddbmm(b.unsqueeze(1), k, W)
-    G = InnerGradient(Z, k, v, gamma, beta, eps).value()
-    P = dual_output(q, k, G, W, b, rates)
-    update(W, b, k, G, rates, sign=-1)
+    (W,) = weights
+    G = InnerGradient(torch.bmm(k, W), k[..., :-1], v, gamma, beta, eps).value()
+    layer = DualLayer(k, G, W, rates)
+    P = layer.output(q)
+    layer.update(1)
     return P, (G,)
 
 
@@ -108,17 +108,15 @@ def _backward_step(
     rates: Rates,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (W, b), (dW, db) = weights, d_weights
+    (W,), (dW,) = weights, d_weights
     # Rebuild the weights before the mini-batch, and the forward's values at them.
-    update(W, b, k, G, rates, sign=1)
-    inner = InnerGradient(torch.baddbmm(b.unsqueeze(1), k, W), k, v, gamma, beta, eps)
-    norm = Normalised(dual_output(q, k, G, W, b, rates), eps)
+    layer = DualLayer(k, G, W, rates)
+    layer.update(-1)
+    inner = InnerGradient(torch.bmm(k, W), k[..., :-1], v, gamma, beta, eps)
+    norm = Normalised(layer.output(q), eps)
     # Output and update, then G, then Z.
-    dP = norm.jacobian_product(dO * gamma)
-    dq, dk, dG = dual_backward(dP, q, k, G, W, dW, db, rates)
-    dZ, de, dgamma, dbeta = inner.backward(dG, G)
-    linear_backward_(dZ, k, dW, db)
-    dk.add_(de).baddbmm_(dZ, W.mT)
-    dgamma.add_((dO * norm.x_hat).sum(1))
-    dbeta.add_(dO.sum(1))
-    return dq.add_(dO), dk, de.neg_(), dgamma, dbeta
+    dq, dk, dG = layer.backward(norm.jacobian_product(dO * gamma), dW)
+    dZ, de, dgamma = inner.backward(dG, G)
+    dW.baddbmm_(k.mT, dZ)
+    dk.add_(de).baddbmm_(dZ, W[:, :-1].mT)
+    return dq.add_(dO), dk, de.neg(), dgamma.addcmul_(dO, norm.x_hat), de.add_(dO)

@@ -14,12 +14,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu
 
-from .tiles import InnerGradient, Normalised, Rates, dual_backward, dual_output, linear_backward_, update
+from .gelu import Gelu
+from .tiles import DualLayer, InnerGradient, Normalised, Rates
 from .walk import walk_backward, walk_forward
-
-_gelu_backward = torch.ops.aten.gelu_backward
 
 
 def mlp_forward(
@@ -90,16 +88,16 @@ def _forward_step(
     rates: Rates,
     eps: float,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    W1, b1, W2, b2 = weights
-    Z1 = torch.baddbmm(b1.unsqueeze(1), k, W1)
-    X2 = gelu(Z1, approximate="tanh")
-    Z2 = torch.baddbmm(b2.unsqueeze(1), X2, W2)
-    G2 = InnerGradient(Z2, k, v, gamma, beta, eps).value()
-    G1 = _gelu_backward(G2 @ W2.mT, Z1, approximate="tanh")
-    X2_bar = gelu(dual_output(q, k, G1, W1, b1, rates), approximate="tanh")
-    P2 = dual_output(X2_bar, X2, G2, W2, b2, rates)
-    update(W1, b1, k, G1, rates, sign=-1)
-    update(W2, b2, X2, G2, rates, sign=-1)
+    W1, W2 = weights
+    Z1 = torch.bmm(k, W1)
+    gelu = Gelu(Z1)
+    X2 = gelu.value_with_one()
+    G2 = InnerGradient(torch.bmm(X2, W2), k[..., :-1], v, gamma, beta, eps).value()
+    G1 = torch.bmm(G2, W2[:, :-1].mT).mul_(gelu.slope())
+    first, second = DualLayer(k, G1, W1, rates), DualLayer(X2, G2, W2, rates)
+    P2 = second.output(Gelu(first.output(q)).value_with_one())
+    first.update(1)
+    second.update(1)
     return P2, (Z1, G2)
 
 
@@ -118,44 +116,30 @@ def _backward_step(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One step of the walk back; weights and d_weights are moved, in place, to before the mini-batch."""
-    W1, b1, W2, b2 = weights
-    dW1, db1, dW2, db2 = d_weights
+    (W1, W2), (dW1, dW2) = weights, d_weights
     # Rebuild the weights before the mini-batch, and the forward's values at them.
-    X2 = gelu(Z1, approximate="tanh")
-    update(W2, b2, X2, G2, rates, sign=1)
-    U = G2 @ W2.mT
-    G1 = _gelu_backward(U, Z1, approximate="tanh")
-    update(W1, b1, k, G1, rates, sign=1)
-    inner = InnerGradient(torch.baddbmm(b2.unsqueeze(1), X2, W2), k, v, gamma, beta, eps)
-    P1 = dual_output(q, k, G1, W1, b1, rates)
-    X2_bar = gelu(P1, approximate="tanh")
-    norm = Normalised(dual_output(X2_bar, X2, G2, W2, b2, rates), eps)
+    gelu = Gelu(Z1)
+    X2, slope = gelu.value_with_one(), gelu.slope()
+    second = DualLayer(X2, G2, W2, rates)
+    second.update(-1)
+    U = torch.bmm(G2, W2[:, :-1].mT)
+    first = DualLayer(k, U * slope, W1, rates)
+    first.update(-1)
+    inner = InnerGradient(torch.bmm(X2, W2), k[..., :-1], v, gamma, beta, eps)
+    gelu_bar = Gelu(first.output(q))
+    norm = Normalised(second.output(gelu_bar.value_with_one()), eps)
     # Outputs and updates.
-    dP2 = norm.jacobian_product(dO * gamma)
-    dX2_bar, dX2, dG2 = dual_backward(dP2, X2_bar, X2, G2, W2, dW2, db2, rates)
-    dP1 = _gelu_backward(dX2_bar, P1, approximate="tanh")
-    dq, dk, dG1 = dual_backward(dP1, q, k, G1, W1, dW1, db1, rates)
+    dX2_bar, dX2, dG2 = second.backward(norm.jacobian_product(dO * gamma), dW2)
+    dq, dk, dG1 = first.backward(dX2_bar.mul_(gelu_bar.slope()), dW1)
     # G1 = U ∘ gelu'(Z1) and U = G2 W2ᵀ.
-    dU = _gelu_backward(dG1, Z1, approximate="tanh")
-    dG2.baddbmm_(dU, W2)
-    dW2.baddbmm_(dU.mT, G2)
+    dU = dG1.new_zeros(X2.shape)  # with nothing for the bias
+    torch.mul(dG1, slope, out=dU[..., :-1])
+    dG2.baddbmm_(dU[..., :-1], W2[:, :-1])
     # G2, then Z2 and Z1.
-    dZ2, de, dgamma, dbeta = inner.backward(dG2, G2)
-    linear_backward_(dZ2, X2, dW2, db2)
-    dZ1 = _gelu_backward(dX2.baddbmm_(dZ2, W2.mT), Z1, approximate="tanh")
-    dZ1.addcmul_(dG1.mul_(U), gelu_second_derivative(Z1))
-    linear_backward_(dZ1, k, dW1, db1)
-    dk.add_(de).baddbmm_(dZ1, W1.mT)
-    dgamma.add_((dO * norm.x_hat).sum(1))
-    dbeta.add_(dO.sum(1))
-    return dq.add_(dO), dk, de.neg_(), dgamma, dbeta
-
-
-def gelu_second_derivative(x: Tensor) -> Tensor:
-    """Second derivative of the tanh gelu: ``(1 - h²) (u' + x u''/2 - x h u'²)``, h = tanh u, u = c (x + a x³)."""
-    c, a = 0.7978845608028654, 0.044715
-    x_squared = x.square()
-    h = torch.tanh_((x_squared * (a * c)).add_(c).mul_(x))
-    slope = x_squared.mul_(3 * a * c).add_(c)  # u'; and x u''/2 = 3 a c x² = u' - c
-    result = (slope * 2).sub_(c).sub_(slope.square_().mul_(h).mul_(x))
-    return result.mul_(h.square_().neg_().add_(1))
+    dZ2, de, dgamma = inner.backward(dG2, G2)
+    dW2.baddbmm_(X2.mT, dZ2)
+    dW2.baddbmm_(dU.mT, G2)
+    dZ1 = dX2.baddbmm_(dZ2, W2[:, :-1].mT).mul_(slope).addcmul_(dG1.mul_(U), gelu.curvature())
+    dW1.baddbmm_(k.mT, dZ1)
+    dk.add_(de).baddbmm_(dZ1, W1[:, :-1].mT)
+    return dq.add_(dO), dk, de.neg(), dgamma.addcmul_(dO, norm.x_hat), de.add_(dO)

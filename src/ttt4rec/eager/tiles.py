@@ -1,7 +1,8 @@
-"""The pieces both inner models are made of, on one mini-batch: operands ``[R, K, D]``, weights ``[R, in, out]``.
+"""The pieces both inner models are made of, on one mini-batch of r tokens: operands ``[R, r, D]``.
 
-Names follow the mathematics: Z is an inner model's output on the keys, G the inner loss's gradient at it, and
-``η[i, j] = s_i lr_j`` for i >= j. The prefix ``d`` marks the gradient of the outer loss.
+An inner layer's bias is the last row of its weights, ``W [R, in + 1, out]``, and what goes into it has a last feature
+that is one. Names follow the mathematics: Z is an inner model's output on the keys, G the inner loss's gradient at it.
+The prefix ``d`` marks the gradient of the outer loss.
 """
 
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ class InnerGradient:
         """G = r (y - mean(y) - x̂ mean(y ∘ x̂)), y = γ ∘ (LN(Z) - (v - k))."""
         return self._norm.jacobian_product(self._y)
 
-    def backward(self, dG: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return dZ, d(LN(Z) - (v - k)), and this mini-batch's dγ and dβ before their sums over rows.
+    def backward(self, dG: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dZ, d(LN(Z) - (v - k)), which is dβ before its sum over tokens too, and dγ before its.
 
         ::
 
@@ -55,8 +56,7 @@ class InnerGradient:
         mean_y, mean_dG = _mean_of_product(self._y, x_hat), _mean_of_product(dG, x_hat)
         dx_hat = (de * self._gamma).sub_((dG * mean_y).addcmul_(self._y, mean_dG).mul_(r))
         dZ = self._norm.jacobian_product(dx_hat).sub_(x_hat * (r * _mean_of_product(dG, G)))
-        dgamma = dy.mul_(self._error).addcmul_(de, x_hat)
-        return dZ, de, dgamma.sum(1), de.sum(1)
+        return dZ, de, dy.mul_(self._error).addcmul_(de, x_hat)
 
 
 def _mean_of_product(a: Tensor, b: Tensor) -> Tensor:
@@ -65,67 +65,65 @@ def _mean_of_product(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class Rates:
-    """η of one mini-batch, and the gradients that its uses leave behind."""
+    """``-η[i, j] = -s_i lr_j`` for i >= j of one mini-batch, and the gradients that its uses leave behind."""
 
-    lr: Tensor  # [R, K]
-    scale: Tensor  # [K, K]: s_i for i >= j, else 0
+    lr: Tensor  # [R, r]
+    scale: Tensor  # [r, r]: -s_i for i >= j, else 0
     complete: int  # rows whose mini-batch is complete; only these are updated
 
     def __post_init__(self) -> None:
-        self.eta = self.lr.unsqueeze(1) * self.scale  # [R, K, K]
-        self.last = self.eta[:, -1].clone()  # η_last
-        self.last[self.complete :] = 0
+        self.eta = self.lr.unsqueeze(1) * self.scale  # [R, r, r]
+        self.last = self.eta[: self.complete, -1].unsqueeze(-1)  # [complete, r, 1]
         self.d_eta: Tensor | None = None
-        self.d_last: Tensor | None = None
 
     def accumulate(self, d_eta: Tensor, d_last: Tensor) -> None:
         """Add what one inner layer contributes."""
+        d_eta[: self.complete, -1] += d_last
         self.d_eta = d_eta if self.d_eta is None else self.d_eta.add_(d_eta)
-        self.d_last = d_last if self.d_last is None else self.d_last.add_(d_last)
 
     def backward(self) -> tuple[Tensor, Tensor]:
-        """Return d lr ``[R, K]`` and d s ``[K]``."""
+        """Return d lr ``[R, r]`` and d s ``[r]``."""
         assert self.d_eta is not None
-        assert self.d_last is not None
-        self.d_last[self.complete :] = 0
-        self.d_eta[:, -1] += self.d_last
-        lower = self.d_eta.tril_()
-        return (lower * self.scale).sum(1), torch.einsum("rij,rj->i", lower, self.lr)
+        d_lr = (self.d_eta * self.scale).sum(1)
+        return d_lr, self.d_eta.tril_().mul_(self.lr.unsqueeze(1)).sum((0, 2)).neg_()
 
 
-def dual_output(queries: Tensor, keys: Tensor, G: Tensor, W: Tensor, b: Tensor, rates: Rates) -> Tensor:
-    """queries W + b - (tril(η) ∘ (queries keysᵀ + 1)) G."""
-    A = torch.baddbmm(queries.new_ones(1), queries, keys.mT).mul_(rates.eta)
-    return torch.baddbmm(b.unsqueeze(1), queries, W).baddbmm_(A, G, alpha=-1)
+class DualLayer:
+    """One inner layer in one mini-batch: its output at queries in the dual form, and its update.
 
-
-def update(W: Tensor, b: Tensor, keys: Tensor, G: Tensor, rates: Rates, sign: int) -> None:
-    """In place W += sign (η_last ∘ keys)ᵀ G, b += sign η_last G: -1 walks forward, +1 back."""
-    W.baddbmm_((keys * rates.last.unsqueeze(-1)).mT, G, alpha=sign)
-    b.unsqueeze(1).baddbmm_(rates.last.unsqueeze(1), G, alpha=sign)
-
-
-def dual_backward(
-    d_out: Tensor, queries: Tensor, keys: Tensor, G: Tensor, W: Tensor, dW: Tensor, db: Tensor, rates: Rates
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of ``dual_output`` and ``update`` together; returns d queries, d keys, dG.
-
-    dW and db come in as gradients of the updated weights and leave, in place, as those of the weights before.
+    ``keys [R, r, in + 1]`` are what went into the layer, G ``[R, r, out]`` is the inner gradient at what came out.
     """
-    S = torch.baddbmm(queries.new_ones(1), queries, keys.mT)
-    dA = -(d_out @ G.mT)
-    dS = dA * rates.eta
-    last = rates.last.unsqueeze(-1)
-    G_dW = G @ dW.mT
-    rates.accumulate(dA.mul_(S), -((keys * G_dW).sum(-1) + (G @ db.unsqueeze(-1)).squeeze(-1)))
-    dG = torch.baddbmm(db.unsqueeze(1), keys, dW).mul_(last).baddbmm_(S.mul_(rates.eta).mT, d_out).neg_()
-    d_keys = G_dW.mul_(last).neg_().baddbmm_(dS.mT, queries)
-    d_queries = torch.bmm(d_out, W.mT).baddbmm_(dS, keys)
-    linear_backward_(d_out, queries, dW, db)
-    return d_queries, d_keys, dG
 
+    def __init__(self, keys: Tensor, G: Tensor, W: Tensor, rates: Rates) -> None:
+        self._keys, self._G, self._W, self._rates = keys, G, W, rates
+        self._step = G[: rates.complete] * rates.last
 
-def linear_backward_(d_out: Tensor, x: Tensor, dW: Tensor, db: Tensor) -> None:
-    """Add the gradients of ``x W + b`` to dW and db in place."""
-    dW.baddbmm_(x.mT, d_out)
-    db.add_(d_out.sum(1))
+    def update(self, sign: int) -> None:
+        """In place ``W -= sign keysᵀ (η_last ∘ G)``: 1 walks forward, -1 back."""
+        c = self._rates.complete
+        self._W[:c].baddbmm_(self._keys[:c].mT, self._step, alpha=sign)
+
+    def output(self, queries: Tensor) -> Tensor:
+        """Queries W - (tril(η) ∘ queries keysᵀ) G."""
+        self._queries = queries
+        self._S = torch.baddbmm(queries.new_ones(1), queries[..., :-1], self._keys[..., :-1].mT)
+        self._A = self._S * self._rates.eta
+        return torch.bmm(queries, self._W).baddbmm_(self._A, self._G)
+
+    def backward(self, d_out: Tensor, dW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Backward of ``output`` and ``update`` together; returns d queries and d keys, without their ones, and dG.
+
+        dW comes in as gradient of the updated weights and leaves, in place, as that of the weights before.
+        """
+        queries, keys, rates, c = self._queries, self._keys, self._rates, self._rates.complete
+        dA = torch.bmm(d_out, self._G.mT)
+        dS = dA * rates.eta
+        keys_dW = torch.bmm(keys[:c], dW[:c])
+        rates.accumulate(dA.mul_(self._S), (keys_dW * self._G[:c]).sum(-1))
+        dG = torch.bmm(self._A.mT, d_out)
+        dG[:c].addcmul_(keys_dW, rates.last)
+        d_keys = torch.bmm(dS.mT, queries[..., :-1])
+        d_keys[:c].baddbmm_(self._step, dW[:c, :-1].mT)
+        d_queries = torch.bmm(d_out, self._W[:, :-1].mT).baddbmm_(dS, keys[..., :-1])
+        dW.baddbmm_(queries.mT, d_out)
+        return d_queries, d_keys, dG
