@@ -18,15 +18,31 @@ SAMPLE = [  # of the table's kernels, compiled here
     *(f"linear_{op}:{arch}:16:8:bf16" for op in ("forward", "backward") for arch in TARGETS),
     *(f"linear_{op}:{arch}:64:16:bf16" for op in ("forward", "backward") for arch in ("sm_90", "gfx942")),
     *(f"linear_{op}:sm_90:{shape}" for op in ("forward", "backward") for shape in ("32:16:bf16", "16:8:fp32")),
+    *(f"mlp_{op}:{arch}:16:8:bf16" for op in ("forward", "backward") for arch in ("sm_90", "gfx942")),
+    "mlp_forward:sm_90:32:16:bf16",
+    "mlp_backward:sm_90:64:16:bf16",  # in chunks
+    "mlp_forward:sm_90:16:8:fp32",
 ]
-STATE_SHAPE = {"16:8": "32x16", "32:16": "32x32", "64:16": "64x64"}  # stacked heads by head dimension
+STATE_SHAPE = {  # stacked heads by what each inner layer puts out
+    ("linear", "16:8"): "32x16",
+    ("linear", "32:16"): "32x32",
+    ("linear", "64:16"): "64x64",
+    ("mlp", "16:8"): "32x64",
+    ("mlp", "32:16"): "32x128",
+}
+NUM_WEIGHTS = {"linear": 1, "mlp": 2}  # matrices
 
 pytestmark = pytest.mark.slow
 
 
 TABLE = resources.read((Path(__file__).parents[1] / "docs" / "resources.md").read_text())
 VERSIONS = ("3.6.0", "3.9.0")  # oldest and newest
-UNSPILLED = [(16, 8), (16, 16), (16, 32), (32, 8), (32, 16), (64, 16)]  # D and K of backwards on sm_90 and sm_100
+UNSPILLED = {  # D and K without a spill in the loop, on sm_90 and sm_100
+    "linear_forward": [(D, K) for D in (16, 32, 64) for K in (8, 16, 32, 64) if (D, K) != (64, 64)],  # one, under 3.6.0
+    "linear_backward": [(16, 8), (16, 16), (16, 32), (32, 8), (32, 16), (64, 16)],
+    "mlp_forward": [(16, 8), (16, 16), (32, 8), (32, 16)],
+    "mlp_backward": [],
+}
 
 
 TRAPS = [("3.6.0", "sm_100", "linear_backward", head_dim, 64) for head_dim in (64, 128)]
@@ -82,8 +98,7 @@ def test_all_kernels_fit_and_the_important_ones_do_not_spill(version: str, archi
         assert r.tensor_core > 0
         assert r.loop_instructions > 100  # fewer, and the loop was not found
         shape = r.head_dim, r.mini_batch_size
-        spared = shape in UNSPILLED or ("forward" in r.op and shape != (64, 64))  # a single one there, under 3.6.0
-        if architecture in ("sm_90", "sm_100") and r.head_dim <= 64 and r.dtype == "bf16" and spared:
+        if architecture in ("sm_90", "sm_100") and r.dtype == "bf16" and shape in UNSPILLED[r.op]:
             assert r.loop_spills == 0, r
 
 
@@ -102,33 +117,40 @@ def test_what_a_compiler_turns_into_a_trap_is_refused(trap: tuple[Any, ...], mon
 def test_one_compilation_serves_all_lengths() -> None:
     script = """
 import torch
-from ttt4rec.kernels import aot, linear_backward, linear_forward
-for op in ("linear_forward", "linear_backward"):
+from ttt4rec.kernels import aot
+ops = "linear_forward", "linear_backward", "mlp_forward", "mlp_backward"
+for op in ops:
     for length in (1, 7, 16, 50, 4096):
         aot.compile_for("sm_90", op, 16, 8, torch.bfloat16, length)
 import sys
-for op in ("forward", "backward"):
-    kernel = getattr(sys.modules[f"ttt4rec.kernels.linear_{op}"], f"linear_{op}_kernel")
+for op in ops:
+    kernel = getattr(sys.modules[f"ttt4rec.kernels.{op}"], f"{op}_kernel")
     print(sum(len(caches[0]) for caches in kernel.device_caches.values()))
 """
-    assert in_a_process("-c", script).split() == ["1", "1"]
+    assert in_a_process("-c", script).split() == ["1"] * 4
 
 
-@pytest.mark.parametrize(
-    "kernel", [k for k in SAMPLE if k != "linear_backward:sm_90:16:8:fp32"]
-)  # there W looks like b
+def state_shape(kernel: str) -> str | None:
+    """Shape of the state that a kernel's walk carries along; None where it lies in memory, or looks like a bias."""
+    op, _, head_dim, mini_batch_size, _ = kernel.split(":")
+    if kernel == "linear_backward:sm_90:16:8:fp32":
+        return None
+    return STATE_SHAPE.get((op.split("_")[0], f"{head_dim}:{mini_batch_size}"))
+
+
+@pytest.mark.parametrize("kernel", filter(state_shape, SAMPLE))
 def test_state_is_updated_by_a_float32_subtraction(kernel: str, costs: dict[str, dict[str, Any]]) -> None:
     """Never inside the tensor core's accumulator, which rounds towards zero: the walk back could not rebuild W."""
-    shape = STATE_SHAPE[":".join(kernel.split(":")[2:4])]
-    carried = carried_tensors(costs[kernel]["ttgir"], shape)
+    carried = carried_tensors(costs[kernel]["ttgir"], state_shape(kernel) or "")
     subtracted = {name: subtraction(name, costs[kernel]["ttgir"]) for name in carried}
-    assert len(carried) == (1 if "forward" in kernel else 2)  # W, and dW
+    inner, direction = kernel.split(":")[0].split("_")
+    assert len(carried) == NUM_WEIGHTS[inner] * (1 if direction == "forward" else 2)  # weights, and their gradients
     assert all(subtracted.values()), subtracted
     for name in carried:
         assert not accumulates_into(name, costs[kernel]["ttgir"]), name
 
 
-@pytest.mark.parametrize("op", ["linear_forward", "linear_backward"])
+@pytest.mark.parametrize("op", ["linear_forward", "linear_backward", "mlp_forward"])
 def test_float32_products_are_three_tf32_products(op: str, costs: dict[str, dict[str, Any]]) -> None:
     """Never one, which would keep 11 bits."""
     single, half = (costs[f"{op}:sm_90:16:8:{dtype}"]["ttgir"].count("= tt.dot ") for dtype in ("fp32", "bf16"))
