@@ -40,10 +40,10 @@ HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for 
     ("mlp_forward", 32): {16: Blocks(8, 2), 64: Blocks(4, 2)},
     ("mlp_forward", 64): {16: Blocks(8, 2), 64: Blocks(4, 2, chunks=8)},
     ("mlp_forward", 128): {16: Blocks(8, 2, chunks=8), 64: Blocks(8, 2, chunks=16)},
-    ("mlp_backward", 16): {8: Blocks(4, 1, heads=2), 16: Blocks(4, 1), 64: Blocks(4, 1)},
-    ("mlp_backward", 32): {8: Blocks(4, 1, heads=2), 16: Blocks(8, 1), 64: Blocks(4, 1)},
-    ("mlp_backward", 64): {16: Blocks(4, 1, chunks=8), 64: Blocks(8, 1, chunks=8)},
-    ("mlp_backward", 128): {16: Blocks(8, 1, chunks=8), 64: Blocks(8, 1, chunks=16)},
+    ("mlp_backward", 16): {8: Blocks(4, 1, heads=2), 16: Blocks(4, 1), 32: Blocks(4, 1), 64: Blocks(4, 1)},
+    ("mlp_backward", 32): {8: Blocks(4, 1, heads=2), 16: Blocks(8, 1), 32: Blocks(8, 1), 64: Blocks(4, 1)},
+    ("mlp_backward", 64): {16: Blocks(4, 1, chunks=8), 32: Blocks(8, 1, chunks=8), 64: Blocks(8, 1, chunks=8)},
+    ("mlp_backward", 128): {16: Blocks(8, 1, chunks=8), 32: Blocks(8, 1, chunks=16), 64: Blocks(8, 1, chunks=16)},
 }
 SINGLE = {  # the same for float32, whose products are three tensor-core products, or none
     ("linear_forward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 64: Blocks(4, 1)},
@@ -75,6 +75,7 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice than sm_9
         ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(2, 1), 64: Blocks(8, 1)},
         ("linear_backward", 32): {8: Blocks(2, 1), 16: Blocks(2, 1), 32: Blocks(2, 2), 64: Blocks(8, 2)},
         ("mlp_forward", 64): {16: Blocks(8, 2, chunks=4), 64: Blocks(4, 2, chunks=8)},  # in one chunk: only a trap
+        ("mlp_backward", 32): {16: Blocks(8, 1), 32: Blocks(8, 1)},
     },
     "gfx942": {  # twice the registers
         ("linear_forward", 32): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
@@ -123,10 +124,15 @@ def blocks(
         architecture: ``"sm_90"``, ``"gfx942"``, ...
         num_heads: H; a single head is not paired with another.
     """
-    key = op, padded(head_dim)
-    table = SINGLE if dtype == torch.float32 else HALF | HALF_BY_ARCHITECTURE.get(architecture, {})
     needed = mini_batch_size if num_heads > 1 else max(16, mini_batch_size)
-    return next(choice for largest, choice in table[key].items() if needed <= largest)
+    sizes = choices(op, padded(head_dim), dtype, architecture)
+    return next(choice for largest, choice in sizes.items() if needed <= largest)
+
+
+def choices(op: str, padded_head_dim: int, dtype: torch.dtype, architecture: str) -> dict[int, Blocks]:
+    """The cuts of a kernel by the largest mini-batch size each is for."""
+    table = SINGLE if dtype == torch.float32 else HALF | HALF_BY_ARCHITECTURE.get(architecture, {})
+    return table[op, padded_head_dim]
 
 
 def padded(size: int) -> int:
@@ -186,14 +192,20 @@ def plan(op: str, q: Tensor, mini_batch_size: int, hidden: int = 0) -> tuple[Blo
     return choice, tile
 
 
-def check_compiler(head_dim: int, mini_batch_size: int) -> None:
-    """Refuse a backward that Triton compiles to a trap: up to 3.6, on sm_100, of wide heads and long mini-batches.
+def check_compiler(op: str, head_dim: int, mini_batch_size: int) -> None:
+    """Refuse a backward that the compiler turns into a trap, or not into code at all: long mini-batches on sm_100.
 
     Raises:
-        ValueError: for those.
+        ValueError: for more than 32 tokens, of TTT-MLP, and of TTT-Linear with wide heads under Triton 3.6.
     """
+    if mini_batch_size <= 32 or not architecture().startswith("sm_10"):
+        return
+    if op == "mlp_backward":
+        raise ValueError(
+            f"on {architecture()} the TTT-MLP backward takes a mini_batch_size of up to 32, got {mini_batch_size}"
+        )
     version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if version <= (3, 6) and head_dim > 32 and mini_batch_size > 32 and architecture().startswith("sm_10"):
+    if version <= (3, 6) and head_dim > 32:
         raise ValueError(
             f"on {architecture()} a backward of head dimension {head_dim} and mini_batch_size {mini_batch_size} "
             f"needs a Triton newer than 3.6, got {triton.__version__}"

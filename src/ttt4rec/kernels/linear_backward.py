@@ -205,7 +205,7 @@ def linear_backward(
         grad_o, grad_W1, grad_b1, q, k, v, inner_lr, token_scale, W1, b1, G, ln_weight, ln_bias, starts, lengths,
         eps,
     )  # fmt: skip
-    launch.check_compiler(q.shape[-1], token_scale.numel())
+    launch.check_compiler("linear_backward", q.shape[-1], token_scale.numel())
     prepared.run()
     d_gamma, d_beta, d_scale, d_last_scale = (x.sum(0) for x in sums)
     d_scale = d_scale.sum(0)

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from . import launch
@@ -80,18 +81,20 @@ class Row(NamedTuple):
         return f"{what}{cut}{memory}| {self.loop_instructions} | {self.tensor_core} |"
 
 
-def configurations() -> Iterator[str]:
+def configurations(architecture: str) -> Iterator[str]:
     """Every configuration the launch table can choose, as ``op:head_dim:mini_batch_size:dtype``.
 
-    Of float32, a path for checking, only those of at most 16 tokens and 64 features (TTT-MLP: 16): the compiler takes
-    minutes over larger ones, which spill by the thousand.
+    Not what ``launch.check_compiler`` refuses under any Triton. Of float32, a path for checking, only those of at most
+    16 tokens and 64 features (TTT-MLP: 16): the compiler takes minutes over larger ones, which spill by the thousand.
     """
-    for (op, head_dim), choices in launch.HALF.items():
-        yield from (f"{op}:{head_dim}:{mini_batch_size}:bf16" for mini_batch_size in choices)
-    for (op, head_dim), choices in launch.SINGLE.items():
+    for op, head_dim in launch.HALF:
+        longest = 32 if (op, architecture) == ("mlp_backward", "sm_100") else launch.MAX_MINI_BATCH_SIZE
+        sizes = launch.choices(op, head_dim, torch.bfloat16, architecture)
+        yield from (f"{op}:{head_dim}:{size}:bf16" for size in sizes if size <= longest)
+    for op, head_dim in launch.SINGLE:
         if head_dim <= (16 if op.startswith("mlp") else 64):
-            sizes = sorted({min(mini_batch_size, 16) for mini_batch_size in choices})
-            yield from (f"{op}:{head_dim}:{mini_batch_size}:fp32" for mini_batch_size in sizes)
+            short = sorted({min(size, 16) for size in launch.choices(op, head_dim, torch.float32, architecture)})
+            yield from (f"{op}:{head_dim}:{size}:fp32" for size in short)
 
 
 def programs(architecture: str, registers: int, shared_memory: int, num_warps: int) -> int:
@@ -163,7 +166,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="configurations compiled at once")
     given = parser.parse_args()
     tables = read(given.file.read_text()) if given.file.exists() else {}
-    jobs = [(architecture, configuration) for architecture in TARGETS for configuration in configurations()]
+    jobs = [(architecture, configuration) for architecture in TARGETS for configuration in configurations(architecture)]
     for architecture in TARGETS:
         tables[triton.__version__, architecture] = []
     with ThreadPoolExecutor(given.workers) as pool:
