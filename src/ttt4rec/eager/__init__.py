@@ -9,6 +9,7 @@ from .convolution import convolution_backward, convolution_forward
 from .linear import linear_backward, linear_forward
 from .mlp import mlp_backward, mlp_forward
 from .projection import projection_backward, projection_forward
+from .step import steps, token_step
 
 __all__ = [
     "convolution_backward",
@@ -19,4 +20,6 @@ __all__ = [
     "mlp_forward",
     "projection_backward",
     "projection_forward",
+    "steps",
+    "token_step",
 ]
