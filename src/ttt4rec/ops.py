@@ -152,8 +152,10 @@ def token_step(
     kernel: bool,
 ) -> Tensor:
     """One token ``[B, H, D]`` of each of B streams whose states are in the pool; see ``eager.token_step``."""
-    o: Tensor = _path(kernel).token_step(q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, pool, eps)
-    return o
+    with torch.autocast(q.device.type, enabled=False):
+        return _path(kernel).token_step(  # type: ignore[no-any-return]
+            q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, pool, eps
+        )
 
 
 @token_step.register_fake

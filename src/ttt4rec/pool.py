@@ -110,7 +110,8 @@ class StatePool:
         ]
         gamma, beta = (p.to(k.dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in self._layer_norm)
         k_rows, v_rows, lr_rows, *rows = (x.flatten(0, 1) for x in (k, v, lr, *weights))
-        rows = [*eager.steps(k_rows, v_rows, lr_rows, gamma, beta, rows, 1e-6)]
+        with torch.autocast(k.device.type, enabled=False):
+            rows = [*eager.steps(k_rows, v_rows, lr_rows, gamma, beta, rows, 1e-6)]
         kept = [x.unflatten(0, k.shape[:2]) for x in rows]
         U, X = kept[: len(weights)], kept[len(weights) :]
         new = [*(torch.cat(pair, 2) for pair in zip(weights, U, strict=True)), *X, v, lr]

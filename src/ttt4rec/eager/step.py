@@ -115,15 +115,20 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(offset: Tensor, K: int, matrices: Sequence[Tensor]) -> tuple[Tensor, list[_Chunk]]:
-    """Which streams go together, by their number of kept tokens; on a GPU, where the host must not know it, all do."""
-    B = offset.numel()
+    """The order in which streams go, by their number of kept tokens, and which go together."""
     if not offset.is_cpu:
-        return torch.arange(B, device=offset.device), [_Chunk(0, B, K - 1, B)]
+        return _everything(offset, K)
     size = max(1, CACHE_BYTES // sum(m[0].numel() * m.element_size() for m in matrices))
     order = offset.argsort(stable=True)
     places = offset[order].tolist()
-    parts = [(first, min(first + size, B)) for first in range(0, B, size)]
+    parts = [(first, min(first + size, len(places))) for first in range(0, len(places), size)]
     return order, [_Chunk(a, b, places[b - 1], places[a:b].count(K - 1)) for a, b in parts]
+
+
+def _everything(offset: Tensor, K: int) -> tuple[Tensor, list[_Chunk]]:
+    """For a GPU, where the host must not wait for the positions: all streams together, any of them at any token."""
+    B = offset.numel()
+    return torch.arange(B, device=offset.device), [_Chunk(0, B, K - 1, B)]
 
 
 def _affine(x: Tensor, weights: Tensor) -> Tensor:
