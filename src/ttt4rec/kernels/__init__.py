@@ -4,5 +4,6 @@ from .linear_backward import linear_backward
 from .linear_forward import linear_forward
 from .projection_backward import projection_backward
 from .projection_forward import projection_forward
+from .step import token_step
 
-__all__ = ["linear_backward", "linear_forward", "projection_backward", "projection_forward"]
+__all__ = ["linear_backward", "linear_forward", "projection_backward", "projection_forward", "token_step"]

@@ -25,6 +25,7 @@ from .linear_backward import prepare_linear_backward
 from .linear_forward import prepare_linear_forward
 from .projection_backward import prepare_projection_backward
 from .projection_forward import prepare_projection_forward
+from .step import prepare_token_step
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -83,6 +84,7 @@ def compile_for(
     """
     driver.set_active(OfflineDriver(architecture))
     prepare = _prepare_projection if op.startswith("projection") else _prepare_linear
+    prepare = _prepare_step if op.endswith("step") else prepare
     prepared = prepare(op, head_dim, mini_batch_size, dtype, length)
     compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options())
     return _amd_cost(compiled) if architecture.startswith("gfx") else _nvidia_cost(compiled)
@@ -108,6 +110,19 @@ def _prepare_projection(op: str, head_dim: int, mini_batch_size: int, dtype: tor
         return prepare_projection_forward(x, weights, lr_weight, _meta(4).to(dtype), *options)[-1]
     rates = _meta(2, length, 4)
     return prepare_projection_backward([q] * 3, rates, rates, x, weights, lr_weight, *options)[-1]
+
+
+def _prepare_step(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
+    D, K = head_dim, mini_batch_size
+    q, index = _meta(2, 4, D).to(dtype), _meta(2).long()
+    shapes = (
+        [(D + K, D), (K - 1, D)]
+        if op == "linear_step"
+        else [(D + K, 4 * D), (4 * D + K, D), (K - 1, D), (K - 1, 4 * D)]
+    )
+    pool = [_meta(9, 4, *shape) for shape in (*shapes, (K - 1, D), (K - 1, 1))]
+    norm = _meta(4, D), _meta(4, D)
+    return prepare_token_step(q, q, q, _meta(2, 4), _meta(K), *norm, index, index, pool, 1e-6)[-1]
 
 
 def _meta(*shape: int) -> Tensor:

@@ -1,0 +1,355 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# Jit functions are typed by Triton when they are compiled.
+
+"""One token more for many streams, whose states lie in a pool: one program a stream and head.
+
+A stream keeps of every token of its mini-batch the inputs X and the steps U = lr ∘ G of each inner layer; with
+M = [W; b; U] as the pool holds it, the layer at token i is::
+
+    x W + b - s (Σ_{j < i} (x · X_j + 1) U_j + (x · X_i + 1) U_i)
+
+A program reads W, b and the i kept rows, and writes one row; W and b only at a mini-batch's last token. It has one row
+x and no matrix product worth a tensor core: all products are float32 multiplications and sums.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .primitives import centred, layer_norm_backward, normalised
+
+
+class StepTile(NamedTuple):
+    """The compile-time sizes of a step."""
+
+    mini_batch: int  # K
+    kept: int  # K - 1 padded to a power of two
+    head_dim: int  # D
+    features: int  # D padded to a power of two
+    hidden: int  # of TTT-MLP
+    chunk: int  # hidden features held at a time, a power of two
+    chunks: int
+
+
+# The chunk of TTT-MLP and warps of a program by padded head dimension: weights that fit the registers.
+LINEAR_BLOCKS = {16: (0, 1), 32: (0, 1), 64: (0, 4), 128: (0, 8)}
+MLP_BLOCKS = {16: (64, 1), 32: (128, 4), 64: (256, 8), 128: (128, 8)}
+
+
+@triton.jit
+def times(x, W):
+    """x W, [1, in] by [in, out]."""
+    return tl.sum(tl.trans(x) * W, 0)[None, :]
+
+
+@triton.jit
+def times_transposed(x, W):
+    """x Wᵀ, [1, out] by [in, out]."""
+    return tl.trans(tl.sum(W * x, 1)[:, None])
+
+
+@triton.jit
+def product(x, y):
+    """x · y of rows, [1, 1]; of a row and rows, [n, 1]."""
+    return tl.sum(x * y, 1)[:, None]
+
+
+@triton.jit
+def gelu(x):
+    """Tanh-GELU x σ(w), w = 2c (x + a x³), and its derivative σ + x σ (1 - σ) w'."""
+    square = x * x
+    sigmoid = tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))
+    slope = 1.5957691216057308 + 0.21406444881780076 * square
+    return x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid) * slope)
+
+
+@triton.jit
+def inner_steps(Z, k_row, v_row, lr, gamma, beta, eps, tile: tl.constexpr):
+    """U = lr G, G the gradient of ``½‖LN(Z) - (v - k)‖²`` at Z."""
+    x_hat, r = normalised(centred(Z, tile), eps, tile)
+    return lr * layer_norm_backward(gamma * (gamma * x_hat + beta - (v_row - k_row)), x_hat, r, tile)
+
+
+@triton.jit
+def output(P, q_row, gamma, beta, eps, tile: tl.constexpr):
+    """q + LN(P)."""
+    p_hat, _ = normalised(centred(P, tile), eps, tile)
+    return q_row + gamma * p_hat + beta
+
+
+@triton.jit
+def load(pointer, offsets, mask):
+    """Float32 values, zero where masked out."""
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def stepped(W, b, x, u, s, X, U, rows, columns, width: tl.constexpr, out: tl.constexpr, tile: tl.constexpr):
+    """W - s Σ_j X_jᵀ U_j and b - s Σ_j U_j over a complete mini-batch, of which x and u are the last token.
+
+    rows and columns are the part of W that is held; X and U point to the head's kept rows.
+    """
+    W -= tl.trans(x) * (s * u)
+    b -= s * u
+    for j in tl.range(0, tile.mini_batch - 1):
+        x_j = load(X, j * width + rows[:, None], (rows < width)[:, None])
+        u_j = s * load(U, j * out + columns[None, :], (columns < out)[None, :])
+        W -= x_j * u_j
+        b -= u_j
+    return W, b
+
+
+@triton.jit
+def program_stream(slots, offset, H):
+    """The program's head in the pool, of N·H; its token's place in the mini-batch."""
+    stream = tl.program_id(0) // H
+    slot = tl.load(slots + stream).to(tl.int64)
+    return slot * H + tl.program_id(0) % H, tl.load(offset + stream).to(tl.int32)
+
+
+@triton.jit
+def load_token(tokens, rates, layer_norm, place, H, tile: tl.constexpr):
+    """q, k, v, γ, β, rows [1, F]; lr and s."""
+    features = tl.arange(0, tile.features)[None, :]
+    here = tl.program_id(0).to(tl.int64) * tile.head_dim + features
+    parameters = (tl.program_id(0) % H) * tile.head_dim + features
+    mask = features < tile.head_dim
+    q_row, k_row, v_row = load(tokens[0], here, mask), load(tokens[1], here, mask), load(tokens[2], here, mask)
+    gamma, beta = load(layer_norm[0], parameters, mask), load(layer_norm[1], parameters, mask)
+    lr = tl.load(rates[0] + tl.program_id(0)).to(tl.float32)
+    return q_row, k_row, v_row, gamma, beta, lr, tl.load(rates[1] + place).to(tl.float32)
+
+
+@triton.jit
+def linear_step_kernel(
+    tokens,  # q, k, v [B, H, D]
+    rates,  # inner_lr [B, H], token_scale [K]
+    layer_norm,  # γ, β [H, D]
+    slots,  # [B]
+    offset,  # [B]
+    pool,  # M [N, H, D + K, D], k and v [N, H, K-1, D], lr [N, H, K-1]
+    o,  # [B, H, D]
+    H,
+    eps,
+    tile: tl.constexpr,
+):
+    """P = the layer at q; O = q + LN(P)."""
+    D: tl.constexpr = tile.head_dim
+    head, place = program_stream(slots, offset, H)
+    q_row, k_row, v_row, gamma, beta, lr, s = load_token(tokens, rates, layer_norm, place, H, tile)
+    features = tl.arange(0, tile.features)
+    row, real = features[None, :], (features < D)[None, :]
+    square, square_mask = features[:, None] * D + row, (features < D)[:, None] & real
+    before = tl.arange(0, tile.kept)[:, None]
+    M = pool[0] + head * ((D + tile.mini_batch) * D)
+    steps = M + (D + 1) * D
+    keys, values = pool[1] + head * ((tile.mini_batch - 1) * D), pool[2] + head * ((tile.mini_batch - 1) * D)
+
+    W = load(M, square, square_mask)
+    b = load(M, D * D + row, real)
+    u = inner_steps(times(k_row, W) + b, k_row, v_row, lr, gamma, beta, eps, tile)
+    X = load(keys, before * D + row, (before < place) & real)
+    U = load(steps, before * D + row, (before < place) & real)
+    P = times(q_row, W) + b
+    P -= s * (tl.sum((product(q_row, X) + 1.0) * U, 0)[None, :] + (product(q_row, k_row) + 1.0) * u)
+    here = tl.program_id(0).to(tl.int64) * D + row
+    tl.store(o + here, output(P, q_row, gamma, beta, eps, tile).to(o.dtype.element_ty), mask=real)
+
+    if place == tile.mini_batch - 1:
+        W, b = stepped(W, b, k_row, u, s, keys, steps, features, features, D, D, tile)
+        tl.store(M + square, W, mask=square_mask)
+        tl.store(M + D * D + row, b, mask=real)
+    else:
+        tl.store(steps + place * D + row, u, mask=real)
+        tl.store(keys + place * D + row, k_row, mask=real)
+        tl.store(values + place * D + row, v_row, mask=real)
+        tl.store(pool[3] + head * (tile.mini_batch - 1) + place, lr)
+
+
+@triton.jit
+def mlp_step_kernel(
+    tokens,  # q, k, v [B, H, D]
+    rates,  # inner_lr [B, H], token_scale [K]
+    layer_norm,  # γ, β [H, D]
+    slots,  # [B]
+    offset,  # [B]
+    pool,  # M1 [N, H, D + K, F], M2 [N, H, F + K, D], k [N, H, K-1, D], X2 [N, H, K-1, F], v as k, lr [N, H, K-1]
+    o,  # [B, H, D]
+    H,
+    eps,
+    tile: tl.constexpr,
+):
+    """Z1 = k W1 + b1, X2 = gelu(Z1), Z2 = X2 W2 + b2, U1 = (U2 W2ᵀ) ∘ gelu'(Z1); X̄2 = gelu(P1); O = q + LN(P2).
+
+    The hidden features come in chunks, all of them at once where they fit the registers. Where they do not, weights
+    are loaded twice, the second time, soon after, from the cache.
+    """
+    D: tl.constexpr = tile.head_dim
+    F: tl.constexpr = tile.hidden
+    head, place = program_stream(slots, offset, H)
+    q_row, k_row, v_row, gamma, beta, lr, s = load_token(tokens, rates, layer_norm, place, H, tile)
+    features, chunk = tl.arange(0, tile.features), tl.arange(0, tile.chunk)
+    row, real = features[None, :], (features < D)[None, :]
+    before = tl.arange(0, tile.kept)[:, None]
+    complete = place == tile.mini_batch - 1
+    M1, M2 = pool[0] + head * ((D + tile.mini_batch) * F), pool[1] + head * ((F + tile.mini_batch) * D)
+    steps1, steps2 = M1 + (D + 1) * F, M2 + (F + 1) * D
+    keys, values = pool[2] + head * ((tile.mini_batch - 1) * D), pool[4] + head * ((tile.mini_batch - 1) * D)
+    inputs2 = pool[3] + head * ((tile.mini_batch - 1) * F)
+
+    b2 = load(M2, F * D + row, real)
+    Z2 = b2
+    for c in tl.static_range(tile.chunks):
+        hidden = c * tile.chunk + chunk
+        W1, b1, W2 = load_hidden(M1, M2, hidden, features, D, F)
+        x2, slope = gelu(times(k_row, W1) + b1)
+        Z2 += times(x2, W2)
+    u2 = inner_steps(Z2, k_row, v_row, lr, gamma, beta, eps, tile)
+
+    kept_mask = (before < place) & real
+    A1 = product(q_row, load(keys, before * D + row, kept_mask)) + 1.0
+    own1 = product(q_row, k_row) + 1.0
+    A2 = tl.full((tile.kept, 1), 1.0, tl.float32)
+    own2 = tl.full((1, 1), 1.0, tl.float32)
+    P2 = b2
+    for c in tl.static_range(tile.chunks):
+        hidden = c * tile.chunk + chunk
+        if tile.chunks > 1:
+            W1, b1, W2 = load_hidden(M1, M2, hidden, features, D, F)
+            x2, slope = gelu(times(k_row, W1) + b1)
+        u1 = times_transposed(u2, W2) * slope
+        column, exists = hidden[None, :], (hidden < F)[None, :]
+        U1 = load(steps1, before * F + column, (before < place) & exists)
+        P1 = times(q_row, W1) + b1 - s * (tl.sum(A1 * U1, 0)[None, :] + own1 * u1)
+        x2_bar, _ = gelu(P1)
+        P2 += times(x2_bar, W2)
+        A2 += product(x2_bar, load(inputs2, before * F + column, (before < place) & exists))
+        own2 += product(x2_bar, x2)
+        if complete:
+            W1, b1 = stepped(W1, b1, k_row, u1, s, keys, steps1, features, hidden, D, F, tile)
+            W2, _ = stepped(W2, b2, x2, u2, s, inputs2, steps2, hidden, features, F, D, tile)
+            store_hidden(M1, M2, W1, b1, W2, hidden, features, D, F)
+        else:
+            tl.store(steps1 + place * F + column, u1, mask=exists)
+            tl.store(inputs2 + place * F + column, x2, mask=exists)
+    U2 = load(steps2, before * D + row, kept_mask)
+    sums = tl.sum(U2, 0)[None, :] + u2
+    P2 -= s * (tl.sum(A2 * U2, 0)[None, :] + own2 * u2)
+    here = tl.program_id(0).to(tl.int64) * D + row
+    tl.store(o + here, output(P2, q_row, gamma, beta, eps, tile).to(o.dtype.element_ty), mask=real)
+    if complete:
+        tl.store(M2 + F * D + row, b2 - s * sums, mask=real)
+    else:
+        tl.store(steps2 + place * D + row, u2, mask=real)
+        tl.store(keys + place * D + row, k_row, mask=real)
+        tl.store(values + place * D + row, v_row, mask=real)
+        tl.store(pool[5] + head * (tile.mini_batch - 1) + place, lr)
+
+
+@triton.jit
+def load_hidden(M1, M2, hidden, features, D: tl.constexpr, F: tl.constexpr):
+    """W1 [features, chunk], b1 [1, chunk] and W2 [chunk, features] of some hidden features."""
+    W1 = load(M1, features[:, None] * F + hidden[None, :], (features < D)[:, None] & (hidden < F)[None, :])
+    b1 = load(M1, D * F + hidden[None, :], (hidden < F)[None, :])
+    W2 = load(M2, hidden[:, None] * D + features[None, :], (hidden < F)[:, None] & (features < D)[None, :])
+    return W1, b1, W2
+
+
+@triton.jit
+def store_hidden(M1, M2, W1, b1, W2, hidden, features, D: tl.constexpr, F: tl.constexpr):
+    """What ``load_hidden`` loads."""
+    W1_mask = (features < D)[:, None] & (hidden < F)[None, :]
+    tl.store(M1 + features[:, None] * F + hidden[None, :], W1, mask=W1_mask)
+    tl.store(M1 + D * F + hidden[None, :], b1, mask=(hidden < F)[None, :])
+    W2_mask = (hidden < F)[:, None] & (features < D)[None, :]
+    tl.store(M2 + hidden[:, None] * D + features[None, :], W2, mask=W2_mask)
+
+
+def token_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    slots: Tensor,
+    offset: Tensor,
+    pool: Sequence[Tensor],
+    eps: float,
+) -> Tensor:
+    """Advance B streams by one token each, in place; the host waits for nothing.
+
+    Args:
+        q: ``[B, H, D]``, float32, bfloat16 or float16, as k and v.
+        k: keys.
+        v: values.
+        inner_lr: lr ``[B, H]``, float32.
+        token_scale: s ``[K]``, float32.
+        ln_weight: γ ``[H, D]``.
+        ln_bias: β ``[H, D]``.
+        slots: the streams' places in the pool, all different, int64 ``[B]``.
+        offset: how many tokens of their mini-batch they have read, int64 ``[B]``.
+        pool: of N streams, float32 and contiguous: M ``[N, H, in + K, out]`` of each inner layer, X
+            ``[N, H, K - 1, in]`` of each, v ``[N, H, K - 1, D]`` and lr ``[N, H, K - 1, 1]``.
+        eps: added to the layer norm's variance.
+
+    Returns:
+        Outputs ``[B, H, D]`` in q's dtype.
+
+    Raises:
+        ValueError: if the kernels do not run that dtype, head dimension or mini-batch size.
+    """
+    arguments = (q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, pool, eps)
+    o, prepared = prepare_token_step(*arguments)
+    prepared.run()
+    return o
+
+
+def prepare_token_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    slots: Tensor,
+    offset: Tensor,
+    pool: Sequence[Tensor],
+    eps: float,
+) -> tuple[Tensor, launch.Launch]:
+    """Allocate the outputs and make the launch that fills them; arguments as in ``token_step``."""
+    (B, H, D), K = q.shape, token_scale.numel()
+    launch.plan("linear_forward", q.unsqueeze(1), K)  # raises where no kernel runs
+    linear, hidden = len(pool) == 4, pool[0].shape[-1]
+    chunk, num_warps = (LINEAR_BLOCKS if linear else MLP_BLOCKS)[launch.padded(D)]
+    tile = StepTile(
+        mini_batch=K,
+        kept=triton.next_power_of_2(max(1, K - 1)),
+        head_dim=D,
+        features=launch.padded(D),
+        hidden=hidden,
+        chunk=chunk,
+        chunks=0 if linear else triton.cdiv(hidden, chunk),
+    )
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    arguments = (
+        launch.contiguous(q, k, v),
+        launch.contiguous(inner_lr, token_scale),
+        launch.contiguous(ln_weight, ln_bias),
+        slots.contiguous(),
+        offset.contiguous(),
+        tuple(pool),
+        o,
+        H,
+        eps,
+        tile,
+    )
+    kernel = linear_step_kernel if linear else mlp_step_kernel
+    return o, launch.Launch(kernel, (B * H,), arguments, launch.Blocks(num_warps, 1))
