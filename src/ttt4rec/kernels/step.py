@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import centred, layer_norm_backward, normalised
 
 
 class StepTile(NamedTuple):
@@ -43,20 +42,14 @@ MLP_BLOCKS = {16: (64, 1), 32: (128, 4), 64: (256, 8), 128: (128, 8)}
 
 @triton.jit
 def times(x, W):
-    """x W, [1, in] by [in, out]."""
-    return tl.sum(tl.trans(x) * W, 0)[None, :]
+    """x W, [in] by [in, out]."""
+    return tl.sum(x[:, None] * W, 0)
 
 
 @triton.jit
-def times_transposed(x, W):
-    """x Wᵀ, [1, out] by [in, out]."""
-    return tl.trans(tl.sum(W * x, 1)[:, None])
-
-
-@triton.jit
-def product(x, y):
-    """x · y of rows, [1, 1]; of a row and rows, [n, 1]."""
-    return tl.sum(x * y, 1)[:, None]
+def times_rows(W, x):
+    """W x, [in, out] by [out]: x Wᵀ."""
+    return tl.sum(W * x[None, :], 1)
 
 
 @triton.jit
@@ -69,17 +62,27 @@ def gelu(x):
 
 
 @triton.jit
-def inner_steps(Z, k_row, v_row, lr, gamma, beta, eps, tile: tl.constexpr):
-    """U = lr G, G the gradient of ``½‖LN(Z) - (v - k)‖²`` at Z."""
-    x_hat, r = normalised(centred(Z, tile), eps, tile)
-    return lr * layer_norm_backward(gamma * (gamma * x_hat + beta - (v_row - k_row)), x_hat, r, tile)
+def standardised(z, real, eps, tile: tl.constexpr):
+    """x̂ = r (z - mean(z)) and r = (var(z) + eps)^-½ of a vector [F]."""
+    centred = tl.where(real, z - tl.sum(z, 0) / tile.head_dim, 0.0)
+    r = tl.rsqrt(tl.sum(centred * centred, 0) / tile.head_dim + eps)
+    return centred * r, r
 
 
 @triton.jit
-def output(P, q_row, gamma, beta, eps, tile: tl.constexpr):
-    """q + LN(P)."""
-    p_hat, _ = normalised(centred(P, tile), eps, tile)
-    return q_row + gamma * p_hat + beta
+def inner_step(z, k, v, lr, gamma, beta, real, eps, tile: tl.constexpr):
+    """U = lr G, G the gradient of ``½‖LN(z) - (v - k)‖²`` at z."""
+    x_hat, r = standardised(z, real, eps, tile)
+    y = gamma * (gamma * x_hat + beta - (v - k))
+    y -= tl.sum(y, 0) / tile.head_dim + x_hat * (tl.sum(y * x_hat, 0) / tile.head_dim)
+    return tl.where(real, lr * r * y, 0.0)
+
+
+@triton.jit
+def output(p, q, gamma, beta, real, eps, tile: tl.constexpr):
+    """q + LN(p)."""
+    p_hat, _ = standardised(p, real, eps, tile)
+    return q + gamma * p_hat + beta
 
 
 @triton.jit
@@ -89,19 +92,23 @@ def load(pointer, offsets, mask):
 
 
 @triton.jit
-def stepped(W, b, x, u, s, X, U, rows, columns, width: tl.constexpr, out: tl.constexpr, tile: tl.constexpr):
-    """W - s Σ_j X_jᵀ U_j and b - s Σ_j U_j over a complete mini-batch, of which x and u are the last token.
+def outer_mask(rows, columns):
+    """Where both exist, [rows, columns]."""
+    return rows[:, None] & columns[None, :]
+
+
+@triton.jit
+def stepped(W, x, u, s, X, U, rows, columns, width: tl.constexpr, out: tl.constexpr, tile: tl.constexpr):
+    """W - s Σ_j X_jᵀ U_j over a complete mini-batch, of which x and u are the last token.
 
     rows and columns are the part of W that is held; X and U point to the head's kept rows.
     """
-    W -= tl.trans(x) * (s * u)
-    b -= s * u
+    W -= x[:, None] * (s * u)[None, :]
     for j in tl.range(0, tile.mini_batch - 1):
-        x_j = load(X, j * width + rows[:, None], (rows < width)[:, None])
-        u_j = s * load(U, j * out + columns[None, :], (columns < out)[None, :])
-        W -= x_j * u_j
-        b -= u_j
-    return W, b
+        x_j = load(X, j * width + rows, rows < width)
+        u_j = load(U, j * out + columns, columns < out)
+        W -= x_j[:, None] * (s * u_j)[None, :]
+    return W
 
 
 @triton.jit
@@ -114,15 +121,15 @@ def program_stream(slots, offset, H):
 
 @triton.jit
 def load_token(tokens, rates, layer_norm, place, H, tile: tl.constexpr):
-    """q, k, v, γ, β, rows [1, F]; lr and s."""
-    features = tl.arange(0, tile.features)[None, :]
+    """q, k, v, γ and β [F]; lr and s."""
+    features = tl.arange(0, tile.features)
     here = tl.program_id(0).to(tl.int64) * tile.head_dim + features
     parameters = (tl.program_id(0) % H) * tile.head_dim + features
-    mask = features < tile.head_dim
-    q_row, k_row, v_row = load(tokens[0], here, mask), load(tokens[1], here, mask), load(tokens[2], here, mask)
-    gamma, beta = load(layer_norm[0], parameters, mask), load(layer_norm[1], parameters, mask)
+    real = features < tile.head_dim
+    q, k, v = load(tokens[0], here, real), load(tokens[1], here, real), load(tokens[2], here, real)
+    gamma, beta = load(layer_norm[0], parameters, real), load(layer_norm[1], parameters, real)
     lr = tl.load(rates[0] + tl.program_id(0)).to(tl.float32)
-    return q_row, k_row, v_row, gamma, beta, lr, tl.load(rates[1] + place).to(tl.float32)
+    return q, k, v, gamma, beta, lr, tl.load(rates[1] + place).to(tl.float32)
 
 
 @triton.jit
@@ -138,36 +145,35 @@ def linear_step_kernel(
     eps,
     tile: tl.constexpr,
 ):
-    """P = the layer at q; O = q + LN(P)."""
+    """p = the layer at q; o = q + LN(p)."""
     D: tl.constexpr = tile.head_dim
     head, place = program_stream(slots, offset, H)
-    q_row, k_row, v_row, gamma, beta, lr, s = load_token(tokens, rates, layer_norm, place, H, tile)
-    features = tl.arange(0, tile.features)
-    row, real = features[None, :], (features < D)[None, :]
-    square, square_mask = features[:, None] * D + row, (features < D)[:, None] & real
-    before = tl.arange(0, tile.kept)[:, None]
+    q, k, v, gamma, beta, lr, s = load_token(tokens, rates, layer_norm, place, H, tile)
+    features, before = tl.arange(0, tile.features), tl.arange(0, tile.kept)
+    real = features < D
+    square, square_mask = features[:, None] * D + features[None, :], outer_mask(real, real)
+    kept, kept_mask = before[:, None] * D + features[None, :], outer_mask(before < place, real)
     M = pool[0] + head * ((D + tile.mini_batch) * D)
     steps = M + (D + 1) * D
     keys, values = pool[1] + head * ((tile.mini_batch - 1) * D), pool[2] + head * ((tile.mini_batch - 1) * D)
 
     W = load(M, square, square_mask)
-    b = load(M, D * D + row, real)
-    u = inner_steps(times(k_row, W) + b, k_row, v_row, lr, gamma, beta, eps, tile)
-    X = load(keys, before * D + row, (before < place) & real)
-    U = load(steps, before * D + row, (before < place) & real)
-    P = times(q_row, W) + b
-    P -= s * (tl.sum((product(q_row, X) + 1.0) * U, 0)[None, :] + (product(q_row, k_row) + 1.0) * u)
-    here = tl.program_id(0).to(tl.int64) * D + row
-    tl.store(o + here, output(P, q_row, gamma, beta, eps, tile).to(o.dtype.element_ty), mask=real)
+    b = load(M, D * D + features, real)
+    u = inner_step(times(k, W) + b, k, v, lr, gamma, beta, real, eps, tile)
+    U = load(steps, kept, kept_mask)
+    A = times_rows(load(keys, kept, kept_mask), q) + 1.0
+    p = times(q, W) + b - s * (times(A, U) + (tl.sum(q * k, 0) + 1.0) * u)
+    here = tl.program_id(0).to(tl.int64) * D + features
+    tl.store(o + here, output(p, q, gamma, beta, real, eps, tile).to(o.dtype.element_ty), mask=real)
 
     if place == tile.mini_batch - 1:
-        W, b = stepped(W, b, k_row, u, s, keys, steps, features, features, D, D, tile)
+        W = stepped(W, k, u, s, keys, steps, features, features, D, D, tile)
         tl.store(M + square, W, mask=square_mask)
-        tl.store(M + D * D + row, b, mask=real)
+        tl.store(M + D * D + features, b - s * (tl.sum(U, 0) + u), mask=real)
     else:
-        tl.store(steps + place * D + row, u, mask=real)
-        tl.store(keys + place * D + row, k_row, mask=real)
-        tl.store(values + place * D + row, v_row, mask=real)
+        tl.store(steps + place * D + features, u, mask=real)
+        tl.store(keys + place * D + features, k, mask=real)
+        tl.store(values + place * D + features, v, mask=real)
         tl.store(pool[3] + head * (tile.mini_batch - 1) + place, lr)
 
 
@@ -184,7 +190,7 @@ def mlp_step_kernel(
     eps,
     tile: tl.constexpr,
 ):
-    """Z1 = k W1 + b1, X2 = gelu(Z1), Z2 = X2 W2 + b2, U1 = (U2 W2ᵀ) ∘ gelu'(Z1); X̄2 = gelu(P1); O = q + LN(P2).
+    """z1 = k W1 + b1, x2 = gelu(z1), z2 = x2 W2 + b2, u1 = (u2 W2ᵀ) ∘ gelu'(z1); x̄2 = gelu(p1); o = q + LN(p2).
 
     The hidden features come in chunks, all of them at once where they fit the registers. Where they do not, weights
     are loaded twice, the second time, soon after, from the cache.
@@ -192,82 +198,77 @@ def mlp_step_kernel(
     D: tl.constexpr = tile.head_dim
     F: tl.constexpr = tile.hidden
     head, place = program_stream(slots, offset, H)
-    q_row, k_row, v_row, gamma, beta, lr, s = load_token(tokens, rates, layer_norm, place, H, tile)
-    features, chunk = tl.arange(0, tile.features), tl.arange(0, tile.chunk)
-    row, real = features[None, :], (features < D)[None, :]
-    before = tl.arange(0, tile.kept)[:, None]
+    q, k, v, gamma, beta, lr, s = load_token(tokens, rates, layer_norm, place, H, tile)
+    features, before = tl.arange(0, tile.features), tl.arange(0, tile.kept)
+    real = features < D
+    kept, kept_mask = before[:, None] * D + features[None, :], outer_mask(before < place, real)
     complete = place == tile.mini_batch - 1
     M1, M2 = pool[0] + head * ((D + tile.mini_batch) * F), pool[1] + head * ((F + tile.mini_batch) * D)
     steps1, steps2 = M1 + (D + 1) * F, M2 + (F + 1) * D
     keys, values = pool[2] + head * ((tile.mini_batch - 1) * D), pool[4] + head * ((tile.mini_batch - 1) * D)
     inputs2 = pool[3] + head * ((tile.mini_batch - 1) * F)
 
-    b2 = load(M2, F * D + row, real)
-    Z2 = b2
+    b2 = load(M2, F * D + features, real)
+    z2 = b2
     for c in tl.static_range(tile.chunks):
-        hidden = c * tile.chunk + chunk
+        hidden = c * tile.chunk + tl.arange(0, tile.chunk)
         W1, b1, W2 = load_hidden(M1, M2, hidden, features, D, F)
-        x2, slope = gelu(times(k_row, W1) + b1)
-        Z2 += times(x2, W2)
-    u2 = inner_steps(Z2, k_row, v_row, lr, gamma, beta, eps, tile)
+        x2, slope = gelu(times(k, W1) + b1)
+        z2 += times(x2, W2)
+    u2 = inner_step(z2, k, v, lr, gamma, beta, real, eps, tile)
 
-    kept_mask = (before < place) & real
-    A1 = product(q_row, load(keys, before * D + row, kept_mask)) + 1.0
-    own1 = product(q_row, k_row) + 1.0
-    A2 = tl.full((tile.kept, 1), 1.0, tl.float32)
-    own2 = tl.full((1, 1), 1.0, tl.float32)
-    P2 = b2
+    A1 = times_rows(load(keys, kept, kept_mask), q) + 1.0
+    own1 = tl.sum(q * k, 0) + 1.0
+    A2 = tl.full((tile.kept,), 1.0, tl.float32)
+    own2 = 1.0
+    p2 = b2
     for c in tl.static_range(tile.chunks):
-        hidden = c * tile.chunk + chunk
+        hidden = c * tile.chunk + tl.arange(0, tile.chunk)
         if tile.chunks > 1:
             W1, b1, W2 = load_hidden(M1, M2, hidden, features, D, F)
-            x2, slope = gelu(times(k_row, W1) + b1)
-        u1 = times_transposed(u2, W2) * slope
-        column, exists = hidden[None, :], (hidden < F)[None, :]
-        U1 = load(steps1, before * F + column, (before < place) & exists)
-        P1 = times(q_row, W1) + b1 - s * (tl.sum(A1 * U1, 0)[None, :] + own1 * u1)
-        x2_bar, _ = gelu(P1)
-        P2 += times(x2_bar, W2)
-        A2 += product(x2_bar, load(inputs2, before * F + column, (before < place) & exists))
-        own2 += product(x2_bar, x2)
+            x2, slope = gelu(times(k, W1) + b1)
+        u1 = times_rows(W2, u2) * slope
+        rows, rows_mask = before[:, None] * F + hidden[None, :], outer_mask(before < place, hidden < F)
+        U1 = load(steps1, rows, rows_mask)
+        x2_bar, _ = gelu(times(q, W1) + b1 - s * (times(A1, U1) + own1 * u1))
+        p2 += times(x2_bar, W2)
+        A2 += times_rows(load(inputs2, rows, rows_mask), x2_bar)
+        own2 += tl.sum(x2_bar * x2, 0)
         if complete:
-            W1, b1 = stepped(W1, b1, k_row, u1, s, keys, steps1, features, hidden, D, F, tile)
-            W2, _ = stepped(W2, b2, x2, u2, s, inputs2, steps2, hidden, features, F, D, tile)
+            W1 = stepped(W1, k, u1, s, keys, steps1, features, hidden, D, F, tile)
+            b1 -= s * (tl.sum(U1, 0) + u1)
+            W2 = stepped(W2, x2, u2, s, inputs2, steps2, hidden, features, F, D, tile)
             store_hidden(M1, M2, W1, b1, W2, hidden, features, D, F)
         else:
-            tl.store(steps1 + place * F + column, u1, mask=exists)
-            tl.store(inputs2 + place * F + column, x2, mask=exists)
-    U2 = load(steps2, before * D + row, kept_mask)
-    sums = tl.sum(U2, 0)[None, :] + u2
-    P2 -= s * (tl.sum(A2 * U2, 0)[None, :] + own2 * u2)
-    here = tl.program_id(0).to(tl.int64) * D + row
-    tl.store(o + here, output(P2, q_row, gamma, beta, eps, tile).to(o.dtype.element_ty), mask=real)
+            tl.store(steps1 + place * F + hidden, u1, mask=hidden < F)
+            tl.store(inputs2 + place * F + hidden, x2, mask=hidden < F)
+    U2 = load(steps2, kept, kept_mask)
+    p2 -= s * (times(A2, U2) + own2 * u2)
+    here = tl.program_id(0).to(tl.int64) * D + features
+    tl.store(o + here, output(p2, q, gamma, beta, real, eps, tile).to(o.dtype.element_ty), mask=real)
     if complete:
-        tl.store(M2 + F * D + row, b2 - s * sums, mask=real)
+        tl.store(M2 + F * D + features, b2 - s * (tl.sum(U2, 0) + u2), mask=real)
     else:
-        tl.store(steps2 + place * D + row, u2, mask=real)
-        tl.store(keys + place * D + row, k_row, mask=real)
-        tl.store(values + place * D + row, v_row, mask=real)
+        tl.store(steps2 + place * D + features, u2, mask=real)
+        tl.store(keys + place * D + features, k, mask=real)
+        tl.store(values + place * D + features, v, mask=real)
         tl.store(pool[5] + head * (tile.mini_batch - 1) + place, lr)
 
 
 @triton.jit
 def load_hidden(M1, M2, hidden, features, D: tl.constexpr, F: tl.constexpr):
-    """W1 [features, chunk], b1 [1, chunk] and W2 [chunk, features] of some hidden features."""
-    W1 = load(M1, features[:, None] * F + hidden[None, :], (features < D)[:, None] & (hidden < F)[None, :])
-    b1 = load(M1, D * F + hidden[None, :], (hidden < F)[None, :])
-    W2 = load(M2, hidden[:, None] * D + features[None, :], (hidden < F)[:, None] & (features < D)[None, :])
-    return W1, b1, W2
+    """W1 [features, chunk], b1 [chunk] and W2 [chunk, features] of some hidden features."""
+    W1 = load(M1, features[:, None] * F + hidden[None, :], outer_mask(features < D, hidden < F))
+    W2 = load(M2, hidden[:, None] * D + features[None, :], outer_mask(hidden < F, features < D))
+    return W1, load(M1, D * F + hidden, hidden < F), W2
 
 
 @triton.jit
 def store_hidden(M1, M2, W1, b1, W2, hidden, features, D: tl.constexpr, F: tl.constexpr):
     """What ``load_hidden`` loads."""
-    W1_mask = (features < D)[:, None] & (hidden < F)[None, :]
-    tl.store(M1 + features[:, None] * F + hidden[None, :], W1, mask=W1_mask)
-    tl.store(M1 + D * F + hidden[None, :], b1, mask=(hidden < F)[None, :])
-    W2_mask = (hidden < F)[:, None] & (features < D)[None, :]
-    tl.store(M2 + hidden[:, None] * D + features[None, :], W2, mask=W2_mask)
+    tl.store(M1 + features[:, None] * F + hidden[None, :], W1, mask=outer_mask(features < D, hidden < F))
+    tl.store(M1 + D * F + hidden, b1, mask=hidden < F)
+    tl.store(M2 + hidden[:, None] * D + features[None, :], W2, mask=outer_mask(hidden < F, features < D))
 
 
 def token_step(
