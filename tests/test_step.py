@@ -266,6 +266,14 @@ def test_without_looking_at_the_positions(inner, backbone, monkeypatch):
 
 
 @pytest.mark.parametrize("inner", INNERS)
+def test_the_host_need_not_know_a_value(inner):
+    """Meta tensors have none; so the eager path too can be captured in a CUDA graph."""
+    *arguments, pool, eps, _ = step_arguments(inner, torch.float64)
+    o = step.token_step(*(x.to("meta") for x in arguments), [x.to("meta") for x in pool], eps)
+    assert o.shape == arguments[0].shape
+
+
+@pytest.mark.parametrize("inner", INNERS)
 def test_opcheck(inner):
     torch.library.opcheck(ops.token_step, step_arguments(inner, torch.float64))
 
