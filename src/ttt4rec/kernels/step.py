@@ -35,9 +35,9 @@ class StepTile(NamedTuple):
     chunks: int
 
 
-# The chunk of TTT-MLP and warps of a program by padded head dimension: weights that fit the registers.
+# Chunk of hidden features and warps of a program by padded head dimension: what fits the registers without spills.
 LINEAR_BLOCKS = {16: (0, 1), 32: (0, 1), 64: (0, 4), 128: (0, 8)}
-MLP_BLOCKS = {16: (64, 1), 32: (128, 4), 64: (256, 8), 128: (128, 8)}
+MLP_BLOCKS = {16: (64, 2), 32: (128, 8), 64: (256, 8), 128: (64, 8)}
 
 
 @triton.jit
@@ -98,17 +98,20 @@ def outer_mask(rows, columns):
 
 
 @triton.jit
-def stepped(W, x, u, s, X, U, rows, columns, width: tl.constexpr, out: tl.constexpr, tile: tl.constexpr):
-    """W - s Σ_j X_jᵀ U_j over a complete mini-batch, of which x and u are the last token.
+def stepped(W, b, x, u, s, X, U, rows, columns, width: tl.constexpr, out: tl.constexpr, tile: tl.constexpr):
+    """W - s Σ_j X_jᵀ U_j and b - s Σ_j U_j over a complete mini-batch, of which x and u are the last token.
 
     rows and columns are the part of W that is held; X and U point to the head's kept rows.
     """
-    W -= x[:, None] * (s * u)[None, :]
+    step = s * u
+    W -= x[:, None] * step[None, :]
+    b -= step
     for j in tl.range(0, tile.mini_batch - 1):
         x_j = load(X, j * width + rows, rows < width)
-        u_j = load(U, j * out + columns, columns < out)
-        W -= x_j[:, None] * (s * u_j)[None, :]
-    return W
+        step_j = s * load(U, j * out + columns, columns < out)
+        W -= x_j[:, None] * step_j[None, :]
+        b -= step_j
+    return W, b
 
 
 @triton.jit
@@ -167,9 +170,9 @@ def linear_step_kernel(
     tl.store(o + here, output(p, q, gamma, beta, real, eps, tile).to(o.dtype.element_ty), mask=real)
 
     if place == tile.mini_batch - 1:
-        W = stepped(W, k, u, s, keys, steps, features, features, D, D, tile)
+        W, b = stepped(W, b, k, u, s, keys, steps, features, features, D, D, tile)
         tl.store(M + square, W, mask=square_mask)
-        tl.store(M + D * D + features, b - s * (tl.sum(U, 0) + u), mask=real)
+        tl.store(M + D * D + features, b, mask=real)
     else:
         tl.store(steps + place * D + features, u, mask=real)
         tl.store(keys + place * D + features, k, mask=real)
@@ -202,17 +205,17 @@ def mlp_step_kernel(
     features, before = tl.arange(0, tile.features), tl.arange(0, tile.kept)
     real = features < D
     kept, kept_mask = before[:, None] * D + features[None, :], outer_mask(before < place, real)
-    complete = place == tile.mini_batch - 1
     M1, M2 = pool[0] + head * ((D + tile.mini_batch) * F), pool[1] + head * ((F + tile.mini_batch) * D)
     steps1, steps2 = M1 + (D + 1) * F, M2 + (F + 1) * D
     keys, values = pool[2] + head * ((tile.mini_batch - 1) * D), pool[4] + head * ((tile.mini_batch - 1) * D)
     inputs2 = pool[3] + head * ((tile.mini_batch - 1) * F)
 
     b2 = load(M2, F * D + features, real)
-    z2 = b2
-    for c in tl.static_range(tile.chunks):
-        hidden = c * tile.chunk + tl.arange(0, tile.chunk)
-        W1, b1, W2 = load_hidden(M1, M2, hidden, features, D, F)
+    W1, b1, W2 = load_hidden(M1, M2, 0, D, F, tile)
+    x2, slope = gelu(times(k, W1) + b1)
+    z2 = b2 + times(x2, W2)
+    for c in tl.range(1, tile.chunks):
+        W1, b1, W2 = load_hidden(M1, M2, c, D, F, tile)
         x2, slope = gelu(times(k, W1) + b1)
         z2 += times(x2, W2)
     u2 = inner_step(z2, k, v, lr, gamma, beta, real, eps, tile)
@@ -222,10 +225,10 @@ def mlp_step_kernel(
     A2 = tl.full((tile.kept,), 1.0, tl.float32)
     own2 = 1.0
     p2 = b2
-    for c in tl.static_range(tile.chunks):
+    for c in tl.range(0, tile.chunks):
         hidden = c * tile.chunk + tl.arange(0, tile.chunk)
         if tile.chunks > 1:
-            W1, b1, W2 = load_hidden(M1, M2, hidden, features, D, F)
+            W1, b1, W2 = load_hidden(M1, M2, c, D, F, tile)
             x2, slope = gelu(times(k, W1) + b1)
         u1 = times_rows(W2, u2) * slope
         rows, rows_mask = before[:, None] * F + hidden[None, :], outer_mask(before < place, hidden < F)
@@ -234,11 +237,13 @@ def mlp_step_kernel(
         p2 += times(x2_bar, W2)
         A2 += times_rows(load(inputs2, rows, rows_mask), x2_bar)
         own2 += tl.sum(x2_bar * x2, 0)
-        if complete:
-            W1 = stepped(W1, k, u1, s, keys, steps1, features, hidden, D, F, tile)
-            b1 -= s * (tl.sum(U1, 0) + u1)
-            W2 = stepped(W2, x2, u2, s, inputs2, steps2, hidden, features, F, D, tile)
-            store_hidden(M1, M2, W1, b1, W2, hidden, features, D, F)
+        if place == tile.mini_batch - 1:
+            W1, b1 = stepped(W1, b1, k, u1, s, keys, steps1, features, hidden, D, F, tile)
+            W2, b2_next = stepped(W2, b2, x2, u2, s, inputs2, steps2, hidden, features, F, D, tile)
+            tl.store(M1 + features[:, None] * F + hidden[None, :], W1, mask=outer_mask(real, hidden < F))
+            tl.store(M1 + D * F + hidden, b1, mask=hidden < F)
+            tl.store(M2 + hidden[:, None] * D + features[None, :], W2, mask=outer_mask(hidden < F, real))
+            tl.store(M2 + F * D + features, b2_next, mask=real)
         else:
             tl.store(steps1 + place * F + hidden, u1, mask=hidden < F)
             tl.store(inputs2 + place * F + hidden, x2, mask=hidden < F)
@@ -246,9 +251,7 @@ def mlp_step_kernel(
     p2 -= s * (times(A2, U2) + own2 * u2)
     here = tl.program_id(0).to(tl.int64) * D + features
     tl.store(o + here, output(p2, q, gamma, beta, real, eps, tile).to(o.dtype.element_ty), mask=real)
-    if complete:
-        tl.store(M2 + F * D + features, b2 - s * (tl.sum(U2, 0) + u2), mask=real)
-    else:
+    if place < tile.mini_batch - 1:
         tl.store(steps2 + place * D + features, u2, mask=real)
         tl.store(keys + place * D + features, k, mask=real)
         tl.store(values + place * D + features, v, mask=real)
@@ -256,19 +259,12 @@ def mlp_step_kernel(
 
 
 @triton.jit
-def load_hidden(M1, M2, hidden, features, D: tl.constexpr, F: tl.constexpr):
-    """W1 [features, chunk], b1 [chunk] and W2 [chunk, features] of some hidden features."""
+def load_hidden(M1, M2, c, D: tl.constexpr, F: tl.constexpr, tile: tl.constexpr):
+    """W1 [features, chunk], b1 [chunk] and W2 [chunk, features] of a chunk of hidden features."""
+    features, hidden = tl.arange(0, tile.features), c * tile.chunk + tl.arange(0, tile.chunk)
     W1 = load(M1, features[:, None] * F + hidden[None, :], outer_mask(features < D, hidden < F))
     W2 = load(M2, hidden[:, None] * D + features[None, :], outer_mask(hidden < F, features < D))
     return W1, load(M1, D * F + hidden, hidden < F), W2
-
-
-@triton.jit
-def store_hidden(M1, M2, W1, b1, W2, hidden, features, D: tl.constexpr, F: tl.constexpr):
-    """What ``load_hidden`` loads."""
-    tl.store(M1 + features[:, None] * F + hidden[None, :], W1, mask=outer_mask(features < D, hidden < F))
-    tl.store(M1 + D * F + hidden, b1, mask=hidden < F)
-    tl.store(M2 + hidden[:, None] * D + features[None, :], W2, mask=outer_mask(hidden < F, features < D))
 
 
 def token_step(
