@@ -59,35 +59,36 @@ def token_step(
     order, chunks = _chunks(offset, K, pool[:layers])
     slots, offset = slots[order], offset[order]
     heads = (slots[:, None] * H + torch.arange(H, device=q.device)).flatten()  # which of the pool's N·H
-    places = offset.repeat_interleave(H)
-    scale = -token_scale.to(dtype)[places]
-    q_rows, *rows = (x[order].to(dtype).flatten(0, 1).unsqueeze(1) for x in (q, k, v, inner_lr.unsqueeze(-1)))
+    place = offset.repeat_interleave(H)
+    scale = -token_scale.to(dtype)[place].view(-1, 1, 1)
+    eta = scale * (torch.arange(K - 1, device=q.device) < place[:, None]).unsqueeze(1)  # -s_i for every kept token
+    q_rows, *tokens = (x[order].to(dtype).flatten(0, 1).unsqueeze(1) for x in (q, k, v, inner_lr.unsqueeze(-1)))
     gamma, beta = (p.to(dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in (ln_weight, ln_bias))
-    o = torch.empty_like(q_rows)
+    o, new = torch.empty_like(q_rows), []
     for chunk in chunks:
         own, here = slots[chunk.first : chunk.stop], slice(chunk.first * H, chunk.stop * H)
-        tokens, place = chunk.tokens, places[here]
-        gathered = [_gathered(x, own, x.shape[2] - (K - 1) + tokens) for x in pool[: 2 * layers]]
+        gathered = [_gathered(x, own, x.shape[2] - (K - 1) + chunk.tokens) for x in pool[: 2 * layers]]
         M, X = gathered[:layers], gathered[layers:]
-        initial = [m[:, : -1 - tokens] for m in M]
-        k_here, v_here, lr_here = (x[here] for x in rows)
-        new = (*steps(k_here, v_here, lr_here, gamma[here], beta[here], initial, eps), v_here, lr_here)
-        for target, x in zip(gathered, new, strict=False):
+        initial = [m[:, : -1 - chunk.tokens] for m in M]
+        g, b = gamma[here], beta[here]
+        new.append(steps(*(x[here] for x in tokens), g, b, initial, eps))
+        for target, x in zip(gathered, new[-1], strict=True):
             target[:, -1:] = x
-        if K > 1:
-            for target, x in zip(pool, new, strict=True):  # of a complete mini-batch, nobody will read it
-                _put(target, heads[here], place.clamp_max(K - 2) - (K - 1), x)
-        index = torch.arange(tokens + 1, device=q.device)
-        eta = scale[here, None] * ((index < place[:, None]) | (index == tokens))  # -s_i for every token there is
-        P = _outputs(q_rows[here], M, X, eta.unsqueeze(1))
-        torch.addcmul(beta[here], gamma[here], Normalised(P, eps).x_hat, out=o[here]).add_(q_rows[here])
+        eta_here = torch.cat((eta[here, :, : chunk.tokens], scale[here]), -1)
+        P = _outputs(q_rows[here], M, X, eta_here)
+        torch.addcmul(b, g, Normalised(P, eps).x_hat, out=o[here]).add_(q_rows[here])
         if chunk.complete:
             last = slice(-chunk.complete * H, None)
-            eta = eta[last] * (place[last, None] == K - 1)
+            eta_last = eta_here[last].mT * (place[here][last] == K - 1).view(-1, 1, 1)
             for target, m, x, w in zip(pool, M, X, initial, strict=False):
-                keys = pad(x[last], (0, 1), value=1.0) * eta.unsqueeze(-1)
-                w = torch.baddbmm(w[last], keys.mT, m[last, -1 - tokens :])
+                keys = pad(x[last], (0, 1), value=1.0) * eta_last
+                w = torch.baddbmm(w[last], keys.mT, m[last, -1 - chunk.tokens :])
                 target[:, :, : w.shape[1]].index_copy_(0, own[-chunk.complete :], w.unflatten(0, (-1, H)))
+    if K > 1:
+        row = place.clamp_max(K - 2) - (K - 1)  # from behind; what a complete mini-batch leaves there, nobody reads
+        written = (*(torch.cat(parts) for parts in zip(*new, strict=True)), *tokens[1:])
+        for target, x in zip(pool, written, strict=True):
+            target.view(-1, target.shape[-1]).index_copy_(0, (heads + 1) * target.shape[2] + row, x.squeeze(1))
     return torch.empty_like(q).index_copy_(0, order, o.view(q.shape).to(q.dtype))
 
 
@@ -140,11 +141,6 @@ def _gathered(x: Tensor, slots: Tensor, rows: int) -> Tensor:
     room = x.new_empty(slots.numel(), x.shape[1], rows + 1, x.shape[3])
     torch.index_select(x[:, :, :rows], 0, slots, out=room[:, :, :rows])
     return room.flatten(0, 1)
-
-
-def _put(target: Tensor, heads: Tensor, row: Tensor, x: Tensor) -> None:
-    """Write one row ``[n, 1, width]`` to each head, counted from behind."""
-    target.view(-1, target.shape[-1]).index_copy_(0, (heads + 1) * target.shape[2] + row, x.squeeze(1))
 
 
 def _outputs(x: Tensor, matrices: Sequence[Tensor], inputs: Sequence[Tensor], eta: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def load_token(tokens, rates, layer_norm, place, H, tile: tl.constexpr):
     return q, k, v, gamma, beta, lr, tl.load(rates[1] + place).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def linear_step_kernel(
     tokens,  # q, k, v [B, H, D]
     rates,  # inner_lr [B, H], token_scale [K]
@@ -180,7 +180,7 @@ def linear_step_kernel(
         tl.store(pool[3] + head * (tile.mini_batch - 1) + place, lr)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def mlp_step_kernel(
     tokens,  # q, k, v [B, H, D]
     rates,  # inner_lr [B, H], token_scale [K]
