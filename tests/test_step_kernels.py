@@ -6,6 +6,7 @@ import torch
 from checks import INNERS, assert_close, assert_states_close, make_layer
 from test_step import read_on, step_arguments, tokens
 from ttt4rec import TTTLayer, ops
+from ttt4rec.eager import record_parts
 from ttt4rec.kernels import step
 
 pytestmark = pytest.mark.gpu
@@ -13,46 +14,45 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32 = 3e-6  # a few roundings of 6e-8, summed over features, tokens and mini-batches
 
 
-def move(arguments, kernel):
-    """Arguments of the operator on the device; their tensors are copies."""
-    moved = [x.to(DEVICE, copy=True) if isinstance(x, torch.Tensor) else x for x in arguments[:-3]]
-    return [*moved, [x.to(DEVICE, copy=True) for x in arguments[-3]], arguments[-2], kernel]
+def move(arguments, *, kernel):
+    """Copies of the operator's arguments on the device."""
+    return [*(x.to(DEVICE, copy=True) if isinstance(x, torch.Tensor) else x for x in arguments[:-1]), kernel]
+
+
+def records_of(arguments):
+    """The records in the operator's arguments."""
+    return arguments[9].cpu()
 
 
 @pytest.mark.parametrize("inner", INNERS)
 @pytest.mark.parametrize("head_dim", [6, 16, 64])
 @pytest.mark.parametrize("mini_batch_size", [1, 2, 8])
 def test_matches_the_eager_path_in_float64(inner, head_dim, mini_batch_size):
-    """Outputs, and every number of the pool that is ever read, also of slots that were not stepped."""
-    arguments = step_arguments(inner, torch.float32, D=head_dim, K=mini_batch_size)
+    """Outputs, and all of the records that is ever read, also of streams that were not stepped."""
+    D, K = head_dim, mini_batch_size
+    arguments = step_arguments(inner, torch.float32, D=D, K=K)
     exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
-    exact[-3] = [x.double() for x in arguments[-3]]
-    expected = ops.token_step(*exact)
     given = move(arguments, kernel=True)
-    o = ops.token_step(*given)
+    o, expected = ops.token_step(*given), ops.token_step(*exact)
     assert_close(o.cpu(), expected, FP32)
-    offset, slots = arguments[8], arguments[7]
-    for before, x, y in zip(arguments[-3], given[-3], exact[-3], strict=True):
-        lead = x.shape[2] - (mini_batch_size - 1)
-        x, done = x.cpu(), slots[offset == mini_batch_size - 1]
-        assert torch.equal(x[done][:, :, lead:], before[done][:, :, lead:])  # a complete mini-batch keeps nothing
-        y[done, :, lead:] = x[done][:, :, lead:].double()
-        assert_close(x, y, FP32)
-        idle = [n for n in range(x.shape[0]) if n not in slots]
-        assert torch.equal(x[idle], before[idle])
+    slots, offset, hidden = arguments[7], arguments[8], arguments[10]
+    before, found, wanted = (record_parts(records_of(x), D, hidden, K) for x in (arguments, given, exact))
+    done, idle = slots[offset == K - 1], [n for n in range(5) if n not in slots]
+    for x, y, z in zip(before, found, wanted, strict=True):
+        assert_close(y[:, :, :-1], z[:, :, :-1], FP32)
+        assert torch.equal(y[done][:, :, -K:], x[done][:, :, -K:])  # of a complete mini-batch nothing is kept
+        assert torch.equal(y[idle], x[idle])
 
 
 def test_hidden_features_in_chunks(monkeypatch):
-    """As where the weights do not fit the registers; and a hidden size that is no power of two."""
+    """As where the weights do not fit the registers, and with a hidden size that is no power of two."""
     monkeypatch.setitem(step.MLP_BLOCKS, 16, (32, 1))
     arguments = step_arguments("mlp", torch.float32, D=14)
-    expected, eager = ops.token_step(*(moved := move(arguments, kernel=False))), moved[-3]
-    o = ops.token_step(*(moved := move(arguments, kernel=True)))
-    assert_close(o, expected, 2 * FP32)  # both err
-    for actual, x in zip(moved[-3][:2], eager[:2], strict=True):
-        assert_close(actual[0], x[0], 2 * FP32)
-        assert_close(actual[4], x[4], 2 * FP32)
-        assert_close(actual[2, :, :-3], x[2, :, :-3], 2 * FP32)
+    plain, chunked = move(arguments, kernel=False), move(arguments, kernel=True)
+    assert_close(ops.token_step(*chunked), ops.token_step(*plain), 2 * FP32)  # both err
+    parts = (record_parts(records_of(x), 14, 56, 4) for x in (plain, chunked))
+    for x, y in zip(*parts, strict=True):
+        assert_close(y[:, :, :-1], x[:, :, :-1], 2 * FP32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,7 +6,6 @@ inside a mini-batch is handled above them, in ``functional``. ``token_step`` adv
 gradient.
 """
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -136,7 +135,7 @@ def mlp_scan_backward(
     )  # fmt: skip
 
 
-@torch.library.custom_op("ttt4rec::token_step", mutates_args=("pool",))
+@torch.library.custom_op("ttt4rec::token_step", mutates_args=("records",))
 def token_step(
     q: Tensor,
     k: Tensor,
@@ -147,14 +146,15 @@ def token_step(
     ln_bias: Tensor,
     slots: Tensor,
     offset: Tensor,
-    pool: Sequence[Tensor],
+    records: Tensor,
+    hidden: int,
     eps: float,
     kernel: bool,
 ) -> Tensor:
-    """One token ``[B, H, D]`` of each of B streams whose states are in the pool; see ``eager.token_step``."""
+    """One token ``[B, H, D]`` of each of B streams whose states are among the records; see ``eager.token_step``."""
     with torch.autocast(q.device.type, enabled=False):
         return _path(kernel).token_step(  # type: ignore[no-any-return]
-            q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, pool, eps
+            q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, records, hidden, eps
         )
 
 

@@ -1,6 +1,7 @@
 """StatePool: the states of many streams, kept in one place and advanced there one token at a time."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ class StatePool:
     Attributes:
         position: tokens seen, int64 ``[N]``.
         conv: the last inputs of the convolutions ``[N, conv_kernel - 1, width]``, or None.
-        tensors: what the inner loop needs, as described at ``eager.token_step``.
+        records: what the inner loop needs of a stream and head ``[N, H, R]``, described at ``eager.token_step``.
+        hidden: F of TTT-MLP; 0 for TTT-Linear.
 
     Raises:
         ValueError: num_slots is below 1.
@@ -45,11 +47,11 @@ class StatePool:
             raise ValueError(f"num_slots must be an integer of at least 1; given {num_slots!r}")
         self.num_slots, self.mini_batch_size = num_slots, mini_batch_size
         self._initial, self._layer_norm = initial, layer_norm
-        K, (H, D), inputs = mini_batch_size, layer_norm[0].shape, [W.shape[1] for W in initial[::2]]
-        shapes = [(rows + K, W.shape[2]) for rows, W in zip(inputs, initial[::2], strict=True)]
-        shapes += [(K - 1, width) for width in (*inputs, D, 1)]
+        H, D = layer_norm[0].shape
+        self.hidden = initial[0].shape[2] if len(initial) == 4 else 0
+        numbers = sum(map(prod, eager.record_shapes(D, self.hidden, mini_batch_size)))
         like = initial[0].new_empty(0, dtype=torch.promote_types(initial[0].dtype, torch.float32)).detach()
-        self.tensors = [like.new_zeros(num_slots, H, *shape) for shape in shapes]
+        self.records = like.new_zeros(num_slots, H, -(-numbers // 8) * 8)  # begin at multiples of 32 bytes
         self.position = like.new_zeros(num_slots, dtype=torch.int64)
         self.conv = None if context is None else like.new_zeros(num_slots, *context)
         self.reset(torch.arange(num_slots, device=like.device))
@@ -57,7 +59,7 @@ class StatePool:
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
-        every = [*self.tensors, self.position, *([] if self.conv is None else [self.conv])]
+        every = [self.records, self.position, *([] if self.conv is None else [self.conv])]
         return sum(x.numel() * x.element_size() for x in every)
 
     def belongs_to(self, W1: Tensor) -> bool:
@@ -76,13 +78,14 @@ class StatePool:
         """
         check_slots(slots, self.num_slots, self.position.device)
         position = self.position[slots]
-        matrices, inputs, values, rates = self._parts()
-        lack = self.mini_batch_size - 1 - position % self.mini_batch_size
-        k, v, lr = (_moved(x[slots], -lack).transpose(1, 2) for x in (inputs[0], values, rates))
-        rows = [x.shape[2] - self.mini_batch_size for x in matrices]
-        weights = [w for M, b in zip(matrices, rows, strict=True) for w in (M[slots, :, :b], M[slots, :, b])]
+        K = self.mini_batch_size
+        parts = self._parts(self.records[slots])
+        M, X, (v, lr) = parts[: self._layers], parts[self._layers : -2], parts[-2:]
+        lack = K - 1 - position % K
+        k, v, lr = (_moved(x[:, :, : K - 1], -lack).transpose(1, 2).contiguous() for x in (X[0], v, lr))
+        weights = [w.contiguous() for m in M for w in (m[:, :, : -K - 1], m[:, :, -K - 1])]
         conv = None if self.conv is None else self.conv[slots]
-        return TTTState(tuple(weights), k.contiguous(), v.contiguous(), lr.squeeze(-1), position, conv)
+        return TTTState(tuple(weights), k, v, lr.squeeze(-1), position, conv)
 
     @torch.no_grad()
     def write(self, slots: Tensor, state: TTTState) -> None:
@@ -97,7 +100,7 @@ class StatePool:
             TypeError: slots are not int64, or the state has another dtype.
         """
         check_slots(slots, self.num_slots, self.position.device)
-        K, heads = self.mini_batch_size, self._parts()[2][:1].transpose(1, 2)
+        K, heads = self.mini_batch_size, self._parts(self.records[:1])[-2].transpose(1, 2)
         names = ("W1", "b1", "W2", "b2")
         shapes = [(name, tuple(w.shape)) for name, w in zip(names, self._initial, strict=False)]
         check_state(state, slots.numel(), shapes, K, heads)
@@ -112,11 +115,12 @@ class StatePool:
         k_rows, v_rows, lr_rows, *rows = (x.flatten(0, 1) for x in (k, v, lr, *weights))
         with torch.autocast(k.device.type, enabled=False):
             rows = [*eager.steps(k_rows, v_rows, lr_rows, gamma, beta, rows, 1e-6)]
-        kept = [x.unflatten(0, k.shape[:2]) for x in rows]
-        U, X = kept[: len(weights)], kept[len(weights) :]
+        U, X = ([x.unflatten(0, k.shape[:2]) for x in part] for part in (rows[: self._layers], rows[self._layers :]))
         new = [*(torch.cat(pair, 2) for pair in zip(weights, U, strict=True)), *X, v, lr]
-        for target, x in zip(self.tensors, new, strict=True):
-            target.index_copy_(0, slots, x)
+        records = torch.zeros_like(self.records[slots])
+        for target, x in zip(self._parts(records), new, strict=True):
+            target[:, :, :-1] = x
+        self.records.index_copy_(0, slots, records)
         self.position.index_copy_(0, slots, state.position)
         if self.conv is not None and state.conv is not None:
             self.conv.index_copy_(0, slots, state.conv)
@@ -129,17 +133,18 @@ class StatePool:
             ValueError: a slot is out of range or given twice. TypeError: slots are not int64.
         """
         check_slots(slots, self.num_slots, self.position.device)
-        for x in (*self.tensors, self.position, *([] if self.conv is None else [self.conv])):
+        for x in (self.records, self.position, *([] if self.conv is None else [self.conv])):
             x.index_fill_(0, slots, 0)
-        for M, W, b in zip(self.tensors, self._initial[::2], self._initial[1::2], strict=False):
+        for M, W, b in zip(self._parts(self.records), self._initial[::2], self._initial[1::2], strict=False):
             rows = torch.cat((W, b.unsqueeze(1)), 1).to(M.dtype)
             M[:, :, : rows.shape[1]].index_copy_(0, slots, rows.expand(slots.numel(), *rows.shape))
 
-    def _parts(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """The tensors: matrices, inputs, values and rates."""
-        layers = len(self._initial) // 2
-        values, rates = self.tensors[-2:]
-        return self.tensors[:layers], self.tensors[layers : 2 * layers], values, rates
+    @property
+    def _layers(self) -> int:
+        return len(self._initial) // 2
+
+    def _parts(self, records: Tensor) -> list[Tensor]:
+        return eager.record_parts(records, self._layer_norm[0].shape[1], self.hidden, self.mini_batch_size)
 
 
 def _moved(x: Tensor, by: Tensor) -> Tensor:

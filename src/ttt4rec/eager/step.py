@@ -5,10 +5,12 @@ an inner layer and U = lr ∘ G its steps, the weights at token i are ``W - s_i 
 
     x (W - s_i Σ X_jᵀ U_j) + b - s_i Σ U_j  =  [x, 1, A] M,    A_j = -s_i (x · X_j + 1),    M = [W; b; U]
 
-The pool holds M as it stands. All of its tensors end in K - 1 rows, one for each token of the mini-batch.
+A stream's record of a head is M of every inner layer as it stands, X of every layer, and v and lr, which only a
+``TTTState`` needs. Each of them ends in K rows, one a token; in the last stands the token that is being read.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,20 @@ from torch.nn.functional import gelu, pad
 from .tiles import InnerGradient, Normalised
 
 CACHE_BYTES = 1 << 21
-"""Streams go in chunks whose matrices, gathered from the pool, are about this large."""
+"""Streams go in chunks whose records, gathered from the pool, are about this large."""
+
+
+def record_shapes(D: int, hidden: int, K: int) -> list[tuple[int, int]]:
+    """Rows and width of the parts of a record: M and X of every layer, v, lr; hidden is 0 for TTT-Linear."""
+    layers = [(D, hidden), (hidden, D)] if hidden else [(D, D)]
+    return [*((rows + 1 + K, out) for rows, out in layers), *((K, rows) for rows, _ in layers), (K, D), (K, 1)]
+
+
+def record_parts(records: Tensor, D: int, hidden: int, K: int) -> list[Tensor]:
+    """Views of the parts of records ``[..., R]``, ``[..., rows, width]`` each."""
+    shapes = record_shapes(D, hidden, K)
+    parts = records[..., : sum(map(prod, shapes))].split([*map(prod, shapes)], -1)
+    return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def token_step(
@@ -31,13 +46,14 @@ def token_step(
     ln_bias: Tensor,
     slots: Tensor,
     offset: Tensor,
-    pool: Sequence[Tensor],
+    records: Tensor,
+    hidden: int,
     eps: float,
 ) -> Tensor:
     """Advance B streams by one token each, in place. On a GPU nothing waits for the host.
 
     Args:
-        q: ``[B, H, D]``, as k and v; any float dtype, computed in that of the pool.
+        q: ``[B, H, D]``, as k and v; any float dtype, computed in that of the records.
         k: keys.
         v: values.
         inner_lr: lr ``[B, H]``.
@@ -46,49 +62,48 @@ def token_step(
         ln_bias: β ``[H, D]``.
         slots: the streams' places in the pool, all different, int64 ``[B]``.
         offset: how many tokens of their mini-batch they have read, int64 ``[B]``.
-        pool: of N streams, contiguous: M ``[N, H, in + K, out]`` of each inner layer, X ``[N, H, K - 1, in]`` of each,
-            v ``[N, H, K - 1, D]`` and lr ``[N, H, K - 1, 1]``. A row of each is written; where the token completes its
-            mini-batch, W and b.
+        records: of the pool's N streams ``[N, H, R]``, contiguous, with the parts of ``record_shapes``. A row of each
+            part is written; where the token completes its mini-batch, W and b.
+        hidden: F of TTT-MLP; 0 for TTT-Linear.
         eps: added to the layer norm's variance.
 
     Returns:
         Outputs ``[B, H, D]`` in q's dtype.
     """
-    H, K, dtype = q.shape[1], token_scale.numel(), pool[0].dtype
-    layers = len(pool) // 2 - 1
-    order, chunks = _chunks(offset, K, pool[:layers])
+    (H, D), K, dtype = q.shape[1:], token_scale.numel(), records.dtype
+    layers = 2 if hidden else 1
+    order, chunks = _chunks(offset, K, records)
     slots, offset = slots[order], offset[order]
-    heads = (slots[:, None] * H + torch.arange(H, device=q.device)).flatten()  # which of the pool's N·H
     place = offset.repeat_interleave(H)
-    scale = -token_scale.to(dtype)[place].view(-1, 1, 1)
-    eta = scale * (torch.arange(K - 1, device=q.device) < place[:, None]).unsqueeze(1)  # -s_i for every kept token
+    index = torch.arange(K, device=q.device)
+    there = (index < place[:, None]) | (index == K - 1)
+    eta = (-token_scale.to(dtype)[place, None] * there).unsqueeze(1)  # -s_i for every token that is there
     q_rows, *tokens = (x[order].to(dtype).flatten(0, 1).unsqueeze(1) for x in (q, k, v, inner_lr.unsqueeze(-1)))
     gamma, beta = (p.to(dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in (ln_weight, ln_bias))
+    parts = record_parts(records, D, hidden, K)
     o, new = torch.empty_like(q_rows), []
-    for chunk in chunks:
-        own, here = slots[chunk.first : chunk.stop], slice(chunk.first * H, chunk.stop * H)
-        gathered = [_gathered(x, own, x.shape[2] - (K - 1) + chunk.tokens) for x in pool[: 2 * layers]]
-        M, X = gathered[:layers], gathered[layers:]
-        initial = [m[:, : -1 - chunk.tokens] for m in M]
-        g, b = gamma[here], beta[here]
-        new.append(steps(*(x[here] for x in tokens), g, b, initial, eps))
-        for target, x in zip(gathered, new[-1], strict=True):
+    for first, stop, complete in chunks:
+        own, here = slots[first:stop], slice(first * H, stop * H)
+        M_and_X = record_parts(records.index_select(0, own).flatten(0, 1), D, hidden, K)[:-2]
+        M, X = M_and_X[:layers], M_and_X[layers:]
+        weights, g, b = [m[:, :-K] for m in M], gamma[here], beta[here]
+        k_here, v_here, lr_here = (x[here] for x in tokens)
+        new.append(steps(k_here, v_here, lr_here, g, b, weights, eps))
+        for target, x in zip(M_and_X, new[-1], strict=True):
             target[:, -1:] = x
-        eta_here = torch.cat((eta[here, :, : chunk.tokens], scale[here]), -1)
-        P = _outputs(q_rows[here], M, X, eta_here)
+        P = _outputs(q_rows[here], M, X, eta[here])
         torch.addcmul(b, g, Normalised(P, eps).x_hat, out=o[here]).add_(q_rows[here])
-        if chunk.complete:
-            last = slice(-chunk.complete * H, None)
-            eta_last = eta_here[last].mT * (place[here][last] == K - 1).view(-1, 1, 1)
-            for target, m, x, w in zip(pool, M, X, initial, strict=False):
+        if complete:
+            last = slice(-complete * H, None)
+            eta_last = eta[here][last].mT * (place[here][last] == K - 1).view(-1, 1, 1)
+            for target, m, x, w in zip(parts, M, X, weights, strict=False):
                 keys = pad(x[last], (0, 1), value=1.0) * eta_last
-                w = torch.baddbmm(w[last], keys.mT, m[last, -1 - chunk.tokens :])
-                target[:, :, : w.shape[1]].index_copy_(0, own[-chunk.complete :], w.unflatten(0, (-1, H)))
-    if K > 1:
-        row = place.clamp_max(K - 2) - (K - 1)  # from behind; what a complete mini-batch leaves there, nobody reads
-        written = (*(torch.cat(parts) for parts in zip(*new, strict=True)), *tokens[1:])
-        for target, x in zip(pool, written, strict=True):
-            target.view(-1, target.shape[-1]).index_copy_(0, (heads + 1) * target.shape[2] + row, x.squeeze(1))
+                w = torch.baddbmm(w[last], keys.mT, m[last, -K:])
+                target[:, :, :-K].index_copy_(0, own[-complete:], w.unflatten(0, (-1, H)))
+    heads = torch.arange(H, device=q.device)
+    written = (*(torch.cat(rows) for rows in zip(*new, strict=True)), *tokens[1:])
+    for target, x in zip(parts, written, strict=True):
+        target[slots[:, None], heads, offset[:, None] - K] = x.view(-1, H, x.shape[-1])
     return torch.empty_like(q).index_copy_(0, order, o.view(q.shape).to(q.dtype))
 
 
@@ -111,36 +126,28 @@ def steps(
 class _Chunk(NamedTuple):
     first: int  # of the streams in order
     stop: int
-    tokens: int  # kept ones of the stream that has most
-    complete: int  # how many streams at the end may complete their mini-batch
+    complete: int  # how many of them, at the end, may complete their mini-batch
 
 
-def _chunks(offset: Tensor, K: int, matrices: Sequence[Tensor]) -> tuple[Tensor, list[_Chunk]]:
-    """The order in which streams go, by their number of kept tokens, and which go together."""
+def _chunks(offset: Tensor, K: int, records: Tensor) -> tuple[Tensor, list[_Chunk]]:
+    """The order in which streams go, by their place in the mini-batch, and which go together."""
     if not offset.is_cpu:
-        return _everything(offset, K)
-    size = max(1, CACHE_BYTES // sum(m[0].numel() * m.element_size() for m in matrices))
+        return _everything(offset)
+    size = max(1, CACHE_BYTES // (records[0].numel() * records.element_size()))
     order = offset.argsort(stable=True)
     places = offset[order].tolist()
     parts = [(first, min(first + size, len(places))) for first in range(0, len(places), size)]
-    return order, [_Chunk(a, b, places[b - 1], places[a:b].count(K - 1)) for a, b in parts]
+    return order, [_Chunk(a, b, places[a:b].count(K - 1)) for a, b in parts]
 
 
-def _everything(offset: Tensor, K: int) -> tuple[Tensor, list[_Chunk]]:
+def _everything(offset: Tensor) -> tuple[Tensor, list[_Chunk]]:
     """For a GPU, where the host must not wait for the positions: all streams together, any of them at any token."""
     B = offset.numel()
-    return torch.arange(B, device=offset.device), [_Chunk(0, B, K - 1, B)]
+    return torch.arange(B, device=offset.device), [_Chunk(0, B, B)]
 
 
 def _affine(x: Tensor, weights: Tensor) -> Tensor:
     return torch.baddbmm(weights[:, -1:], x, weights[:, :-1])
-
-
-def _gathered(x: Tensor, slots: Tensor, rows: int) -> Tensor:
-    """The first rows of some of the pool's streams, and room for one row more, ``[n·H, rows + 1, width]``."""
-    room = x.new_empty(slots.numel(), x.shape[1], rows + 1, x.shape[3])
-    torch.index_select(x[:, :, :rows], 0, slots, out=room[:, :, :rows])
-    return room.flatten(0, 1)
 
 
 def _outputs(x: Tensor, matrices: Sequence[Tensor], inputs: Sequence[Tensor], eta: Tensor) -> Tensor:

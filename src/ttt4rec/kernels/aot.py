@@ -113,16 +113,10 @@ def _prepare_projection(op: str, head_dim: int, mini_batch_size: int, dtype: tor
 
 
 def _prepare_step(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
-    D, K = head_dim, mini_batch_size
-    q, index = _meta(2, 4, D).to(dtype), _meta(2).long()
-    shapes = (
-        [(D + K, D), (K - 1, D)]
-        if op == "linear_step"
-        else [(D + K, 4 * D), (4 * D + K, D), (K - 1, D), (K - 1, 4 * D)]
-    )
-    pool = [_meta(9, 4, *shape) for shape in (*shapes, (K - 1, D), (K - 1, 1))]
-    norm = _meta(4, D), _meta(4, D)
-    return prepare_token_step(q, q, q, _meta(2, 4), _meta(K), *norm, index, index, pool, 1e-6)[-1]
+    q, index, records = _meta(2, 4, head_dim).to(dtype), _meta(2).long(), _meta(9, 4, 1 << 20)
+    norm, hidden = _meta(4, head_dim), 0 if op == "linear_step" else 4 * head_dim
+    rates = _meta(2, 4), _meta(mini_batch_size)
+    return prepare_token_step(q, q, q, *rates, norm, norm, index, index, records, hidden, 1e-6)[-1]
 
 
 def _meta(*shape: int) -> Tensor:

@@ -12,7 +12,6 @@ A program reads W, b and the i kept rows, and writes one row; W and b only at a 
 x and no matrix product worth a tensor core: all products are float32 multiplications and sums.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +32,7 @@ class StepTile(NamedTuple):
     hidden: int  # of TTT-MLP
     chunk: int  # hidden features held at a time, a power of two
     chunks: int
+    record: int  # R
 
 
 # Chunk of hidden features and warps of a program by padded head dimension: what fits the registers without spills.
@@ -116,7 +116,7 @@ def stepped(W, b, x, u, s, X, U, rows, columns, width: tl.constexpr, out: tl.con
 
 @triton.jit
 def program_stream(slots, offset, H):
-    """The program's head in the pool, of N·H; its token's place in the mini-batch."""
+    """The program's head among all N·H of the pool; its token's place in the mini-batch."""
     stream = tl.program_id(0) // H
     slot = tl.load(slots + stream).to(tl.int64)
     return slot * H + tl.program_id(0) % H, tl.load(offset + stream).to(tl.int32)
@@ -142,7 +142,7 @@ def linear_step_kernel(
     layer_norm,  # γ, β [H, D]
     slots,  # [B]
     offset,  # [B]
-    pool,  # M [N, H, D + K, D], k and v [N, H, K-1, D], lr [N, H, K-1]
+    records,  # [N, H, R]: M [D + 1 + K, D], k and v [K, D], lr [K]
     o,  # [B, H, D]
     H,
     eps,
@@ -156,9 +156,10 @@ def linear_step_kernel(
     real = features < D
     square, square_mask = features[:, None] * D + features[None, :], outer_mask(real, real)
     kept, kept_mask = before[:, None] * D + features[None, :], outer_mask(before < place, real)
-    M = pool[0] + head * ((D + tile.mini_batch) * D)
+    M = records + head * tile.record
     steps = M + (D + 1) * D
-    keys, values = pool[1] + head * ((tile.mini_batch - 1) * D), pool[2] + head * ((tile.mini_batch - 1) * D)
+    keys = steps + tile.mini_batch * D
+    values = keys + tile.mini_batch * D
 
     W = load(M, square, square_mask)
     b = load(M, D * D + features, real)
@@ -177,7 +178,7 @@ def linear_step_kernel(
         tl.store(steps + place * D + features, u, mask=real)
         tl.store(keys + place * D + features, k, mask=real)
         tl.store(values + place * D + features, v, mask=real)
-        tl.store(pool[3] + head * (tile.mini_batch - 1) + place, lr)
+        tl.store(values + tile.mini_batch * D + place, lr)
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -187,7 +188,7 @@ def mlp_step_kernel(
     layer_norm,  # γ, β [H, D]
     slots,  # [B]
     offset,  # [B]
-    pool,  # M1 [N, H, D + K, F], M2 [N, H, F + K, D], k [N, H, K-1, D], X2 [N, H, K-1, F], v as k, lr [N, H, K-1]
+    records,  # [N, H, R]: M1 [D + 1 + K, F], M2 [F + 1 + K, D], k [K, D], X2 [K, F], v [K, D], lr [K]
     o,  # [B, H, D]
     H,
     eps,
@@ -205,10 +206,13 @@ def mlp_step_kernel(
     features, before = tl.arange(0, tile.features), tl.arange(0, tile.kept)
     real = features < D
     kept, kept_mask = before[:, None] * D + features[None, :], outer_mask(before < place, real)
-    M1, M2 = pool[0] + head * ((D + tile.mini_batch) * F), pool[1] + head * ((F + tile.mini_batch) * D)
-    steps1, steps2 = M1 + (D + 1) * F, M2 + (F + 1) * D
-    keys, values = pool[2] + head * ((tile.mini_batch - 1) * D), pool[4] + head * ((tile.mini_batch - 1) * D)
-    inputs2 = pool[3] + head * ((tile.mini_batch - 1) * F)
+    M1 = records + head * tile.record
+    steps1 = M1 + (D + 1) * F
+    M2 = steps1 + tile.mini_batch * F
+    steps2 = M2 + (F + 1) * D
+    keys = steps2 + tile.mini_batch * D
+    inputs2 = keys + tile.mini_batch * D
+    values = inputs2 + tile.mini_batch * F
 
     b2 = load(M2, F * D + features, real)
     W1, b1, W2 = load_hidden(M1, M2, 0, D, F, tile)
@@ -255,7 +259,7 @@ def mlp_step_kernel(
         tl.store(steps2 + place * D + features, u2, mask=real)
         tl.store(keys + place * D + features, k, mask=real)
         tl.store(values + place * D + features, v, mask=real)
-        tl.store(pool[5] + head * (tile.mini_batch - 1) + place, lr)
+        tl.store(values + tile.mini_batch * D + place, lr)
 
 
 @triton.jit
@@ -277,7 +281,8 @@ def token_step(
     ln_bias: Tensor,
     slots: Tensor,
     offset: Tensor,
-    pool: Sequence[Tensor],
+    records: Tensor,
+    hidden: int,
     eps: float,
 ) -> Tensor:
     """Advance B streams by one token each, in place; the host waits for nothing.
@@ -292,8 +297,9 @@ def token_step(
         ln_bias: β ``[H, D]``.
         slots: the streams' places in the pool, all different, int64 ``[B]``.
         offset: how many tokens of their mini-batch they have read, int64 ``[B]``.
-        pool: of N streams, float32 and contiguous: M ``[N, H, in + K, out]`` of each inner layer, X
-            ``[N, H, K - 1, in]`` of each, v ``[N, H, K - 1, D]`` and lr ``[N, H, K - 1, 1]``.
+        records: of the pool's N streams ``[N, H, R]``, float32 and contiguous; of the heads given, M, X, v and lr of
+            the new token are written, or, where it completes its mini-batch, W and b.
+        hidden: F of TTT-MLP; 0 for TTT-Linear.
         eps: added to the layer norm's variance.
 
     Returns:
@@ -302,7 +308,7 @@ def token_step(
     Raises:
         ValueError: if the kernels do not run that dtype, head dimension or mini-batch size.
     """
-    arguments = (q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, pool, eps)
+    arguments = (q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, records, hidden, eps)
     o, prepared = prepare_token_step(*arguments)
     prepared.run()
     return o
@@ -318,14 +324,14 @@ def prepare_token_step(
     ln_bias: Tensor,
     slots: Tensor,
     offset: Tensor,
-    pool: Sequence[Tensor],
+    records: Tensor,
+    hidden: int,
     eps: float,
 ) -> tuple[Tensor, launch.Launch]:
     """Allocate the outputs and make the launch that fills them; arguments as in ``token_step``."""
     (B, H, D), K = q.shape, token_scale.numel()
     launch.plan("linear_forward", q.unsqueeze(1), K)  # raises where no kernel runs
-    linear, hidden = len(pool) == 4, pool[0].shape[-1]
-    chunk, num_warps = (LINEAR_BLOCKS if linear else MLP_BLOCKS)[launch.padded(D)]
+    chunk, num_warps = (MLP_BLOCKS if hidden else LINEAR_BLOCKS)[launch.padded(D)]
     tile = StepTile(
         mini_batch=K,
         kept=triton.next_power_of_2(max(1, K - 1)),
@@ -333,7 +339,8 @@ def prepare_token_step(
         features=launch.padded(D),
         hidden=hidden,
         chunk=chunk,
-        chunks=0 if linear else triton.cdiv(hidden, chunk),
+        chunks=triton.cdiv(hidden, chunk) if hidden else 0,
+        record=records.shape[2],
     )
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     arguments = (
@@ -342,11 +349,11 @@ def prepare_token_step(
         launch.contiguous(ln_weight, ln_bias),
         slots.contiguous(),
         offset.contiguous(),
-        tuple(pool),
+        records,
         o,
         H,
         eps,
         tile,
     )
-    kernel = linear_step_kernel if linear else mlp_step_kernel
+    kernel = mlp_step_kernel if hidden else linear_step_kernel
     return o, launch.Launch(kernel, (B * H,), arguments, launch.Blocks(num_warps, 1))
