@@ -113,7 +113,8 @@ def _prepare_projection(op: str, head_dim: int, mini_batch_size: int, dtype: tor
 
 
 def _prepare_step(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
-    q, index, records = _meta(2, 4, head_dim).to(dtype), _meta(2).long(), _meta(9, 4, 1 << 20)
+    q, index = _meta(2, 4, head_dim).to(dtype), _meta(2).long()
+    records = _meta(9, 4, 8 * 443)  # of their size, only what divides it counts
     norm, hidden = _meta(4, head_dim), 0 if op == "linear_step" else 4 * head_dim
     rates = _meta(2, 4), _meta(mini_batch_size)
     return prepare_token_step(q, q, q, *rates, norm, norm, index, index, records, hidden, 1e-6)[-1]
