@@ -78,7 +78,7 @@ def token_step(
     index = torch.arange(K, device=q.device)
     there = (index < place[:, None]) | (index == K - 1)
     eta = (-token_scale.to(dtype)[place, None] * there).unsqueeze(1)  # -s_i for every token that is there
-    q_rows, *tokens = (x[order].to(dtype).flatten(0, 1).unsqueeze(1) for x in (q, k, v, inner_lr.unsqueeze(-1)))
+    q_rows, *tokens = (x.index_select(0, order).to(dtype).flatten(0, 1).unsqueeze(1) for x in (q, k, v, inner_lr.unsqueeze(-1)))
     gamma, beta = (p.to(dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in (ln_weight, ln_bias))
     parts = record_parts(records, D, hidden, K)
     o, new = torch.empty_like(q_rows), []
