@@ -175,9 +175,9 @@ def test_baselines_have_no_pools(mixer):
 
 
 def test_pool_size():
-    """Weights, 8 rows a layer and 8 tokens of every stream and head, and a position."""
+    """Weights and 8 rows of every stream and head, and a position; a row's 177 numbers in room for 184."""
     layer = TTTLayer(64, 4, inner="mlp", mini_batch_size=8)
-    assert layer.make_pool(3).nbytes == 3 * (4 * 4 * (2 * 16 * 64 + 64 + 16 + 8 * (3 * 16 + 2 * 64 + 1)) + 8)
+    assert layer.make_pool(3).nbytes == 3 * (4 * 4 * (2 * 16 * 64 + 64 + 16 + 8 * 184) + 8)
 
 
 @pytest.mark.parametrize(

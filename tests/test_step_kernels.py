@@ -6,7 +6,7 @@ import torch
 from checks import INNERS, assert_close, assert_states_close, make_layer
 from test_step import read_on, step_arguments, tokens
 from ttt4rec import TTTLayer, ops
-from ttt4rec.eager import record_parts
+from ttt4rec.eager import record_parts, row_parts
 from ttt4rec.kernels import step
 
 pytestmark = pytest.mark.gpu
@@ -19,9 +19,11 @@ def move(arguments, *, kernel):
     return [*(x.to(DEVICE, copy=True) if isinstance(x, torch.Tensor) else x for x in arguments[:-1]), kernel]
 
 
-def records_of(arguments):
-    """The records in the operator's arguments."""
-    return arguments[9].cpu()
+def parts_of(arguments):
+    """Weights of the records in the operator's arguments, and the rows' parts."""
+    D, K, hidden = arguments[0].shape[-1], arguments[4].numel(), arguments[10]
+    weights, rows = record_parts(arguments[9].cpu(), D, hidden, K)
+    return weights, row_parts(rows, D, hidden)
 
 
 @pytest.mark.parametrize("inner", INNERS)
@@ -35,13 +37,15 @@ def test_matches_the_eager_path_in_float64(inner, head_dim, mini_batch_size):
     given = move(arguments, kernel=True)
     o, expected = ops.token_step(*given), ops.token_step(*exact)
     assert_close(o.cpu(), expected, FP32)
-    slots, offset, hidden = arguments[7], arguments[8], arguments[10]
-    before, found, wanted = (record_parts(records_of(x), D, hidden, K) for x in (arguments, given, exact))
+    slots, offset = arguments[7], arguments[8]
     done, idle = slots[offset == K - 1], [n for n in range(5) if n not in slots]
-    for x, y, z in zip(before, found, wanted, strict=True):
-        assert_close(y[:, :, :-1], z[:, :, :-1], FP32)
-        assert torch.equal(y[done][:, :, -K:], x[done][:, :, -K:])  # of a complete mini-batch nothing is kept
-        assert torch.equal(y[idle], x[idle])
+    (before, _), (weights, rows), (expected_weights, expected_rows) = map(parts_of, (arguments, given, exact))
+    for x, y, z in zip(before, weights, expected_weights, strict=True):
+        assert_close(y, z, FP32)
+        assert not torch.equal(y[done], x[done])
+    for x, y in zip(rows, expected_rows, strict=True):
+        assert_close(x[:, :, :-1], y[:, :, :-1], FP32)  # the last one is scratch
+    assert torch.equal(given[9].cpu()[idle], arguments[9][idle])
 
 
 def test_hidden_features_in_chunks(monkeypatch):
@@ -50,9 +54,11 @@ def test_hidden_features_in_chunks(monkeypatch):
     arguments = step_arguments("mlp", torch.float32, D=14)
     plain, chunked = move(arguments, kernel=False), move(arguments, kernel=True)
     assert_close(ops.token_step(*chunked), ops.token_step(*plain), 2 * FP32)  # both err
-    parts = (record_parts(records_of(x), 14, 56, 4) for x in (plain, chunked))
-    for x, y in zip(*parts, strict=True):
-        assert_close(y[:, :, :-1], x[:, :, :-1], 2 * FP32)
+    (weights, rows), (expected_weights, expected_rows) = map(parts_of, (chunked, plain))
+    for x, y in zip(weights, expected_weights, strict=True):
+        assert_close(x, y, 2 * FP32)
+    for x, y in zip(rows, expected_rows, strict=True):
+        assert_close(x[:, :, :-1], y[:, :, :-1], 2 * FP32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,7 +1,6 @@
 """StatePool: the states of many streams, kept in one place and advanced there one token at a time."""
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import Tensor
@@ -49,9 +48,9 @@ class StatePool:
         self._initial, self._layer_norm = initial, layer_norm
         H, D = layer_norm[0].shape
         self.hidden = initial[0].shape[2] if len(initial) == 4 else 0
-        numbers = sum(map(prod, eager.record_shapes(D, self.hidden, mini_batch_size)))
+        numbers = eager.record_size(D, self.hidden, mini_batch_size)[0]
         like = initial[0].new_empty(0, dtype=torch.promote_types(initial[0].dtype, torch.float32)).detach()
-        self.records = like.new_zeros(num_slots, H, -(-numbers // 8) * 8)  # begin at multiples of 32 bytes
+        self.records = like.new_zeros(num_slots, H, numbers)
         self.position = like.new_zeros(num_slots, dtype=torch.int64)
         self.conv = None if context is None else like.new_zeros(num_slots, *context)
         self.reset(torch.arange(num_slots, device=like.device))
@@ -78,14 +77,13 @@ class StatePool:
         """
         check_slots(slots, self.num_slots, self.position.device)
         position = self.position[slots]
-        K = self.mini_batch_size
-        parts = self._parts(self.records[slots])
-        M, X, (v, lr) = parts[: self._layers], parts[self._layers : -2], parts[-2:]
-        lack = K - 1 - position % K
-        k, v, lr = (_moved(x[:, :, : K - 1], -lack).transpose(1, 2).contiguous() for x in (X[0], v, lr))
-        weights = [w.contiguous() for m in M for w in (m[:, :, : -K - 1], m[:, :, -K - 1])]
+        weights, rows = self._parts(self.records[slots])
+        k, *_, v, lr = eager.row_parts(rows[:, :, :-1], self._head_dim, self.hidden)
+        lack = self.mini_batch_size - 1 - position % self.mini_batch_size
+        k, v, lr = (_moved(x, -lack).transpose(1, 2).contiguous() for x in (k, v, lr))
+        matrices = [w.contiguous() for W in weights for w in (W[:, :, :-1], W[:, :, -1])]
         conv = None if self.conv is None else self.conv[slots]
-        return TTTState(tuple(weights), k, v, lr.squeeze(-1), position, conv)
+        return TTTState(tuple(matrices), k, v, lr.squeeze(-1), position, conv)
 
     @torch.no_grad()
     def write(self, slots: Tensor, state: TTTState) -> None:
@@ -100,10 +98,10 @@ class StatePool:
             TypeError: slots are not int64, or the state has another dtype.
         """
         check_slots(slots, self.num_slots, self.position.device)
-        K, heads = self.mini_batch_size, self._parts(self.records[:1])[-2].transpose(1, 2)
+        K, like = self.mini_batch_size, self.records.new_empty(1, 1, *self._layer_norm[0].shape)
         names = ("W1", "b1", "W2", "b2")
         shapes = [(name, tuple(w.shape)) for name, w in zip(names, self._initial, strict=False)]
-        check_state(state, slots.numel(), shapes, K, heads)
+        check_state(state, slots.numel(), shapes, K, like)
         check_conv_state(state, slots.numel(), None if self.conv is None else tuple(self.conv.shape[1:]))
         lack = K - 1 - state.position % K
         pending = (state.pending_k, state.pending_v, state.pending_lr.unsqueeze(-1))
@@ -112,14 +110,13 @@ class StatePool:
             torch.cat((W, b.unsqueeze(2)), 2) for W, b in zip(state.weights[::2], state.weights[1::2], strict=True)
         ]
         gamma, beta = (p.to(k.dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in self._layer_norm)
-        k_rows, v_rows, lr_rows, *rows = (x.flatten(0, 1) for x in (k, v, lr, *weights))
-        with torch.autocast(k.device.type, enabled=False):
-            rows = [*eager.steps(k_rows, v_rows, lr_rows, gamma, beta, rows, 1e-6)]
-        U, X = ([x.unflatten(0, k.shape[:2]) for x in part] for part in (rows[: self._layers], rows[self._layers :]))
-        new = [*(torch.cat(pair, 2) for pair in zip(weights, U, strict=True)), *X, v, lr]
         records = torch.zeros_like(self.records[slots])
-        for target, x in zip(self._parts(records), new, strict=True):
-            target[:, :, :-1] = x
+        targets, rows = self._parts(records.flatten(0, 1))
+        k, v, lr, *weights = (x.flatten(0, 1) for x in (k, v, lr, *weights))
+        for target, W in zip(targets, weights, strict=True):
+            target.copy_(W)
+        with torch.autocast(k.device.type, enabled=False):
+            eager.write_rows(rows[:, :-1], k, v, lr, gamma, beta, weights, 1e-6)
         self.records.index_copy_(0, slots, records)
         self.position.index_copy_(0, slots, state.position)
         if self.conv is not None and state.conv is not None:
@@ -135,16 +132,16 @@ class StatePool:
         check_slots(slots, self.num_slots, self.position.device)
         for x in (self.records, self.position, *([] if self.conv is None else [self.conv])):
             x.index_fill_(0, slots, 0)
-        for M, W, b in zip(self._parts(self.records), self._initial[::2], self._initial[1::2], strict=False):
-            rows = torch.cat((W, b.unsqueeze(1)), 1).to(M.dtype)
-            M[:, :, : rows.shape[1]].index_copy_(0, slots, rows.expand(slots.numel(), *rows.shape))
+        for target, W, b in zip(self._parts(self.records)[0], self._initial[::2], self._initial[1::2], strict=True):
+            initial = torch.cat((W, b.unsqueeze(1)), 1).to(target.dtype)
+            target.index_copy_(0, slots, initial.expand(slots.numel(), *initial.shape))
 
     @property
-    def _layers(self) -> int:
-        return len(self._initial) // 2
+    def _head_dim(self) -> int:
+        return self._layer_norm[0].shape[1]
 
-    def _parts(self, records: Tensor) -> list[Tensor]:
-        return eager.record_parts(records, self._layer_norm[0].shape[1], self.hidden, self.mini_batch_size)
+    def _parts(self, records: Tensor) -> tuple[list[Tensor], Tensor]:
+        return eager.record_parts(records, self._head_dim, self.hidden, self.mini_batch_size)
 
 
 def _moved(x: Tensor, by: Tensor) -> Tensor:

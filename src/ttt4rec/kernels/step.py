@@ -3,8 +3,8 @@
 
 """One token more for many streams, whose states lie in a pool: one program a stream and head.
 
-A stream keeps of every token of its mini-batch the inputs X and the steps U = lr ∘ G of each inner layer; with
-M = [W; b; U] as the pool holds it, the layer at token i is::
+A stream keeps of every token of its mini-batch a row with the inputs X and the steps U = lr ∘ G of each inner layer;
+the layer at token i is::
 
     x W + b - s (Σ_{j < i} (x · X_j + 1) U_j + (x · X_i + 1) U_i)
 
@@ -32,7 +32,8 @@ class StepTile(NamedTuple):
     hidden: int  # of TTT-MLP
     chunk: int  # hidden features held at a time, a power of two
     chunks: int
-    record: int  # R
+    record: int  # numbers of a record
+    row: int  # of a kept token's row in it
 
 
 # Chunk of hidden features and warps of a program by padded head dimension: what fits the registers without spills.
@@ -101,14 +102,14 @@ def outer_mask(rows, columns):
 def stepped(W, b, x, u, s, X, U, rows, columns, width: tl.constexpr, out: tl.constexpr, tile: tl.constexpr):
     """W - s Σ_j X_jᵀ U_j and b - s Σ_j U_j over a complete mini-batch, of which x and u are the last token.
 
-    rows and columns are the part of W that is held; X and U point to the head's kept rows.
+    rows and columns are the part of W that is held; X and U point into the first of the kept rows.
     """
     step = s * u
     W -= x[:, None] * step[None, :]
     b -= step
     for j in tl.range(0, tile.mini_batch - 1):
-        x_j = load(X, j * width + rows, rows < width)
-        step_j = s * load(U, j * out + columns, columns < out)
+        x_j = load(X, j * tile.row + rows, rows < width)
+        step_j = s * load(U, j * tile.row + columns, columns < out)
         W -= x_j[:, None] * step_j[None, :]
         b -= step_j
     return W, b
@@ -142,7 +143,7 @@ def linear_step_kernel(
     layer_norm,  # γ, β [H, D]
     slots,  # [B]
     offset,  # [B]
-    records,  # [N, H, R]: M [D + 1 + K, D], k and v [K, D], lr [K]
+    records,  # [N, H, R]: W, b, and K rows (k, U, v, lr)
     o,  # [B, H, D]
     H,
     eps,
@@ -155,11 +156,10 @@ def linear_step_kernel(
     features, before = tl.arange(0, tile.features), tl.arange(0, tile.kept)
     real = features < D
     square, square_mask = features[:, None] * D + features[None, :], outer_mask(real, real)
-    kept, kept_mask = before[:, None] * D + features[None, :], outer_mask(before < place, real)
+    kept, kept_mask = before[:, None] * tile.row + features[None, :], outer_mask(before < place, real)
     M = records + head * tile.record
-    steps = M + (D + 1) * D
-    keys = steps + tile.mini_batch * D
-    values = keys + tile.mini_batch * D
+    keys = M + (D + 1) * D
+    steps = keys + D
 
     W = load(M, square, square_mask)
     b = load(M, D * D + features, real)
@@ -175,10 +175,11 @@ def linear_step_kernel(
         tl.store(M + square, W, mask=square_mask)
         tl.store(M + D * D + features, b, mask=real)
     else:
-        tl.store(steps + place * D + features, u, mask=real)
-        tl.store(keys + place * D + features, k, mask=real)
-        tl.store(values + place * D + features, v, mask=real)
-        tl.store(values + tile.mini_batch * D + place, lr)
+        row = keys + place * tile.row
+        tl.store(row + features, k, mask=real)
+        tl.store(row + D + features, u, mask=real)
+        tl.store(row + 2 * D + features, v, mask=real)
+        tl.store(row + 3 * D, lr)
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -188,7 +189,7 @@ def mlp_step_kernel(
     layer_norm,  # γ, β [H, D]
     slots,  # [B]
     offset,  # [B]
-    records,  # [N, H, R]: M1 [D + 1 + K, F], M2 [F + 1 + K, D], k [K, D], X2 [K, F], v [K, D], lr [K]
+    records,  # [N, H, R]: W1, b1, W2, b2, and K rows (k, U1, X2, U2, v, lr)
     o,  # [B, H, D]
     H,
     eps,
@@ -205,14 +206,14 @@ def mlp_step_kernel(
     q, k, v, gamma, beta, lr, s = load_token(tokens, rates, layer_norm, place, H, tile)
     features, before = tl.arange(0, tile.features), tl.arange(0, tile.kept)
     real = features < D
-    kept, kept_mask = before[:, None] * D + features[None, :], outer_mask(before < place, real)
+    kept, kept_mask = before[:, None] * tile.row + features[None, :], outer_mask(before < place, real)
     M1 = records + head * tile.record
-    steps1 = M1 + (D + 1) * F
-    M2 = steps1 + tile.mini_batch * F
-    steps2 = M2 + (F + 1) * D
-    keys = steps2 + tile.mini_batch * D
-    inputs2 = keys + tile.mini_batch * D
-    values = inputs2 + tile.mini_batch * F
+    M2 = M1 + (D + 1) * F
+    keys = M2 + (F + 1) * D
+    steps1 = keys + D
+    inputs2 = steps1 + F
+    steps2 = inputs2 + F
+    row = keys + place * tile.row
 
     b2 = load(M2, F * D + features, real)
     W1, b1, W2 = load_hidden(M1, M2, 0, D, F, tile)
@@ -235,7 +236,7 @@ def mlp_step_kernel(
             W1, b1, W2 = load_hidden(M1, M2, c, D, F, tile)
             x2, slope = gelu(times(k, W1) + b1)
         u1 = times_rows(W2, u2) * slope
-        rows, rows_mask = before[:, None] * F + hidden[None, :], outer_mask(before < place, hidden < F)
+        rows, rows_mask = before[:, None] * tile.row + hidden[None, :], outer_mask(before < place, hidden < F)
         U1 = load(steps1, rows, rows_mask)
         x2_bar, _ = gelu(times(q, W1) + b1 - s * (times(A1, U1) + own1 * u1))
         p2 += times(x2_bar, W2)
@@ -249,17 +250,17 @@ def mlp_step_kernel(
             tl.store(M2 + hidden[:, None] * D + features[None, :], W2, mask=outer_mask(hidden < F, real))
             tl.store(M2 + F * D + features, b2_next, mask=real)
         else:
-            tl.store(steps1 + place * F + hidden, u1, mask=hidden < F)
-            tl.store(inputs2 + place * F + hidden, x2, mask=hidden < F)
+            tl.store(row + D + hidden, u1, mask=hidden < F)
+            tl.store(row + D + F + hidden, x2, mask=hidden < F)
     U2 = load(steps2, kept, kept_mask)
     p2 -= s * (times(A2, U2) + own2 * u2)
     here = tl.program_id(0).to(tl.int64) * D + features
     tl.store(o + here, output(p2, q, gamma, beta, real, eps, tile).to(o.dtype.element_ty), mask=real)
     if place < tile.mini_batch - 1:
-        tl.store(steps2 + place * D + features, u2, mask=real)
-        tl.store(keys + place * D + features, k, mask=real)
-        tl.store(values + place * D + features, v, mask=real)
-        tl.store(values + tile.mini_batch * D + place, lr)
+        tl.store(row + features, k, mask=real)
+        tl.store(row + D + 2 * F + features, u2, mask=real)
+        tl.store(row + 2 * D + 2 * F + features, v, mask=real)
+        tl.store(row + 3 * D + 2 * F, lr)
 
 
 @triton.jit
@@ -297,8 +298,8 @@ def token_step(
         ln_bias: β ``[H, D]``.
         slots: the streams' places in the pool, all different, int64 ``[B]``.
         offset: how many tokens of their mini-batch they have read, int64 ``[B]``.
-        records: of the pool's N streams ``[N, H, R]``, float32 and contiguous; of the heads given, M, X, v and lr of
-            the new token are written, or, where it completes its mini-batch, W and b.
+        records: of the pool's N streams ``[N, H, R]``, float32 and contiguous. A stream's new token is written to a
+            row, or, where it completes its mini-batch, W and b are.
         hidden: F of TTT-MLP; 0 for TTT-Linear.
         eps: added to the layer norm's variance.
 
@@ -341,6 +342,7 @@ def prepare_token_step(
         chunk=chunk,
         chunks=triton.cdiv(hidden, chunk) if hidden else 0,
         record=records.shape[2],
+        row=-(-(3 * D + 2 * hidden + 1) // 8) * 8,
     )
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     arguments = (
