@@ -41,7 +41,7 @@ def record_parts(records: Tensor, D: int, hidden: int, K: int) -> tuple[list[Ten
     """Views of records ``[..., R]``: ``[W; b]`` of every layer ``[..., in + 1, out]``, and rows ``[..., K, width]``."""
     shapes = [*_layer_sizes(D, hidden)[0], (K, record_size(D, hidden, K)[1])]
     parts = records[..., : sum(map(prod, shapes))].split([*map(prod, shapes)], -1)
-    *weights, rows = (part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
+    *weights, rows = (part.view(*part.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True))
     return weights, rows
 
 
