@@ -1,5 +1,6 @@
 """Residual blocks: a sequence mixer and a feed-forward network, each behind a norm."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from .convolution import CausalConv, convolve
 from .functional import make_spans
+from .pool import StatePool
 from .reference import rotate, rotation
 
 
@@ -16,6 +18,29 @@ class BlockState(NamedTuple):
 
     mixer: Any
     conv: Tensor | None
+
+
+class BlockPool(NamedTuple):
+    """What a block remembers of the streams of a pool; the methods are those of ``StatePool``."""
+
+    mixer: StatePool
+    conv: Tensor | None  # [num_slots, conv_kernel - 1, width]
+
+    def read(self, slots: Tensor) -> BlockState:
+        """The states of some streams, copied."""
+        return BlockState(self.mixer.read(slots), None if self.conv is None else self.conv[slots])
+
+    def write(self, slots: Tensor, state: BlockState) -> None:
+        """Replace some streams."""
+        self.mixer.write(slots, state.mixer)
+        if self.conv is not None and state.conv is not None:
+            self.conv.index_copy_(0, slots, state.conv.detach())
+
+    def reset(self, slots: Tensor) -> None:
+        """Start new streams in some slots."""
+        self.mixer.reset(slots)
+        if self.conv is not None:
+            self.conv.index_fill_(0, slots, 0)
 
 
 class AttentionMixer(nn.Module):
@@ -198,6 +223,35 @@ class Block(nn.Module):
         h = h + mixed
         h = h + self.ffn(self.ffn_norm(h))
         return (h, BlockState(mixer_state, conv_state)) if return_state else h
+
+    def make_pool(self, num_slots: int) -> BlockPool:
+        """A pool of new streams.
+
+        Raises:
+            ValueError: the mixer is not one that steps.
+        """
+        make_pool: Callable[[int], StatePool] | None = getattr(self.mixer, "make_pool", None)
+        if make_pool is None:
+            mixer = type(self.mixer).__name__
+            raise ValueError(f"a mixer with steps and pools, a TTTLayer, is expected in every block; given {mixer}")
+        if not self.has_conv:
+            return BlockPool(make_pool(num_slots), None)
+        weight = self.conv.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        context = torch.zeros(num_slots, weight.shape[1] - 1, weight.shape[0], dtype=dtype, device=weight.device)
+        return BlockPool(make_pool(num_slots), context)
+
+    @torch.no_grad()
+    def step(self, h: Tensor, pool: BlockPool, slots: Tensor) -> Tensor:
+        """Advance B streams of a pool by one token each: h ``[B, width]`` to the same; as ``TTTLayer.step``."""
+        if pool.conv is not None:
+            (convolved,), context = convolve((self.conv,), self.conv_norm(h)[:, None], None, pool.conv[slots])
+            pool.conv.index_copy_(0, slots, context)
+            h = h + convolved.squeeze(1)
+        step: Callable[..., Tensor] = self.mixer.step  # type: ignore[assignment]
+        h = h + step(self.mixer_norm(h), pool.mixer, slots)
+        result: Tensor = h + self.ffn(self.ffn_norm(h))
+        return result
 
 
 def pad_packed(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,7 @@ def _inner_loop(
 ) -> tuple[Tensor, TTTState]:
     check_inner_loop_arguments(tokens, inner_lr, token_scale, initial, layer_norm, K, state, mask, cu_seqlens)
     backend = choose_backend(backend, tokens[0], K)
-    tokens = _autocast(tokens)
+    tokens = autocast(*tokens)
     B, L = tokens[0].shape[:2]
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
     spans = make_spans(mask, cu_seqlens, L)
@@ -150,13 +150,12 @@ def _inner_loop(
     return o, TTTState(tuple(outgoing), pending_k, pending_v, pending_lr, seen)
 
 
-def _autocast(tokens: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast does to the arguments of ``scaled_dot_product_attention``."""
-    device, dtype = tokens[0].device.type, tokens[0].dtype
+    device, dtype = q.device.type, q.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    q, k, v = (x.to(dtype) for x in tokens)
-    return q, k, v
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def _scan(

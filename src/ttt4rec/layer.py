@@ -9,13 +9,22 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .convolution import CausalConv, convolve
-from .functional import Backend, check_backend, choose_backend, make_spans, ttt_linear, ttt_mlp
+from .functional import Backend, autocast, check_backend, choose_backend, make_spans, ttt_linear, ttt_mlp
+from .ops import token_step
+from .pool import StatePool
 from .projection import Rope, project
 from .reference import rotation, token_scale
 from .release import load_release_layer
 from .spans import Spans
 from .state import TTTState
-from .validation import check_cu_seqlens, check_layer_input, check_layer_options, check_layer_state, check_mask
+from .validation import (
+    check_conv_state,
+    check_cu_seqlens,
+    check_layer_input,
+    check_layer_options,
+    check_mask,
+    check_step_input,
+)
 
 Inner = Literal["linear", "mlp"]
 Backbone = Literal["transformer", "mamba"]
@@ -157,20 +166,79 @@ class TTTLayer(nn.Module):
             check_cu_seqlens(cu_seqlens, *x.shape[:2])
         if state is not None:
             N = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-            check_layer_state(state, N, self.backbone, self.conv_kernel, self.width)
+            check_conv_state(state, N, self._context)
         spans = make_spans(mask, cu_seqlens, x.shape[1])
         heads = x.unflatten(-1, (self.num_heads, -1))
         backend = choose_backend(self.backend, heads, self.mini_batch_size)
-        q, k, v, inner_lr, gate, conv = self._views(x, spans, state, backend)
+        position, context = (None, None) if state is None else (state.position, state.conv)
+        q, k, v, inner_lr, gate, conv = self._views(x, spans, position, context, backend)
         where = {"state": state, "mask": mask, "cu_seqlens": cu_seqlens, "backend": backend}
         o, new_state = self._inner_loop(q, k, v, inner_lr, **where)
-        y = self.norm(rearrange(o, "b l h d -> b l (h d)").to(self.norm.weight.dtype))
-        if gate is not None:
-            y = F.gelu(gate, approximate="tanh") * y
-        y = self.output(y.to(x.dtype))
+        y = self._epilogue(o, gate, x.dtype)
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(-1), 0)
         return (y, dataclasses.replace(new_state, conv=conv)) if return_state else y
+
+    def make_pool(self, num_slots: int) -> StatePool:
+        """A pool of new streams on the layer's device, for ``step``."""
+        initial = (self.W1, self.b1) if self.inner == "linear" else (self.W1, self.b1, self.W2, self.b2)
+        norm = self.inner_norm_weight, self.inner_norm_bias
+        return StatePool(num_slots, initial, norm, self.mini_batch_size, self._context)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
+        """Advance B streams of a pool by one token each, in place; what comes out is what ``forward`` would give.
+
+        There are no gradients. On a GPU the host waits for nothing, so that a step can be captured in a CUDA graph;
+        there, as in compiled code, the values of ``slots`` are not checked: of a slot given twice, state and outputs
+        are undefined, and no others.
+
+        Args:
+            x: the streams' next inputs ``[B, width]``.
+            pool: made by ``make_pool``.
+            slots: the streams' places in the pool, int64 ``[B]``, in any order, all different.
+
+        Returns:
+            y ``[B, width]``.
+
+        Raises:
+            ValueError: a wrong shape, another layer's pool, a slot out of range or given twice.
+            TypeError: a wrong dtype.
+        """
+        check_step_input(x, self.width, slots, pool.num_slots, pool.records)
+        if not pool.belongs_to(self.W1):
+            raise ValueError("the pool belongs to another layer; a layer steps the pools that its make_pool made")
+        x = x.unsqueeze(1)
+        if self.backend == "reference":
+            y: Tensor
+            y, state = self(x, state=pool.read(slots), return_state=True)
+            pool.write(slots, state)
+            return y.squeeze(1)
+        position, context = pool.position[slots], None if pool.conv is None else pool.conv[slots]
+        heads = x.unflatten(-1, (self.num_heads, -1))
+        backend = choose_backend(self.backend, heads, self.mini_batch_size)
+        q, k, v, lr, gate, conv = self._views(x, None, position, context, backend)
+        tokens = (t.squeeze(1) for t in (*autocast(q, k, v), lr))
+        scale, norm = token_scale(self.token_offset.to(lr.dtype)), (self.inner_norm_weight, self.inner_norm_bias)
+        where = (slots, position % self.mini_batch_size, pool.records, pool.hidden, 1e-6, backend == "triton")
+        o = token_step(*tokens, scale, *norm, *where)
+        pool.position.index_copy_(0, slots, position + 1)
+        if pool.conv is not None and conv is not None:
+            pool.conv.index_copy_(0, slots, conv)
+        return self._epilogue(o.unsqueeze(1), gate, x.dtype).squeeze(1)
+
+    @property
+    def _context(self) -> tuple[int, int] | None:
+        """Shape of a stream's context of the convolutions."""
+        return None if self.backbone == "transformer" else (self.conv_kernel - 1, self.width)
+
+    def _epilogue(self, o: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """From the inner loop's outputs ``[B, L, H, D]`` to the layer's."""
+        y = self.norm(rearrange(o, "b l h d -> b l (h d)").to(self.norm.weight.dtype))
+        if gate is not None:
+            y = F.gelu(gate, approximate="tanh") * y
+        result: Tensor = self.output(y.to(dtype))
+        return result
 
     def _inner_loop(self, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, **where: Any) -> tuple[Tensor, TTTState]:
         scale = token_scale(self.token_offset.to(lr.dtype))
@@ -181,12 +249,12 @@ class TTTLayer(nn.Module):
         return ttt_mlp(q, k, v, lr, scale, self.W1, self.b1, self.W2, self.b2, *norm, **where)
 
     def _views(
-        self, x: Tensor, spans: Spans | None, state: TTTState | None, backend: Backend
+        self, x: Tensor, spans: Spans | None, position: Tensor | None, context: Tensor | None, backend: Backend
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """q and k, rotated, and v, ``[B, L, H, D]``; the rates; what gates the output; the convolutions' context."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         table = rotation(torch.arange(self.mini_batch_size, device=x.device), self.head_dim, self.rope_theta, dtype)
-        rope = Rope(*table, self._positions(x, spans, state))
+        rope = Rope(*table, self._positions(x, spans, position))
         rates = (self.inner_lr_weight, self.inner_lr_bias)
         if self.backbone == "transformer":
             linears = [self.query, self.key, self.value]
@@ -194,21 +262,20 @@ class TTTLayer(nn.Module):
             return q, k, v, self._inner_lr(lr, k), None, None
         linears = [self.query, self.value, self.gate]
         (shared, v, gate), lr = project(x, linears, *rates, rope, 0, self.base_lr, backend)
-        convs, context = (self.query_conv, self.key_conv), None if state is None else state.conv
-        views, conv = convolve(convs, shared.flatten(-2), spans, context, rope, backend)
+        views, conv = convolve((self.query_conv, self.key_conv), shared.flatten(-2), spans, context, rope, backend)
         q, k = (view.unflatten(-1, (self.num_heads, -1)) for view in views)
         return q, k, v, self._inner_lr(lr, k), gate.flatten(-2), conv
 
-    def _positions(self, x: Tensor, spans: Spans | None, state: TTTState | None) -> Tensor:
+    def _positions(self, x: Tensor, spans: Spans | None, position: Tensor | None) -> Tensor:
         """Each token's place in its mini-batch, ``[L]`` or ``[B, L]``."""
         if spans is None:
             offset = torch.arange(x.shape[1], device=x.device)
-            if state is not None:
-                offset = state.position[:, None] + offset
+            if position is not None:
+                offset = position[:, None] + offset
         else:
             offset = spans.offset
-            if state is not None:
-                offset = offset + state.position[spans.sequence]
+            if position is not None:
+                offset = offset + position[spans.sequence]
         return offset % self.mini_batch_size
 
     def _inner_lr(self, lr: Tensor, k: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import catalogue
-from .blocks import AttentionMixer, Block, BlockState, GRUMixer, make_norm
+from .blocks import AttentionMixer, Block, BlockPool, BlockState, GRUMixer, make_norm
 from .files import write_json, write_tensors
 from .layer import TTTLayer
 from .release import load_release_block
@@ -188,6 +188,40 @@ class TTT4Rec(nn.Module):
                 new_states.append(state)
         h = self.norm(h)
         return (h, new_states) if return_states else h
+
+    def make_pools(self, num_slots: int) -> list[BlockPool]:
+        """A pool of new streams for each block, for ``step``.
+
+        Raises:
+            ValueError: a block's mixer is a baseline's.
+        """
+        return [block.make_pool(num_slots) for block in self.blocks]  # type: ignore[operator]
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, pools: Sequence[BlockPool], slots: Tensor) -> Tensor:
+        """Read one item more of each of B streams, whose states in the pools change in place; see ``TTTLayer.step``.
+
+        Args:
+            ids: the streams' next items, int64 ``[B]``, none of them 0.
+            pools: made by ``make_pools``.
+            slots: the streams' places in the pools, int64 ``[B]``, all different.
+
+        Returns:
+            Hidden states ``[B, width]``.
+
+        Raises:
+            ValueError: a wrong shape or number of pools, a slot out of range or given twice.
+            TypeError: ids or slots are not int64.
+        """
+        if ids.dim() != 1 or ids.dtype != torch.int64:
+            raise TypeError(f"ids must be int64 [B]; given {ids.dtype} {list(ids.shape)}")
+        if len(pools) != len(self.blocks):
+            raise ValueError(f"pools must hold one entry per block, {len(self.blocks)}; given {len(pools)}")
+        h = self.embedding_norm(self.dropout(self.embedding(ids)))
+        for block, pool in zip(self.blocks, pools, strict=True):
+            h = block.step(h, pool, slots)  # type: ignore[operator]
+        y: Tensor = self.norm(h)
+        return y
 
     def scores(self, h: Tensor) -> Tensor:
         """Scores of all items, ``[..., num_items]``, for hidden states ``[..., width]``; column j is item j + 1."""

@@ -1,8 +1,9 @@
 """The registered operators: schema, shapes for tracing, autograd, and the choice between kernel and eager path.
 
 ``torch.library`` operators, rather than bare autograd Functions, so that ``torch.compile`` takes each as one node and
-``opcheck`` can hold them to their contract. They always start at a mini-batch boundary; a stream that goes on inside
-a mini-batch is handled above them, in ``functional``.
+``opcheck`` can hold them to their contract. The scans always start at a mini-batch boundary; a stream that goes on
+inside a mini-batch is handled above them, in ``functional``. ``token_step`` advances streams in place and has no
+gradient.
 """
 
 from types import ModuleType
@@ -132,6 +133,34 @@ def mlp_scan_backward(
             b2_out, Z1, G2, ln_weight, ln_bias, starts, lengths, eps,
         )
     )  # fmt: skip
+
+
+@torch.library.custom_op("ttt4rec::token_step", mutates_args=("records",))
+def token_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    slots: Tensor,
+    offset: Tensor,
+    records: Tensor,
+    hidden: int,
+    eps: float,
+    kernel: bool,
+) -> Tensor:
+    """One token ``[B, H, D]`` of each of B streams whose states are among the records; see ``eager.token_step``."""
+    with torch.autocast(q.device.type, enabled=False):
+        return _path(kernel).token_step(  # type: ignore[no-any-return]
+            q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, records, hidden, eps
+        )
+
+
+@token_step.register_fake
+def _(q: Tensor, *rest: Any) -> Tensor:
+    return _like(q)
 
 
 @linear_scan.register_fake

@@ -92,7 +92,7 @@ def check_inner_loop_arguments(
         check_cu_seqlens(cu_seqlens, B, L)
     if state is not None:
         N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-        _check_state(state, N, shapes[: len(weights)], K, q)
+        check_state(state, N, shapes[: len(weights)], K, q)
 
 
 def _check_streams(state: TTTState, N: int) -> None:
@@ -102,7 +102,8 @@ def _check_streams(state: TTTState, N: int) -> None:
         raise ValueError(f"state must hold one stream per sequence, {N}; given {state.batch_size}")
 
 
-def _check_state(state: TTTState, N: int, shapes: list[tuple[str, tuple[int, ...]]], K: int, q: Tensor) -> None:
+def check_state(state: TTTState, N: int, shapes: list[tuple[str, tuple[int, ...]]], K: int, q: Tensor) -> None:
+    """Check what the inner loop reads of a state of N streams; q is ``[.., .., H, D]`` of the state's kind."""
     _check_streams(state, N)
     if len(state.weights) != len(shapes):
         raise ValueError(
@@ -136,13 +137,46 @@ def check_layer_input(x: Tensor, width: int, mask: Tensor | None, cu_seqlens: Te
         raise ValueError("give mask or cu_seqlens, not both")
 
 
-def check_layer_state(state: TTTState, N: int, backbone: str, conv_kernel: int, width: int) -> None:
-    """Check what ``TTTLayer`` itself reads of a state; the inner loop checks the rest."""
+def check_conv_state(state: TTTState, N: int, context: tuple[int, ...] | None) -> None:
+    """Check the convolutions' part of a state of N streams; context is its shape, None with the other backbone."""
     _check_streams(state, N)
-    if (state.conv is None) != (backbone == "transformer"):
+    if (state.conv is None) != (context is None):
+        backbone = "transformer" if context is None else "mamba"
         raise ValueError(f"state comes from another backbone than this layer's, {backbone}")
-    if state.conv is not None:
-        check_shape("state's conv", state.conv, (N, conv_kernel - 1, width), "[N, conv_kernel - 1, width]")
+    if state.conv is not None and context is not None:
+        check_shape("state's conv", state.conv, (N, *context), "[N, conv_kernel - 1, width]")
+
+
+def check_slots(slots: Tensor, num_slots: int, device: torch.device) -> None:
+    """Raise unless slots are different places of a pool. On a GPU, and while tracing, values are not looked at."""
+    if slots.dtype != torch.int64:
+        raise TypeError(f"slots must be int64; given {slots.dtype}")
+    if slots.dim() != 1 or slots.numel() < 1:
+        raise ValueError(f"slots must have shape [B] with B >= 1; given {list(slots.shape)}")
+    if slots.device != device:
+        raise ValueError(f"slots must be on the pool's device {device}; given {slots.device}")
+    if not slots.is_cpu or torch.compiler.is_compiling():
+        return
+    ordered = slots.sort().values
+    if ordered[0] < 0 or ordered[-1] >= num_slots:
+        wrong = int(ordered[0] if ordered[0] < 0 else ordered[-1])
+        raise ValueError(f"slots must be from 0 to {num_slots - 1}; given {wrong}")
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if twice.numel():
+        raise ValueError(f"slots must differ, each stream reads one token; {int(twice[0])} is given twice")
+
+
+def check_step_input(x: Tensor, width: int, slots: Tensor, num_slots: int, pool: Tensor) -> None:
+    """Check what ``TTTLayer.step`` is called with; pool is any float tensor of the pool."""
+    if x.dim() != 2 or x.shape[1] != width:
+        raise ValueError(f"x must have shape [B, width] with width {width}; given {list(x.shape)}")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.dtype not in _FLOATS or pool.dtype != dtype:
+        raise TypeError(f"x must fit the pool's dtype {pool.dtype}; given {x.dtype}")
+    if x.device != pool.device:
+        raise ValueError(f"x must be on the pool's device {pool.device}; given {x.device}")
+    check_slots(slots, num_slots, pool.device)
+    check_shape("slots", slots, (x.shape[0],), "[B] of x")
 
 
 def check_layer_options(

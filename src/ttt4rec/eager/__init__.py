@@ -9,6 +9,7 @@ from .convolution import convolution_backward, convolution_forward
 from .linear import linear_backward, linear_forward
 from .mlp import mlp_backward, mlp_forward
 from .projection import projection_backward, projection_forward
+from .step import record_parts, record_size, row_parts, token_step, write_rows
 
 __all__ = [
     "convolution_backward",
@@ -19,4 +20,9 @@ __all__ = [
     "mlp_forward",
     "projection_backward",
     "projection_forward",
+    "record_parts",
+    "record_size",
+    "row_parts",
+    "token_step",
+    "write_rows",
 ]

@@ -6,6 +6,7 @@ from .mlp_backward import mlp_backward
 from .mlp_forward import mlp_forward
 from .projection_backward import projection_backward
 from .projection_forward import projection_forward
+from .step import token_step
 
 __all__ = [
     "linear_backward",
@@ -14,4 +15,5 @@ __all__ = [
     "mlp_forward",
     "projection_backward",
     "projection_forward",
+    "token_step",
 ]

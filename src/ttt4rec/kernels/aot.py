@@ -27,6 +27,7 @@ from .mlp_backward import prepare_mlp_backward
 from .mlp_forward import prepare_mlp_forward
 from .projection_backward import prepare_projection_backward
 from .projection_forward import prepare_projection_forward
+from .step import prepare_token_step
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -85,10 +86,11 @@ def compile_for(
     """
     driver.set_active(OfflineDriver(architecture))
     prepare = _prepare_projection if op.startswith("projection") else _prepare_inner_loop
+    prepare = _prepare_step if op.endswith("step") else prepare
     prepared = prepare(op, head_dim, mini_batch_size, dtype, length)
     compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options())
     count = _amd_cost if architecture.startswith("gfx") else _nvidia_cost
-    return count(compiled, prepared.arguments[-1].chunks if op.startswith("mlp") else 1)
+    return count(compiled, prepared.arguments[-1].chunks if op in ("mlp_forward", "mlp_backward") else 1)
 
 
 def _prepare_inner_loop(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
@@ -118,6 +120,14 @@ def _prepare_projection(op: str, head_dim: int, mini_batch_size: int, dtype: tor
         return prepare_projection_forward(x, weights, lr_weight, _meta(4).to(dtype), *options)[-1]
     rates = _meta(2, length, 4)
     return prepare_projection_backward([q] * 3, rates, rates, x, weights, lr_weight, *options)[-1]
+
+
+def _prepare_step(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
+    q, index = _meta(2, 4, head_dim).to(dtype), _meta(2).long()
+    records = _meta(9, 4, 8 * 443)  # of their size, only what divides it counts
+    norm, hidden = _meta(4, head_dim), 0 if op == "linear_step" else 4 * head_dim
+    rates = _meta(2, 4), _meta(mini_batch_size)
+    return prepare_token_step(q, q, q, *rates, norm, norm, index, index, records, hidden, 1e-6)[-1]
 
 
 def _meta(*shape: int) -> Tensor:

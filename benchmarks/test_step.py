@@ -1,0 +1,45 @@
+"""One token more of 1,024 streams in a pool, against reading their histories of 50 again."""
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from ttt4rec import TTTLayer
+
+STREAMS, HISTORY = 1024, 50
+
+
+def seconds(function):
+    """How long one call takes."""
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("inner", ["mlp", "linear"])
+@torch.inference_mode()
+def test_step_and_recomputing(benchmark, inner):
+    """Alternating, in one process: what counts is the ratio of neighbours. Every stream meets every position."""
+    benchmark.group = "one token of 1,024 streams"
+    torch.manual_seed(0)
+    layer = TTTLayer(64, 4, inner=inner, mini_batch_size=8).eval()
+    pool, slots = layer.make_pool(STREAMS), torch.randperm(STREAMS)
+    for streams in range(STREAMS // 8, STREAMS, STREAMS // 8):  # an eighth of them at each place of a mini-batch
+        layer.step(torch.randn(streams, 64), pool, slots[:streams])
+    histories, event = torch.randn(STREAMS, HISTORY, 64), torch.randn(STREAMS, 64)
+    recomputed, stepped = [], []
+
+    def recompute():
+        recomputed.append(seconds(lambda: layer(histories)))
+
+    def step():
+        stepped.append(seconds(lambda: layer.step(event, pool, slots)))
+
+    benchmark.pedantic(step, setup=recompute, rounds=16, warmup_rounds=2)
+    ratio = statistics.median(r / s for r, s in zip(recomputed[2:], stepped[2:], strict=True))
+    benchmark.extra_info |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    benchmark.extra_info["recomputing / step"] = round(ratio, 1)
+    print(f"\n{inner}: recomputing takes {ratio:.1f} times as long; a step {statistics.median(stepped) * 1e3:.1f} ms")
+    assert layer.step(event, pool, slots).isfinite().all()

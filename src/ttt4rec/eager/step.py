@@ -1,0 +1,192 @@
+"""One token more for many streams, whose states lie in a pool.
+
+A stream inside a mini-batch keeps of every token of it what the outputs after that token need. With X the inputs of
+an inner layer and U = lr ∘ G its steps, the weights at token i are ``W - s_i Σ_{j <= i} X_jᵀ U_j``, so::
+
+    x (W - s_i Σ X_jᵀ U_j) + b - s_i Σ U_j  =  x W + b + Σ A_j U_j,    A_j = -s_i (x · X_j + 1)
+
+A stream's record of a head is ``[W; b]`` of every inner layer, then K rows, one a token: X and U of every layer, and v
+and lr, which only a ``TTTState`` needs. In the last row stands the token that is being read.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, pad
+
+from .tiles import InnerGradient, Normalised
+
+CACHE_BYTES = 1 << 21
+"""Streams go in chunks whose records, gathered from the pool, are about this large."""
+
+
+def record_size(D: int, hidden: int, K: int) -> tuple[int, int]:
+    """Numbers of a record and of a row of it, both multiples of 8; hidden is 0 for TTT-Linear."""
+    weights, row = _layer_sizes(D, hidden)
+    multiples = -(-sum(row) // 8) * 8
+    return -(-(sum(map(prod, weights)) + K * multiples) // 8) * 8, multiples
+
+
+def _layer_sizes(D: int, hidden: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """Shapes of ``[W; b]`` of every layer; widths of a row's parts: X and U of every layer, v, lr."""
+    if hidden:
+        return [(D + 1, hidden), (hidden + 1, D)], [D, hidden, hidden, D, D, 1]
+    return [(D + 1, D)], [D, D, D, 1]
+
+
+def record_parts(records: Tensor, D: int, hidden: int, K: int) -> tuple[list[Tensor], Tensor]:
+    """Views of records ``[..., R]``: ``[W; b]`` of every layer ``[..., in + 1, out]``, and rows ``[..., K, width]``."""
+    shapes = [*_layer_sizes(D, hidden)[0], (K, record_size(D, hidden, K)[1])]
+    parts = records[..., : sum(map(prod, shapes))].split([*map(prod, shapes)], -1)
+    *weights, rows = (part.view(*part.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True))
+    return weights, rows
+
+
+def row_parts(rows: Tensor, D: int, hidden: int) -> tuple[Tensor, ...]:
+    """Views of the parts of rows ``[..., width]``: X and U of every layer, v and lr."""
+    widths = _layer_sizes(D, hidden)[1]
+    parts: tuple[Tensor, ...] = rows[..., : sum(widths)].split(widths, -1)
+    return parts
+
+
+def token_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    slots: Tensor,
+    offset: Tensor,
+    records: Tensor,
+    hidden: int,
+    eps: float,
+) -> Tensor:
+    """Advance B streams by one token each, in place. On a GPU nothing waits for the host.
+
+    Args:
+        q: ``[B, H, D]``, as k and v; any float dtype, computed in that of the records.
+        k: keys.
+        v: values.
+        inner_lr: lr ``[B, H]``.
+        token_scale: s ``[K]``.
+        ln_weight: γ ``[H, D]``.
+        ln_bias: β ``[H, D]``.
+        slots: the streams' places in the pool, all different, int64 ``[B]``.
+        offset: how many tokens of their mini-batch they have read, int64 ``[B]``.
+        records: of the pool's N streams ``[N, H, R]``, contiguous, R of ``record_size``. A row is written; where the
+            token completes its mini-batch, W and b.
+        hidden: F of TTT-MLP; 0 for TTT-Linear.
+        eps: added to the layer norm's variance.
+
+    Returns:
+        Outputs ``[B, H, D]`` in q's dtype.
+    """
+    (H, D), K, dtype, out_dtype = q.shape[1:], token_scale.numel(), records.dtype, q.dtype
+    order, chunks = _chunks(offset, K, records)
+    slots, offset = slots[order], offset[order]
+    place = offset.repeat_interleave(H)
+    index = torch.arange(K, device=q.device)
+    there = (index < place[:, None]) | (index == K - 1)
+    eta = (-token_scale.to(dtype)[place, None] * there).unsqueeze(1)  # -s_i for every token that is there
+    q, k, v, lr = (
+        x.index_select(0, order).to(dtype).flatten(0, 1).unsqueeze(1) for x in (q, k, v, inner_lr[..., None])
+    )
+    gamma, beta = (p.to(dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in (ln_weight, ln_bias))
+    pool_weights, pool_rows = record_parts(records, D, hidden, K)
+    P = torch.empty_like(q)
+    new = records.new_zeros(q.shape[0], 1, pool_rows.shape[-1])
+    for first, stop, complete in chunks:
+        own, here = slots[first:stop], slice(first * H, stop * H)
+        weights, rows = record_parts(records.index_select(0, own).flatten(0, 1), D, hidden, K)
+        write_rows(new[here], k[here], v[here], lr[here], gamma[here], beta[here], weights, eps)
+        rows[:, -1:] = new[here]
+        P[here] = _outputs(q[here], weights, rows, eta[here])
+        if complete:
+            last = slice(-complete * H, None)
+            eta_last = eta[here][last] * (place[here][last] == K - 1).view(-1, 1, 1)
+            updated = _updated([w[last] for w in weights], rows[last], eta_last)
+            for target, w in zip(pool_weights, updated, strict=True):
+                target.index_copy_(0, own[-complete:], w.unflatten(0, (-1, H)))
+    pool_rows[slots[:, None], torch.arange(H, device=q.device), offset[:, None] - K] = new.view(-1, H, new.shape[-1])
+    o = torch.addcmul(beta, gamma, Normalised(P, eps).x_hat).add_(q).view(-1, H, D)
+    return torch.empty_like(o, dtype=out_dtype).index_copy_(0, order, o.to(out_dtype))
+
+
+def write_rows(
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weights: Sequence[Tensor],
+    eps: float,
+) -> None:
+    """Fill rows ``[R, n, width]`` for n tokens ``[R, n, D]`` read at weights ``[W; b]``.
+
+    lr is ``[R, n, 1]``, γ and β are ``[R, 1, D]``.
+    """
+    Z = _affine(k, weights[0])
+    if len(weights) == 1:
+        layers = [InnerGradient(Z, k, v, gamma, beta, eps).value().mul_(lr)]
+    else:
+        X2 = gelu(Z, approximate="tanh")
+        U2 = InnerGradient(_affine(X2, weights[1]), k, v, gamma, beta, eps).value().mul_(lr)
+        U1 = torch.ops.aten.gelu_backward(U2 @ weights[1][:, :-1].mT, Z, approximate="tanh")
+        layers = [U1, X2, U2]
+    parts = (k, *layers, v, lr)
+    torch.cat(parts, -1, out=rows[..., : sum(part.shape[-1] for part in parts)])
+
+
+class _Chunk(NamedTuple):
+    first: int  # of the streams in order
+    stop: int
+    complete: int  # how many of them, at the end, may complete their mini-batch
+
+
+def _chunks(offset: Tensor, K: int, records: Tensor) -> tuple[Tensor, list[_Chunk]]:
+    """The order in which streams go, by their place in the mini-batch, and which go together."""
+    if not offset.is_cpu:
+        return _everything(offset)
+    size = max(1, CACHE_BYTES // (records[0].numel() * records.element_size()))
+    order = offset.argsort(stable=True)
+    places = offset[order].tolist()
+    parts = [(first, min(first + size, len(places))) for first in range(0, len(places), size)]
+    return order, [_Chunk(a, b, places[a:b].count(K - 1)) for a, b in parts]
+
+
+def _everything(offset: Tensor) -> tuple[Tensor, list[_Chunk]]:
+    """For a GPU, where the host must not wait for the positions: all streams together, any of them at any token."""
+    B = offset.numel()
+    return torch.arange(B, device=offset.device), [_Chunk(0, B, B)]
+
+
+def _affine(x: Tensor, weights: Tensor) -> Tensor:
+    return torch.baddbmm(weights[:, -1:], x, weights[:, :-1])
+
+
+def _layers(weights: Sequence[Tensor], rows: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """``[W; b]``, X and U of every inner layer."""
+    D, hidden = weights[0].shape[-2] - 1, weights[0].shape[-1] if len(weights) == 2 else 0
+    parts = row_parts(rows, D, hidden)
+    return list(zip(weights, parts[:-2:2], parts[1:-2:2], strict=True))
+
+
+def _outputs(x: Tensor, weights: Sequence[Tensor], rows: Tensor, eta: Tensor) -> Tensor:
+    """The inner model's outputs at the queries x ``[R, 1, D]``; eta is ``-s_i`` for every token ``[R, 1, K]``."""
+    for i, (W, X, U) in enumerate(_layers(weights, rows)):
+        if i:
+            x = gelu(x, approximate="tanh")
+        A = torch.bmm(x, X.mT).add_(1).mul_(eta)
+        x = _affine(x, W).baddbmm_(A, U)
+    return x
+
+
+def _updated(weights: Sequence[Tensor], rows: Tensor, eta: Tensor) -> list[Tensor]:
+    """``[W; b]`` after the K tokens of a mini-batch, eta as in ``_outputs``."""
+    return [torch.baddbmm(W, (pad(X, (0, 1), value=1.0) * eta.mT).mT, U) for W, X, U in _layers(weights, rows)]

@@ -1,0 +1,353 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# Jit functions are typed by Triton when they are compiled.
+
+"""One token more for many streams, whose states lie in a pool: one program a stream and head.
+
+A stream keeps of every token of its mini-batch a row with the inputs X and the steps U = lr ∘ G of each inner layer;
+the layer at token i is::
+
+    x W + b - s (Σ_{j < i} (x · X_j + 1) U_j + (x · X_i + 1) U_i)
+
+A program reads W, b and the i kept rows, and writes one row; W and b only at a mini-batch's last token. It has one row
+x and no matrix product worth a tensor core: all products are float32 multiplications and sums.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .hidden_layer import gelu
+
+
+class StepTile(NamedTuple):
+    """The compile-time sizes of a step."""
+
+    mini_batch: int  # K
+    kept: int  # K - 1 padded to a power of two
+    head_dim: int  # D
+    features: int  # D padded to a power of two
+    hidden: int  # of TTT-MLP
+    chunk: int  # hidden features held at a time, a power of two
+    chunks: int
+    record: int  # numbers of a record
+    row: int  # of a kept token's row in it
+
+
+# Chunk of hidden features and warps of a program by padded head dimension: what fits the registers without spills.
+LINEAR_BLOCKS = {16: (0, 1), 32: (0, 1), 64: (0, 4), 128: (0, 8)}
+MLP_BLOCKS = {16: (64, 2), 32: (128, 8), 64: (256, 8), 128: (64, 8)}
+
+
+@triton.jit
+def times(x, W):
+    """x W, [in] by [in, out]."""
+    return tl.sum(x[:, None] * W, 0)
+
+
+@triton.jit
+def times_rows(W, x):
+    """W x, [in, out] by [out]: x Wᵀ."""
+    return tl.sum(W * x[None, :], 1)
+
+
+@triton.jit
+def standardised(z, real, eps, tile: tl.constexpr):
+    """x̂ = r (z - mean(z)) and r = (var(z) + eps)^-½ of a vector [F]."""
+    centred = tl.where(real, z - tl.sum(z, 0) / tile.head_dim, 0.0)
+    r = tl.rsqrt(tl.sum(centred * centred, 0) / tile.head_dim + eps)
+    return centred * r, r
+
+
+@triton.jit
+def inner_step(z, k, v, lr, gamma, beta, real, eps, tile: tl.constexpr):
+    """U = lr G, G the gradient of ``½‖LN(z) - (v - k)‖²`` at z."""
+    x_hat, r = standardised(z, real, eps, tile)
+    y = gamma * (gamma * x_hat + beta - (v - k))
+    y -= tl.sum(y, 0) / tile.head_dim + x_hat * (tl.sum(y * x_hat, 0) / tile.head_dim)
+    return tl.where(real, lr * r * y, 0.0)
+
+
+@triton.jit
+def output(p, q, gamma, beta, real, eps, tile: tl.constexpr):
+    """q + LN(p)."""
+    p_hat, _ = standardised(p, real, eps, tile)
+    return q + gamma * p_hat + beta
+
+
+@triton.jit
+def load(pointer, offsets, mask):
+    """Float32 values, zero where masked out."""
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def outer_mask(rows, columns):
+    """Where both exist, [rows, columns]."""
+    return rows[:, None] & columns[None, :]
+
+
+@triton.jit
+def stepped(W, b, x, u, s, X, U, rows, columns, width: tl.constexpr, out: tl.constexpr, tile: tl.constexpr):
+    """W - s Σ_j X_jᵀ U_j and b - s Σ_j U_j over a complete mini-batch, of which x and u are the last token.
+
+    rows and columns are the part of W that is held; X and U point into the first of the kept rows.
+    """
+    step = s * u
+    W -= x[:, None] * step[None, :]
+    b -= step
+    for j in tl.range(0, tile.mini_batch - 1):
+        x_j = load(X, j * tile.row + rows, rows < width)
+        step_j = s * load(U, j * tile.row + columns, columns < out)
+        W -= x_j[:, None] * step_j[None, :]
+        b -= step_j
+    return W, b
+
+
+@triton.jit
+def program_stream(slots, offset, H):
+    """The program's head among all N·H of the pool; its token's place in the mini-batch."""
+    stream = tl.program_id(0) // H
+    slot = tl.load(slots + stream).to(tl.int64)
+    return slot * H + tl.program_id(0) % H, tl.load(offset + stream).to(tl.int32)
+
+
+@triton.jit
+def load_token(tokens, rates, layer_norm, place, H, tile: tl.constexpr):
+    """q, k, v, γ and β [F]; lr and s."""
+    features = tl.arange(0, tile.features)
+    here = tl.program_id(0).to(tl.int64) * tile.head_dim + features
+    parameters = (tl.program_id(0) % H) * tile.head_dim + features
+    real = features < tile.head_dim
+    q, k, v = load(tokens[0], here, real), load(tokens[1], here, real), load(tokens[2], here, real)
+    gamma, beta = load(layer_norm[0], parameters, real), load(layer_norm[1], parameters, real)
+    lr = tl.load(rates[0] + tl.program_id(0)).to(tl.float32)
+    return q, k, v, gamma, beta, lr, tl.load(rates[1] + place).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["H"])
+def linear_step_kernel(
+    tokens,  # q, k, v [B, H, D]
+    rates,  # inner_lr [B, H], token_scale [K]
+    layer_norm,  # γ, β [H, D]
+    slots,  # [B]
+    offset,  # [B]
+    records,  # [N, H, R]: W, b, and K rows (k, U, v, lr)
+    o,  # [B, H, D]
+    H,
+    eps,
+    tile: tl.constexpr,
+):
+    """p = the layer at q; o = q + LN(p)."""
+    D: tl.constexpr = tile.head_dim
+    head, place = program_stream(slots, offset, H)
+    q, k, v, gamma, beta, lr, s = load_token(tokens, rates, layer_norm, place, H, tile)
+    features, before = tl.arange(0, tile.features), tl.arange(0, tile.kept)
+    real = features < D
+    square, square_mask = features[:, None] * D + features[None, :], outer_mask(real, real)
+    kept, kept_mask = before[:, None] * tile.row + features[None, :], outer_mask(before < place, real)
+    M = records + head * tile.record
+    keys = M + (D + 1) * D
+    steps = keys + D
+
+    W = load(M, square, square_mask)
+    b = load(M, D * D + features, real)
+    u = inner_step(times(k, W) + b, k, v, lr, gamma, beta, real, eps, tile)
+    U = load(steps, kept, kept_mask)
+    A = times_rows(load(keys, kept, kept_mask), q) + 1.0
+    p = times(q, W) + b - s * (times(A, U) + (tl.sum(q * k, 0) + 1.0) * u)
+    here = tl.program_id(0).to(tl.int64) * D + features
+    tl.store(o + here, output(p, q, gamma, beta, real, eps, tile).to(o.dtype.element_ty), mask=real)
+
+    if place == tile.mini_batch - 1:
+        W, b = stepped(W, b, k, u, s, keys, steps, features, features, D, D, tile)
+        tl.store(M + square, W, mask=square_mask)
+        tl.store(M + D * D + features, b, mask=real)
+    else:
+        row = keys + place * tile.row
+        tl.store(row + features, k, mask=real)
+        tl.store(row + D + features, u, mask=real)
+        tl.store(row + 2 * D + features, v, mask=real)
+        tl.store(row + 3 * D, lr)
+
+
+@triton.jit(do_not_specialize=["H"])
+def mlp_step_kernel(
+    tokens,  # q, k, v [B, H, D]
+    rates,  # inner_lr [B, H], token_scale [K]
+    layer_norm,  # γ, β [H, D]
+    slots,  # [B]
+    offset,  # [B]
+    records,  # [N, H, R]: W1, b1, W2, b2, and K rows (k, U1, X2, U2, v, lr)
+    o,  # [B, H, D]
+    H,
+    eps,
+    tile: tl.constexpr,
+):
+    """z1 = k W1 + b1, x2 = gelu(z1), z2 = x2 W2 + b2, u1 = (u2 W2ᵀ) ∘ gelu'(z1); x̄2 = gelu(p1); o = q + LN(p2).
+
+    The hidden features come in chunks, all of them at once where they fit the registers. Where they do not, weights
+    are loaded twice, the second time, soon after, from the cache.
+    """
+    D: tl.constexpr = tile.head_dim
+    F: tl.constexpr = tile.hidden
+    head, place = program_stream(slots, offset, H)
+    q, k, v, gamma, beta, lr, s = load_token(tokens, rates, layer_norm, place, H, tile)
+    features, before = tl.arange(0, tile.features), tl.arange(0, tile.kept)
+    real = features < D
+    kept, kept_mask = before[:, None] * tile.row + features[None, :], outer_mask(before < place, real)
+    M1 = records + head * tile.record
+    M2 = M1 + (D + 1) * F
+    keys = M2 + (F + 1) * D
+    steps1 = keys + D
+    inputs2 = steps1 + F
+    steps2 = inputs2 + F
+    row = keys + place * tile.row
+
+    b2 = load(M2, F * D + features, real)
+    W1, b1, W2 = load_hidden(M1, M2, 0, D, F, tile)
+    x2, slope, _ = gelu(times(k, W1) + b1)
+    z2 = b2 + times(x2, W2)
+    for c in tl.range(1, tile.chunks):
+        W1, b1, W2 = load_hidden(M1, M2, c, D, F, tile)
+        x2, slope, _ = gelu(times(k, W1) + b1)
+        z2 += times(x2, W2)
+    u2 = inner_step(z2, k, v, lr, gamma, beta, real, eps, tile)
+
+    A1 = times_rows(load(keys, kept, kept_mask), q) + 1.0
+    own1 = tl.sum(q * k, 0) + 1.0
+    A2 = tl.full((tile.kept,), 1.0, tl.float32)
+    own2 = 1.0
+    p2 = b2
+    for c in tl.range(0, tile.chunks):
+        hidden = c * tile.chunk + tl.arange(0, tile.chunk)
+        if tile.chunks > 1:
+            W1, b1, W2 = load_hidden(M1, M2, c, D, F, tile)
+            x2, slope, _ = gelu(times(k, W1) + b1)
+        u1 = times_rows(W2, u2) * slope
+        rows, rows_mask = before[:, None] * tile.row + hidden[None, :], outer_mask(before < place, hidden < F)
+        U1 = load(steps1, rows, rows_mask)
+        x2_bar, _, _ = gelu(times(q, W1) + b1 - s * (times(A1, U1) + own1 * u1))
+        p2 += times(x2_bar, W2)
+        A2 += times_rows(load(inputs2, rows, rows_mask), x2_bar)
+        own2 += tl.sum(x2_bar * x2, 0)
+        if place == tile.mini_batch - 1:
+            W1, b1 = stepped(W1, b1, k, u1, s, keys, steps1, features, hidden, D, F, tile)
+            W2, b2_next = stepped(W2, b2, x2, u2, s, inputs2, steps2, hidden, features, F, D, tile)
+            tl.store(M1 + features[:, None] * F + hidden[None, :], W1, mask=outer_mask(real, hidden < F))
+            tl.store(M1 + D * F + hidden, b1, mask=hidden < F)
+            tl.store(M2 + hidden[:, None] * D + features[None, :], W2, mask=outer_mask(hidden < F, real))
+            tl.store(M2 + F * D + features, b2_next, mask=real)
+        else:
+            tl.store(row + D + hidden, u1, mask=hidden < F)
+            tl.store(row + D + F + hidden, x2, mask=hidden < F)
+    U2 = load(steps2, kept, kept_mask)
+    p2 -= s * (times(A2, U2) + own2 * u2)
+    here = tl.program_id(0).to(tl.int64) * D + features
+    tl.store(o + here, output(p2, q, gamma, beta, real, eps, tile).to(o.dtype.element_ty), mask=real)
+    if place < tile.mini_batch - 1:
+        tl.store(row + features, k, mask=real)
+        tl.store(row + D + 2 * F + features, u2, mask=real)
+        tl.store(row + 2 * D + 2 * F + features, v, mask=real)
+        tl.store(row + 3 * D + 2 * F, lr)
+
+
+@triton.jit
+def load_hidden(M1, M2, c, D: tl.constexpr, F: tl.constexpr, tile: tl.constexpr):
+    """W1 [features, chunk], b1 [chunk] and W2 [chunk, features] of a chunk of hidden features."""
+    features, hidden = tl.arange(0, tile.features), c * tile.chunk + tl.arange(0, tile.chunk)
+    W1 = load(M1, features[:, None] * F + hidden[None, :], outer_mask(features < D, hidden < F))
+    W2 = load(M2, hidden[:, None] * D + features[None, :], outer_mask(hidden < F, features < D))
+    return W1, load(M1, D * F + hidden, hidden < F), W2
+
+
+def token_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    slots: Tensor,
+    offset: Tensor,
+    records: Tensor,
+    hidden: int,
+    eps: float,
+) -> Tensor:
+    """Advance B streams by one token each, in place; the host waits for nothing.
+
+    Args:
+        q: ``[B, H, D]``, float32, bfloat16 or float16, as k and v.
+        k: keys.
+        v: values.
+        inner_lr: lr ``[B, H]``, float32.
+        token_scale: s ``[K]``, float32.
+        ln_weight: γ ``[H, D]``.
+        ln_bias: β ``[H, D]``.
+        slots: the streams' places in the pool, all different, int64 ``[B]``.
+        offset: how many tokens of their mini-batch they have read, int64 ``[B]``.
+        records: of the pool's N streams ``[N, H, R]``, float32 and contiguous. A stream's new token is written to a
+            row, or, where it completes its mini-batch, W and b are.
+        hidden: F of TTT-MLP; 0 for TTT-Linear.
+        eps: added to the layer norm's variance.
+
+    Returns:
+        Outputs ``[B, H, D]`` in q's dtype.
+
+    Raises:
+        ValueError: if the kernels do not run that dtype, head dimension or mini-batch size.
+    """
+    arguments = (q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, records, hidden, eps)
+    o, prepared = prepare_token_step(*arguments)
+    prepared.run()
+    return o
+
+
+def prepare_token_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    token_scale: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    slots: Tensor,
+    offset: Tensor,
+    records: Tensor,
+    hidden: int,
+    eps: float,
+) -> tuple[Tensor, launch.Launch]:
+    """Allocate the outputs and make the launch that fills them; arguments as in ``token_step``."""
+    (B, H, D), K = q.shape, token_scale.numel()
+    launch.plan("linear_forward", q.unsqueeze(1), K)  # raises where no kernel runs
+    chunk, num_warps = (MLP_BLOCKS if hidden else LINEAR_BLOCKS)[launch.padded(D)]
+    tile = StepTile(
+        mini_batch=K,
+        kept=triton.next_power_of_2(max(1, K - 1)),
+        head_dim=D,
+        features=launch.padded(D),
+        hidden=hidden,
+        chunk=chunk,
+        chunks=triton.cdiv(hidden, chunk) if hidden else 0,
+        record=records.shape[2],
+        row=-(-(3 * D + 2 * hidden + 1) // 8) * 8,
+    )
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    arguments = (
+        launch.contiguous(q, k, v),
+        launch.contiguous(inner_lr, token_scale),
+        launch.contiguous(ln_weight, ln_bias),
+        slots.contiguous(),
+        offset.contiguous(),
+        records,
+        o,
+        H,
+        eps,
+        tile,
+    )
+    kernel = mlp_step_kernel if hidden else linear_step_kernel
+    return o, launch.Launch(kernel, (B * H,), arguments, launch.Blocks(num_warps, 1))

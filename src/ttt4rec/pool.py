@@ -1,0 +1,152 @@
+"""StatePool: the states of many streams, kept in one place and advanced there one token at a time."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import eager
+from .state import TTTState
+from .validation import check_conv_state, check_slots, check_state
+
+
+class StatePool:
+    """The states of ``num_slots`` streams of a TTT layer, preallocated; every slot begins as a new stream.
+
+    ``TTTLayer.make_pool`` makes one, ``TTTLayer.step`` advances streams in it, ``read`` and ``write`` exchange
+    ``TTTState``. Beside the tokens of an unfinished mini-batch it keeps their gradients, so that a step computes none
+    twice; ``docs/serving.md`` tells why.
+
+    Args:
+        num_slots: number of streams N, on the device of ``initial``.
+        initial: the layer's parameters with which a stream starts, ``(W1, b1)`` or ``(W1, b1, W2, b2)``.
+        layer_norm: γ and β of the inner layer norm ``[H, D]``.
+        mini_batch_size: K.
+        context: shape of the convolutions' context ``(conv_kernel - 1, width)``, with the Mamba backbone.
+
+    Attributes:
+        position: tokens seen, int64 ``[N]``.
+        conv: the last inputs of the convolutions ``[N, conv_kernel - 1, width]``, or None.
+        records: what the inner loop needs of a stream and head ``[N, H, R]``, described at ``eager.token_step``.
+        hidden: F of TTT-MLP; 0 for TTT-Linear.
+
+    Raises:
+        ValueError: num_slots is below 1.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        initial: Sequence[Tensor],
+        layer_norm: tuple[Tensor, Tensor],
+        mini_batch_size: int,
+        context: tuple[int, int] | None = None,
+    ) -> None:
+        if not isinstance(num_slots, int) or num_slots < 1:
+            raise ValueError(f"num_slots must be an integer of at least 1; given {num_slots!r}")
+        self.num_slots, self.mini_batch_size = num_slots, mini_batch_size
+        self._initial, self._layer_norm = initial, layer_norm
+        H, D = layer_norm[0].shape
+        self.hidden = initial[0].shape[2] if len(initial) == 4 else 0
+        numbers = eager.record_size(D, self.hidden, mini_batch_size)[0]
+        like = initial[0].new_empty(0, dtype=torch.promote_types(initial[0].dtype, torch.float32)).detach()
+        self.records = like.new_zeros(num_slots, H, numbers)
+        self.position = like.new_zeros(num_slots, dtype=torch.int64)
+        self.conv = None if context is None else like.new_zeros(num_slots, *context)
+        self.reset(torch.arange(num_slots, device=like.device))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        every = [self.records, self.position, *([] if self.conv is None else [self.conv])]
+        return sum(x.numel() * x.element_size() for x in every)
+
+    def belongs_to(self, W1: Tensor) -> bool:
+        """Whether the layer that made the pool is the one with this parameter."""
+        return W1 is self._initial[0]
+
+    @torch.no_grad()
+    def read(self, slots: Tensor) -> TTTState:
+        """The states of some streams, copied.
+
+        Args:
+            slots: which, int64 ``[n]``, all different.
+
+        Raises:
+            ValueError: a slot is out of range or given twice. TypeError: slots are not int64.
+        """
+        check_slots(slots, self.num_slots, self.position.device)
+        position = self.position[slots]
+        weights, rows = self._parts(self.records[slots])
+        k, *_, v, lr = eager.row_parts(rows[:, :, :-1], self._head_dim, self.hidden)
+        lack = self.mini_batch_size - 1 - position % self.mini_batch_size
+        k, v, lr = (_moved(x, -lack).transpose(1, 2).contiguous() for x in (k, v, lr))
+        matrices = [w.contiguous() for W in weights for w in (W[:, :, :-1], W[:, :, -1])]
+        conv = None if self.conv is None else self.conv[slots]
+        return TTTState(tuple(matrices), k, v, lr.squeeze(-1), position, conv)
+
+    @torch.no_grad()
+    def write(self, slots: Tensor, state: TTTState) -> None:
+        """Replace some streams.
+
+        Args:
+            slots: which, int64 ``[n]``, all different.
+            state: their new states, of a layer like the pool's.
+
+        Raises:
+            ValueError: a slot is out of range or given twice, or the state is another layer's.
+            TypeError: slots are not int64, or the state has another dtype.
+        """
+        check_slots(slots, self.num_slots, self.position.device)
+        K, like = self.mini_batch_size, self.records.new_empty(1, 1, *self._layer_norm[0].shape)
+        names = ("W1", "b1", "W2", "b2")
+        shapes = [(name, tuple(w.shape)) for name, w in zip(names, self._initial, strict=False)]
+        check_state(state, slots.numel(), shapes, K, like)
+        check_conv_state(state, slots.numel(), None if self.conv is None else tuple(self.conv.shape[1:]))
+        lack = K - 1 - state.position % K
+        pending = (state.pending_k, state.pending_v, state.pending_lr.unsqueeze(-1))
+        k, v, lr = (_moved(x.transpose(1, 2), lack) for x in pending)
+        weights = [
+            torch.cat((W, b.unsqueeze(2)), 2) for W, b in zip(state.weights[::2], state.weights[1::2], strict=True)
+        ]
+        gamma, beta = (p.to(k.dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in self._layer_norm)
+        records = torch.zeros_like(self.records[slots])
+        targets, rows = self._parts(records.flatten(0, 1))
+        k, v, lr, *weights = (x.flatten(0, 1) for x in (k, v, lr, *weights))
+        for target, W in zip(targets, weights, strict=True):
+            target.copy_(W)
+        with torch.autocast(k.device.type, enabled=False):
+            eager.write_rows(rows[:, :-1], k, v, lr, gamma, beta, weights, 1e-6)
+        self.records.index_copy_(0, slots, records)
+        self.position.index_copy_(0, slots, state.position)
+        if self.conv is not None and state.conv is not None:
+            self.conv.index_copy_(0, slots, state.conv)
+
+    @torch.no_grad()
+    def reset(self, slots: Tensor) -> None:
+        """Start new streams in some slots, int64 ``[n]``, all different.
+
+        Raises:
+            ValueError: a slot is out of range or given twice. TypeError: slots are not int64.
+        """
+        check_slots(slots, self.num_slots, self.position.device)
+        for x in (self.records, self.position, *([] if self.conv is None else [self.conv])):
+            x.index_fill_(0, slots, 0)
+        for target, W, b in zip(self._parts(self.records)[0], self._initial[::2], self._initial[1::2], strict=True):
+            initial = torch.cat((W, b.unsqueeze(1)), 1).to(target.dtype)
+            target.index_copy_(0, slots, initial.expand(slots.numel(), *initial.shape))
+
+    @property
+    def _head_dim(self) -> int:
+        return self._layer_norm[0].shape[1]
+
+    def _parts(self, records: Tensor) -> tuple[list[Tensor], Tensor]:
+        return eager.record_parts(records, self._head_dim, self.hidden, self.mini_batch_size)
+
+
+def _moved(x: Tensor, by: Tensor) -> Tensor:
+    """Row ``j + by[n]`` of x ``[n, H, K - 1, width]`` at j; zero where there is none."""
+    source = torch.arange(x.shape[2], device=x.device) + by[:, None]  # [n, K - 1]
+    inside = ((source >= 0) & (source < x.shape[2]))[:, None, :, None]
+    moved = x.gather(2, source.clamp(0, max(0, x.shape[2] - 1))[:, None, :, None].expand_as(x))
+    return torch.where(inside, moved, moved.new_zeros(()))
