@@ -9,7 +9,7 @@ import torch
 from checks import BACKBONES, assert_close, gradients
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 
-PATHS = [("reference", "linear"), ("reference", "mlp"), ("triton", "linear")]
+PATHS = [("reference", "linear"), ("reference", "mlp"), ("triton", "linear"), ("triton", "mlp")]
 SINGLE = 1e-5  # the same operators on the same numbers; only what is around them may be reordered
 MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
 
