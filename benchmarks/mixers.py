@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttt4rec import TTTLayer
+from ttt4rec import StatePool, TTTLayer
 from ttt4rec.blocks import AttentionMixer, GRUMixer
 from ttt4rec.reference import rotate, rotation
 
@@ -64,11 +64,13 @@ class TTT(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
 
-    def prefill(self, x: Tensor) -> Any:
-        return self.layer(x, return_state=True)[1]
+    def prefill(self, x: Tensor) -> tuple[StatePool, Tensor]:
+        pool, slots = self.layer.make_pool(x.shape[0]), torch.arange(x.shape[0], device=x.device)
+        pool.write(slots, self.layer(x, return_state=True)[1])
+        return pool, slots
 
-    def step(self, x: Tensor, state: Any) -> Tensor:
-        return self.layer(x, state=state, return_state=True)[0]
+    def step(self, x: Tensor, state: tuple[StatePool, Tensor]) -> Tensor:
+        return self.layer.step(x.squeeze(1), *state).unsqueeze(1)
 
     def recurrence_flops(self, length: int) -> float:
         # Linear: k W, q W and an outer product. MLP, 4D hidden: k and q through both layers, one back, two products.
