@@ -231,12 +231,15 @@ def test_states_of_other_layers_are_refused():
 
 
 def test_bad_arguments_of_the_model():
-    model = TTT4Rec(TTT4RecConfig(num_items=5, num_blocks=2))
+    model = TTT4Rec(TTT4RecConfig(num_items=5, num_blocks=2, block_conv=True))
     pools, slots = model.make_pools(2), torch.arange(2)
     with pytest.raises(TypeError, match=r"ids must be int64 \[B\]; given torch.int64 \[2, 1\]"):
         model.step(torch.ones(2, 1, dtype=torch.int64), pools, slots)
     with pytest.raises(ValueError, match="pools must hold one entry per block, 2; given 1"):
         model.step(torch.ones(2, dtype=torch.int64), pools[:1], slots)
+    with pytest.raises(ValueError, match="0 is given twice"):
+        model.step(torch.ones(2, dtype=torch.int64), pools, torch.zeros_like(slots))
+    assert not pools[0].conv.any()  # nothing has changed
 
 
 @all_layers

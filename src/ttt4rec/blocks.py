@@ -11,6 +11,7 @@ from .convolution import CausalConv, convolve
 from .functional import make_spans
 from .pool import StatePool
 from .reference import rotate, rotation
+from .validation import check_slots
 
 
 class BlockState(NamedTuple):
@@ -245,6 +246,7 @@ class Block(nn.Module):
     def step(self, h: Tensor, pool: BlockPool, slots: Tensor) -> Tensor:
         """Advance B streams of a pool by one token each: h ``[B, width]`` to the same; as ``TTTLayer.step``."""
         if pool.conv is not None:
+            check_slots(slots, pool.mixer.num_slots, pool.conv.device)
             (convolved,), context = convolve((self.conv,), self.conv_norm(h)[:, None], None, pool.conv[slots])
             pool.conv.index_copy_(0, slots, context)
             h = h + convolved.squeeze(1)
