@@ -306,14 +306,16 @@ def test_no_sequences(inner: str) -> None:
 
 @both
 def test_weights_are_rebuilt_over_a_long_sequence(inner: str) -> None:
-    """64 mini-batches at eight times the usual rate: gradients at the first token are still exact."""
+    """64 mini-batches at eight times the usual rate: gradients are as exact as PyTorch's."""
     inputs = make_inputs(inner, 1, 256, 1, 16, 4)
     inputs["inner_lr"] *= 8
     gradients = make_gradients(inner, inputs)
     results, expected = run_kernels(inner, inputs, gradients), run_definition(inner, inputs, gradients)
-    assert_close(results, expected, 2 * FP32_TOLERANCE)
-    first = {name: expected[name][:, :4] for name in ("d_q", "d_k", "d_v")}
-    assert_close({name: results[name][:, :4] for name in first}, first, 2 * FP32_TOLERANCE)
+    plain = run_definition(inner, inputs, gradients, dtype=torch.float32)
+    for found in (results, expected, plain):
+        found |= {f"first {name}": found[name][:, :4] for name in ("d_q", "d_k", "d_v")}
+    for name, error in errors(plain, expected).items():
+        assert_close({name: results[name]}, {name: expected[name]}, 2 * max(FP32_TOLERANCE, error))
 
 
 @both
