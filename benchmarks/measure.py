@@ -185,18 +185,20 @@ def roofs(device: str, dtype_name: str) -> dict[str, float]:
 
 
 def tensor_bytes(holder: Any) -> int:
-    """Bytes of all tensors in an object, its attributes and what its lists and dictionaries hold."""
+    """Bytes of all tensors in an object, its attributes and what its lists and dictionaries hold, or what it says itself."""
     seen: dict[int, int] = {}
     waiting = [holder]
     while waiting:
         item = waiting.pop()
         if id(item) in seen:
             continue
-        seen[id(item)] = item.nbytes if isinstance(item, torch.Tensor) else 0
+        seen[id(item)] = getattr(item, "nbytes", 0)
+        if seen[id(item)]:
+            continue
         if isinstance(item, list | tuple):
             waiting += item
         elif isinstance(item, dict):
             waiting += item.values()
-        elif hasattr(item, "__dict__") and not isinstance(item, type | torch.Tensor):
+        elif hasattr(item, "__dict__") and not isinstance(item, type):
             waiting += vars(item).values()
     return sum(seen.values())

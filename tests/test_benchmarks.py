@@ -102,8 +102,8 @@ def test_names_and_columns_are_unique():
 
 def test_state_bytes_count_every_tensor_once():
     layer = TTT(WIDTH, "mlp", "mamba")
-    state = layer.prefill(torch.randn(3, 11, WIDTH))
-    assert measure.tensor_bytes(state) == state.nbytes
+    pool, slots = layer.prefill(torch.randn(3, 11, WIDTH))
+    assert measure.tensor_bytes((pool, slots)) == pool.nbytes + slots.nbytes  # and not the layer's parameters
     x = torch.ones(10)
     assert measure.tensor_bytes({"a": [x, (x, torch.ones(2))], "b": 3}) == 48
 
