@@ -185,7 +185,7 @@ def roofs(device: str, dtype_name: str) -> dict[str, float]:
 
 
 def tensor_bytes(holder: Any) -> int:
-    """Bytes of all tensors in an object, its attributes and what its lists and dictionaries hold, or what it says itself."""
+    """Bytes of an object's tensors: as it says itself, or in its attributes, lists and dictionaries."""
     seen: dict[int, int] = {}
     waiting = [holder]
     while waiting:
