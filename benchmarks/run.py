@@ -17,7 +17,7 @@ from .report import JSON_FILE, REPORT_FILE, ROOT
 
 PARITY_SECONDS, TUNER_SECONDS, RESERVE = 140.0, 80.0, 40.0
 """At most for the first two stages; and what loading, saving and plotting take."""
-TUNED = [f"linear_{way}:{{}}:{shape}:bf16" for way in ("forward", "backward") for shape in ("16:8", "64:16")]
+TUNED = [f"{inner}_{way}:{{}}:16:8:bf16" for inner in ("linear", "mlp") for way in ("forward", "backward")]
 
 
 class Stages:
