@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from ttt4rec.eager import walk
+from ttt4rec.native import calls
 
 settings.register_profile(
     "ttt4rec",
@@ -26,7 +27,7 @@ torch.set_num_threads(1)  # operands are tiny; several threads would only wait f
 
 
 class PoisonedTorch:
-    """The module ``torch`` as ``ttt4rec.eager`` sees it in the tests: fresh memory holds NaN."""
+    """The module ``torch`` as the paths without a GPU see it in the tests: fresh memory holds NaN."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -55,5 +56,6 @@ def _poison() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walk, "torch", PoisonedTorch())
+        patch.setattr(calls, "torch", PoisonedTorch())
         patch.setattr(torch.Tensor, "new_empty", poisoned)
         yield

@@ -226,7 +226,7 @@ def test_mini_batch_size(size):
 
 
 def test_unknown_backend():
-    with raises(ValueError, "backend", "auto, reference", "'cuda'"):
+    with raises(ValueError, "backend", "auto, reference, eager, native, triton", "'cuda'"):
         run_inner("linear", inner_inputs("linear", 2, 6, 2, 4, 3), backend="cuda")
 
 

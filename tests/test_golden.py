@@ -14,7 +14,7 @@ def test_all_ten_cases_are_there():
     assert len(golden_cases()) == 10
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["native", "eager", "reference"])
 @pytest.mark.parametrize("name", golden_cases())
 def test_layer_matches_the_release(name, backend):
     case = load_golden(name)

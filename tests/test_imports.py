@@ -11,7 +11,7 @@ import ttt4rec
 
 PACKAGE = Path(ttt4rec.__file__).parent
 CHAIN = ("ops", "functional", "layer", "model", "recsys")  # each may import those to its left
-PATHS = ("eager", "kernels", "reference")  # how the inner loop is computed; below the chain
+PATHS = ("eager", "kernels", "native", "reference")  # how the inner loop is computed; below the chain
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -25,8 +25,8 @@ def test_importing_the_package_loads_no_optional_dependency():
     assert not wrong
 
 
-@pytest.mark.parametrize("folder", ["reference", "eager"])
-def test_reference_and_eager_need_only_torch_and_themselves(folder):
+@pytest.mark.parametrize("folder", ["reference", "eager", "native"])
+def test_reference_eager_and_native_need_only_torch_and_themselves(folder):
     files = [f for f in FILES if within(f, folder)]
     assert files
     allowed = {*sys.stdlib_module_names, "torch"}

@@ -106,4 +106,4 @@ def forward_arguments(inner, spans, *, requires_grad, dtype=torch.float64):
         if name in named:
             named[name] = named[name].expand(N, *named[name].shape).contiguous()
     tensors = [x.requires_grad_(requires_grad) for x in named.values()]
-    return (*tensors, *SPANS[spans], EPS, False)
+    return (*tensors, *SPANS[spans], EPS, "eager")

@@ -290,4 +290,4 @@ def step_arguments(inner, dtype, *, B=3, H=2, D=6, K=4):
     pool = StatePool(5, tuple(inputs.values()), (gamma, beta), K)
     pool.records += 0.1 * torch.randn_like(pool.records)
     where = torch.tensor([4, 0, 2]), torch.tensor([0, K // 2, K - 1])
-    return q, k, v, lr, scale, gamma, beta, *where, pool.records, pool.hidden, 1e-6, False
+    return q, k, v, lr, scale, gamma, beta, *where, pool.records, pool.hidden, 1e-6, "eager"

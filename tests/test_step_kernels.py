@@ -14,9 +14,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32 = 3e-6  # a few roundings of 6e-8, summed over features, tokens and mini-batches
 
 
-def move(arguments, *, kernel):
+def move(arguments, *, backend):
     """Copies of the operator's arguments on the device."""
-    return [*(x.to(DEVICE, copy=True) if isinstance(x, torch.Tensor) else x for x in arguments[:-1]), kernel]
+    return [*(x.to(DEVICE, copy=True) if isinstance(x, torch.Tensor) else x for x in arguments[:-1]), backend]
 
 
 def parts_of(arguments):
@@ -34,7 +34,7 @@ def test_matches_the_eager_path_in_float64(inner, head_dim, mini_batch_size):
     D, K = head_dim, mini_batch_size
     arguments = step_arguments(inner, torch.float32, D=D, K=K)
     exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
-    given = move(arguments, kernel=True)
+    given = move(arguments, backend="triton")
     o, expected = ops.token_step(*given), ops.token_step(*exact)
     assert_close(o.cpu(), expected, FP32)
     slots, offset = arguments[7], arguments[8]
@@ -52,7 +52,7 @@ def test_hidden_features_in_chunks(monkeypatch):
     """As where the weights do not fit the registers, and with a hidden size that is no power of two."""
     monkeypatch.setitem(step.MLP_BLOCKS, 16, (32, 1))
     arguments = step_arguments("mlp", torch.float32, D=14)
-    plain, chunked = move(arguments, kernel=False), move(arguments, kernel=True)
+    plain, chunked = move(arguments, backend="eager"), move(arguments, backend="triton")
     assert_close(ops.token_step(*chunked), ops.token_step(*plain), 2 * FP32)  # both err
     (weights, rows), (expected_weights, expected_rows) = map(parts_of, (chunked, plain))
     for x, y in zip(weights, expected_weights, strict=True):
@@ -66,8 +66,8 @@ def test_half_precision_is_rounded_once(dtype):
     """The inputs are exact in float32, the pool is float32, and only the output is rounded."""
     q, k, v, *rest = step_arguments("mlp", torch.float32)
     halves = [x.to(dtype) for x in (q, k, v)]
-    o = ops.token_step(*move([*halves, *rest], kernel=True))
-    expected = ops.token_step(*move([x.float() for x in halves] + rest, kernel=True))
+    o = ops.token_step(*move([*halves, *rest], backend="triton"))
+    expected = ops.token_step(*move([x.float() for x in halves] + rest, backend="triton"))
     assert o.dtype == dtype
     assert ((o - expected).abs() <= torch.finfo(dtype).eps * expected.abs()).all()
 
@@ -88,7 +88,7 @@ def test_layer_steps_are_its_forward(inner, backbone):
 
 @pytest.mark.parametrize("inner", INNERS)
 def test_opcheck(inner):
-    torch.library.opcheck(ops.token_step, tuple(move(step_arguments(inner, torch.float32), kernel=True)))
+    torch.library.opcheck(ops.token_step, tuple(move(step_arguments(inner, torch.float32), backend="triton")))
 
 
 @pytest.mark.parametrize("inner", INNERS)

@@ -15,7 +15,7 @@ from .spans import Spans, dense_spans, last_tokens
 from .state import TTTState
 from .validation import check_inner_loop_arguments
 
-Backend = Literal["auto", "reference", "triton"]
+Backend = Literal["auto", "reference", "eager", "native", "triton"]
 MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE = 128, 64  # of the fused kernels
 
 
@@ -55,8 +55,9 @@ def ttt_linear(
             state alone.
         cu_seqlens: int ``[N + 1]``: the sequences ``[cu[n], cu[n+1])`` packed in q ``[1, total, H, D]``.
         eps: added to the layer norm's variance.
-        backend: ``"reference"`` is the dual form under autograd; ``"triton"`` the fused kernels; ``"auto"`` the kernels
-            where there is a GPU and they can run, and elsewhere a reversible backward written in PyTorch.
+        backend: ``"reference"`` is the dual form under autograd; ``"triton"`` the fused kernels for GPUs; ``"native"``
+            the same algorithm in C++ for CPUs, compiled at its first use; ``"eager"`` the same written in PyTorch;
+            ``"auto"`` the first of ``"triton"``, ``"native"`` and ``"eager"`` that can run.
 
     Returns:
         Outputs ``[B, L, H, D]`` in q's dtype, and the outgoing state. State and arithmetic are float32 (float64 for
@@ -171,8 +172,7 @@ def _scan(
     if backend == "reference":
         return _reference_scan(tokens, token_scale, weights, layer_norm, spans, eps)
     operator = ops.linear_scan if len(weights) == 2 else ops.mlp_scan
-    kernel = backend == "triton"
-    outputs: tuple[Tensor, ...] = operator(*tokens, token_scale, *weights, *layer_norm, *spans, eps, kernel)
+    outputs: tuple[Tensor, ...] = operator(*tokens, token_scale, *weights, *layer_norm, *spans, eps, backend)
     return outputs[: 1 + len(weights)]
 
 
@@ -227,14 +227,16 @@ def check_backend(backend: str) -> None:
 
 
 def choose_backend(backend: Backend, q: Tensor, K: int) -> Backend:
-    """What runs: for ``"auto"`` the kernels, where there is a GPU and they can run, or else ``"auto"``, the eager path.
+    """What runs: ``"auto"`` becomes the kernels, where there is a GPU and they can run, or else stays what it is.
+
+    Which of the other paths ``"auto"`` then means, the operators choose.
 
     Raises:
         RuntimeError: ``"triton"`` was asked for and cannot run; it never falls back silently.
         ValueError: there is no such backend.
     """
     check_backend(backend)
-    if backend == "reference" or (backend == "auto" and not q.is_cuda):
+    if backend not in ("auto", "triton") or (backend == "auto" and not q.is_cuda):
         return backend
     refusal = _kernel_refusal(q, K)
     if backend == "triton" and refusal is not None:

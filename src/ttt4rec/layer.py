@@ -220,7 +220,7 @@ class TTTLayer(nn.Module):
         q, k, v, lr, gate, conv = self._views(x, None, position, context, backend)
         tokens = (t.squeeze(1) for t in (*autocast(q, k, v), lr))
         scale, norm = token_scale(self.token_offset.to(lr.dtype)), (self.inner_norm_weight, self.inner_norm_bias)
-        where = (slots, position % self.mini_batch_size, pool.records, pool.hidden, 1e-6, backend == "triton")
+        where = (slots, position % self.mini_batch_size, pool.records, pool.hidden, 1e-6, backend)
         o = token_step(*tokens, scale, *norm, *where)
         pool.position.index_copy_(0, slots, position + 1)
         if pool.conv is not None and conv is not None:

@@ -1,4 +1,4 @@
-"""The registered operators: schema, shapes for tracing, autograd, and the choice between kernel and eager path.
+"""The registered operators: schema, shapes for tracing, autograd, and the choice of what computes.
 
 ``torch.library`` operators, rather than bare autograd Functions, so that ``torch.compile`` takes each as one node and
 ``opcheck`` can hold them to their contract. The scans always start at a mini-batch boundary; a stream that goes on
@@ -12,16 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eager
+from . import eager, native
 
 
-def _path(kernel: bool) -> ModuleType:
-    """The package that computes: the Triton kernels, imported only when asked for, or the eager path."""
-    if not kernel:
+def _path(backend: str, q: Tensor, weights: Tensor, hidden: int) -> ModuleType:
+    """The package that computes, on tensors like these: kernels, which are imported only when asked for, or others.
+
+    Chosen here, where tracing does not see it: the compiled path may have to be compiled first.
+
+    Raises:
+        RuntimeError: the compiled path was asked for and cannot run.
+    """
+    if backend == "triton":
+        from . import kernels
+
+        return kernels
+    if backend == "eager":
         return eager
-    from . import kernels
-
-    return kernels
+    refusal = native.refusal(q.device, q.shape[-1], hidden, weights.dtype)
+    if refusal is None:
+        return native
+    if backend == "native":
+        raise RuntimeError(f"backend 'native' {refusal}")
+    return eager
 
 
 @torch.library.custom_op("ttt4rec::linear_scan", mutates_args=())
@@ -38,10 +51,10 @@ def linear_scan(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
-    kernel: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """TTT-Linear's inner loop: o, W1, b1 after the last complete mini-batch, and what the backward keeps."""
-    o, W1_out, b1_out, G = _path(kernel).linear_forward(
+    o, W1_out, b1_out, G = _path(backend, q, W1, 0).linear_forward(
         q, k, v, inner_lr, token_scale, W1, b1, ln_weight, ln_bias, starts, lengths, eps
     )
     return o, W1_out, b1_out, G
@@ -65,11 +78,11 @@ def linear_scan_backward(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
-    kernel: bool,
+    backend: str,
 ) -> list[Tensor]:
     """Gradients of ``linear_scan``'s first nine arguments."""
     return list(
-        _path(kernel).linear_backward(
+        _path(backend, q, W1_out, 0).linear_backward(
             grad_o, grad_W1, grad_b1, q, k, v, inner_lr, token_scale, W1_out, b1_out, G, ln_weight, ln_bias,
             starts, lengths, eps,
         )
@@ -92,10 +105,10 @@ def mlp_scan(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
-    kernel: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """TTT-MLP's inner loop: o, the four weights after the last complete mini-batch, Z1 and G2 kept."""
-    o, W1_out, b1_out, W2_out, b2_out, Z1, G2 = _path(kernel).mlp_forward(
+    o, W1_out, b1_out, W2_out, b2_out, Z1, G2 = _path(backend, q, W1, W1.shape[-1]).mlp_forward(
         q, k, v, inner_lr, token_scale, W1, b1, W2, b2, ln_weight, ln_bias, starts, lengths, eps
     )
     return o, W1_out, b1_out, W2_out, b2_out, Z1, G2
@@ -124,11 +137,11 @@ def mlp_scan_backward(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
-    kernel: bool,
+    backend: str,
 ) -> list[Tensor]:
     """Gradients of ``mlp_scan``'s first eleven arguments."""
     return list(
-        _path(kernel).mlp_backward(
+        _path(backend, q, W1_out, W1_out.shape[-1]).mlp_backward(
             grad_o, grad_W1, grad_b1, grad_W2, grad_b2, q, k, v, inner_lr, token_scale, W1_out, b1_out, W2_out,
             b2_out, Z1, G2, ln_weight, ln_bias, starts, lengths, eps,
         )
@@ -149,11 +162,11 @@ def token_step(
     records: Tensor,
     hidden: int,
     eps: float,
-    kernel: bool,
+    backend: str,
 ) -> Tensor:
     """One token ``[B, H, D]`` of each of B streams whose states are among the records; see ``eager.token_step``."""
     with torch.autocast(q.device.type, enabled=False):
-        return _path(kernel).token_step(  # type: ignore[no-any-return]
+        return _path(backend, q, records, hidden).token_step(  # type: ignore[no-any-return]
             q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, records, hidden, eps
         )
 
@@ -165,14 +178,14 @@ def _(q: Tensor, *rest: Any) -> Tensor:
 
 @linear_scan.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    q, W1, b1, kernel = args[0], args[5], args[6], args[-1]
-    return _like(q), _like(W1), _like(b1), _like(q, dtype=_kept_dtype(q, W1, kernel))
+    q, W1, b1, backend = args[0], args[5], args[6], args[-1]
+    return _like(q), _like(W1), _like(b1), _like(q, dtype=_kept_dtype(q, W1, backend))
 
 
 @mlp_scan.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    q, weights, kernel = args[0], args[5:9], args[-1]
-    dtype = _kept_dtype(q, weights[0], kernel)
+    q, weights, backend = args[0], args[5:9], args[-1]
+    dtype = _kept_dtype(q, weights[0], backend)
     Z1 = q.new_empty(*q.shape[:3], weights[0].shape[-1], dtype=dtype)
     return _like(q), *map(_like, weights), Z1, _like(q, dtype=dtype)
 
@@ -187,9 +200,9 @@ def _(*args: Any) -> list[Tensor]:
     return _fake_gradients(args[5:10], args[10:14], args[16:18])
 
 
-def _kept_dtype(q: Tensor, W: Tensor, kernel: bool) -> torch.dtype:
-    """Kernels keep inner gradients as rounded for their products, the eager path in full precision."""
-    return q.dtype if kernel else W.dtype
+def _kept_dtype(q: Tensor, W: Tensor, backend: str) -> torch.dtype:
+    """Kernels keep inner gradients as rounded for their products, the other paths in full precision."""
+    return q.dtype if backend == "triton" else W.dtype
 
 
 def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -207,24 +220,24 @@ def _save(num_weights: int) -> Any:
         ctx.set_materialize_grads(False)
         num_inputs = 5 + num_weights
         tokens, layer_norm = inputs[:5], inputs[num_inputs : num_inputs + 2]
-        starts, lengths, ctx.eps, ctx.kernel = inputs[num_inputs + 2 :]
+        starts, lengths, ctx.eps, ctx.backend = inputs[num_inputs + 2 :]
         ctx.save_for_backward(*tokens, *output[1:], *layer_norm, starts, lengths)
 
     return setup_context
 
 
-def _zeros(x: Tensor, kernel: bool) -> Tensor:
-    """What stands for a gradient that nobody gave; the eager path, which reads it in pieces, needs no memory for it."""
-    return torch.zeros_like(x) if kernel else x.new_zeros(()).expand(x.shape)
+def _zeros(x: Tensor, backend: str) -> Tensor:
+    """What stands for a gradient that nobody gave; only the kernels need memory for it."""
+    return torch.zeros_like(x) if backend == "triton" else x.new_zeros(()).expand(x.shape)
 
 
 def _backward(operator: Any, num_weights: int) -> Any:
     def backward(ctx: Any, grad_o: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         weights = saved[5 : 5 + num_weights]
-        d_weights = [_zeros(w, ctx.kernel) if g is None else g for w, g in zip(weights, grads, strict=False)]
-        d_out = _zeros(saved[0], ctx.kernel) if grad_o is None else grad_o
-        gradients = operator(d_out, *d_weights, *saved, ctx.eps, ctx.kernel)
+        d_weights = [_zeros(w, ctx.backend) if g is None else g for w, g in zip(weights, grads, strict=False)]
+        d_out = _zeros(saved[0], ctx.backend) if grad_o is None else grad_o
+        gradients = operator(d_out, *d_weights, *saved, ctx.eps, ctx.backend)
         inputs = (*saved[:5], *weights, *saved[-4:-2])
         return *(g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)), None, None, None, None
 

@@ -1,0 +1,41 @@
+"""The inner loops for CPUs in C++, compiled for the machine at their first use.
+
+The algorithm is that of the fused kernels and of ``ttt4rec.eager``, and so are the functions; what differs is where
+the numbers are: one row, a (sequence, head) pair, is walked at a time with its weights and tiles in the first cache,
+and only tokens, inner gradients and the weights at either end pass through memory.
+"""
+
+import functools
+import logging
+
+import torch
+
+from . import build
+from .calls import linear_backward, linear_forward, mlp_backward, mlp_forward, token_step
+
+__all__ = ["linear_backward", "linear_forward", "mlp_backward", "mlp_forward", "refusal", "token_step"]
+
+_MULTIPLE = 8  # of features: the lanes of a vector
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def refusal(device: torch.device, head_dim: int, hidden: int, dtype: torch.dtype) -> str | None:
+    """Why this path cannot run; None if it can. The first call for a shape compiles it.
+
+    Args:
+        device: of the tensors.
+        head_dim: D.
+        hidden: F of TTT-MLP; 0 for TTT-Linear.
+        dtype: of the weights.
+    """
+    if device.type != "cpu":
+        return f"runs on CPU tensors; given {device}"
+    if head_dim % _MULTIPLE or hidden % _MULTIPLE:
+        return f"takes head and hidden dimensions that are multiples of {_MULTIPLE}; given {head_dim} and {hidden}"
+    try:
+        build.library(head_dim, hidden, build.SCALARS[dtype])
+    except build.BuildError as error:
+        _log.warning("the slower eager path runs instead of the compiled one: %s", error)
+        return f"cannot be compiled: {error}"
+    return None

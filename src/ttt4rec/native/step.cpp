@@ -1,0 +1,169 @@
+// One token more of many streams, in place: what calls.py calls. The record of a stream and head is that of
+// eager/step.py: [W; b] of every layer, then K rows, one for each token of the mini-batch so far.
+
+#include "tiles.h"
+
+namespace {
+
+constexpr int MULTIPLE = 8;
+constexpr int padded(int n) { return (n + MULTIPLE - 1) / MULTIPLE * MULTIPLE; }
+constexpr int ROW = padded(F ? 3 * D + 2 * F + 1 : 3 * D + 1);
+
+struct Call {
+  int64_t H, K, record;       // numbers in a record
+  const int64_t *slots, *offset;  // of every stream: its place in the pool, and its tokens in the mini-batch so far
+  double eps;
+  const T *q, *k, *v, *lr, *scale, *gamma, *beta;  // tokens [B, H, D], rates [B, H]
+  T *records, *o;
+};
+
+// x W + b of one row, in several sums so that they need not wait for each other.
+template <int IN, int OUT>
+inline void affine(const T* x, const T* W, const T* b, T* out) {
+  constexpr int VECTORS = OUT / LANES % 4 == 0 ? 4 : OUT / LANES % 2 == 0 ? 2 : 1, SUMS = 8 / VECTORS;
+  static_assert(IN % SUMS == 0);
+  for (int n = 0; n < OUT; n += VECTORS * LANES) {
+    V total[SUMS][VECTORS] = {};
+    for (int m = 0; m < IN; m += SUMS) {
+#pragma GCC unroll 8
+      for (int i = 0; i < SUMS; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; ++j) total[i][j] += x[m + i] * load(W + (m + i) * OUT + n + j * LANES);
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) {
+      V all = load(b + n + j * LANES);
+#pragma GCC unroll 8
+      for (int i = 0; i < SUMS; ++i) all += total[i][j];
+      store(out + n + j * LANES, all);
+    }
+  }
+}
+
+// An inner layer in a record: W [IN, OUT] and b [OUT], and where in a row its inputs X and its U = lr ∘ G stand.
+template <int IN, int OUT>
+struct Layer {
+  T *W, *b, *X, *U;
+
+  Layer(T* weights, T* rows, int x, int u) : W(weights), b(weights + IN * OUT), X(rows + x), U(rows + u) {}
+
+  void affine(const T* x, T* out) const { ::affine<IN, OUT>(x, W, b, out); }
+
+  // x W + b - s_i Σ_{j <= i} (x · X_j + 1) U_j
+  void output(int i, T s, const T* x, T* out) const {
+    affine(x, out);
+    for (int j = 0; j <= i; ++j) add<OUT>(out, U + j * ROW, -s * (dot<IN>(x, X + j * ROW) + 1));
+  }
+
+  // W -= s_last Σ_j X_jᵀ U_j, b -= s_last Σ_j U_j
+  void update(int K, T s_last, T* scaled) const {
+    for (int j = 0; j < K; ++j) {
+      for (int n = 0; n < OUT; n += LANES) store(scaled + j * OUT + n, -s_last * load(U + j * ROW + n));
+      add<OUT>(b, scaled + j * OUT);
+    }
+    product<From::itself, OUT>(IN, K, X, 1, ROW, scaled, W);
+  }
+};
+
+class Step {
+ public:
+  explicit Step(const Call& call)
+      : call_(call), K_(call.K), arena_(numbers(call.K)), inner_(arena_, 1), norm_(arena_, 1),
+        scaled_(arena_.take(K_ * (F > D ? F : D))), transposed_(arena_.take(F * D)) {}
+
+  void run(int64_t i) {
+    const int64_t stream = i / call_.H, head = i % call_.H;
+    q_ = call_.q + i * D, k_ = call_.k + i * D, v_ = call_.v + i * D, lr_ = call_.lr[i];
+    gamma_ = call_.gamma + head * D, beta_ = call_.beta + head * D;
+    place_ = call_.offset[stream];
+    s_ = call_.scale[place_];
+    T* record = call_.records + (call_.slots[stream] * call_.H + head) * call_.record;
+    T P[D];
+    if constexpr (F == 0) {
+      linear(record, P);
+    } else {
+      mlp(record, P);
+    }
+    norm_.set(1, P, call_.eps);
+    for (int n = 0; n < D; n += LANES) {
+      store(call_.o + i * D + n, load(q_ + n) + load(gamma_ + n) * load(norm_.x_hat + n) + load(beta_ + n));
+    }
+  }
+
+ private:
+  const Call& call_;
+  const int K_;
+  Arena arena_;
+  InnerGradient inner_;
+  Normalised norm_;
+  T *scaled_, *transposed_;
+  const T *q_, *k_, *v_, *gamma_, *beta_;
+  T lr_, s_;
+  int place_;
+
+  static size_t numbers(int K) {
+    return 4 * Arena::rounded(D) + 2 * Arena::rounded(1) + Arena::rounded(K * (F > D ? F : D)) + Arena::rounded(F * D);
+  }
+
+  bool last() const { return place_ == K_ - 1; }
+
+  // U = lr ∘ G of the token, from the inner model's output Z at its key.
+  void inner_gradient(const T* Z, T* U) {
+    inner_.set(1, Z, k_, v_, gamma_, beta_, call_.eps);
+    inner_.value(1, U);
+    for (int n = 0; n < D; n += LANES) store(U + n, lr_ * load(U + n));
+  }
+
+  void write_token(T* row, int v_at) const {
+    std::memcpy(row, k_, D * sizeof(T));
+    std::memcpy(row + v_at, v_, D * sizeof(T));
+    row[v_at + D] = lr_;
+  }
+
+  void linear(T* record, T* P) {
+    T* rows = record + (D + 1) * D;
+    Layer<D, D> layer(record, rows, 0, D);
+    T Z[D];
+    layer.affine(k_, Z);
+    write_token(rows + place_ * ROW, 2 * D);
+    inner_gradient(Z, rows + place_ * ROW + D);
+    layer.output(place_, s_, q_, P);
+    if (last()) layer.update(K_, s_, scaled_);
+  }
+
+  void mlp(T* record, T* P) {
+    constexpr int HIDDEN = F ? F : D;  // as a template's argument it may not be 0
+    T *second_weights = record + (D + 1) * F, *rows = second_weights + (F + 1) * D;
+    Layer<D, HIDDEN> first(record, rows, 0, D);
+    Layer<HIDDEN, D> second(second_weights, rows, D + F, D + 2 * F);
+    T *row = rows + place_ * ROW, *U1 = row + D, *X2 = row + D + F, *U2 = row + D + 2 * F;
+    T Z1[HIDDEN], slope[HIDDEN], X2_bar[HIDDEN], Z2[D];
+    first.affine(k_, Z1);
+    gelu<true, false>(F, Z1, X2, slope);
+    second.affine(X2, Z2);
+    write_token(row, 2 * D + 2 * F);
+    inner_gradient(Z2, U2);
+    transpose<HIDDEN, D>(second.W, transposed_);
+    product<From::nothing, HIDDEN>(1, D, U2, D, 1, transposed_, U1);
+    for (int n = 0; n < F; n += LANES) store(U1 + n, load(U1 + n) * load(slope + n));
+    first.output(place_, s_, q_, Z1);
+    gelu<false, false>(F, Z1, X2_bar);
+    second.output(place_, s_, X2_bar, P);
+    if (last()) {
+      first.update(K_, s_, scaled_);
+      second.update(K_, s_, scaled_);
+    }
+  }
+};
+
+}  // namespace
+
+// Tokens begin to end - 1 of the B · H. Returns 1 if there is no memory.
+extern "C" int ttt_step(const Call* call, int64_t begin, int64_t end) try {
+  Step step(*call);
+  for (int64_t i = begin; i < end; ++i) step.run(i);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}

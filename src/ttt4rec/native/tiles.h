@@ -1,0 +1,316 @@
+// What both inner models are made of, on one mini-batch of r tokens: tiles of r rows that lie in the first cache.
+//
+// Names follow the mathematics: Z is an inner layer's output on the keys X, G the inner loss's gradient at it, P its
+// output on the queries Q. The prefix d marks the gradient of the outer loss.
+
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "vectors.h"
+
+// Memory for tiles and weights, taken piece by piece and given back at once.
+class Arena {
+ public:
+  explicit Arena(size_t numbers) : begin_(static_cast<T*>(std::aligned_alloc(64, rounded(numbers) * sizeof(T)))) {
+    if (begin_ == nullptr) throw std::bad_alloc();
+    next_ = begin_;
+  }
+  ~Arena() { std::free(begin_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  T* take(size_t numbers) {
+    T* piece = next_;
+    next_ += rounded(numbers);
+    return piece;
+  }
+  static size_t rounded(size_t numbers) { return (numbers + 15) / 16 * 16; }
+
+ private:
+  T *begin_, *next_;
+};
+
+enum class From { nothing, itself, bias };
+
+// Rows of C = (nothing, C or the bias) + A B for ROWS rows and VECTORS vectors of columns; A[i][m] = a[i * row + m * column].
+template <From FROM, int ROWS, int VECTORS, int N>
+inline void block(int M, const T* a, long row, long column, const T* b, T* c, const T* bias) {
+  V total[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 16
+    for (int n = 0; n < VECTORS; ++n) {
+      if constexpr (FROM == From::nothing) total[i][n] = V{};
+      if constexpr (FROM == From::itself) total[i][n] = load(c + i * N + n * LANES);
+      if constexpr (FROM == From::bias) total[i][n] = load(bias + n * LANES);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    V b_row[VECTORS];
+#pragma GCC unroll 16
+    for (int n = 0; n < VECTORS; ++n) b_row[n] = load(b + m * N + n * LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const T x = a[i * row + m * column];
+#pragma GCC unroll 16
+      for (int n = 0; n < VECTORS; ++n) total[i][n] += x * b_row[n];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 16
+    for (int n = 0; n < VECTORS; ++n) store(c + i * N + n * LANES, total[i][n]);
+  }
+}
+
+template <From FROM, int ROWS, int VECTORS, int N>
+inline void blocks(int rows, int M, const T* a, long row, long column, const T* b, T* c, const T* bias) {
+  int i = 0;
+  for (; i + ROWS <= rows; i += ROWS) {
+    block<FROM, ROWS, VECTORS, N>(M, a + i * row, row, column, b, c + i * N, bias);
+  }
+  if constexpr (ROWS > 1) {
+    if (i < rows) {
+      blocks<FROM, ROWS / 2, VECTORS, N>(rows - i, M, a + i * row, row, column, b, c + i * N, bias);
+    }
+  }
+}
+
+// C [rows, N] = (nothing, C or the bias) + A B, A [rows, M] with any strides, B [M, N]: the sums of a block stay in registers.
+template <From FROM, int N>
+inline void product(int rows, int M, const T* a, long row, long column, const T* b, T* c, const T* bias = nullptr) {
+  constexpr int WIDTH = N / LANES, MOST = REGISTERS / 8;
+  constexpr int VECTORS = WIDTH % MOST == 0 ? MOST : WIDTH % 2 == 0 ? 2 : 1;
+  constexpr int ROWS = REGISTERS / 2 / VECTORS > 8 ? 8 : REGISTERS / 2 / VECTORS;
+  for (int n = 0; n < N; n += VECTORS * LANES) {
+    blocks<FROM, ROWS, VECTORS, N>(rows, M, a, row, column, b + n, c + n, bias == nullptr ? nullptr : bias + n);
+  }
+}
+
+template <int N>
+inline V lanes_of_dot(const T* a, const T* b) {
+  V total = load(a) * load(b);
+  for (int n = LANES; n < N; n += LANES) total += load(a + n) * load(b + n);
+  return total;
+}
+
+template <int N>
+inline T dot(const T* a, const T* b) {
+  return sum(lanes_of_dot<N>(a, b));
+}
+
+// total[n] += scale * x[n]
+template <int N>
+inline void add(T* total, const T* x, T scale = 1) {
+  for (int n = 0; n < N; n += LANES) store(total + n, load(total + n) + scale * load(x + n));
+}
+
+// x of r rows, without the mean over the features, at one standard deviation.
+struct Normalised {
+  T *x_hat, *inverse_std;
+
+  Normalised(Arena& arena, int K) : x_hat(arena.take(K * D)), inverse_std(arena.take(K)) {}
+
+  void set(int r, const T* z, T eps) {
+    for (int i = 0; i < r; ++i) {
+      V total{}, squares{};
+      for (int n = 0; n < D; n += LANES) total += load(z + i * D + n);
+      const T mean = sum(total) / D;
+      for (int n = 0; n < D; n += LANES) {
+        const V centred = load(z + i * D + n) - mean;
+        squares += centred * centred;
+        store(x_hat + i * D + n, centred);
+      }
+      inverse_std[i] = 1 / std::sqrt(sum(squares) / D + eps);
+      for (int n = 0; n < D; n += LANES) store(x_hat + i * D + n, load(x_hat + i * D + n) * inverse_std[i]);
+    }
+  }
+
+  // out = r (x - mean(x) - x̂ mean(x ∘ x̂)) of row i; the Jacobian is symmetric, so this serves both directions.
+  void jacobian_product(int i, const T* x, T* out) const {
+    const T* own = x_hat + i * D;
+    V total{};
+    for (int n = 0; n < D; n += LANES) total += load(x + n);
+    const T mean = sum(total) / D, along = dot<D>(x, own) / D, r = inverse_std[i];
+    for (int n = 0; n < D; n += LANES) store(out + n, r * (load(x + n) - mean - along * load(own + n)));
+  }
+};
+
+// G, the gradient of ½‖LN(Z) - (v - k)‖² at Z, and the derivative of that gradient.
+struct InnerGradient {
+  Normalised norm;
+  T *error, *y;
+
+  InnerGradient(Arena& arena, int K) : norm(arena, K), error(arena.take(K * D)), y(arena.take(K * D)) {}
+
+  void set(int r, const T* Z, const T* k, const T* v, const T* gamma, const T* beta, T eps) {
+    norm.set(r, Z, eps);
+    for (int i = 0; i < r; ++i) {
+      for (int n = 0; n < D; n += LANES) {
+        const int at = i * D + n;
+        const V g = load(gamma + n), e = load(norm.x_hat + at) * g + load(beta + n) + load(k + at) - load(v + at);
+        store(error + at, e);
+        store(y + at, e * g);
+      }
+    }
+  }
+
+  // G = r (y - mean(y) - x̂ mean(y ∘ x̂)), y = γ ∘ (LN(Z) - (v - k)).
+  void value(int r, T* G) const {
+    for (int i = 0; i < r; ++i) norm.jacobian_product(i, y + i * D, G + i * D);
+  }
+
+  // dZ and d(LN(Z) - (v - k)) from dG; adds to dγ.
+  //   dy = J dG, de = γ ∘ dy                                  J the Jacobian of the layer norm
+  //   dx̂ = γ ∘ de - r (dG mean(y ∘ x̂) + y mean(dG ∘ x̂))
+  //   dZ = J dx̂ - r x̂ mean(dG ∘ G)                            the last term through r
+  void backward(int r, const T* dG, const T* G, const T* gamma, T* dZ, T* de, T* dgamma) const {
+    for (int i = 0; i < r; ++i) {
+      const long at = long(i) * D;
+      const T *x_hat = norm.x_hat + at, *own_y = y + at, *own_dG = dG + at;
+      const T inverse = norm.inverse_std[i];
+      T dy[D], dx_hat[D];
+      norm.jacobian_product(i, own_dG, dy);
+      const T mean_y = dot<D>(own_y, x_hat) / D, mean_dG = dot<D>(own_dG, x_hat) / D;
+      for (int n = 0; n < D; n += LANES) {
+        const V g = load(gamma + n), e = g * load(dy + n);
+        store(de + at + n, e);
+        store(dx_hat + n, g * e - inverse * (mean_y * load(own_dG + n) + mean_dG * load(own_y + n)));
+        store(dgamma + n, load(dgamma + n) + load(dy + n) * load(error + at + n) + e * load(x_hat + n));
+      }
+      norm.jacobian_product(i, dx_hat, dZ + at);
+      add<D>(dZ + at, x_hat, -inverse * dot<D>(own_dG, G + at) / D);
+    }
+  }
+};
+
+// The tanh form of gelu from one sigmoid s = σ(v), v = 2c (z + a z³), with w = v' and q = s (1 - s) w:
+//   gelu = z s,   gelu' = s + z q,   gelu'' = 4 (q - c s (1 - s)) + (1 - 2s) w z q
+template <bool SLOPE, bool CURVATURE>
+inline void gelu(int n, const T* z, T* value, T* slope = nullptr, T* curvature = nullptr) {
+  constexpr T c = 0.7978845608028654, a = 0.044715;  // sqrt(2/π) and the cubic coefficient
+  for (int i = 0; i < n; i += LANES) {
+    const V x = load(z + i), square = x * x;
+    const V s = 1 / (1 + exponential(-2 * c * x * (1 + a * square)));
+    store(value + i, x * s);
+    if constexpr (SLOPE) {
+      const V w = 2 * c * (1 + 3 * a * square), p = s - s * s, q = p * w;
+      store(slope + i, s + x * q);
+      if constexpr (CURVATURE) store(curvature + i, 4 * (q - c * p) + (1 - 2 * s) * w * x * q);
+    }
+  }
+}
+
+// η[i, j] = s_i lr_j for j <= i of a mini-batch, and the gradients of both factors.
+struct Rates {
+  int K, r;
+  const T *scale, *lr;
+  T *d_scale, *d_lr;
+
+  T eta(int i, int j) const { return scale[i] * lr[j]; }
+  T last(int j) const { return scale[K - 1] * lr[j]; }
+  bool complete() const { return r == K; }
+  void accumulate(int i, int j, T d_eta) const {
+    d_scale[i] += d_eta * lr[j];
+    d_lr[j] += d_eta * scale[i];
+  }
+};
+
+// One inner layer, W [IN, OUT] and b [OUT], in one mini-batch: its output at queries in the dual form, and its update.
+template <int IN, int OUT>
+class DualLayer {
+ public:
+  T *W, *b, *dW, *db;
+
+  static size_t numbers(int K) {
+    return 4 * Arena::rounded(IN * OUT) + 2 * Arena::rounded(OUT) + 3 * Arena::rounded(K * K) +
+           2 * Arena::rounded(K * OUT);
+  }
+
+  DualLayer(Arena& arena, int K)
+      : W(arena.take(IN * OUT)), b(arena.take(OUT)), dW(arena.take(IN * OUT)), db(arena.take(OUT)),
+        W_transposed_(arena.take(IN * OUT)), dW_transposed_(arena.take(IN * OUT)), S_(arena.take(K * K)),
+        minus_A_(arena.take(K * K)), dS_(arena.take(K * K)), minus_eta_G_(arena.take(K * OUT)),
+        X_dW_(arena.take(K * OUT)) {}
+
+  // Z = X W + b
+  void affine(int r, const T* X, T* Z) const { product<From::bias, OUT>(r, IN, X, IN, 1, W, Z, b); }
+
+  // Wᵀ, which the products with it below take; to be called when W has changed.
+  const T* transpose_weights() {
+    transpose<IN, OUT>(W, W_transposed_);
+    return W_transposed_;
+  }
+
+  // P = Q W + b - (tril(η) ∘ (Q Xᵀ + 1)) G
+  void output(const Rates& rates, const T* Q, const T* X, const T* G, T* P) {
+    const int r = rates.r;
+    for (int i = 0; i < r; ++i) {
+      for (int j = 0; j < r; ++j) {
+        S_[i * r + j] = j > i ? 0 : dot<IN>(Q + i * IN, X + j * IN) + 1;
+        minus_A_[i * r + j] = j > i ? 0 : -rates.eta(i, j) * S_[i * r + j];
+      }
+    }
+    affine(r, Q, P);
+    product<From::itself, OUT>(r, r, minus_A_, r, 1, G, P);
+  }
+
+  // W -= Xᵀ (η_last ∘ G) and b likewise, or the same added back.
+  void update(const Rates& rates, const T* X, const T* G, T sign) {
+    scale_by_minus_eta(rates, G, sign);
+    for (int j = 0; j < rates.r; ++j) add<OUT>(b, minus_eta_G_ + j * OUT);
+    product<From::itself, OUT>(IN, rates.r, X, 1, IN, minus_eta_G_, W);
+  }
+
+  // Backward of output and update together: dQ, dX and dG from dP and from dW and db, which come as gradients of the
+  // updated weights and become those of the weights before. W must be the weights before, transposed already.
+  void backward(const Rates& rates, const T* Q, const T* X, const T* G, const T* dP, T* dQ, T* dX, T* dG) {
+    const int r = rates.r;
+    for (int i = 0; i < r; ++i) {
+      for (int j = 0; j < r; ++j) {
+        const T dA = j > i ? 0 : -dot<OUT>(dP + i * OUT, G + j * OUT);
+        dS_[i * r + j] = dA * rates.eta(i, j);
+        if (j <= i) rates.accumulate(i, j, dA * S_[i * r + j]);
+      }
+    }
+    product<From::nothing, IN>(r, OUT, dP, OUT, 1, W_transposed_, dQ);
+    product<From::itself, IN>(r, r, dS_, r, 1, X, dQ);
+    product<From::nothing, IN>(r, r, dS_, 1, r, Q, dX);
+    product<From::nothing, OUT>(r, r, minus_A_, 1, r, dP, dG);
+    if (rates.complete()) backward_of_update(rates, X, G, dX, dG);
+    add_outer(r, Q, dP);
+  }
+
+  // Backward of Z = X W + b: dX += dZ Wᵀ, dW += Xᵀ dZ, db += Σ dZ.
+  void backward_of_affine(int r, const T* X, const T* dZ, T* dX) {
+    product<From::itself, IN>(r, OUT, dZ, OUT, 1, W_transposed_, dX);
+    add_outer(r, X, dZ);
+  }
+
+ private:
+  T *W_transposed_, *dW_transposed_, *S_, *minus_A_, *dS_, *minus_eta_G_, *X_dW_;
+
+  void scale_by_minus_eta(const Rates& rates, const T* G, T sign) {
+    for (int j = 0; j < rates.r; ++j) {
+      const T minus_eta = -sign * rates.last(j);
+      for (int n = 0; n < OUT; n += LANES) store(minus_eta_G_ + j * OUT + n, minus_eta * load(G + j * OUT + n));
+    }
+  }
+
+  void backward_of_update(const Rates& rates, const T* X, const T* G, T* dX, T* dG) {
+    product<From::bias, OUT>(rates.r, IN, X, IN, 1, dW, X_dW_, db);
+    scale_by_minus_eta(rates, G, 1);
+    transpose<IN, OUT>(dW, dW_transposed_);
+    product<From::itself, IN>(rates.r, OUT, minus_eta_G_, OUT, 1, dW_transposed_, dX);
+    for (int j = 0; j < rates.r; ++j) {
+      rates.accumulate(rates.r - 1, j, -dot<OUT>(X_dW_ + j * OUT, G + j * OUT));
+      add<OUT>(dG + j * OUT, X_dW_ + j * OUT, -rates.last(j));
+    }
+  }
+
+  void add_outer(int r, const T* X, const T* dZ) {
+    product<From::itself, OUT>(IN, r, X, 1, IN, dZ, dW);
+    for (int i = 0; i < r; ++i) add<OUT>(db, dZ + i * OUT);
+  }
+};

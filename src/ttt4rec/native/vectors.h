@@ -1,0 +1,106 @@
+// Vectors of scalars, as the compiler's own vector types: loads, sums, exp, transposition.
+//
+// Everything is compiled for one head dimension, one inner model and one scalar type, which build.py defines:
+// TTT_HEAD_DIM, a multiple of 8; TTT_HIDDEN, 0 for TTT-Linear; TTT_SCALAR, float or double.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+using T = TTT_SCALAR;
+constexpr int D = TTT_HEAD_DIM, F = TTT_HIDDEN;
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32, REGISTERS = 16;
+#else
+constexpr int VECTOR_BYTES = 16, REGISTERS = 16;
+#endif
+
+// As many lanes as fit, such that a head's features, and hidden ones, are whole vectors.
+constexpr int lanes(int n) { return D % n == 0 && F % n == 0 ? n : lanes(n / 2); }
+constexpr int LANES = lanes(VECTOR_BYTES / sizeof(T));
+
+typedef T V __attribute__((vector_size(LANES * sizeof(T))));
+typedef T Unaligned __attribute__((vector_size(LANES * sizeof(T)), aligned(sizeof(T)), may_alias));
+typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+inline V load(const T* x) { return *reinterpret_cast<const Unaligned*>(x); }
+inline void store(T* x, V value) { *reinterpret_cast<Unaligned*>(x) = value; }
+inline V all(T x) { return x - V{}; }
+
+// x[(i + SHIFT) mod LANES] at i.
+template <int SHIFT, int... I>
+inline V rotated(V x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, ((I + SHIFT) % LANES)...);
+}
+
+template <int SHIFT = LANES / 2>
+inline T sum(V x) {
+  if constexpr (SHIFT == 0) {
+    return x[0];
+  } else {
+    return sum<SHIFT / 2>(x + rotated<SHIFT>(x, std::make_integer_sequence<int, LANES>{}));
+  }
+}
+
+// One exchange of a transposition: lanes whose index has bit STEP change places between two rows.
+template <int STEP, bool UPPER, int... I>
+inline V exchanged(V a, V b, std::integer_sequence<int, I...>) {
+  return UPPER ? __builtin_shufflevector(a, b, ((I & STEP) ? LANES + I : I + STEP)...)
+               : __builtin_shufflevector(a, b, ((I & STEP) ? LANES + I - STEP : I)...);
+}
+
+template <int STEP = LANES / 2>
+inline void transpose(V (&rows)[LANES]) {
+  if constexpr (STEP > 0) {
+    constexpr auto index = std::make_integer_sequence<int, LANES>{};
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      if (i & STEP) continue;
+      const V a = rows[i], b = rows[i + STEP];
+      rows[i] = exchanged<STEP, false>(a, b, index);
+      rows[i + STEP] = exchanged<STEP, true>(a, b, index);
+    }
+    transpose<STEP / 2>(rows);
+  }
+}
+
+// out[C][R] = x[R][C] transposed.
+template <int R, int C>
+inline void transpose(const T* x, T* out) {
+  for (int i = 0; i < R; i += LANES) {
+    for (int j = 0; j < C; j += LANES) {
+      V rows[LANES];
+#pragma GCC unroll 16
+      for (int n = 0; n < LANES; ++n) rows[n] = load(x + (i + n) * C + j);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int n = 0; n < LANES; ++n) store(out + (j + n) * R + i, rows[n]);
+    }
+  }
+}
+
+// exp to 2 units in the last place: exp(x) = 2^n exp(r) with |r| <= ln(2)/2, exp(r) as its Taylor polynomial.
+inline V exponential(V x) {
+  if constexpr (sizeof(T) == 8) {
+    for (int i = 0; i < LANES; ++i) x[i] = std::exp(x[i]);
+    return x;
+  } else {
+    x = x > 88 ? all(88) : x;
+    x = x < -87 ? all(-87) : x;
+    const V magic = all(12582912);  // 1.5 · 2^23: adding it rounds to an integer
+    const V n = (x * T(1.44269504) + magic) - magic;
+    const V r = x - n * T(0.693359375) + n * T(2.12194440e-4);  // ln 2 in two parts
+    V p = all(T(1.0 / 5040));
+    for (T c : {T(1.0 / 720), T(1.0 / 120), T(1.0 / 24), T(1.0 / 6), T(0.5), T(1), T(1)}) p = p * r + c;
+    const Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
+    V scale;
+    std::memcpy(&scale, &bits, sizeof(scale));
+    return p * scale;
+  }
+}

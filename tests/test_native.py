@@ -1,0 +1,228 @@
+"""The compiled path: its numbers are the reference's, and where it cannot be compiled the eager path runs."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checks import (
+    BACKBONES,
+    INNERS,
+    assert_close,
+    assert_states_close,
+    inner_inputs,
+    inner_results,
+    make_layer,
+    run_inner,
+)
+from test_functional import batches, check_gradients, flat
+from test_step import read_on, step_arguments
+from ttt4rec import TTTState, native, ops, ttt_linear
+from ttt4rec.eager import record_parts, row_parts
+from ttt4rec.native import build, threads
+
+FP32 = 3e-6  # a few roundings of 6e-8, summed over features, tokens and mini-batches
+
+
+@pytest.mark.parametrize("inner", INNERS)
+@given(batch=batches(head_dims=(8, 16, 24)), seed=st.integers(0, 99))
+def test_equals_the_reference(inner, batch, seed):
+    shape, where = batch
+    torch.manual_seed(seed)
+    inputs = inner_inputs(inner, **shape | {"hidden": 2 * shape["D"]})
+    o, state, grads = inner_results(inner, inputs, backend="reference", **where)
+    own_o, own_state, own_grads = inner_results(inner, inputs, backend="native", **where)
+    assert_close(own_o, o, name="o")
+    assert_states_close(own_state, state)
+    for name, expected in grads.items():
+        assert_close(own_grads[name], expected, name=f"grad {name}")
+
+
+@pytest.mark.parametrize("inner", INNERS)
+def test_gradcheck_from_state_to_state(inner):
+    inputs = inner_inputs(inner, B=1, L=5, H=1, D=8, K=3, hidden=8)
+    tokens = ("q", "k", "v", "inner_lr")
+    state = TTTState(
+        tuple(torch.randn(1, *x.shape, dtype=torch.float64) * 0.1 for n, x in inputs.items() if n[0] in "Wb"),
+        *(torch.randn(1, 2, 1, 8, dtype=torch.float64) for _ in range(2)),
+        0.1 * torch.rand(1, 2, 1, dtype=torch.float64),
+        torch.tensor([2]),
+    )
+    shared = {name: x for name, x in inputs.items() if name not in tokens}
+
+    def function(q, k, v, lr, *weights):
+        own = TTTState(weights, state.pending_k, state.pending_v, state.pending_lr, state.position)
+        given = dict(zip(tokens, (q, k, v, lr), strict=True)) | shared
+        o, end = run(inner, given, state=own)
+        return o, *end.weights
+
+    check_gradients(function, [*(inputs[name] for name in tokens), *state.weights])
+
+
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_large_heads_in_float32(inner, head_dim):
+    inputs = {n: x.float() for n, x in inner_inputs(inner, B=2, L=19, H=1, D=head_dim, K=16).items()}
+    exact = flat(inner_results(inner, {n: x.double() for n, x in inputs.items()}, backend="reference"))
+    for name, actual in flat(inner_results(inner, inputs, backend="native")).items():
+        assert_close(actual, exact[name], FP32, name)
+
+
+@pytest.mark.parametrize("inner", INNERS)
+def test_threads_change_no_number(inner, monkeypatch):
+    inputs = inner_inputs(inner, B=5, L=11, H=3, D=8, K=4, dtype=torch.float32)
+    alone = flat(inner_results(inner, inputs, backend="native"))
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 3)
+    for name, x in flat(inner_results(inner, inputs, backend="native")).items():
+        assert torch.equal(x, alone[name]), name
+
+
+def test_every_row_is_shared_out_once(monkeypatch):
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 4)
+    for rows in (0, 1, 3, 31, 32, 33, 1000):
+        seen = []
+        threads.share(lambda begin, end, seen=seen: seen.extend(range(begin, end)) or 0, rows)
+        assert sorted(seen) == list(range(rows))
+    with pytest.raises(MemoryError, match="no memory"):
+        threads.share(lambda begin, _: int(begin == 2), 64)
+
+
+def test_a_forked_child_has_its_own_threads(monkeypatch):
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 2)
+    inputs = inner_inputs("linear", B=4, L=5, H=1, D=8, K=4, dtype=torch.float32)
+    expected, _ = run("linear", inputs)
+    child = os.fork()
+    if child == 0:  # no assertion may leave the child
+        os._exit(int(not torch.equal(run("linear", inputs)[0], expected)))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("inner", INNERS)
+def test_not_a_number_stays_in_its_stream_and_behind_its_mini_batch(inner):
+    inputs = inner_inputs(inner, B=2, L=9, H=1, D=8, K=4)
+    expected, _ = run(inner, inputs)
+    inputs["k"][0, 5, 0, 3] = float("nan")
+    o, _ = run(inner, inputs)
+    assert o[0, 5:].isnan().any(-1).all()
+    assert torch.equal(o[0, :4], expected[0, :4])
+    assert torch.equal(o[1], expected[1])
+
+
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("head_dim", [8, 16, 64])
+@pytest.mark.parametrize("mini_batch_size", [1, 2, 8])
+def test_the_step_equals_the_eager_path(inner, head_dim, mini_batch_size):
+    """Outputs, and all of the records that is ever read, also of streams that were not stepped."""
+    D, K = head_dim, mini_batch_size
+    given = step_arguments(inner, torch.float64, D=D, K=K)
+    expected = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
+    assert_close(ops.token_step(*given[:-1], "native"), ops.token_step(*expected[:-1], "eager"))
+    slots, offset, hidden = given[7], given[8], given[10]
+    (weights, rows), (own_weights, own_rows) = (record_parts(x[9], D, hidden, K) for x in (expected, given))
+    for own, w in zip(own_weights, weights, strict=True):
+        assert_close(own, w)
+    for slot, place in zip(slots.tolist(), offset.tolist(), strict=True):
+        for own, row in zip(row_parts(own_rows[slot], D, hidden), row_parts(rows[slot], D, hidden), strict=True):
+            assert_close(own[:, : place + 1], row[:, : place + 1])
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("inner", INNERS)
+def test_a_layer_steps_as_it_reads(inner, backbone):
+    layer = make_layer(inner, backbone, width=16, backend="native")
+    x = torch.randn(3, 11, 16, dtype=torch.float64)
+    whole, end = layer(x, return_state=True)
+    pool, slots = layer.make_pool(5), torch.tensor([4, 0, 2])
+    assert_close(read_on(layer, x, pool, slots), whole)
+    assert_states_close(pool.read(slots), end.detach())
+
+
+@pytest.mark.parametrize("inner", INNERS)
+def test_compile_has_no_graph_break(inner):
+    torch._dynamo.reset()
+    layer = make_layer(inner, "transformer", width=16, backend="native")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    assert_close(compiled(x), layer(x))
+
+
+def test_what_it_does_not_take():
+    with pytest.raises(RuntimeError, match=r"'native' takes head and hidden dimensions .* 8; given 6 and 0"):
+        run("linear", inner_inputs("linear", B=1, L=3, H=1, D=6, K=2))
+    meta = native.refusal(torch.device("meta"), 8, 0, torch.float32)
+    assert meta == "runs on CPU tensors; given meta"
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """An empty cache, and a process that remembers no library."""
+    monkeypatch.setenv("TTT4REC_CACHE", str(tmp_path / "cache"))
+    for function in (build.library, native.refusal):
+        function.cache_clear()
+    yield tmp_path / "cache"
+    for function in (build.library, native.refusal):
+        function.cache_clear()
+
+
+BROKEN = {
+    "missing": ("no-such-compiler", "which is not there"),
+    "empty": ("", "which is not there"),
+    "failing": ("false", "the compiler failed: false"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_without_a_compiler_the_eager_path_runs_and_says_so(case, fresh, monkeypatch, caplog):
+    command, reason = BROKEN[case]
+    monkeypatch.setenv("CXX", command)
+    inputs = inner_inputs("linear", B=1, L=5, H=1, D=8, K=2)
+    with caplog.at_level(logging.WARNING, "ttt4rec"):
+        o, _ = ttt_linear(**inputs, mini_batch_size=2)
+        ttt_linear(**inputs, mini_batch_size=2)
+    assert_close(o, ttt_linear(**inputs, mini_batch_size=2, backend="eager")[0])
+    assert [reason in record.message for record in caplog.records] == [True]  # once
+    with pytest.raises(RuntimeError, match=f"'native' cannot be compiled: .*{reason}"):
+        run("linear", inputs)
+    assert not list(fresh.glob("*")) if fresh.exists() else True
+
+
+def test_no_compiler_on_the_path(fresh, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(fresh))
+    with pytest.raises(build.BuildError, match="none of c"):
+        build.compiler()
+
+
+def test_a_cache_that_cannot_be_written(fresh, monkeypatch):
+    fresh.write_text("a file where the folder should be")
+    with pytest.raises(build.BuildError, match="cannot be compiled to"):
+        build.library(8, 0, "float")
+
+
+def test_compiled_once_and_kept(fresh, monkeypatch):
+    build.library(8, 0, "float")
+    (made,) = fresh.glob("*")  # and nothing beside it
+    build.library.cache_clear()
+    monkeypatch.setattr(build, "_compile", None)
+    build.library(8, 0, "float")
+    made.unlink()
+    made.write_bytes(b"not a library")
+    build.library.cache_clear()
+    with pytest.raises(build.BuildError, match="cannot be loaded"):
+        build.library(8, 0, "float")
+
+
+def test_processes_that_compile_at_once(fresh):
+    code = "from ttt4rec.native import build; build.library(8, 0, 'double')"
+    runs = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    assert len(list(fresh.glob("*"))) == 1
+
+
+def run(inner, inputs, **options):
+    return run_inner(inner, inputs, backend="native", **options)
