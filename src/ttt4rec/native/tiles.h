@@ -49,7 +49,7 @@ inline void block(int M, const T* a, long row, long column, const T* b, T* c, co
   for (int m = 0; m < M; ++m) {
     V b_row[VECTORS];
 #pragma GCC unroll 16
-    for (int n = 0; n < VECTORS; ++n) b_row[n] = load(b + m * N + n * LANES);
+    for (int n = 0; n < VECTORS; ++n) b_row[n] = in_register(load(b + m * N + n * LANES));
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
       const T x = a[i * row + m * column];

@@ -33,6 +33,14 @@ inline V load(const T* x) { return *reinterpret_cast<const Unaligned*>(x); }
 inline void store(T* x, V value) { *reinterpret_cast<Unaligned*>(x) = value; }
 inline V all(T x) { return x - V{}; }
 
+// Left to itself GCC loads x again for every use, and loads, not products, set the pace.
+inline V in_register(V x) {
+#if defined(__AVX__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 // x[(i + SHIFT) mod LANES] at i.
 template <int SHIFT, int... I>
 inline V rotated(V x, std::integer_sequence<int, I...>) {
