@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -5,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recbole_metrics import CUTOFFS, FIXTURE, PRIME, made_up
+from ttt4rec import catalogue
 from ttt4rec.recsys.metrics import RankingMetrics, target_ranks
 
 
@@ -106,3 +109,43 @@ def test_bad_use() -> None:
     for rank in (0.5, torch.nan):
         with pytest.raises(ValueError, match="ranks of at least 1"):
             RankingMetrics().update(torch.tensor([rank]))
+
+
+RECBOLE = json.loads(FIXTURE.read_text())
+RECBOLE_NAMES = {"HR": "hit", "NDCG": "ndcg", "MRR": "mrr"}
+
+
+def metrics_of(ranks: torch.Tensor) -> dict[str, float]:
+    """Our metrics by the names that RecBole has for them."""
+    metrics = RankingMetrics(CUTOFFS)
+    metrics.update(ranks)
+    parts = ([*name.split("@"), value] for name, value in metrics.compute().items() if "@" in name)
+    return {f"{RECBOLE_NAMES[name]}@{k}": value for name, k, value in parts}
+
+
+@pytest.mark.parametrize("case", RECBOLE.values(), ids=RECBOLE)
+def test_ranks_are_the_mean_ranks_of_recbole(case: dict) -> None:
+    scores, targets = made_up(case["steps"])
+    assert target_ranks(scores, targets).tolist() == case["ranks"]
+    table = torch.cat((torch.zeros(1, scores.shape[1]), torch.eye(scores.shape[1])))
+    assert catalogue.ranks(scores, table, targets + 1).tolist() == case["ranks"]
+
+
+def test_metrics_are_those_of_recbole() -> None:
+    case = RECBOLE[f"{PRIME} scores"]
+    ours = metrics_of(target_ranks(*made_up(case["steps"])))
+    assert ours == pytest.approx({name: case["metrics"][name] for name in ours}, abs=1e-10)  # it rounds to ten places
+    assert case["metrics"].keys() - ours.keys() == {"gauc"}
+
+
+def test_metrics_with_ties_are_between_what_recbole_could_have_drawn() -> None:
+    case = RECBOLE["16 scores"]
+    scores, targets = made_up(case["steps"])
+    ours = target_ranks(scores, targets)
+    half = ((scores == scores.gather(1, targets[:, None])).sum(1) - 1) / 2
+    assert (half > 0).double().mean() > 0.9
+    best, middle, worst = (metrics_of(ranks) for ranks in (ours - half, ours, ours + half))
+    for name in middle:
+        for value in (middle[name], case["metrics"][name]):  # where ties are, its top k are as torch.topk leaves them
+            assert worst[name] <= value <= best[name]
+    assert worst["ndcg@10"] < case["metrics"]["ndcg@10"] < best["ndcg@10"]
