@@ -179,6 +179,10 @@ def test_loading_nothing_or_something_damaged(tmp_path):
         ({"max_inner_step": -1.0}, "-1.0"),
         ({"dropout": 1.0}, "1.0"),
         ({"max_len": -3}, "-3"),
+        ({"num_heads": "4"}, "'4'"),
+        ({"dropout": "0.1"}, "'0.1'"),
+        ({"dropout": float("nan")}, "nan"),
+        ({"rope_theta": None}, "None"),
     ],
     ids=str,
 )

@@ -145,7 +145,8 @@ def test_inner_rates_warm_up(tmp_path):
     "change",
     [{"epochs": 0}, {"patience": 0}, {"targets_per_batch": 0}, {"inner_lr_warmup": -1}, {"learning_rate": 0.0},
      {"clip_norm": float("inf")}, {"loss": "hinge"}, {"num_negatives": 0}, {"popularity": -1.0}, {"calibration": 1.5},
-     {"accumulate": 0}],
+     {"accumulate": 0}, {"epochs": 1.5}, {"patience": "5"}, {"targets_per_batch": True}, {"learning_rate": "fast"},
+     {"clip_norm": float("nan")}, {"popularity": None}, {"calibration": "high"}, {"seed": -1}, {"seed": None}],
     ids=str,
 )  # fmt: skip
 def test_wrong_options(change):

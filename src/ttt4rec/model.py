@@ -17,7 +17,7 @@ from .blocks import AttentionMixer, Block, BlockPool, BlockState, GRUMixer, make
 from .files import write_json, write_tensors
 from .layer import TTTLayer
 from .release import load_release_block
-from .validation import check_choice, check_positive
+from .validation import check_choice, check_integer, check_positive, is_number
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -83,9 +83,7 @@ class TTT4RecConfig:
             "max_len",
         )
         for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; given {value!r}")
+            check_integer(name, getattr(self, name))
         if self.width % self.num_heads or self.width // self.num_heads % 2:
             raise ValueError(
                 f"width must be num_heads times an even head dimension; given {self.width} and {self.num_heads}"
@@ -99,8 +97,8 @@ class TTT4RecConfig:
         check_positive("base_lr", self.base_lr)
         if self.max_inner_step is not None:
             check_positive("max_inner_step", self.max_inner_step)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1; given {self.dropout}")
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1; given {self.dropout!r}")
 
 
 def make_mixer(config: TTT4RecConfig) -> nn.Module:

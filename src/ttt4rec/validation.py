@@ -198,8 +198,7 @@ def check_layer_options(
         "conv_kernel": conv_kernel,
     }
     for name, size in positive.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be an integer of at least 1; given {size!r}")
+        check_integer(name, size)
     if width % num_heads or width // num_heads % 2:
         raise ValueError(
             f"width must be num_heads times an even head dimension; given width {width} and {num_heads} heads"
@@ -220,5 +219,16 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless value is a finite number above zero."""
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be finite and above 0; given {value}")
+    if not is_number(value) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be finite and above 0; given {value!r}")
+
+
+def check_integer(name: str, value: int, least: int = 1) -> None:
+    """Raise ValueError unless value is an integer that large."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}; given {value!r}")
+
+
+def is_number(value: object) -> bool:
+    """Whether value is an int or a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

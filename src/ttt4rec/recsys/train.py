@@ -27,7 +27,7 @@ from ttt4rec.recsys.losses import LOSSES, Loss, LossName
 from ttt4rec.recsys.progress import progress_bar
 from ttt4rec.recsys.split import Split
 from ttt4rec.recsys.windows import Windows, batches, training_windows
-from ttt4rec.validation import check_choice
+from ttt4rec.validation import check_choice, check_integer, check_positive, is_number
 
 METRICS_FILE, CHECKPOINT_FILE = "metrics.csv", "checkpoint.safetensors"
 
@@ -51,7 +51,7 @@ class TrainOptions:
         accumulate: pieces in which a step's gradients are computed, one after the other, to save memory.
         autocast: run the model in bfloat16 under autocast; weights, inner loop, scores and loss stay float32.
         deterministic: have torch use deterministic algorithms only, and raise where there is none.
-        seed: of the shuffling, the dropout and the negatives.
+        seed: of the shuffling, the dropout and the negatives; at least 0.
     """
 
     epochs: int = 300
@@ -76,19 +76,17 @@ class TrainOptions:
         Raises:
             ValueError: one is out of range.
         """
-        at_least_one = ("epochs", "patience", "targets_per_batch", "num_negatives", "accumulate")
-        whole = dict.fromkeys(at_least_one, 1) | {"inner_lr_warmup": 0}
-        for name, least in whole.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; given {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and above 0; given {getattr(self, name)}")
+        for name in ("epochs", "patience", "targets_per_batch", "num_negatives", "accumulate"):
+            check_integer(name, getattr(self, name))
+        for name in ("inner_lr_warmup", "seed"):
+            check_integer(name, getattr(self, name), least=0)
+        check_positive("learning_rate", self.learning_rate)
+        check_positive("clip_norm", self.clip_norm)
         check_choice("loss", self.loss, LOSSES)
-        if not 0 <= self.popularity < math.inf:
-            raise ValueError(f"popularity must be finite and at least 0; given {self.popularity}")
-        if not 0 <= self.calibration <= 1:
-            raise ValueError(f"calibration must be from 0 to 1; given {self.calibration}")
+        if not is_number(self.popularity) or not 0 <= self.popularity < math.inf:
+            raise ValueError(f"popularity must be finite and at least 0; given {self.popularity!r}")
+        if not is_number(self.calibration) or not 0 <= self.calibration <= 1:
+            raise ValueError(f"calibration must be from 0 to 1; given {self.calibration!r}")
 
 
 @dataclass(frozen=True)
