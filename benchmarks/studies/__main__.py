@@ -1,4 +1,4 @@
-"""``python -m benchmarks.studies run NAME --data FOLDER`` and ``python -m benchmarks.studies report``."""
+"""``python -m benchmarks.studies run NAME --data FOLDER``, ``costs`` and ``report``."""
 
 import argparse
 from functools import partial
@@ -6,11 +6,9 @@ from pathlib import Path
 
 import torch
 
-from ..report import RESULTS
-from .grid import STUDIES
+from . import costs, report
+from .grid import STUDIES, Run, Study
 from .runner import run_all
-
-RUNS_FILE = RESULTS / "studies" / "runs.jsonl"
 
 
 def main() -> None:
@@ -21,18 +19,27 @@ def main() -> None:
     run.add_argument("studies", nargs="+", choices=STUDIES)
     run.add_argument("--data", type=Path, required=True, help="folder with NAME/NAME.inter.gz for every data set")
     run.add_argument("--datasets", nargs="+", help="only these")
-    run.add_argument("--threads", type=int, default=1, help="CPU threads")
+    run.add_argument("--seeds", type=int, nargs="+", help="only these")
+    commands.add_parser("costs", help="measure what the losses cost by the size of the catalogue")
     commands.add_parser("report", help="write docs/studies.md from the results")
     given = parser.parse_args()
+    torch.set_num_threads(1)  # so that CPU time is what one core would need
+    say = partial(print, flush=True)
     if given.command == "report":
-        from .report import write
+        report.write()
+    elif given.command == "costs":
+        costs.write(report.COSTS_FILE, say)
+    else:
+        for name in given.studies:
+            run_all(_chosen(STUDIES[name], given.datasets, given.seeds), given.data, report.RUNS_FILE, say)
 
-        write(RUNS_FILE)
-        return
-    torch.set_num_threads(given.threads)
-    for name in given.studies:
-        runs = [x for x in STUDIES[name].runs() if given.datasets is None or x.dataset in given.datasets]
-        run_all(runs, given.data, RUNS_FILE, partial(print, flush=True))
+
+def _chosen(study: Study, datasets: list[str] | None, seeds: list[int] | None) -> list[Run]:
+    return [
+        run
+        for run in study.runs()
+        if run.dataset in (datasets or study.datasets) and run.seed in (seeds or study.seeds)
+    ]
 
 
 if __name__ == "__main__":

@@ -61,9 +61,9 @@ class Study:
                 raise ValueError(f"settings of {run.variant!r} must be known fields; given {sorted(unknown)}")
 
     def runs(self) -> Iterator[Run]:
-        """All runs, in an order in which a part is of use: each variant once before any of them twice."""
-        for dataset in self.datasets:
-            for seed in self.seeds:
+        """All runs, in an order in which a part is of use: everything once before anything twice."""
+        for seed in self.seeds:
+            for dataset in self.datasets:
                 for variant, changes in self.variants.items():
                     yield Run(dataset, variant, seed, {**self.common, **changes})
 
@@ -81,8 +81,27 @@ MIXERS: dict[str, Settings] = {
 }
 PROTOCOL: Settings = {"dropout": 0.5, "patience": 5, "epochs": 100, "targets_per_batch": 512}
 RATES = (1e-3, 3e-3)
+TUNED = {label: {**mixer, "learning_rate": 1e-3} for label, mixer in MIXERS.items()}
+TUNED["attention (SASRec)"]["learning_rate"] = 3e-3
 
 STUDIES = {
+    "mixers": Study(
+        "Mixers",
+        datasets=("ml-100k", "gowalla-1k", "amazon-video-games", "ml-1m"),
+        variants=TUNED,
+        common=PROTOCOL,
+    ),
+    "losses": Study(
+        "Losses",
+        datasets=("ml-1m",),
+        variants={
+            "softmax over all items": {},
+            "sampled softmax, 256 negatives": {"loss": "sampled"},
+            "gBCE, 256 negatives, t = 0.75": {"loss": "gbce"},
+            "BPR, 256 negatives": {"loss": "bpr"},
+        },
+        common={**PROTOCOL, **TUNED["TTT-MLP"]},
+    ),
     "tuning": Study(
         "Tuning",
         datasets=("ml-100k",),
