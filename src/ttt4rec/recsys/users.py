@@ -143,7 +143,7 @@ class UserStates:
     def drop(self, users: Sequence[str]) -> None:
         """Wipe the states of users."""
         with self._lock:
-            self._drop([user for user in users if user in self._readings])
+            self._drop([user for user in dict.fromkeys(users) if user in self._readings])
 
     def export(self, users: Sequence[str]) -> tuple[list[str], dict[str, Tensor]]:
         """Those users that have a state, and copies of states and readings as tensors by name, if there are any."""
