@@ -11,11 +11,11 @@ from ttt4rec.recsys.events import NOTHING, Tail
 ITEMS = tuple(f"i{j}" for j in range(12))
 
 
-def make_model(seed=0, num_items=len(ITEMS), dtype=torch.float64, **config):
+def make_model(seed=0, num_items=12, **config):
     """A model whose inner loop matters to the scores."""
     small = {"width": 8, "num_heads": 2, "ffn_width": 8, "mini_batch_size": 3, "num_blocks": 2, "max_len": 5}
     torch.manual_seed(seed)
-    model = TTT4Rec(TTT4RecConfig(num_items=num_items, **(small | config))).to(dtype).eval()
+    model = TTT4Rec(TTT4RecConfig(num_items=num_items, **(small | config))).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
