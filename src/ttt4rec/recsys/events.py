@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from ttt4rec.recsys.data import DataError
+import numpy as np
+
+from ttt4rec.recsys.data import DataError, Histories
 
 _SCHEMA = """
 CREATE TABLE users (
@@ -57,6 +59,15 @@ class Event:
                 raise DataError(f"{name} must be a text of at least one character; given {value!r}")
         if self.time is not None and not _is_time(self.time):
             raise DataError(f"time must be a finite number of 64 bits; given {self.time!r}")
+
+
+def events_of(histories: Histories) -> list[Event]:
+    """All that the users of a data set did, with its times, to begin a log with."""
+    owners = np.repeat(np.arange(histories.num_users), np.diff(histories.offsets)).tolist()
+    return [
+        Event(histories.user_ids[user], histories.item_ids[item - 1], time=time)
+        for user, item, time in zip(owners, histories.items.tolist(), histories.times.tolist(), strict=True)
+    ]
 
 
 def _is_text(value: object) -> bool:

@@ -38,6 +38,9 @@ class Streams:
             raise ValueError(f"a stream of this model takes {per_stream} bytes; given {num_bytes} for all")
         self._pools = model.make_pools(self.num_slots)
         self._hidden = one.repeat(self.num_slots, 1)
+        for items in ([1], [1, 1]):  # what torch loads or compiles at a first call may take seconds
+            self.read([0], [items])
+        self.reset([0])
 
     def read(self, slots: Sequence[int], items: Sequence[Sequence[int]]) -> None:
         """Read on in some streams, all different: one item by ``TTT4Rec.step``, several in packed calls of the model.
