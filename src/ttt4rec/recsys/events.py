@@ -7,16 +7,19 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from ttt4rec.recsys.data import DataError, Histories
 
-_SCHEMA = """
+_APPLICATION, _VERSION = 0x74747434, 1  # "ttt4"
+_SCHEMA = f"""
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {_VERSION};
 CREATE TABLE users (
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, length INTEGER NOT NULL, latest NOT NULL
 );
@@ -26,7 +29,6 @@ CREATE TABLE events (
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX events_of_users ON events (user, event) WHERE event IS NOT NULL;
 """
-_APPLICATION, _VERSION = 0x74747434, 1  # "ttt4"
 _NO_TIME = -math.inf
 
 
@@ -105,7 +107,6 @@ class Tail(NamedTuple):
     items: list[str]
 
 
-@runtime_checkable
 class EventLog(Protocol):
     """What ``OnlineRecommender`` needs of a store of events; several threads call its methods at once."""
 
@@ -158,15 +159,9 @@ class SQLiteEventLog:
         self._locks = threading.Lock(), threading.Lock()
         self._writer, self._reader = self._connect(), self._connect()
         with self._transaction(writing=True) as database:
-            version = _pragma(database, "user_version")
-            tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if not tables and not version:
+            if _is_empty(database):
                 for statement in _SCHEMA.split(";\n"):
                     database.execute(statement)
-                database.execute(f"PRAGMA application_id = {_APPLICATION}")
-                database.execute(f"PRAGMA user_version = {_VERSION}")
-            elif (_pragma(database, "application_id"), version) != (_APPLICATION, _VERSION):
-                raise ValueError(f"{self.path} is a database, but no event log of version {_VERSION}")
 
     def append(self, events: Sequence[Event]) -> list[bool]:
         """See ``EventLog``."""
@@ -201,8 +196,8 @@ class SQLiteEventLog:
         with self._transaction(writing=True) as database:
             for user in user_ids:
                 _delete(database, user)
-        with self._locks[0]:  # what was deleted still stands in the write-ahead log
-            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with self._locks[0], suppress(sqlite3.OperationalError):  # a later one does it, should this one not succeed
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what was deleted still stands in the -wal file
 
     def users(self) -> list[str]:
         """All users that have a history, in the order in which these began or were last rewritten."""
@@ -218,6 +213,9 @@ class SQLiteEventLog:
     def _connect(self) -> sqlite3.Connection:
         try:
             connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+            marks = tuple(connection.execute(f"PRAGMA {x}").fetchone()[0] for x in ("application_id", "user_version"))
+            if marks != (_APPLICATION, _VERSION) and not _is_empty(connection):
+                raise ValueError(f"{self.path} is a database, but no event log of version {_VERSION}")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA secure_delete = ON")
@@ -245,9 +243,8 @@ class SQLiteEventLog:
                 raise
 
 
-def _pragma(database: sqlite3.Connection, name: str) -> int:
-    value: int = database.execute(f"PRAGMA {name}").fetchone()[0]
-    return value
+def _is_empty(database: sqlite3.Connection) -> bool:
+    return database.execute("SELECT 1 FROM sqlite_master").fetchone() is None
 
 
 def _append(database: sqlite3.Connection, user: str, events: Sequence[Event]) -> list[bool]:
