@@ -27,6 +27,11 @@ class BlockPool(NamedTuple):
     mixer: StatePool
     conv: Tensor | None  # [num_slots, conv_kernel - 1, width]
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return self.mixer.nbytes + (0 if self.conv is None else self.conv.nbytes)
+
     def read(self, slots: Tensor) -> BlockState:
         """The states of some streams, copied."""
         return BlockState(self.mixer.read(slots), None if self.conv is None else self.conv[slots])
