@@ -45,17 +45,18 @@ class BlockPool(NamedTuple):
 
 
 class AttentionMixer(nn.Module):
-    """Causal multi-head self-attention with rotary positions, SASRec's mixer.
+    """Multi-head self-attention with rotary positions, SASRec's mixer; BERT4Rec's when it is not causal.
 
     Args:
         width: feature size.
         num_heads: number of heads; width / num_heads must be even.
         rope_theta: base of the rotary frequencies.
+        causal: whether a token attends only to itself and those before it.
     """
 
-    def __init__(self, width: int, num_heads: int, rope_theta: float = 10000.0) -> None:
+    def __init__(self, width: int, num_heads: int, rope_theta: float = 10000.0, *, causal: bool = True) -> None:
         super().__init__()
-        self.num_heads, self.rope_theta = num_heads, rope_theta
+        self.num_heads, self.rope_theta, self.causal = num_heads, rope_theta, causal
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
@@ -77,7 +78,8 @@ class AttentionMixer(nn.Module):
             raise ValueError("attention keeps no state of fixed size; give it the whole history instead")
         if cu_seqlens is not None:
             padded, real = pad_packed(x, cu_seqlens)
-            unpacked: Tensor = self(padded)[real]  # padding lies behind, where causal attention does not look
+            # Padding lies behind, where causal attention does not look.
+            unpacked: Tensor = self(padded, mask=None if self.causal else real)[real]
             return unpacked[None]
         L = x.shape[1]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, L, H, D]
@@ -85,11 +87,11 @@ class AttentionMixer(nn.Module):
         cos, sin = rotation(torch.arange(L, device=x.device), q.shape[-1], self.rope_theta, table_dtype)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         if mask is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
-            causal = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
+            within = mask[:, None, None, :].expand(-1, 1, L, L)
             itself = torch.eye(L, dtype=torch.bool, device=x.device)  # so that padding has a key to look at
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=(causal & mask[:, None, None, :]) | itself)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=(within.tril() if self.causal else within) | itself)
         y: Tensor = self.output(out.transpose(1, 2).flatten(2))
         return y
 

@@ -94,7 +94,12 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     data.add_argument("--split", default="3:2:5", metavar="A:B:C", help="shares of train, validation and test")
     data.add_argument("--exclude-seen", action="store_true", help="rank only items new to the user, for such targets")
     model = command.add_argument_group("model")
-    model.add_argument("--mixer", default="ttt", choices=["ttt", "attention", "gru"], help="sequence layer")
+    mixers = ["ttt", "attention", "gru", "narm", "mamba", "bidirectional"]
+    about = "sequence layer: TTT's, SASRec's, GRU4Rec's, NARM's, Mamba4Rec's or BERT4Rec's"
+    model.add_argument("--mixer", default="ttt", choices=mixers, help=about)
+    model.add_argument(
+        "--hide-rate", type=float, default=0.2, metavar="P", help="targets that BERT4Rec hides in a step"
+    )
     model.add_argument("--inner", default="mlp", choices=["linear", "mlp"], help="TTT's inner model")
     model.add_argument("--backbone", default="transformer", choices=["transformer", "mamba"], help="TTT's backbone")
     model.add_argument("--width", type=int, default=64, metavar="N", help="size of embeddings and hidden states")

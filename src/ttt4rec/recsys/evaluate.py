@@ -49,14 +49,13 @@ def evaluate(
         with progress_bar(total=windows.num_targets, unit="target", desc="evaluate", enabled=progress) as bar:
             for indices in _by_length(windows):
                 ids, targets, cu_seqlens = (x.to(device) for x in windows.packed_batch(indices))
-                scored = targets != 0
-                hidden = model(ids, cu_seqlens=cu_seqlens)[0, scored]
-                items, seen = targets[scored], None
+                (hidden, items), seen = model.predict(ids, targets, cu_seqlens), None
+                count = len(items)
                 if exclude_seen:
                     new, seen = _new_targets(items, *(x.to(device) for x in windows.seen(indices)))
                     hidden, items = hidden[new], items[new]
                 metrics.update(model.ranks(hidden, items, seen))
-                bar.update(int(scored.sum()))
+                bar.update(count)
     finally:
         model.train(training)
     return metrics.compute()

@@ -232,10 +232,10 @@ class _Run:
         self.optimizer.zero_grad()
         for piece in indices.tensor_split(min(self.options.accumulate, len(indices))):
             ids, targets, cu_seqlens = (x.to(self.device) for x in self.train_windows.packed_batch(piece))
-            scored = targets != 0
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast):
-                hidden = self.model(ids, cu_seqlens=cu_seqlens)[0, scored]
-                loss = self.loss(self.model, hidden, targets[scored]).sum()
+                hidden, items = self.model.predict(ids, targets, cu_seqlens)
+                weight = targets.count_nonzero() / len(items)  # 1, but for BERT4Rec, which predicts some of the targets
+                loss = self.loss(self.model, hidden, items).sum() * weight
             (loss / count).backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
