@@ -108,7 +108,7 @@ def test_a_stream_gives_the_numbers_of_one_call(options, cut):
 
 
 def test_attention_refuses_a_state():
-    with pytest.raises(ValueError, match="attention keeps no state"):
+    with pytest.raises(ValueError, match="AttentionMixer keeps no state"):
         make(mixer="attention")(torch.ones(1, 2, dtype=torch.int64), return_states=True)
 
 

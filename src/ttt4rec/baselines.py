@@ -13,43 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import pad_packed
+from .blocks import HistoryMixer
 from .convolution import CausalConv, convolve
 
 ELEMENTS_AT_ONCE = 1 << 24
 """NARM's pairs of positions times features held at once when no gradient is wanted: 64 MiB of float32."""
-
-
-class HistoryMixer(nn.Module):
-    """A causal mixer that reads whole histories; a subclass defines ``read``."""
-
-    def read(self, x: Tensor) -> Tensor:
-        """x ``[N, L, width]`` to the same shape; what pads a shorter history stands behind it."""
-        raise AssertionError(f"{type(self).__name__} must define read")
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        state: None = None,
-        return_state: bool = False,
-    ) -> Tensor:
-        """x ``[B, L, width]`` to the same shape, zeros at padding; mask and cu_seqlens as in ``TTTLayer``.
-
-        Raises:
-            ValueError: a state was given or asked for.
-        """
-        if state is not None or return_state:
-            raise ValueError(f"{type(self).__name__} keeps no state; give it the whole history instead")
-        if mask is not None:
-            packed: Tensor = self(x[mask][None], cu_seqlens=F.pad(mask.sum(1).cumsum(0), (1, 0)))
-            return packed.new_zeros(x.shape).masked_scatter(mask.unsqueeze(-1), packed)
-        if cu_seqlens is None:
-            return self.read(x)
-        padded, real = pad_packed(x, cu_seqlens)
-        return self.read(padded)[real][None]
 
 
 class NARMMixer(HistoryMixer):
@@ -70,7 +38,7 @@ class NARMMixer(HistoryMixer):
         self.energy = nn.Linear(width, 1, bias=False)
         self.output = nn.Linear(2 * width, width, bias=False)
 
-    def read(self, x: Tensor) -> Tensor:
+    def read(self, x: Tensor, real: Tensor | None) -> Tensor:
         """x ``[N, L, width]`` to the same shape."""
         h, _ = self.gru(x)
         key, (N, L, width) = self.key(h).unsqueeze(1), h.shape
@@ -110,7 +78,7 @@ class MambaMixer(HistoryMixer):
         self.skip = nn.Parameter(torch.ones(inner))
         self.output = nn.Linear(inner, width, bias=False)
 
-    def read(self, x: Tensor) -> Tensor:
+    def read(self, x: Tensor, real: Tensor | None) -> Tensor:
         """x ``[N, L, width]`` to the same shape."""
         u, z = self.input(x).chunk(2, -1)
         (u,), _ = convolve((self.conv,), u, None, None)
