@@ -77,13 +77,14 @@ def _command(commands: argparse._SubParsersAction[_Parser], name: str, text: str
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
-    command.add_argument("data", metavar="DATA", help="ml-100k, or a .inter, .csv or .tsv (also .gz) or .parquet file")
+    about = "a .inter, .csv or .tsv (also .gz) or .parquet file, or ml-100k, gowalla, twitch-100k, amazon-video-games"
+    command.add_argument("data", metavar="DATA", help=about)
     command.add_argument("--out", required=True, metavar="DIR", help="model folder; an interrupted run there goes on")
     command.add_argument("--warm-start", metavar="DIR", help="begin with this model, its shape, and codes of its items")
     data = command.add_argument_group("data")
     data.add_argument("--user-field", default="user_id", metavar="NAME", help="column of user ids")
     data.add_argument("--item-field", default="item_id", metavar="NAME", help="column of item ids")
-    data.add_argument("--time-field", default="timestamp", metavar="NAME", help="column of times, a number")
+    data.add_argument("--time-field", default="timestamp", metavar="NAME", help="column of times, numbers or dates")
     data.add_argument("--min-user", type=int, default=5, metavar="N", help="drop users with fewer interactions")
     data.add_argument("--min-item", type=int, default=5, metavar="N", help="drop items with fewer interactions")
     ways = ["ratio", "last", "time"]
