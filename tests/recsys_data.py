@@ -24,8 +24,8 @@ def write_events(path, users=60, seed=0):
     return path
 
 
-def make_split(tmp_path):
-    return split_by_ratio(build_histories(read_interactions(write_events(tmp_path / "ring.inter"))), (3, 2, 5))
+def make_split(tmp_path, users=60):
+    return split_by_ratio(build_histories(read_interactions(write_events(tmp_path / "ring.inter", users))), (3, 2, 5))
 
 
 def make_model(split, seed=0, **config):

@@ -147,7 +147,7 @@ class TTT4Rec(nn.Module):
     def __init__(self, config: TTT4RecConfig, mixer: Callable[[TTT4RecConfig], nn.Module] = make_mixer) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.num_items + 1, config.width, padding_idx=0)
+        self.embedding: Any = nn.Embedding(config.num_items + 1, config.width, padding_idx=0)
         self.dropout = nn.Dropout(config.dropout)
         self.embedding_norm = nn.LayerNorm(config.width, eps=1e-6)
         self.blocks = nn.ModuleList(
@@ -279,7 +279,10 @@ class TTT4Rec(nn.Module):
 
         The softmax runs over all items, in blocks; nothing of size N times num_items is held. See ``catalogue.nll``.
         """
-        return catalogue.nll(h, self.embedding.weight, items)
+        if isinstance(self.embedding, nn.Embedding):
+            return catalogue.nll(h, self.embedding.weight, items)
+        loss: Tensor = self.embedding.nll(h, items)  # a table of many processes
+        return loss
 
     def ranks(self, h: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Ranks ``[N]`` of items among all items, 1 being the best; float64. See ``catalogue.ranks``."""
