@@ -124,17 +124,18 @@ class Recommender:
     def _hidden(self, histories: Sequence[IntArray]) -> Tensor:
         """Hidden states ``[N, width]`` after the last ``max_len`` items of each history."""
         recent = [torch.from_numpy(codes[-self.model.config.max_len :].copy()) for codes in histories]
+        ids = torch.cat(recent)
         ends = torch.tensor([len(codes) for codes in recent]).cumsum(0)
+        wanted = torch.zeros_like(ids).index_fill(0, ends - 1, 1)  # any item: what comes next is not known
         device = self.model.embedding.weight.device
         training = self.model.training
         self.model.eval()
         try:
-            hidden: Tensor = self.model(
-                torch.cat(recent)[None].to(device), cu_seqlens=torch.cat((ends.new_zeros(1), ends)).to(device)
-            )
+            cu_seqlens = torch.cat((ends.new_zeros(1), ends))
+            hidden, _ = self.model.predict(ids[None].to(device), wanted.to(device), cu_seqlens.to(device))
         finally:
             self.model.train(training)
-        return hidden[0, ends - 1]
+        return hidden
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model, ``ids.json`` and ``histories.safetensors``, each file replaced atomically."""
