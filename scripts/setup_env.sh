@@ -1,13 +1,14 @@
 # shellcheck shell=bash
 # Make .venv with this package, editable, and activate it: source scripts/setup_env.sh [EXTRAS], "test" if not given.
 # Does nothing but activate when the extras are installed and pyproject.toml has not changed. PYTHON names the
-# interpreter to build on, python3 if not set.
+# interpreter to build on, python3 if not set; VENV another folder than .venv.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 extras="${1:-test}"
-stamp=".venv/installed.${extras//,/-}"
+venv="${VENV:-.venv}"
+stamp="$venv/installed.${extras//,/-}"
 
 # Install torch before anything else can ask for it: on Linux the default build brings gigabytes of CUDA libraries,
 # which a machine without an NVIDIA GPU has no use for.
@@ -23,15 +24,15 @@ install_torch() {
   fi
 }
 
-if [ ! -x .venv/bin/python ]; then
+if [ ! -x "$venv/bin/python" ]; then
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
-  "${PYTHON:-python3}" -m venv .venv
+  "${PYTHON:-python3}" -m venv "$venv"
 fi
 # shellcheck disable=SC1091
-source .venv/bin/activate
+source "$venv/bin/activate"
 hash="$(python -c 'import hashlib; print(hashlib.sha256(open("pyproject.toml", "rb").read()).hexdigest())')"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$hash" ]; then
-  echo "installing ttt4rec[$extras] into .venv" >&2
+  echo "installing ttt4rec[$extras] into $venv" >&2
   export PIP_DISABLE_PIP_VERSION_CHECK=1
   python -c "import torch" 2>/dev/null || install_torch
   pip install -qq --editable ".[$extras]"

@@ -24,11 +24,19 @@ def write_events(path, users=60, seed=0):
     return path
 
 
-def make_split(tmp_path):
-    return split_by_ratio(build_histories(read_interactions(write_events(tmp_path / "ring.inter"))), (3, 2, 5))
+def make_split(tmp_path, users=60):
+    return split_by_ratio(build_histories(read_interactions(write_events(tmp_path / "ring.inter", users))), (3, 2, 5))
 
 
 def make_model(split, seed=0, **config):
     torch.manual_seed(seed)
     small = {"width": 16, "num_heads": 2, "ffn_width": 32, "max_len": 8, "mini_batch_size": 4}
     return TTT4Rec(TTT4RecConfig(num_items=split.histories.num_items, **(small | config)))
+
+
+def rows_of(data):
+    """User id, item id and time of every interaction."""
+    users, items = (
+        [ids[code] for code in codes] for ids, codes in ((data.user_ids, data.users), (data.item_ids, data.items))
+    )
+    return list(zip(users, items, data.times.tolist(), strict=True))

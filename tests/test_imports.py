@@ -49,6 +49,13 @@ def test_the_layer_half_needs_only_torch_and_einops_at_import():
             assert not wrong, f"{file.name} imports {wrong}"
 
 
+def test_nothing_imports_the_recbole_adapter():
+    adapter = PACKAGE / "recsys" / "recbole.py"
+    assert "recbole" in roots(adapter)
+    wrong = [f.name for f in FILES if f != adapter and any("recbole" in name for name in imports(f))]
+    assert not wrong
+
+
 @pytest.mark.parametrize("part", [*PATHS, *CHAIN])
 def test_import_arrows(part):
     reached = reachable(part)

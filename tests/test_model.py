@@ -13,6 +13,8 @@ from ttt4rec.release import _BLOCK_NAMES, load_release_block
 
 MIXERS = [
     {"mixer": "attention"},
+    {"mixer": "narm"},
+    {"mixer": "mamba"},
     {"mixer": "gru"},
     *({"inner": i, "backbone": b} for i, b in itertools.product(("linear", "mlp"), ("transformer", "mamba"))),
     {"backbone": "mamba", "block_conv": True},
@@ -94,7 +96,7 @@ def test_padding_packing_and_causality(options, norm, ffn):
     assert not torch.allclose(model(changed)[:, 6:], whole[:, 6:])
 
 
-@pytest.mark.parametrize("options", MIXERS[1:], ids=str)
+@pytest.mark.parametrize("options", MIXERS[3:], ids=str)
 @pytest.mark.parametrize("cut", [1, 4, 6])
 def test_a_stream_gives_the_numbers_of_one_call(options, cut):
     model = make(**options)
@@ -106,7 +108,7 @@ def test_a_stream_gives_the_numbers_of_one_call(options, cut):
 
 
 def test_attention_refuses_a_state():
-    with pytest.raises(ValueError, match="attention keeps no state"):
+    with pytest.raises(ValueError, match="AttentionMixer keeps no state"):
         make(mixer="attention")(torch.ones(1, 2, dtype=torch.int64), return_states=True)
 
 
@@ -183,6 +185,7 @@ def test_loading_nothing_or_something_damaged(tmp_path):
         ({"dropout": "0.1"}, "'0.1'"),
         ({"dropout": float("nan")}, "nan"),
         ({"rope_theta": None}, "None"),
+        ({"hide_rate": 1.5}, "1.5"),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from recsys_data import rows_of
 from ttt4rec.recsys.data import DataError, Interactions, read_interactions
 
 
@@ -19,13 +20,6 @@ def write(path, users, items, times, **types):
     columns = {"user_id": users, "item_id": items, "timestamp": times}
     parquet.write_table(arrow.table({k: arrow.array(v, type=types.get(k)) for k, v in columns.items()}), path)
     return path
-
-
-def rows_of(data):
-    users, items = (
-        [ids[code] for code in codes] for ids, codes in ((data.user_ids, data.users), (data.item_ids, data.items))
-    )
-    return list(zip(users, items, data.times.tolist(), strict=True))
 
 
 def test_parquet_reads_as_text_does(tmp_path, monkeypatch):

@@ -167,10 +167,10 @@ def test_model_steps_are_its_forward(inner, backbone, block_conv):
         assert torch.equal(pools[0].read(slots).conv, fresh.read(torch.arange(3)).conv)
 
 
-@pytest.mark.parametrize("mixer", ["attention", "gru"])
+@pytest.mark.parametrize("mixer", ["attention", "gru", "narm", "mamba"])
 def test_baselines_have_no_pools(mixer):
     model = TTT4Rec(TTT4RecConfig(num_items=5, mixer=mixer))
-    with pytest.raises(ValueError, match=r"a TTTLayer, is expected in every block; given (Attention|GRU)Mixer"):
+    with pytest.raises(ValueError, match=r"is expected in every block; given (Attention|GRU|NARM|Mamba)Mixer"):
         model.make_pools(2)
 
 

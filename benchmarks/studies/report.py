@@ -89,7 +89,9 @@ def plot(study: Study, cells: Cells, path: Path) -> None:
             axes.plot(x, [run["test"]["NDCG@10"] for run in runs], "o", color=f"C{i}", label=variant)
         axes.set(title=dataset, xlabel="CPU minutes of a training", xlim=(0, None))
     panels[0].set_ylabel("NDCG@10, test")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(datasets) + 1, fontsize="small")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(datasets) + 1, fontsize="small"
+    )
     figure.savefig(path, dpi=110)
 
 

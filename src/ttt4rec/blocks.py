@@ -27,6 +27,11 @@ class BlockPool(NamedTuple):
     mixer: StatePool
     conv: Tensor | None  # [num_slots, conv_kernel - 1, width]
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return self.mixer.nbytes + (0 if self.conv is None else self.conv.nbytes)
+
     def read(self, slots: Tensor) -> BlockState:
         """The states of some streams, copied."""
         return BlockState(self.mixer.read(slots), None if self.conv is None else self.conv[slots])
@@ -44,20 +49,12 @@ class BlockPool(NamedTuple):
             self.conv.index_fill_(0, slots, 0)
 
 
-class AttentionMixer(nn.Module):
-    """Causal multi-head self-attention with rotary positions, SASRec's mixer.
+class HistoryMixer(nn.Module):
+    """A mixer that reads whole histories and keeps no state; a subclass defines ``read``."""
 
-    Args:
-        width: feature size.
-        num_heads: number of heads; width / num_heads must be even.
-        rope_theta: base of the rotary frequencies.
-    """
-
-    def __init__(self, width: int, num_heads: int, rope_theta: float = 10000.0) -> None:
-        super().__init__()
-        self.num_heads, self.rope_theta = num_heads, rope_theta
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+    def read(self, x: Tensor, real: Tensor | None) -> Tensor:
+        """x ``[N, L, width]`` to the same shape; real ``[N, L]`` is False for padding, which is behind the tokens."""
+        raise AssertionError(f"{type(self).__name__} must define read")
 
     def forward(
         self,
@@ -68,28 +65,48 @@ class AttentionMixer(nn.Module):
         state: None = None,
         return_state: bool = False,
     ) -> Tensor:
-        """x ``[B, L, width]`` to the same shape; mask and cu_seqlens as in ``TTTLayer``.
+        """x ``[B, L, width]`` to the same shape, zeros at padding; mask and cu_seqlens as in ``TTTLayer``.
 
         Raises:
-            ValueError: a state was given or asked for; attention has none of fixed size.
+            ValueError: a state was given or asked for.
         """
         if state is not None or return_state:
-            raise ValueError("attention keeps no state of fixed size; give it the whole history instead")
-        if cu_seqlens is not None:
-            padded, real = pad_packed(x, cu_seqlens)
-            unpacked: Tensor = self(padded)[real]  # padding lies behind, where causal attention does not look
-            return unpacked[None]
-        L = x.shape[1]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, L, H, D]
+            raise ValueError(f"{type(self).__name__} keeps no state; give it the whole history instead")
+        if mask is not None:
+            packed: Tensor = self(x[mask][None], cu_seqlens=F.pad(mask.sum(1).cumsum(0), (1, 0)))
+            return packed.new_zeros(x.shape).masked_scatter(mask.unsqueeze(-1), packed)
+        if cu_seqlens is None:
+            return self.read(x, None)
+        padded, real = pad_packed(x, cu_seqlens)
+        return self.read(padded, real)[real][None]
+
+
+class AttentionMixer(HistoryMixer):
+    """Multi-head self-attention with rotary positions, SASRec's mixer; BERT4Rec's when it is not causal.
+
+    Args:
+        width: feature size.
+        num_heads: number of heads; width / num_heads must be even.
+        rope_theta: base of the rotary frequencies.
+        causal: whether a token attends only to itself and those before it.
+    """
+
+    def __init__(self, width: int, num_heads: int, rope_theta: float = 10000.0, *, causal: bool = True) -> None:
+        super().__init__()
+        self.num_heads, self.rope_theta, self.causal = num_heads, rope_theta, causal
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+
+    def read(self, x: Tensor, real: Tensor | None) -> Tensor:
+        """x ``[N, L, width]`` to the same shape."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [N, L, H, D]
         table_dtype = torch.promote_types(q.dtype, torch.float32)
-        cos, sin = rotation(torch.arange(L, device=x.device), q.shape[-1], self.rope_theta, table_dtype)
+        cos, sin = rotation(torch.arange(x.shape[1], device=x.device), q.shape[-1], self.rope_theta, table_dtype)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
-        if mask is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if self.causal or real is None:  # padding lies behind, where causal attention does not look
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
-            causal = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
-            itself = torch.eye(L, dtype=torch.bool, device=x.device)  # so that padding has a key to look at
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=(causal & mask[:, None, None, :]) | itself)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None, :])
         y: Tensor = self.output(out.transpose(1, 2).flatten(2))
         return y
 

@@ -103,11 +103,9 @@ def top_k(h: Tensor, table: Tensor, k: int, seen: tuple[Tensor, Tensor] | None =
     if k < 1:
         raise ValueError(f"expected k of at least 1, given {k}")
     best = torch.empty(h.shape[0], 0, dtype=torch.int64, device=h.device)
-    for first, rows, scores in _blocks(h, table, seen):
-        if bool(scores.isnan().any()):
-            raise ValueError("expected scores that are numbers, got NaN from the model; it has diverged in training")
-        found = torch.cat((best, _sort_keys(scores, first)), 1)
-        best = found.topk(min(k, best.shape[1] + rows.shape[0]), dim=1).values
+    for first, _, scores in _blocks(h, table, seen):
+        found = torch.cat((best, _best_keys(scores.float(), first, k)), 1)
+        best = found.topk(min(k, found.shape[1]), dim=1).values
     return _scores_of(best), ~best & _LOW
 
 
@@ -169,11 +167,23 @@ def _columns(items: Tensor, first: int, scores: Tensor) -> tuple[Tensor, Tensor]
 _LOW = (1 << 32) - 1
 
 
-def _sort_keys(scores: Tensor, first: int) -> Tensor:
+def _best_keys(scores: Tensor, first: int, k: int) -> Tensor:
+    """Sort keys ``[N, min(k, c)]`` of the best of a block's scores, float32 ``[N, c]``."""
+    values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    if bool(values.isnan().any()):  # NaN comes before any number
+        raise ValueError("expected scores that are numbers, got NaN from the model; it has diverged in training")
+    keys = _sort_keys(values[:, :k], first + columns[:, :k])
+    if values.shape[1] > k:  # which ones of equal scores topk takes is not said: those rows once more, by keys
+        tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
+        everything = torch.arange(first, first + scores.shape[1], device=scores.device)
+        keys[tied] = _sort_keys(scores[tied], everything).topk(k, dim=1).values
+    return keys
+
+
+def _sort_keys(scores: Tensor, items: Tensor) -> Tensor:
     """Integers in the order of (score, earlier item), so that no two are alike: the float's bits above the item's."""
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 the same as 0.0
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 the same as 0.0
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-    items = torch.arange(first, first + scores.shape[1], device=scores.device)
     return (ordered << 32) | (~items & _LOW)
 
 

@@ -77,13 +77,14 @@ def _command(commands: argparse._SubParsersAction[_Parser], name: str, text: str
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
-    command.add_argument("data", metavar="DATA", help="ml-100k, or a .inter, .csv or .tsv (also .gz) or .parquet file")
+    about = "a .inter, .csv or .tsv (also .gz) or .parquet file, or ml-100k, gowalla, twitch-100k, amazon-video-games"
+    command.add_argument("data", metavar="DATA", help=about)
     command.add_argument("--out", required=True, metavar="DIR", help="model folder; an interrupted run there goes on")
     command.add_argument("--warm-start", metavar="DIR", help="begin with this model, its shape, and codes of its items")
     data = command.add_argument_group("data")
     data.add_argument("--user-field", default="user_id", metavar="NAME", help="column of user ids")
     data.add_argument("--item-field", default="item_id", metavar="NAME", help="column of item ids")
-    data.add_argument("--time-field", default="timestamp", metavar="NAME", help="column of times, a number")
+    data.add_argument("--time-field", default="timestamp", metavar="NAME", help="column of times, numbers or dates")
     data.add_argument("--min-user", type=int, default=5, metavar="N", help="drop users with fewer interactions")
     data.add_argument("--min-item", type=int, default=5, metavar="N", help="drop items with fewer interactions")
     ways = ["ratio", "last", "time"]
@@ -94,7 +95,12 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     data.add_argument("--split", default="3:2:5", metavar="A:B:C", help="shares of train, validation and test")
     data.add_argument("--exclude-seen", action="store_true", help="rank only items new to the user, for such targets")
     model = command.add_argument_group("model")
-    model.add_argument("--mixer", default="ttt", choices=["ttt", "attention", "gru"], help="sequence layer")
+    mixers = ["ttt", "attention", "gru", "narm", "mamba", "bidirectional"]
+    about = "sequence layer: TTT's, SASRec's, GRU4Rec's, NARM's, Mamba4Rec's or BERT4Rec's"
+    model.add_argument("--mixer", default="ttt", choices=mixers, help=about)
+    model.add_argument(
+        "--hide-rate", type=float, default=0.2, metavar="P", help="targets that BERT4Rec hides in a step"
+    )
     model.add_argument("--inner", default="mlp", choices=["linear", "mlp"], help="TTT's inner model")
     model.add_argument("--backbone", default="transformer", choices=["transformer", "mamba"], help="TTT's backbone")
     model.add_argument("--width", type=int, default=64, metavar="N", help="size of embeddings and hidden states")

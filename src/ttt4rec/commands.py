@@ -14,6 +14,7 @@ import torch
 
 from ttt4rec.files import write_json
 from ttt4rec.model import TTT4Rec, TTT4RecConfig
+from ttt4rec.recsys import parallel
 from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histories, filter_k_core, keep_item_codes
 from ttt4rec.recsys.datasets import load_interactions
 from ttt4rec.recsys.evaluate import evaluate as evaluate_windows
@@ -26,7 +27,11 @@ from ttt4rec.recsys.windows import evaluation_prefixes
 
 def train(args: Namespace) -> None:
     """Read, filter and split the data, train, rank the test targets, write the folder, show an example."""
-    device = _machine(args)
+    with parallel.processes(_machine(args)) as device:
+        _train(args, device)
+
+
+def _train(args: Namespace, device: str) -> None:
     ratios = _ratios(args.split)
     options = TrainOptions(**_chosen(args, TrainOptions))
     interactions = load_interactions(
@@ -53,13 +58,16 @@ def train(args: Namespace) -> None:
         raise DataError(f"--out expects a folder, given the file {folder}")
     if (folder / CHECKPOINT_FILE).exists():
         print(f"{folder} holds a checkpoint: going on from it", flush=True)
-    reports = fit(model, split, folder, options, progress=sys.stderr.isatty(), report=_print_epoch)
+    progress = sys.stderr.isatty() and parallel.rank() == 0
+    reports = fit(model, split, folder, options, progress=progress, report=_print_epoch)
+    windows = evaluation_prefixes(split, "test", max_len=model.config.max_len)
+    metrics = evaluate_windows(model, windows, exclude_seen=args.exclude_seen, shared=True, progress=progress)
+    if parallel.rank():
+        return
     best = max(reports, key=lambda report: report.metrics["NDCG@10"])
     print(f"best of {len(reports)} epochs: {best.epoch}")
     recommender = Recommender(model, histories)
     recommender.save(folder)
-    windows = evaluation_prefixes(split, "test", max_len=model.config.max_len)
-    metrics = evaluate_windows(model, windows, exclude_seen=args.exclude_seen, progress=sys.stderr.isatty())
     settings = {name: value for name, value in vars(args).items() if name not in ("command", "device", "threads")}
     about = {"settings": settings, "data": describe_data(split), "cuts": cuts, "test": metrics}
     write_json(folder / RUN_FILE, about)

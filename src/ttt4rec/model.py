@@ -13,13 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import catalogue
+from .baselines import MambaMixer, NARMMixer
 from .blocks import AttentionMixer, Block, BlockPool, BlockState, GRUMixer, make_norm
 from .files import write_json, write_tensors
 from .layer import TTTLayer
+from .masked import hide_next, hide_some
 from .release import load_release_block
 from .validation import check_choice, check_integer, check_positive, is_number
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+MIXERS = ("ttt", "attention", "gru", "narm", "mamba", "bidirectional")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,8 @@ class TTT4RecConfig:
         width: size of embeddings and hidden states.
         num_blocks: residual blocks.
         num_heads: heads of each mixer.
-        mixer: ``"ttt"``, or a baseline: ``"attention"`` (SASRec), ``"gru"`` (GRU4Rec).
+        mixer: ``"ttt"``, or a baseline: ``"attention"`` (SASRec), ``"gru"`` (GRU4Rec), ``"narm"`` (NARM), ``"mamba"``
+            (Mamba4Rec), ``"bidirectional"`` (BERT4Rec: attention in both directions, trained to fill in hidden items).
         inner: TTT's inner model, ``"linear"`` or ``"mlp"``.
         backbone: TTT's backbone, ``"transformer"`` or ``"mamba"``.
         mini_batch_size: TTT's K.
@@ -45,6 +49,7 @@ class TTT4RecConfig:
         ffn_width: its hidden size.
         dropout: of the embedded history.
         max_len: length of history the model is trained and evaluated for.
+        hide_rate: share of the targets that BERT4Rec hides in a training step; the last of a history always is.
     """
 
     num_items: int
@@ -65,6 +70,7 @@ class TTT4RecConfig:
     ffn_width: int = 256
     dropout: float = 0.2
     max_len: int = 50
+    hide_rate: float = 0.2
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -88,7 +94,7 @@ class TTT4RecConfig:
             raise ValueError(
                 f"width must be num_heads times an even head dimension; given {self.width} and {self.num_heads}"
             )
-        check_choice("mixer", self.mixer, ("ttt", "attention", "gru"))
+        check_choice("mixer", self.mixer, MIXERS)
         check_choice("inner", self.inner, ("linear", "mlp"))
         check_choice("backbone", self.backbone, ("transformer", "mamba"))
         check_choice("norm", self.norm, ("rms", "layer"))
@@ -99,14 +105,21 @@ class TTT4RecConfig:
             check_positive("max_inner_step", self.max_inner_step)
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1; given {self.dropout!r}")
+        if not is_number(self.hide_rate) or not 0 <= self.hide_rate <= 1:
+            raise ValueError(f"hide_rate must be from 0 to 1; given {self.hide_rate!r}")
 
 
 def make_mixer(config: TTT4RecConfig) -> nn.Module:
     """The sequence mixer that the configuration names."""
-    if config.mixer == "attention":
-        return AttentionMixer(config.width, config.num_heads, config.rope_theta)
+    if config.mixer in ("attention", "bidirectional"):
+        causal = config.mixer == "attention"
+        return AttentionMixer(config.width, config.num_heads, config.rope_theta, causal=causal)
     if config.mixer == "gru":
         return GRUMixer(config.width)
+    if config.mixer == "narm":
+        return NARMMixer(config.width)
+    if config.mixer == "mamba":
+        return MambaMixer(config.width, conv_kernel=config.conv_kernel)
     return TTTLayer(
         config.width,
         config.num_heads,
@@ -132,7 +145,7 @@ class TTT4Rec(nn.Module):
     def __init__(self, config: TTT4RecConfig, mixer: Callable[[TTT4RecConfig], nn.Module] = make_mixer) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.num_items + 1, config.width, padding_idx=0)
+        self.embedding: Any = nn.Embedding(config.num_items + 1, config.width, padding_idx=0)
         self.dropout = nn.Dropout(config.dropout)
         self.embedding_norm = nn.LayerNorm(config.width, eps=1e-6)
         self.blocks = nn.ModuleList(
@@ -147,6 +160,8 @@ class TTT4Rec(nn.Module):
             for _ in range(config.num_blocks)
         )
         self.norm = make_norm(config.norm, config.width)
+        hides = config.mixer == "bidirectional"
+        self.hidden_item = nn.Parameter(torch.empty(config.width).normal_(std=0.02)) if hides else None
         self.apply(_init_weights)
 
     def forward(
@@ -176,7 +191,7 @@ class TTT4Rec(nn.Module):
         if states is not None and len(states) != len(self.blocks):
             raise ValueError(f"states must hold one entry per block, {len(self.blocks)}; given {len(states)}")
         mask = ids != 0 if cu_seqlens is None else None
-        h = self.embedding_norm(self.dropout(self.embedding(ids)))
+        h = self._embed(ids)
         new_states = []
         for i, block in enumerate(self.blocks):
             state = None if states is None else states[i]
@@ -186,6 +201,38 @@ class TTT4Rec(nn.Module):
                 new_states.append(state)
         h = self.norm(h)
         return (h, new_states) if return_states else h
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        h = self.embedding(ids)
+        if self.hidden_item is not None:
+            h = torch.where((ids == 0).unsqueeze(-1), self.hidden_item, h)
+        y: Tensor = self.embedding_norm(self.dropout(h))
+        return y
+
+    def predict(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states from which targets are to be predicted.
+
+        BERT4Rec predicts hidden items. In training mode they are some of the targets, drawn by torch's global
+        generator; in evaluation mode every target is predicted from the at most ``max_len`` items before it, alone.
+
+        Args:
+            ids: packed histories, int64 ``[1, total]``.
+            targets: the item after each input, int64 ``[total]``; 0 where none is to be predicted. The last input of
+                every history has one.
+            cu_seqlens: where the histories begin and the last one ends, int64 ``[N + 1]``.
+
+        Returns:
+            Hidden states ``[P, width]`` and the items to predict from them, int64 ``[P]``, in the order of targets.
+        """
+        if self.hidden_item is None:
+            scored = targets != 0
+            return self(ids, cu_seqlens=cu_seqlens)[0, scored], targets[scored]
+        if self.training:
+            parts = [hide_some(ids, targets, cu_seqlens, self.config.hide_rate)]
+        else:
+            parts = list(hide_next(ids, targets, cu_seqlens, self.config.max_len))
+        hidden = [self(part.ids, cu_seqlens=part.cu_seqlens)[0, part.places] for part in parts]
+        return torch.cat(hidden), torch.cat([part.items for part in parts])
 
     def make_pools(self, num_slots: int) -> list[BlockPool]:
         """A pool of new streams for each block, for ``step``.
@@ -215,7 +262,7 @@ class TTT4Rec(nn.Module):
             raise TypeError(f"ids must be int64 [B]; given {ids.dtype} {list(ids.shape)}")
         if len(pools) != len(self.blocks):
             raise ValueError(f"pools must hold one entry per block, {len(self.blocks)}; given {len(pools)}")
-        h = self.embedding_norm(self.dropout(self.embedding(ids)))
+        h = self._embed(ids)
         for block, pool in zip(self.blocks, pools, strict=True):
             h = block.step(h, pool, slots)  # type: ignore[operator]
         y: Tensor = self.norm(h)
@@ -230,7 +277,10 @@ class TTT4Rec(nn.Module):
 
         The softmax runs over all items, in blocks; nothing of size N times num_items is held. See ``catalogue.nll``.
         """
-        return catalogue.nll(h, self.embedding.weight, items)
+        if isinstance(self.embedding, nn.Embedding):
+            return catalogue.nll(h, self.embedding.weight, items)
+        loss: Tensor = self.embedding.nll(h, items)  # a table of many processes
+        return loss
 
     def ranks(self, h: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Ranks ``[N]`` of items among all items, 1 being the best; float64. See ``catalogue.ranks``."""

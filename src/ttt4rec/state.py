@@ -47,7 +47,7 @@ class TTTState:
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
-        return sum(x.numel() * x.element_size() for x in self._tensors().values())
+        return sum(x.numel() * x.element_size() for x in self.tensors().values())
 
     def weight_norm(self) -> Tensor:
         """Frobenius norm of each stream's and head's weights ``[N, H]``: the cheap thing to watch for divergence."""
@@ -87,20 +87,20 @@ class TTTState:
         """
         if not states:
             raise ValueError("TTTState.stack needs at least one state, given none")
-        shapes = [{name: tuple(x.shape[1:]) for name, x in s._tensors().items()} for s in states]
+        shapes = [{name: tuple(x.shape[1:]) for name, x in s.tensors().items()} for s in states]
         for i, other in enumerate(shapes):
             if other != shapes[0]:
                 raise ValueError(
                     f"states of one layer are expected; shapes of number {i} are {other}, of 0 {shapes[0]}"
                 )
-        tensors = [s._tensors() for s in states]
-        return TTTState._from_tensors({name: torch.cat([t[name] for t in tensors]) for name in tensors[0]})
+        tensors = [s.tensors() for s in states]
+        return TTTState.from_tensors({name: torch.cat([t[name] for t in tensors]) for name in tensors[0]})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to a safetensors file (needs the package ``safetensors``)."""
         from safetensors.torch import save_file
 
-        save_file({name: x.detach().contiguous() for name, x in self._tensors().items()}, path)
+        save_file({name: x.detach().contiguous() for name, x in self.tensors().items()}, path)
 
     @staticmethod
     def load(path: str | PathLike[str], device: str = "cpu") -> "TTTState":
@@ -122,21 +122,23 @@ class TTTState:
         } - tensors.keys()
         if missing:
             raise ValueError(f"{path} is not a saved TTTState: it lacks {', '.join(sorted(missing))}")
-        return TTTState._from_tensors(tensors)
+        return TTTState.from_tensors(tensors)
 
     def _matrices(self) -> tuple[Tensor, ...]:
         return tuple(w.unsqueeze(-1) if w.dim() == 3 else w for w in self.weights)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, as ``save`` writes them."""
         named = {f"weights.{i}": w for i, w in enumerate(self.weights)}
         named |= {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weights"}
         return {name: x for name, x in named.items() if x is not None}
 
     @staticmethod
-    def _from_tensors(tensors: dict[str, Tensor]) -> "TTTState":
+    def from_tensors(tensors: dict[str, Tensor]) -> "TTTState":
+        """The state whose ``tensors()`` these are."""
         count = sum(name.startswith("weights.") for name in tensors)
         rest: dict[str, Any] = {name: x for name, x in tensors.items() if not name.startswith("weights.")}
         return TTTState(weights=tuple(tensors[f"weights.{i}"] for i in range(count)), **rest)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "TTTState":
-        return TTTState._from_tensors({name: function(x) for name, x in self._tensors().items()})
+        return TTTState.from_tensors({name: function(x) for name, x in self.tensors().items()})

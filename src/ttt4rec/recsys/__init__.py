@@ -14,6 +14,8 @@ from ttt4rec.recsys.data import (
 )
 from ttt4rec.recsys.datasets import load_interactions
 from ttt4rec.recsys.evaluate import evaluate
+from ttt4rec.recsys.events import Event, EventLog, SQLiteEventLog
+from ttt4rec.recsys.online import OnlineRecommender
 from ttt4rec.recsys.recommend import Recommendations, Recommender
 from ttt4rec.recsys.split import Split, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.train import EpochReport, TrainOptions, fit
@@ -22,10 +24,14 @@ from ttt4rec.recsys.windows import evaluation_prefixes
 __all__ = [
     "DataError",
     "EpochReport",
+    "Event",
+    "EventLog",
     "Histories",
     "Interactions",
+    "OnlineRecommender",
     "Recommendations",
     "Recommender",
+    "SQLiteEventLog",
     "Split",
     "TrainOptions",
     "build_histories",

@@ -6,9 +6,11 @@ import csv
 import dataclasses
 import gzip
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from itertools import islice
@@ -22,6 +24,7 @@ IntArray: TypeAlias = NDArray[np.int64]
 TimeArray: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
 
 _SEPARATORS = {".inter": "\t", ".tsv": "\t", ".csv": ","}
+_DATE = re.compile(r"\s*\d{4}-\d\d-\d\d")
 _ROWS_PER_CHUNK = 256  # few enough objects alive that the garbage collector stays out of the way
 
 
@@ -130,15 +133,18 @@ def read_interactions(
     item_field: str = "item_id",
     time_field: str = "timestamp",
     separator: str | None = None,
+    columns: Sequence[str] | None = None,
 ) -> Interactions:
-    """Read a delimited text file with a header line, or a Parquet file.
+    """Read a delimited text file, or a Parquet file.
 
     RecBole atomic files (``.inter``, header ``name:type``), ``.tsv`` and ``.csv``, each also with ``.gz`` behind it,
     and ``.parquet`` are told apart by their suffix; another suffix needs ``separator``. Commas and other separators
-    allow quoted fields, tabs do not. Blank lines are passed over, other columns ignored.
+    allow quoted fields, tabs do not. Blank lines are passed over, other columns ignored. The first line names the
+    columns; of a text file that begins with its rows, ``columns`` does.
 
-    Ids are strings, coded in the order of their first appearance. Times become int64 when all of them are
-    whole numbers ("874965478.0" is one) and float64 otherwise.
+    Ids are strings, coded in the order of their first appearance. Times are numbers, or moments such as
+    2010-10-19T23:55:27Z (UTC unless they say otherwise), which become seconds since 1970. They are int64 when all of
+    them are whole ("874965478.0" is) and float64 otherwise.
 
     Raises:
         DataError: no such file, no such column, no rows, or rows that cannot be understood; it names the
@@ -158,12 +164,12 @@ def read_interactions(
         with _open_text(path) as file:
             quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
             reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
-            header = next(reader, None)
+            header = next(reader, None) if columns is None else list(columns)
             if not header:
                 given = "an empty file" if header is None else "an empty line"
                 raise DataError(f"{path} line 1: expected a header line, got {given}")
-            columns = _find_columns(path, header, user_field, item_field, time_field)
-            return _read_rows(path, reader, columns)
+            found = _find_columns(path, header, user_field, item_field, time_field)
+            return _read_rows(path, reader, found)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x}") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -293,6 +299,10 @@ def _parse_times(column: Sequence[str]) -> TimeArray:
 
 
 def _parse_time(text: str) -> int | float:
+    if _DATE.match(text):
+        moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
+        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+        return int(seconds) if seconds.is_integer() else seconds
     try:
         number = Decimal("" if "_" in text else text.strip())
     except InvalidOperation as error:
@@ -312,7 +322,7 @@ def _problem(row: list[str], columns: _Columns) -> str | None:
     try:
         _parse_time(row[columns.time])
     except ValueError:
-        return f"expected a time (a finite 64-bit number) in field {columns.time + 1}, got {row[columns.time]!r}"
+        return f"expected a time (a 64-bit number or a date) in field {columns.time + 1}, got {row[columns.time]!r}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Interactions by the name of a public dataset or by path.
+"""Interactions by the name of a public dataset or by path; ``public`` has the datasets of the paper.
 
 MovieLens-100K is fetched once and kept in a cache directory. It comes from GroupLens Research at the
 University of Minnesota, whose terms allow research use, ask for an acknowledgement in publications, and forbid
@@ -16,12 +16,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from ttt4rec.recsys.data import DataError, Interactions, read_interactions
+from ttt4rec.recsys.public import PUBLIC, download, load_public
 
 ML_100K_SHA256 = "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"
 RECBOLE_WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
@@ -42,7 +42,7 @@ _FAILURES = (
 
 
 def load_interactions(source: str | os.PathLike[str], **fields: str) -> Interactions:
-    """Read a dataset by name (``"ml-100k"``) or a file by path, as ``read_interactions`` does.
+    """Read a dataset by name (``"ml-100k"``, or one of ``PUBLIC``) or a file by path, as ``read_interactions`` does.
 
     A named dataset is taken from the cache directory (environment variable ``TTT4REC_DATA``, otherwise
     ``~/.cache/ttt4rec``) or fetched into it.
@@ -56,10 +56,12 @@ def load_interactions(source: str | os.PathLike[str], **fields: str) -> Interact
     """
     if source in _DATASETS:
         return read_interactions(_DATASETS[str(source)](cache_directory()))
+    if source in PUBLIC:
+        return load_public(str(source), cache_directory())
     path = Path(source)
     if path.suffix or path.exists() or len(path.parts) > 1:
         return read_interactions(path, **fields)
-    known = ", ".join(map(repr, _DATASETS))
+    known = ", ".join(map(repr, (*_DATASETS, *PUBLIC)))
     raise DataError(f"unknown dataset {os.fspath(source)!r}: expected one of {known} or the path of a file")
 
 
@@ -87,18 +89,11 @@ def download_wheel(folder: Path) -> bytes:
     return next(folder.glob("*.whl")).read_bytes()
 
 
-def download_url(url: str) -> bytes:
-    """The bytes behind a URL."""
-    with urllib.request.urlopen(url, timeout=60) as response:
-        content: bytes = response.read()
-    return content
-
-
 def fetch_ml_100k(
     folder: Path,
     *,
     get_wheel: Callable[[Path], bytes] = download_wheel,
-    get_url: Callable[[str], bytes] = download_url,
+    get_url: Callable[[str], bytes] = download,
 ) -> Path:
     """Path of ``ml-100k.inter`` in ``folder``, fetched there unless it is there already.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ttt4rec.model import TTT4Rec
+from ttt4rec.recsys import parallel
 from ttt4rec.recsys.metrics import RankingMetrics
 from ttt4rec.recsys.progress import progress_bar
 from ttt4rec.recsys.windows import Windows
@@ -23,6 +24,7 @@ def evaluate(
     *,
     cutoffs: Sequence[int] = (10, 50),
     exclude_seen: bool = False,
+    shared: bool = False,
     progress: bool = False,
 ) -> dict[str, float]:
     """HR, NDCG and MRR of the model's ranking of all items, every scored target weighing the same.
@@ -33,6 +35,7 @@ def evaluate(
         cutoffs: the k of HR@k, NDCG@k and MRR@k.
         exclude_seen: rank only items that the user has not had before, for the targets that are such items; a repeated
             target, which could not be recommended, is passed over. Otherwise all items are ranked for all targets.
+        shared: all processes of ``torch.distributed`` call this, and each ranks the targets of a part of the windows.
         progress: show a progress bar.
 
     Returns:
@@ -41,6 +44,8 @@ def evaluate(
     Raises:
         ValueError: there is no target, or a score is NaN.
     """
+    if shared:
+        windows = windows.take(torch.arange(parallel.rank(), len(windows), parallel.world_size()))
     training = model.training
     model.eval()
     metrics = RankingMetrics(cutoffs)
@@ -49,16 +54,17 @@ def evaluate(
         with progress_bar(total=windows.num_targets, unit="target", desc="evaluate", enabled=progress) as bar:
             for indices in _by_length(windows):
                 ids, targets, cu_seqlens = (x.to(device) for x in windows.packed_batch(indices))
-                scored = targets != 0
-                hidden = model(ids, cu_seqlens=cu_seqlens)[0, scored]
-                items, seen = targets[scored], None
+                (hidden, items), seen = model.predict(ids, targets, cu_seqlens), None
+                count = len(items)
                 if exclude_seen:
                     new, seen = _new_targets(items, *(x.to(device) for x in windows.seen(indices)))
                     hidden, items = hidden[new], items[new]
                 metrics.update(model.ranks(hidden, items, seen))
-                bar.update(int(scored.sum()))
+                bar.update(count)
     finally:
         model.train(training)
+    if shared:
+        metrics.add_up()
     return metrics.compute()
 
 

@@ -87,10 +87,9 @@ class Loss:
             return model.nll(h, items)
         drawn = self.draw()
         with torch.autocast(h.device.type, enabled=False):
-            table = model.embedding.weight
             wide = h.to(torch.promote_types(h.dtype, torch.float32))
-            positive = (wide * F.embedding(items, table)).sum(1)
-            negative = wide @ F.embedding(drawn, table).T
+            positive = (wide * model.embedding(items)).sum(1)
+            negative = wide @ model.embedding(drawn).T
         own = drawn == items.unsqueeze(1)
         if self.name == "bpr":
             return bpr(positive, negative, own)

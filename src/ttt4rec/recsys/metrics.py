@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ttt4rec.recsys import parallel
+
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """Rank of every row's target among all columns, 1 being the best.
@@ -64,6 +66,11 @@ class RankingMetrics:
         cut = [(gains * (ranks <= k)).sum(dim=1) for k in self._cutoffs]
         self._sums += torch.cat([*cut, gains[2].sum().unsqueeze(0)]).cpu()
         self._count += ranks.numel()
+
+    def add_up(self) -> None:
+        """Add the targets that other processes have ranked; all of them call it."""
+        totals = parallel.add_up(torch.cat((self._sums, torch.tensor([self._count], dtype=torch.float64))))
+        self._sums, self._count = totals[:-1], int(totals[-1])
 
     def compute(self) -> dict[str, float]:
         """HR@k, NDCG@k and MRR@k for every cutoff, then MRR, by name; ValueError without targets."""

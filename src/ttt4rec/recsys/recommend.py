@@ -115,33 +115,27 @@ class Recommender:
         for start in range(0, len(found), _HISTORIES_AT_ONCE):
             part = found[start : start + _HISTORIES_AT_ONCE]
             codes = [codes for codes, _ in part]
-            best = self.model.top_k(self._hidden(codes), k, self._seen(codes) if exclude_seen else None)
-            for (_, unknown), scores, items in zip(part, *(x.tolist() for x in best), strict=True):
-                pairs = [(self.histories.item_ids[j - 1], score) for j, score in zip(items, scores, strict=True)]
-                results.append(Recommendations([pair for pair in pairs if pair[1] > -math.inf], unknown))
+            hidden, seen = self._hidden(codes), codes if exclude_seen else None
+            best = best_items(self.model, self.histories.item_ids, hidden, k, seen)
+            results += [Recommendations(items, unknown) for items, (_, unknown) in zip(best, part, strict=True)]
         return results
-
-    def _seen(self, histories: Sequence[IntArray]) -> tuple[Tensor, Tensor]:
-        """The items of each history as ``catalogue.top_k`` wants them."""
-        rows = np.repeat(np.arange(len(histories)), [len(codes) for codes in histories])
-        device = self.model.embedding.weight.device
-        return torch.from_numpy(rows).to(device), torch.from_numpy(np.concatenate(histories)).to(device)
 
     @torch.no_grad()
     def _hidden(self, histories: Sequence[IntArray]) -> Tensor:
         """Hidden states ``[N, width]`` after the last ``max_len`` items of each history."""
         recent = [torch.from_numpy(codes[-self.model.config.max_len :].copy()) for codes in histories]
+        ids = torch.cat(recent)
         ends = torch.tensor([len(codes) for codes in recent]).cumsum(0)
+        wanted = torch.zeros_like(ids).index_fill(0, ends - 1, 1)  # any item: what comes next is not known
         device = self.model.embedding.weight.device
         training = self.model.training
         self.model.eval()
         try:
-            hidden: Tensor = self.model(
-                torch.cat(recent)[None].to(device), cu_seqlens=torch.cat((ends.new_zeros(1), ends)).to(device)
-            )
+            cu_seqlens = torch.cat((ends.new_zeros(1), ends))
+            hidden, _ = self.model.predict(ids[None].to(device), wanted.to(device), cu_seqlens.to(device))
         finally:
             self.model.train(training)
-        return hidden[0, ends - 1]
+        return hidden
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model, ``ids.json`` and ``histories.safetensors``, each file replaced atomically."""
@@ -177,6 +171,32 @@ class Recommender:
         if not consistent:
             raise ValueError(f"{folder / HISTORIES_FILE} and {IDS_FILE} do not belong together")
         return recommender
+
+
+def best_items(
+    model: TTT4Rec, item_ids: Sequence[str], hidden: Tensor, k: int, seen: Sequence[IntArray] | None = None
+) -> list[list[tuple[str, float]]]:
+    """The k best items, by their original ids, and their scores, for each of N hidden states.
+
+    Args:
+        model: gives the scores.
+        item_ids: original id of item code j + 1.
+        hidden: ``[N, width]``.
+        k: how many; fewer come back when the catalogue holds fewer.
+        seen: codes of the items to leave out, of each of the N.
+
+    Raises:
+        ValueError: k is below 1, or a score is NaN.
+    """
+    pairs = None
+    if seen is not None:
+        rows = np.repeat(np.arange(len(seen)), [len(codes) for codes in seen])
+        pairs = torch.from_numpy(rows).to(hidden.device), torch.from_numpy(np.concatenate(seen)).to(hidden.device)
+    best = []
+    for scores, items in zip(*(x.tolist() for x in model.top_k(hidden, k, pairs)), strict=True):
+        named = [(item_ids[j - 1], score) for j, score in zip(items, scores, strict=True)]
+        best.append([pair for pair in named if pair[1] > -math.inf])
+    return best
 
 
 def _is_consistent(histories: Histories) -> bool:

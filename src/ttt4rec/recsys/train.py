@@ -21,6 +21,7 @@ from torch import Tensor
 from ttt4rec.files import replacing
 from ttt4rec.layer import TTTLayer
 from ttt4rec.model import TTT4Rec
+from ttt4rec.recsys import parallel
 from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
 from ttt4rec.recsys.evaluate import evaluate
 from ttt4rec.recsys.losses import LOSSES, Loss, LossName
@@ -117,6 +118,10 @@ def fit(
 ) -> list[EpochReport]:
     """Train until validation NDCG@10 stops improving; leave the best weights in the model.
 
+    Where ``torch.distributed`` is initialised, all its processes call this with the same arguments and train one model
+    together: see ``parallel``. They end with the same weights; the first one writes. Another number of processes may
+    go on from a checkpoint.
+
     ``folder`` receives ``metrics.csv`` and ``checkpoint.safetensors``, the latter replaced atomically after every
     epoch. Called again on a folder that holds a checkpoint of the same run, training goes on from there and ends
     with the same numbers.
@@ -144,20 +149,21 @@ def fit(
     run = _Run(model, split, options)
     if (folder / CHECKPOINT_FILE).exists():
         run.restore(folder / CHECKPOINT_FILE)
-        _write_metrics(folder / METRICS_FILE, run.reports)  # the interruption may have come just before this
+        run.write_metrics(folder / METRICS_FILE)  # the interruption may have come just before this
     with (
         _deterministic(options.deterministic),
         torch.random.fork_rng([run.device] if run.device.type == "cuda" else []),
     ):
-        torch.manual_seed(options.seed)
+        torch.manual_seed(options.seed + (parallel.rank() << 20))  # of its 64 bits the CPU's generator takes 32
         run.restore_random_state()
         while not run.finished():
-            epoch = run.epoch(progress)
+            epoch = run.epoch(progress and parallel.rank() == 0)
             run.save(folder / CHECKPOINT_FILE)
-            _write_metrics(folder / METRICS_FILE, run.reports)
+            run.write_metrics(folder / METRICS_FILE)
             if report is not None:
                 report(epoch)
     model.load_state_dict(run.best_weights)
+    parallel.collect(model)
     return run.reports
 
 
@@ -176,6 +182,7 @@ class _Run:
             popularity=options.popularity,
             calibration=options.calibration,
         )
+        parallel.distribute(model)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.reports: list[EpochReport] = []
@@ -196,7 +203,14 @@ class _Run:
         begin = time.perf_counter()
         loss = self._train_epoch(progress)
         middle = time.perf_counter()
-        metrics = evaluate(self.model, self.valid_windows, exclude_seen=self.options.exclude_seen, progress=progress)
+        with parallel.collected(self.model):
+            metrics = evaluate(
+                self.model,
+                self.valid_windows,
+                exclude_seen=self.options.exclude_seen,
+                shared=True,
+                progress=progress,
+            )
         end = time.perf_counter()
         self.reports.append(EpochReport(len(self.reports), loss, middle - begin, end - middle, metrics))
         if self._best() == len(self.reports) - 1:
@@ -229,17 +243,21 @@ class _Run:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.optimizer.zero_grad()
         for piece in indices.tensor_split(min(self.options.accumulate, len(indices))):
-            ids, targets, cu_seqlens = (x.to(self.device) for x in self.train_windows.packed_batch(piece))
-            scored = targets != 0
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast):
-                hidden = self.model(ids, cu_seqlens=cu_seqlens)[0, scored]
-                loss = self.loss(self.model, hidden, targets[scored]).sum()
-            (loss / count).backward()
+            own, counts = parallel.share(piece)
+            ids, targets, cu_seqlens = (x.to(self.device) for x in self.train_windows.packed_batch(own))
+            with parallel.scoring():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast):
+                    hidden, items = self.model.predict(ids, targets, cu_seqlens)
+                    # 1, but for BERT4Rec, which predicts some of the targets, and for a process without a part
+                    weight = counts * targets.count_nonzero() / len(items)
+                    loss = self.loss(self.model, hidden, items).sum() * weight
+                (loss / count).backward()
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        parallel.add_up_gradients(self.model)
+        parallel.clip_gradients(self.model, self.options.clip_norm)
         self.optimizer.step()
         self.steps += 1
-        return total
+        return parallel.add_up(total)
 
     def _set_inner_lr_scale(self, scale: float) -> None:
         for module in self.model.modules():
@@ -247,21 +265,37 @@ class _Run:
                 module.set_inner_lr_scale(scale)
 
     def save(self, path: Path) -> None:
-        """Write everything that the rest of the run depends on."""
-        tensors = {f"model.{name}": x for name, x in self.model.state_dict().items()}
-        tensors |= {f"best.{name}": x for name, x in self.best_weights.items()}
+        """Write everything that the rest of the run depends on; the first process does."""
+        parts = {f"model.{name}": x for name, x in self.model.state_dict().items()}
+        parts |= {f"best.{name}": x for name, x in self.best_weights.items()}
         names = [name for name, _ in self.model.named_parameters()]
         for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{slot}.{names[index]}": x for slot, x in slots.items()}
-        tensors |= {"random.global": torch.get_rng_state(), "random.batches": self.generator.get_state()}
+            parts |= {f"adam.{slot}.{names[index]}": x for slot, x in slots.items()}
+        tensors = {}
+        for name, x in parts.items():  # one after the other: together they may be more than a GPU holds
+            one = parallel.whole(x)
+            if parallel.rank() == 0:
+                tensors[name] = one.cpu()
+        tensors |= {"random.global": parallel.gather(torch.get_rng_state())}
+        tensors |= {"random.batches": self.generator.get_state()}
         if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+            tensors["random.cuda"] = parallel.gather(torch.cuda.get_rng_state(self.device))
         progress = {
             "steps": self.steps,
             "reports": [dataclasses.asdict(r) for r in self.reports],
             "run": self._identity(),
         }
-        save_checkpoint(path, tensors, progress)
+        if parallel.rank() == 0:
+            save_checkpoint(path, tensors, progress)
+
+    def write_metrics(self, path: Path) -> None:
+        """Write the reports so far; the first process does."""
+        if parallel.rank() != 0:
+            return
+        with replacing(path) as partial, partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(self.reports[0].row()))
+            writer.writeheader()
+            writer.writerows(report.row() for report in self.reports)
 
     def restore(self, path: Path) -> None:
         """Take up what ``save`` wrote."""
@@ -280,6 +314,9 @@ class _Run:
         for name, x in tensors.items():
             group, _, rest = name.partition(".")
             groups[group][rest] = x
+        own = self.model.state_dict()
+        for group in ("model", "best"):
+            groups[group] = {name: parallel.split_like(x, own[name]) for name, x in groups[group].items()}
         self.model.load_state_dict(groups["model"])
         self.best_weights = groups["best"]
         self._restore_optimizer(groups["adam"])
@@ -288,19 +325,24 @@ class _Run:
         self.reports = [EpochReport(**entry) for entry in progress["reports"]]
 
     def restore_random_state(self) -> None:
-        """Put back the global and the batches' random states of the checkpoint, if there was one."""
-        if self.random_state:
-            torch.set_rng_state(self.random_state["global"])
-            self.generator.set_state(self.random_state["batches"])
-        if "cuda" in self.random_state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(self.random_state["cuda"], self.device)
+        """Put back the random states of the checkpoint, if there was one and this process had a part in it."""
+        if not self.random_state:
+            return
+        self.generator.set_state(self.random_state["batches"])
+        rank = parallel.rank()  # below, copies: torch reads a state from the start of a view's storage
+        if rank < len(self.random_state["global"]):
+            torch.set_rng_state(self.random_state["global"][rank].clone())
+        if self.device.type == "cuda" and rank < len(self.random_state.get("cuda", ())):
+            torch.cuda.set_rng_state(self.random_state["cuda"][rank].clone(), self.device)
 
     def _restore_optimizer(self, slots: dict[str, Tensor]) -> None:
         state = self.optimizer.state_dict()
-        names = [name for name, _ in self.model.named_parameters()]
+        parameters = list(self.model.named_parameters())
+        names = [name for name, _ in parameters]
         for key, x in slots.items():
             slot, _, name = key.partition(".")
-            state["state"].setdefault(names.index(name), {})[slot] = x
+            index = names.index(name)
+            state["state"].setdefault(index, {})[slot] = parallel.split_like(x, parameters[index][1]) if x.dim() else x
         self.optimizer.load_state_dict(state)
 
     def _identity(self) -> dict[str, Any]:
@@ -331,10 +373,3 @@ def _deterministic(enabled: bool) -> Iterator[None]:
 
 def _copy(model: TTT4Rec) -> dict[str, Tensor]:
     return {name: x.detach().clone() for name, x in model.state_dict().items()}
-
-
-def _write_metrics(path: Path, reports: list[EpochReport]) -> None:
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(reports[0].row()))
-        writer.writeheader()
-        writer.writerows(report.row() for report in reports)

@@ -38,6 +38,10 @@ class Windows:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def take(self, indices: Tensor) -> Windows:
+        """Some of the windows."""
+        return Windows(self.items, *(x[indices] for x in (self.starts, self.lengths, self.leading, self.begins)))
+
     @property
     def targets_per_window(self) -> Tensor:
         """Number of scored targets of every window, int64 [W]."""

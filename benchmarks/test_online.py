@@ -1,0 +1,19 @@
+"""An event and recommendations, by number of users who come at random: pytest benchmarks/test_online.py -s
+
+``python -m benchmarks.online FILE.json`` measures more and writes it down.
+"""
+
+import pytest
+
+from .online import USERS, measure, write_histories
+
+
+@pytest.mark.parametrize("users", list(USERS)[:2])
+def test_requests(benchmark, tmp_path, users):
+    """pytest-benchmark's time is that of the whole; the table is in ``extra_info``."""
+    write_histories(tmp_path / "log.db", users)
+    results = []
+    benchmark.pedantic(lambda: results.append(measure(tmp_path / "log.db", "mlp", users, USERS[users])), rounds=1)
+    benchmark.extra_info |= results[0]
+    print(f"\n{results[0]}")
+    assert results[0]["share_rebuilt"] == 0

@@ -1,0 +1,213 @@
+"""Training by several processes, as ``torchrun`` starts them.
+
+Every process computes with its part of each step's windows. The item table, its gradient and its optimiser's state are
+split between them by rows (PyTorch's DTensor), and so is the softmax over it (``loss_parallel``): a process scores the
+targets of all with its own items. What else the model has is small, kept by all, and its gradients are summed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from ttt4rec.model import TTT4Rec
+
+_IGNORED = -100  # cross_entropy's ignore_index
+
+
+def rank() -> int:
+    """Number of this process among those that train together; 0 when it is alone."""
+    return dist.get_rank() if _together() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if _together() else 1
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def processes(device: str) -> Iterator[str]:
+    """Join the processes that ``torchrun`` started, if it did, and leave them at the end.
+
+    Only the first one prints to stdout.
+
+    Yields:
+        The device of this process: of ``"cuda"`` the GPU with its local rank.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if dist.get_rank() else sys.stdout):
+            yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def add_up(x: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gather(x: Tensor) -> Tensor:
+    """The tensors of all processes, alike in shape, ``[world size, ...]``."""
+    if world_size() == 1:
+        return x[None]
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x)
+    return torch.stack(parts)
+
+
+def share(indices: Tensor) -> tuple[Tensor, bool]:
+    """This process's part of some windows, and whether it counts: one that gets none computes with a stand-in."""
+    own = indices[rank() :: world_size()]
+    return (own, True) if len(own) else (indices[:1], False)
+
+
+class ShardedItems(nn.Module):
+    """An item table split between processes by rows; takes the place of ``TTT4Rec.embedding``.
+
+    All processes call its methods at the same time, each with as many items as it likes.
+
+    Args:
+        weight: the whole table ``[num_items + 1, C]``, the same in all processes; each keeps its part.
+        mesh: the processes.
+    """
+
+    def __init__(self, weight: Tensor, mesh: DeviceMesh) -> None:
+        super().__init__()
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        self.mesh = mesh
+        self.weight = nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
+        padding = weight.new_zeros(weight.shape[0]).index_fill_(0, torch.tensor(0, device=weight.device), -torch.inf)
+        self.no_padding = distribute_tensor(padding, mesh, [Shard(0)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings ``[..., C]`` of this process's ids ``[...]``."""
+        from torch.distributed.tensor import Shard
+
+        rows = F.embedding(self._of_all(ids.flatten(), 0), self.weight)
+        own: Tensor = rows.redistribute(placements=[Shard(0)]).to_local()  # type: ignore[attr-defined]
+        embedded: Tensor = own[: ids.numel()].unflatten(0, ids.shape)
+        return embedded
+
+    def nll(self, h: Tensor, items: Tensor) -> Tensor:
+        """``TTT4Rec.nll`` of this process's targets; forward and backward within ``loss_parallel``."""
+        from torch.distributed.tensor import Partial
+
+        with torch.autocast(h.device.type, enabled=False):
+            wide = self._of_all(h.to(torch.promote_types(h.dtype, self.weight.dtype)), 0)
+            scores = F.linear(wide, self.weight, self.no_padding)  # of all targets with this process's items
+            losses = F.cross_entropy(scores, self._of_all(items, _IGNORED), reduction="none", ignore_index=_IGNORED)
+        longest = len(losses) // world_size()
+        local: Tensor = losses.to_local(grad_placements=[Partial()])  # type: ignore[attr-defined]
+        return local[rank() * longest :][: len(items)]
+
+    def whole(self) -> nn.Embedding:
+        """The table as it was before it was split, in every process."""
+        table = whole(self.weight.detach())
+        items = nn.Embedding(table.shape[0], table.shape[1], padding_idx=0, device="meta")
+        items.weight = nn.Parameter(table)
+        return items
+
+    def _of_all(self, x: Tensor, fill: int) -> Any:
+        """The rows of all processes, one process's behind the other's, all filled up to the longest."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        longest = torch.tensor(len(x), device=x.device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, int(longest) - len(x)), value=fill)
+        return DTensor.from_local(padded, self.mesh, [Shard(0)]).redistribute(placements=[Replicate()])
+
+
+def distribute(model: TTT4Rec) -> None:
+    """Give all processes the first one's weights and split the item table; nothing if there is one process."""
+    if world_size() == 1:
+        return
+    for x in model.state_dict().values():
+        dist.broadcast(x, 0)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(model.embedding.weight.device.type, (world_size(),))
+    model.embedding = ShardedItems(model.embedding.weight, mesh)
+
+
+def collect(model: TTT4Rec) -> None:
+    """Undo ``distribute``: the whole table in every process."""
+    if isinstance(model.embedding, ShardedItems):
+        model.embedding = model.embedding.whole()
+
+
+@contextmanager
+def collected(model: TTT4Rec) -> Iterator[None]:
+    """The whole table in every process for a while, not to be trained."""
+    items = model.embedding
+    collect(model)
+    try:
+        yield
+    finally:
+        model.embedding = items
+
+
+def scoring() -> Any:
+    """The context in which losses and their gradients are computed."""
+    if world_size() == 1:
+        return nullcontext()
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    return loss_parallel()
+
+
+def add_up_gradients(model: TTT4Rec) -> None:
+    """Sum the gradients of what all processes keep; those of the item table are complete already."""
+    for name, parameter in model.named_parameters():
+        if name != "embedding.weight" and parameter.grad is not None:
+            add_up(parameter.grad)
+
+
+def clip_gradients(model: TTT4Rec, max_norm: float) -> None:
+    """``clip_grad_norm_`` over all gradients, the parts of the item table's that other processes hold included."""
+    items = [model.embedding.weight]
+    groups = (items, [p for p in model.parameters() if p is not items[0]])  # no foreach operator mixes the two
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in g if p.grad is not None]) for g in groups]
+    for group in groups:
+        foreach = None if world_size() == 1 else False
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, torch.stack([*map(whole, norms)]).norm(), foreach)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor that may be split between processes, as one."""
+    full: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return full
+
+
+def split_like(x: Tensor, example: Tensor) -> Tensor:
+    """A whole tensor, split as the example is."""
+    if not hasattr(example, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    like: Any = example
+    return distribute_tensor(x.to(example.device), like.device_mesh, like.placements)

@@ -1,0 +1,162 @@
+"""The public datasets of the TTT4Rec paper, as their publishers and as RecBole distribute them.
+
+A file in the cache directory is used; otherwise it is fetched, where its publisher offers an address. Checksums are
+compared where one is known to the public; of the other files the sha256 is written beside them at first use, and
+compared from then on. The numbers of users, items and interactions are told, with the published ones if they differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import sys
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ttt4rec.files import replacing
+from ttt4rec.recsys.data import DataError, Interactions, read_interactions
+
+
+@dataclass(frozen=True)
+class PublicDataset:
+    """Where a dataset is and what it looks like; what the paper did with it.
+
+    Attributes:
+        file: the publisher's file, without a header line.
+        source: where it is from.
+        url: its address; None: it is to be fetched by hand.
+        columns: names of its columns, among them user_id, item_id and timestamp.
+        separator: between them.
+        md5: of the file; None: not known to the public.
+        atomic: RecBole's file, used if it is there and the publisher's is not.
+        published: users, items and interactions by the paper, before filtering.
+        min_user: the paper's filter: interactions of a user; of an item at least 5.
+        max_len: the paper's length of history.
+    """
+
+    file: str
+    source: str
+    url: str | None
+    columns: tuple[str, ...]
+    separator: str
+    md5: str | None
+    atomic: str
+    published: tuple[int, int, int]
+    min_user: int
+    max_len: int
+
+
+PUBLIC = {
+    "gowalla": PublicDataset(
+        file="loc-gowalla_totalCheckins.txt.gz",
+        source="https://snap.stanford.edu/data/loc-gowalla.html",
+        url="https://snap.stanford.edu/data/loc-gowalla_totalCheckins.txt.gz",
+        columns=("user_id", "timestamp", "latitude", "longitude", "item_id"),
+        separator="\t",
+        md5="8ebd5ed2dd376d8982987c49429cb9f9",
+        atomic="gowalla.inter",
+        published=(107_092, 1_280_969, 6_442_892),
+        min_user=20,
+        max_len=100,
+    ),
+    "twitch-100k": PublicDataset(
+        file="100k_a.csv",
+        source="https://github.com/JRappaz/liverec",
+        url=None,
+        columns=("user_id", "item_id", "streamer", "timestamp", "stop"),
+        separator=",",
+        md5=None,
+        atomic="Twitch-100k.inter",
+        published=(100_000, 739_991, 3_051_732),
+        min_user=15,
+        max_len=70,
+    ),
+    "amazon-video-games": PublicDataset(
+        file="ratings_Video_Games.csv",
+        source="https://snap.stanford.edu/data/amazon/productGraph/",
+        url="https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/ratings_Video_Games.csv",
+        columns=("user_id", "item_id", "rating", "timestamp"),
+        separator=",",
+        md5=None,
+        atomic="amazon-video-games.inter",
+        published=(826_767, 50_210, 1_324_753),
+        min_user=5,
+        max_len=50,
+    ),
+}
+
+
+def download(url: str) -> bytes:
+    """The bytes behind a URL."""
+    with urllib.request.urlopen(url, timeout=60) as response:
+        content: bytes = response.read()
+    return content
+
+
+def load_public(name: str, folder: Path, *, get_url: Callable[[str], bytes] = download) -> Interactions:
+    """Read a dataset of ``PUBLIC`` from ``folder``, fetching it into it if need be.
+
+    Raises:
+        DataError: there is no file and none can be fetched, or it is not what it was.
+    """
+    dataset = PUBLIC[name]
+    path, atomic = folder / dataset.file, folder / dataset.atomic
+    if not path.is_file() and atomic.is_file():
+        check_unchanged(atomic)
+        interactions = read_interactions(atomic)
+    else:
+        if not path.is_file():
+            _fetch(name, path, get_url)
+        check_unchanged(path, dataset.md5)
+        interactions = read_interactions(path, columns=dataset.columns, separator=dataset.separator)
+    given = (len(interactions.user_ids), len(interactions.item_ids), len(interactions))
+    users, items, rows = (f"{count:,}" for count in given)
+    published = "as published"
+    if given != dataset.published:
+        published = "published are {:,}, {:,} and {:,}".format(*dataset.published)
+    print(f"{name}: {users} users, {items} items, {rows} interactions ({published})", file=sys.stderr)
+    return interactions
+
+
+def _fetch(name: str, path: Path, get_url: Callable[[str], bytes]) -> None:
+    dataset = PUBLIC[name]
+    wanted = f"expected {dataset.file} (from {dataset.source}) or RecBole's {dataset.atomic} put into {path.parent}"
+    if dataset.url is None:
+        raise DataError(f"{name} cannot be fetched: {wanted} by hand")
+    print(f"fetching {name} from {dataset.url} into {path.parent}", file=sys.stderr)
+    try:
+        content = get_url(dataset.url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(f"cannot fetch {name} ({error}): {wanted} by hand") from error
+
+
+def check_unchanged(path: Path, md5: str | None = None) -> None:
+    """Compare a file with its md5, or else with the sha256 of its first use.
+
+    Raises:
+        DataError: it is another file.
+    """
+    given = _digest(path, "sha256" if md5 is None else "md5")
+    record = path.with_name(f"{path.name}.sha256")
+    if md5 is not None:
+        expected, origin = md5, "the published md5"
+    elif record.is_file():
+        expected, origin = record.read_text().split()[0], f"the sha256 of its first use, in {record.name},"
+    else:
+        record.write_text(f"{given}  {path.name}\n")
+        return
+    if given != expected:
+        raise DataError(f"{path}: expected {origin} {expected}, got {given}; fetch it again or delete the record")
+
+
+def _digest(path: Path, kind: str) -> str:
+    digest = hashlib.new(kind, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

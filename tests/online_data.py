@@ -1,0 +1,80 @@
+"""What the tests of the online recommender share: a log in memory, small models, and what should be recommended."""
+
+import bisect
+import threading
+
+import torch
+
+from ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec.recsys.events import NOTHING, Tail
+
+ITEMS = tuple(f"i{j}" for j in range(12))
+
+
+def make_model(seed=0, num_items=12, **config):
+    """A model whose inner loop matters to the scores."""
+    small = {"width": 8, "num_heads": 2, "ffn_width": 8, "mini_batch_size": 3, "num_blocks": 2, "max_len": 5}
+    torch.manual_seed(seed)
+    model = TTT4Rec(TTT4RecConfig(num_items=num_items, **(small | config))).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+        model.embedding.weight[0] = 0
+    return model
+
+
+def slot_bytes(model):
+    """What one user takes of ``pool_bytes``."""
+    return sum(pool.nbytes for pool in model.make_pools(1)) + model.embedding.weight[0].nbytes
+
+
+@torch.no_grad()
+def batch_scores(model, history, items=ITEMS):
+    """Scores by item after one pass over a whole history of known items."""
+    codes = [items.index(item) + 1 for item in history]
+    return dict(zip(items, model.scores(model(torch.tensor([codes]))[0, -1]).tolist(), strict=True))
+
+
+def history(log, user):
+    """All items of a user."""
+    return log.read([user], [NOTHING])[0].items
+
+
+class MemoryEventLog:
+    """An event log that forgets all when it goes; what the promises of ``EventLog`` are, in few lines."""
+
+    def __init__(self):
+        self.lock, self.histories, self.versions = threading.Lock(), {}, 0
+
+    def append(self, events):
+        with self.lock:
+            return [self._append(event) for event in events]
+
+    def _append(self, event):
+        version, rows = self.histories.get(event.user_id, (self._new_version(), []))
+        if event.event_id is not None and any(event.event_id == name for _, _, name in rows):
+            return False
+        time = event.time if event.time is not None else rows[-1][0] if rows else float("-inf")
+        place = bisect.bisect_right([row[0] for row in rows], time)
+        if place < len(rows):
+            version = self._new_version()
+        self.histories[event.user_id] = version, [*rows[:place], (time, event.item_id, event.event_id), *rows[place:]]
+        return True
+
+    def _new_version(self):
+        self.versions += 1
+        return self.versions
+
+    def read(self, user_ids, known):
+        with self.lock:
+            tails = []
+            for user, (seen, length) in zip(user_ids, known, strict=True):
+                version, rows = self.histories.get(user, (0, []))
+                start = length if version == seen and length <= len(rows) else 0
+                tails.append(Tail(version, start, [item for _, item, _ in rows[start:]]))
+            return tails
+
+    def forget(self, user_ids):
+        with self.lock:
+            for user in user_ids:
+                self.histories.pop(user, None)

@@ -1,0 +1,188 @@
+"""Baselines against their definitions: NARM's and Mamba's mixers, BERT4Rec's hidden items."""
+
+import dataclasses
+import math
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from recsys_data import make_model, make_split
+from ttt4rec import TTT4Rec, TTT4RecConfig, baselines
+from ttt4rec.baselines import MambaMixer, NARMMixer
+from ttt4rec.blocks import AttentionMixer
+from ttt4rec.masked import hide_next, hide_some
+from ttt4rec.recsys.evaluate import evaluate
+from ttt4rec.recsys.recommend import Recommender
+from ttt4rec.recsys.train import TrainOptions, fit
+from ttt4rec.recsys.windows import evaluation_prefixes
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+TARGETS = torch.tensor([6, 7, 8, 0, 10, 11, 12])  # histories 5 6 7 [8] and 8 9 10 11 [12]; 9 is no target
+CU_SEQLENS = torch.tensor([0, 3, 7])
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 7, 6, dtype=torch.float64)
+
+
+def randomised(module):
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return module.double()
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 20])
+def test_narm_is_its_definition(x, monkeypatch, at_once):
+    monkeypatch.setattr(baselines, "ELEMENTS_AT_ONCE", at_once)
+    mixer = randomised(NARMMixer(6))
+    y = mixer(x)
+    for row in range(2):
+        h = mixer.gru(x[row])[0]
+        for t in range(7):
+            local = torch.zeros(6, dtype=torch.float64)
+            for j in range(t + 1):
+                hidden = torch.sigmoid(mixer.query.weight @ h[t] + mixer.key.weight @ h[j])
+                local += (mixer.energy.weight[0] @ hidden) * h[j]
+            torch.testing.assert_close(y[row, t], mixer.output.weight @ torch.cat((h[t], local)))
+
+
+def test_mamba_is_its_definition(x):
+    mixer = randomised(MambaMixer(6, state_size=3))
+    y = mixer(x)
+    for row in range(2):
+        first, z = (mixer.input.weight @ x[row].T).T.chunk(2, -1)  # [L, 12] each
+        state = torch.zeros(12, 3, dtype=torch.float64)
+        for t in range(7):
+            window = F.pad(first, (0, 0, 3, 0))[t : t + 4]
+            u = F.silu((window * mixer.conv.weight.T).sum(0) + mixer.conv.bias)
+            rank, B, C = (mixer.selection.weight @ u).split([1, 3, 3])
+            delta = F.softplus(mixer.rate @ rank + mixer.rate_bias)[:, None]
+            state = torch.exp(-delta * mixer.log_decay.exp()) * state + delta * u[:, None] * B
+            gated = (state @ C + mixer.skip * u) * F.silu(z[t])
+            torch.testing.assert_close(y[row, t], mixer.output.weight @ gated)
+
+
+def test_mamba_begins_as_published():
+    mixer = MambaMixer(64)
+    rates = F.softplus(mixer.rate_bias)
+    assert 1e-3 * 0.99 < rates.min() < 2e-3 < 0.05 < rates.max() < 0.1 * 1.01
+    assert torch.allclose(mixer.log_decay.exp(), torch.arange(1.0, 33).expand(128, 32))
+    assert mixer.state_size == 32
+
+
+def selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    """As mamba-ssm documents it, on [N, features, L]."""
+    assert delta_softplus
+    delta = F.softplus(delta + delta_bias[:, None])
+    state, outputs = torch.zeros(*u.shape[:2], A.shape[1]), []
+    for t in range(u.shape[2]):
+        step = delta[:, :, t, None]
+        state = torch.exp(step * A) * state + step * u[:, :, t, None] * B[:, None, :, t]
+        outputs.append((state * C[:, None, :, t]).sum(-1) + D * u[:, :, t])
+    return torch.stack(outputs, -1) * F.silu(z)
+
+
+def test_mamba_ssm_is_called_as_it_documents(x, monkeypatch):
+    module = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    module.selective_scan_fn = selective_scan_fn
+    for parent in ("mamba_ssm", "mamba_ssm.ops"):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    baselines.find_scan.cache_clear()
+    fused = baselines.find_scan("cuda")
+    baselines.find_scan.cache_clear()
+    assert baselines.find_scan("cpu") is baselines.plain_scan
+    mixer, x = randomised(MambaMixer(6)).float().requires_grad_(False), x.float()
+    plain = mixer(x)
+    monkeypatch.setattr(baselines, "find_scan", lambda device_type: fused)
+    # the two sum 32 products in different orders, seven tokens deep
+    torch.testing.assert_close(mixer(x), plain, rtol=0, atol=7 * 32 * 2**-24 * float(plain.abs().max()))
+
+
+def test_bidirectional_attention_is_its_definition(x):
+    mixer = randomised(AttentionMixer(6, 1, causal=False))
+    q, k, v = mixer.qkv(x).chunk(3, -1)
+    position = torch.arange(7, dtype=torch.float64)[:, None] * 10000.0 ** (-2 * torch.arange(3).double() / 6)
+    turn = torch.polar(torch.ones_like(position), position)
+    q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (3, 2))) * turn).flatten(-2) for t in (q, k))
+    weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(6), -1)
+    torch.testing.assert_close(mixer(x), mixer.output(weights @ v))
+
+
+def test_hidden_items_in_training():
+    hidden = hide_some(IDS, TARGETS, CU_SEQLENS, 1.0)
+    assert hidden.ids.tolist() == [[5, 0, 0, 0, 8, 9, 0, 0, 0]]
+    assert hidden.cu_seqlens.tolist() == [0, 4, 9]
+    assert hidden.places.tolist() == [1, 2, 3, 6, 7, 8]
+    assert hidden.items.tolist() == [6, 7, 8, 10, 11, 12]
+    last = hide_some(IDS, TARGETS, CU_SEQLENS, 0.0)
+    assert last.ids.tolist() == [[5, 6, 7, 0, 8, 9, 10, 11, 0]]
+    assert (last.places.tolist(), last.items.tolist()) == ([3, 8], [8, 12])
+
+
+def test_the_hide_rate():
+    total = 20_000
+    targets, rate = torch.arange(2, total + 2), 0.2
+    hidden = hide_some(targets[None] - 1, targets, torch.tensor([0, total]), rate)
+    assert abs(len(hidden.items) / total - rate) < 5 * math.sqrt(rate * (1 - rate) / total)
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 16])
+def test_every_target_has_a_history_of_its_own(monkeypatch, at_once):
+    monkeypatch.setattr("ttt4rec.masked.TOKENS_AT_ONCE", at_once)
+    parts = list(hide_next(IDS, TARGETS, CU_SEQLENS, 2))
+    assert len(parts) == (6 if at_once == 1 else 1)
+    rows = [row for part in parts for row in part.ids[0].tensor_split(part.cu_seqlens[1:-1])]
+    assert [row.tolist() for row in rows] == [[5, 0], [5, 6, 0], [6, 7, 0], [8, 9, 0], [9, 10, 0], [10, 11, 0]]
+    assert torch.cat([part.items for part in parts]).tolist() == [6, 7, 8, 10, 11, 12]
+    assert all(part.ids[0, part.places].eq(0).all() for part in parts)
+
+
+def test_bert4rec_sees_nothing_of_what_it_predicts():
+    torch.manual_seed(0)
+    model = TTT4Rec(TTT4RecConfig(num_items=12, width=8, num_heads=2, mixer="bidirectional", max_len=3)).double().eval()
+    randomised(model)
+    hidden, items = model.predict(IDS, TARGETS, CU_SEQLENS)
+    assert items.tolist() == [6, 7, 8, 10, 11, 12]
+    alone = model(torch.tensor([[8, 9, 10, 0]]), cu_seqlens=torch.tensor([0, 4]))[0, -1]
+    torch.testing.assert_close(hidden[4], alone, rtol=0, atol=1e-12)
+    both = model(torch.tensor([[8, 0, 10, 11]]), cu_seqlens=torch.tensor([0, 4]))[0, 1]
+    other = model(torch.tensor([[8, 0, 10, 12]]), cu_seqlens=torch.tensor([0, 4]))[0, 1]
+    assert not torch.allclose(both, other)  # it does read in both directions
+
+
+@pytest.mark.parametrize("mixer", ["narm", "mamba", "bidirectional"])
+def test_a_baseline_learns_the_pattern(tmp_path, mixer):
+    split = make_split(tmp_path)
+    options = TrainOptions(epochs=30, patience=30, targets_per_batch=64, learning_rate=1e-2)
+    model = make_model(split, mixer=mixer)
+    reports = fit(model, split, tmp_path / "run", options)
+    assert max(report.metrics["NDCG@10"] for report in reports) > 0.6  # 0.19 by chance
+    metrics = evaluate(model, evaluation_prefixes(split, "test", max_len=8))
+    assert metrics["NDCG@10"] > 0.6
+    model.save(tmp_path / "model")
+    again = Recommender(TTT4Rec.load(tmp_path / "model"), split.histories)
+    best, _ = again.recommend(history=["i3", "i4", "i5"], k=2).items
+    assert best[0] in ("i6", "i7")
+
+
+@pytest.mark.parametrize("mixer", ["narm", "mamba", "bidirectional"])
+def test_a_baseline_goes_on_after_an_interruption(tmp_path, mixer):
+    split = make_split(tmp_path)
+    options = TrainOptions(epochs=2, targets_per_batch=256)
+    whole = fit(make_model(split, mixer=mixer), split, tmp_path / "whole", options)
+    fit(make_model(split, mixer=mixer), split, tmp_path / "parts", dataclasses.replace(options, epochs=1))
+    parts = fit(make_model(split, mixer=mixer, seed=1), split, tmp_path / "parts", options)
+    assert [report.loss for report in parts] == [report.loss for report in whole]
+
+
+@pytest.mark.parametrize("mixer", ["narm", "mamba"])
+def test_a_state_is_refused(mixer):
+    model = TTT4Rec(TTT4RecConfig(num_items=5, mixer=mixer))
+    with pytest.raises(ValueError, match="keeps no state; give it the whole history instead"):
+        model(torch.ones(1, 2, dtype=torch.int64), return_states=True)

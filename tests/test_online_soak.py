@@ -1,0 +1,9 @@
+"""A short run of what ``python tests/online_soak.py`` does at length."""
+
+from online_soak import survive
+
+
+def test_killed_at_random_moments(tmp_path):
+    happened = survive(tmp_path, kills=12)
+    assert happened["kills"] == 12
+    assert happened["acknowledged events"] > 0

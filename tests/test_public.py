@@ -1,0 +1,143 @@
+"""Loaders of the paper's datasets, on small files in the formats of the real ones."""
+
+import dataclasses
+import gzip
+import hashlib
+
+import numpy as np
+import pytest
+
+from recsys_data import rows_of
+from ttt4rec.recsys import public
+from ttt4rec.recsys.data import DataError, read_interactions
+from ttt4rec.recsys.datasets import load_interactions
+from ttt4rec.recsys.public import PUBLIC, load_public
+
+GOWALLA = gzip.compress(
+    b"0\t2010-10-19T23:55:27Z\t30.2359091167\t-97.7951395833\t22847\n"
+    b"0\t2010-10-18T22:17:43Z\t30.2691029532\t-97.7493953705\t420315\n"
+    b"7\t2010-10-17T23:42:03Z\t30.2557309927\t-97.7633857727\t22847\n",
+    mtime=0,
+)
+TWITCH = b"1,33842865744,mithrain,154,156\n1,33846768288,alptv,166,169\n2,33842865744,mithrain,155,156\n"
+AMAZON = b"AB9S9279OZ3QO,0078764343,5.0,1373155200\nA24SSUT5CSW8BH,0078764343,5.0,1377302400\n"
+CONTENTS = {"gowalla": GOWALLA, "twitch-100k": TWITCH, "amazon-video-games": AMAZON}
+EXPECTED = {
+    "gowalla": [("0", "22847", 1287532527), ("0", "420315", 1287440263), ("7", "22847", 1287358923)],
+    "twitch-100k": [("1", "33842865744", 154), ("1", "33846768288", 166), ("2", "33842865744", 155)],
+    "amazon-video-games": [("AB9S9279OZ3QO", "0078764343", 1373155200), ("A24SSUT5CSW8BH", "0078764343", 1377302400)],
+}
+
+
+def refuse(url):
+    raise OSError("unreachable")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The datasets with the md5 and the counts of the small files."""
+    for name, content in CONTENTS.items():
+        rows = EXPECTED[name]
+        counts = (len({row[0] for row in rows}), len({row[1] for row in rows}), len(rows))
+        md5 = PUBLIC[name].md5 and hashlib.md5(content, usedforsecurity=False).hexdigest()
+        monkeypatch.setitem(public.PUBLIC, name, dataclasses.replace(PUBLIC[name], md5=md5, published=counts))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", CONTENTS)
+def test_the_publishers_file(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / PUBLIC[name].file).write_bytes(CONTENTS[name])
+    monkeypatch.setenv("TTT4REC_DATA", str(tmp_path))
+    data = load_interactions(name)
+    assert rows_of(data) == EXPECTED[name]
+    assert data.times.dtype == np.int64
+    assert f"{name}: 2 users" in capsys.readouterr().err
+    record = tmp_path / f"{PUBLIC[name].file}.sha256"
+    assert record.is_file() == (PUBLIC[name].md5 is None)
+    if record.is_file():
+        assert record.read_text() == f"{hashlib.sha256(CONTENTS[name]).hexdigest()}  {PUBLIC[name].file}\n"
+    assert rows_of(load_interactions(name)) == EXPECTED[name]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_file_that_changed_is_refused(tmp_path, name):
+    path = tmp_path / PUBLIC[name].file
+    path.write_bytes(CONTENTS[name])
+    load_public(name, tmp_path, get_url=refuse)
+    path.write_bytes(gzip.compress(b"1\t2010-10-19T23:55:27Z\t0\t0\t5\n") if name == "gowalla" else b"1,2,3,4,5\n")
+    with pytest.raises(DataError, match=r"expected the (published md5|sha256 of its first use, in .*,) \w{32}"):
+        load_public(name, tmp_path, get_url=refuse)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", CONTENTS)
+def test_recboles_version(tmp_path, name):
+    header = "user_id:token\titem_id:token\ttimestamp:float\tnum_repeat:float\n"
+    rows = "".join(f"{user}\t{item}\t{float(time)}\t1.0\n" for user, item, time in EXPECTED[name])
+    path = tmp_path / PUBLIC[name].atomic
+    path.write_text(header + rows)
+    assert rows_of(load_public(name, tmp_path, get_url=refuse)) == EXPECTED[name]
+    assert path.with_name(f"{path.name}.sha256").is_file()
+
+
+@pytest.mark.usefixtures("small")
+def test_fetching(tmp_path, capsys):
+    asked = []
+
+    def get_url(url):
+        asked.append(url)
+        return GOWALLA
+
+    folder = tmp_path / "new"
+    for _ in range(2):
+        assert rows_of(load_public("gowalla", folder, get_url=get_url)) == EXPECTED["gowalla"]
+    assert asked == ["https://snap.stanford.edu/data/loc-gowalla_totalCheckins.txt.gz"]
+    assert [path.name for path in folder.iterdir()] == ["loc-gowalla_totalCheckins.txt.gz"]
+    assert "(as published)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_what_cannot_be_fetched_says_what_to_put_where(tmp_path, name):
+    with pytest.raises(DataError, match="cannot") as error:
+        load_public(name, tmp_path, get_url=refuse)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in (PUBLIC[name].file, PUBLIC[name].atomic, PUBLIC[name].source, str(tmp_path), "by hand"):
+        assert part in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_counts_than_the_published_ones_are_told(tmp_path, capsys):
+    (tmp_path / "100k_a.csv").write_bytes(TWITCH)
+    load_public("twitch-100k", tmp_path)
+    told = "2 users, 2 items, 3 interactions (published are 100,000, 739,991 and 3,051,732)"
+    assert told in capsys.readouterr().err
+
+
+def test_the_published_protocol():
+    assert {name: (d.min_user, d.max_len) for name, d in PUBLIC.items()} == {
+        "gowalla": (20, 100),
+        "twitch-100k": (15, 70),
+        "amazon-video-games": (5, 50),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1970-01-02", 86400),
+        ("1970-01-01T00:00:00+01:00", -3600),
+        (" 1970-01-01 00:00:01.5 ", 1.5),
+        ("1970-13-01", None),
+        ("1970-01-01T99", None),
+    ],
+)
+def test_moments(tmp_path, text, expected):
+    path = tmp_path / "a.csv"
+    path.write_text(f"user_id,item_id,timestamp\nu,i,{text}\n")
+    if expected is None:
+        with pytest.raises(DataError, match="expected a time"):
+            read_interactions(path)
+    else:
+        assert read_interactions(path).times.tolist() == [expected]
