@@ -4,11 +4,10 @@ import dataclasses
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from .convolution import CausalConv, convolve
+from .epilogue import finish
 from .functional import Backend, autocast, check_backend, choose_backend, make_spans, ttt_linear, ttt_mlp
 from .ops import token_step
 from .pool import StatePool
@@ -174,9 +173,7 @@ class TTTLayer(nn.Module):
         q, k, v, inner_lr, gate, conv = self._views(x, spans, position, context, backend)
         where = {"state": state, "mask": mask, "cu_seqlens": cu_seqlens, "backend": backend}
         o, new_state = self._inner_loop(q, k, v, inner_lr, **where)
-        y = self._epilogue(o, gate, x.dtype)
-        if mask is not None:
-            y = y.masked_fill(~mask.unsqueeze(-1), 0)
+        y = finish(o, gate, mask, self.norm, self.output, backend)
         return (y, dataclasses.replace(new_state, conv=conv)) if return_state else y
 
     def make_pool(self, num_slots: int) -> StatePool:
@@ -225,20 +222,12 @@ class TTTLayer(nn.Module):
         pool.position.index_copy_(0, slots, position + 1)
         if pool.conv is not None and conv is not None:
             pool.conv.index_copy_(0, slots, conv)
-        return self._epilogue(o.unsqueeze(1), gate, x.dtype).squeeze(1)
+        return finish(o.unsqueeze(1), gate, None, self.norm, self.output, backend).squeeze(1)
 
     @property
     def _context(self) -> tuple[int, int] | None:
         """Shape of a stream's context of the convolutions."""
         return None if self.backbone == "transformer" else (self.conv_kernel - 1, self.width)
-
-    def _epilogue(self, o: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """From the inner loop's outputs ``[B, L, H, D]`` to the layer's."""
-        y = self.norm(rearrange(o, "b l h d -> b l (h d)").to(self.norm.weight.dtype))
-        if gate is not None:
-            y = F.gelu(gate, approximate="tanh") * y
-        result: Tensor = self.output(y.to(dtype))
-        return result
 
     def _inner_loop(self, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, **where: Any) -> tuple[Tensor, TTTState]:
         scale = token_scale(self.token_offset.to(lr.dtype))

@@ -55,7 +55,7 @@ def project(
         TypeError: x's dtype is not that of the weights.
     """
     dtype, device = x.dtype, x.device.type
-    if backend == "reference" or not all(map(_plain, linears)):
+    if backend == "reference" or not all(map(plain, linears)):
         views = [linear(x) for linear in linears]
         views = [rope.rotate(view) if i < rotated else view for i, view in enumerate(views)]
         with torch.autocast(device, enabled=False):
@@ -72,10 +72,11 @@ def project(
     return results[:-1], results[-1]
 
 
-def _plain(linear: nn.Module) -> bool:
-    """Whether calling the module would do no more than multiply by its weight."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return type(linear) is nn.Linear and linear.bias is None and not hooks
+def plain(module: nn.Module) -> bool:
+    """Whether calling the module would do no more than multiply by its weight, or normalise with weight and bias."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    biased = {nn.Linear: False, nn.LayerNorm: True}.get(type(module))
+    return not hooks and biased is not None and biased == (module.bias is not None)
 
 
 def causal_convolutions(
@@ -101,7 +102,8 @@ def causal_convolutions(
     return list(rope_convolution(x, weights, biases, *(rope or (None, None, None)), lead))
 
 
-def _path(kernel: bool) -> ModuleType:
+def path_of(kernel: bool) -> ModuleType:
+    """The package that computes."""
     if not kernel:
         return eager
     from . import kernels
@@ -124,7 +126,7 @@ def rope_projection(
     kernel: bool,
 ) -> list[Tensor]:
     """Views ``[B, L, H, D]`` of x ``[B, L, C]``, the first ``rotated`` of them rotated, and the rates ``[B, L, H]``."""
-    path = _path(kernel)
+    path = path_of(kernel)
     with torch.autocast(x.device.type, enabled=False):
         return path.projection_forward(  # type: ignore[no-any-return]
             x, weights, lr_weight, lr_bias, cos, sin, positions, rotated, base_lr, dtype
@@ -148,7 +150,7 @@ def rope_projection_backward(
     kernel: bool,
 ) -> list[Tensor]:
     """Gradients of x, the weights, w_lr and b_lr."""
-    path = _path(kernel)
+    path = path_of(kernel)
     with torch.autocast(x.device.type, enabled=False):
         return path.projection_backward(  # type: ignore[no-any-return]
             grads, grad_lr, inner_lr, x, weights, lr_weight, cos, sin, positions, rotated, base_lr, dtype

@@ -6,6 +6,7 @@ Nothing is stored per mini-batch and no graph is recorded. The specification the
 """
 
 from .convolution import convolution_backward, convolution_forward
+from .epilogue import epilogue_backward, epilogue_forward
 from .linear import linear_backward, linear_forward
 from .mlp import mlp_backward, mlp_forward
 from .projection import projection_backward, projection_forward
@@ -14,6 +15,8 @@ from .step import record_parts, record_size, row_parts, token_step, write_rows
 __all__ = [
     "convolution_backward",
     "convolution_forward",
+    "epilogue_backward",
+    "epilogue_forward",
     "linear_backward",
     "linear_forward",
     "mlp_backward",

@@ -1,5 +1,6 @@
 """Fused Triton kernels; the only part of the package that imports triton."""
 
+from .epilogue import epilogue_backward, epilogue_forward
 from .linear_backward import linear_backward
 from .linear_forward import linear_forward
 from .mlp_backward import mlp_backward
@@ -9,6 +10,8 @@ from .projection_forward import projection_forward
 from .step import token_step
 
 __all__ = [
+    "epilogue_backward",
+    "epilogue_forward",
     "linear_backward",
     "linear_forward",
     "mlp_backward",

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from . import launch
+from .epilogue import prepare_epilogue_backward, prepare_epilogue_forward
 from .linear_backward import prepare_linear_backward
 from .linear_forward import prepare_linear_forward
 from .mlp_backward import prepare_mlp_backward
@@ -82,11 +83,12 @@ def compile_for(
 ) -> Cost:
     """Compile a kernel for an architecture, as it would be launched for 4 heads and sequences that are not packed.
 
-    Which projection kernel ``projection_forward`` and ``projection_backward`` are follows from the width, 4 heads.
+    Which of its kernels ``projection_forward`` stands for, or another of those around the inner loop, follows from the
+    width, 4 heads.
     """
     driver.set_active(OfflineDriver(architecture))
-    prepare = _prepare_projection if op.startswith("projection") else _prepare_inner_loop
-    prepare = _prepare_step if op.endswith("step") else prepare
+    around = {"projection": _prepare_projection, "epilogue": _prepare_epilogue}
+    prepare = _prepare_step if op.endswith("step") else around.get(op.split("_")[0], _prepare_inner_loop)
     prepared = prepare(op, head_dim, mini_batch_size, dtype, length)
     compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options())
     count = _amd_cost if architecture.startswith("gfx") else _nvidia_cost
@@ -120,6 +122,18 @@ def _prepare_projection(op: str, head_dim: int, mini_batch_size: int, dtype: tor
         return prepare_projection_forward(x, weights, lr_weight, _meta(4).to(dtype), *options)[-1]
     rates = _meta(2, length, 4)
     return prepare_projection_backward([q] * 3, rates, rates, x, weights, lr_weight, *options)[-1]
+
+
+def _prepare_epilogue(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
+    width = 4 * head_dim
+    o, gate = _meta(2, length, 4, head_dim).to(dtype), _meta(2, length, width).to(dtype)
+    mask, parameters = (
+        _meta(2, length).bool(),
+        [_meta(*shape).to(dtype) for shape in ((width,), (width,), (width, width))],
+    )
+    if op == "epilogue_forward":
+        return prepare_epilogue_forward(o, gate, mask, parameters, 1e-6)[-1]
+    return prepare_epilogue_backward(gate.flatten(0, 1), o, gate, mask, parameters, 1e-6)[-1]
 
 
 def _prepare_step(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:

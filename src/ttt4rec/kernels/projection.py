@@ -97,17 +97,18 @@ def columns(
         head_columns=launch.padded(H),
         rotated=rotated,
         rows=rows,
-        **_product(dtype)._asdict(),
+        **product(dtype)._asdict(),
     )
     return sizes, blocks
 
 
 def exact_product(x: Tensor, lr_weight: Tensor) -> Product:
     """Types of the rates' products, which are exact: half precision only where x and w_lr both come in it."""
-    return _product(x.dtype if x.dtype == lr_weight.dtype else torch.float32)
+    return product(x.dtype if x.dtype == lr_weight.dtype else torch.float32)
 
 
-def _product(dtype: torch.dtype) -> Product:
+def product(dtype: torch.dtype) -> Product:
+    """Types of a product whose operands are rounded to dtype."""
     operand = launch.TRITON_DTYPE[dtype]
     precision = "tf32x3" if launch.architecture().startswith("sm_") else "ieee"
     return Product(operand, tl.float32 if launch.interpreted() else operand, precision)
@@ -115,7 +116,7 @@ def _product(dtype: torch.dtype) -> Product:
 
 def flat(x: Tensor) -> Tensor:
     """``[B, L, ...]`` to contiguous ``[B·L, rest]``."""
-    return x.reshape(x.shape[0] * x.shape[1], -1).contiguous()
+    return x.flatten(0, 1).flatten(1).contiguous()
 
 
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:

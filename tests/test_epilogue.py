@@ -1,0 +1,200 @@
+"""Norm, gate and output projection behind the inner loop: the operator against plain PyTorch in float64."""
+
+import os
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read when the kernels are imported
+
+from checks import BACKBONES, INNERS, assert_close, gradients, make_layer
+from ttt4rec import TTTLayer, eager, kernels
+from ttt4rec.epilogue import epilogue, epilogue_backward
+from ttt4rec.kernels import epilogue as kernel_choice
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-6
+FP32_TOLERANCE = 2e-6  # some roundings of 1e-7, in norm
+GATED = (True, False)
+FUSED = {"everything": 1 << 31, "nothing": 0}
+SHAPES = [  # B, L, H, D
+    (2, 21, 4, 16),
+    (2, 21, 3, 6),  # width 18, padded to 32
+    (1, 1, 2, 8),  # a single token
+    (1, 70, 5, 26),  # width 130: a last chunk of 2 output features
+    (3, 0, 2, 8),  # no token
+]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, so that a result that is not written fails."""
+    empty = torch.empty
+
+    def poisoned(*shape: int | Sequence[int], **options: object) -> Tensor:
+        x = empty(*shape, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() and x.device.type != "meta" else x
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def make_inputs(
+    B: int, L: int, H: int, D: int, gated: bool, masked: bool = True, dtype: torch.dtype = torch.float64
+) -> list[Tensor | None]:
+    """o, gate, mask, γ, β, W and the gradient of y."""
+    C = H * D
+    o, d_y = 3 + torch.randn(B, L, H, D), torch.randn(B, L, C)  # a mean, which cancels
+    gate = 2 * torch.randn(B, L, C) if gated else None
+    parameters = [1 + 0.3 * torch.randn(C), 0.3 * torch.randn(C), torch.randn(C, C) / C**0.5]
+    mask = (torch.rand(B, L) < 0.7).to(DEVICE) if masked else None
+    o, gate, *parameters, d_y = (x if x is None else x.to(DEVICE, dtype) for x in (o, gate, *parameters, d_y))
+    return [o, gate, mask, *parameters, d_y]
+
+
+def definition(o, gate, mask, norm_weight, norm_bias, weight):
+    """Outputs as the mathematics has them."""
+    x = o.flatten(2)
+    centred = x - x.mean(-1, keepdim=True)
+    h = norm_weight * centred * (centred.square().mean(-1, keepdim=True) + EPS) ** -0.5 + norm_bias
+    if gate is not None:
+        h = h * gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+    y = h @ weight.t()
+    return y if mask is None else y.masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def defined_results(inputs):
+    """Outputs and gradients of o, γ, β, W and the gate, in float64."""
+    o, gate, mask, *parameters, d_y = (x if x is None or x.dtype == torch.bool else x.double() for x in inputs)
+    leaves = [x.requires_grad_() for x in (o, *parameters, *([] if gate is None else [gate]))]
+    y = definition(o, gate, mask, *parameters)
+    return [y.detach(), *torch.autograd.grad(y, leaves, d_y)]
+
+
+def run(path, inputs):
+    """Outputs and gradients in the same order."""
+    *arguments, d_y = inputs
+    arguments = [*arguments[:3], arguments[3:], EPS]
+    return [path.epilogue_forward(*arguments), *path.epilogue_backward(d_y, *arguments)]
+
+
+def norm_errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    pairs = zip(actual, expected, strict=True)
+    return [((a.double() - e).norm() / e.norm().clamp_min(1e-9)).item() for a, e in pairs]
+
+
+def choose_kernels(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Fuse up to this width, with the blocks of the narrowest table entry for all."""
+    for name in ("FUSED_WIDTH", "FUSED_WIDTH_SINGLE"):
+        monkeypatch.setattr(kernel_choice, name, {"forward": width, "backward": width})
+    table = {op: {1 << 31: next(iter(entry.values()))} for op, entry in kernel_choice.TABLE.items()}
+    monkeypatch.setattr(kernel_choice, "TABLE", table)
+
+
+@pytest.mark.parametrize("gated", GATED)
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_eager_epilogue_is_its_definition(masked, gated):
+    inputs = make_inputs(2, 5, 2, 4, gated, masked)
+    for actual, expected in zip(run(eager, inputs), defined_results(inputs), strict=True):
+        assert_close(actual, expected, 1e-13)
+    *arguments, _ = inputs
+    arguments = [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in arguments]
+    assert torch.autograd.gradcheck(lambda *given: epilogue(*given[:3], given[3:], EPS, False), arguments)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("gated", GATED)
+def test_opcheck(gated, kernel):
+    dtype = torch.float32 if kernel else torch.float64
+    *arguments, d_y = make_inputs(2, 5, 2, 4, gated, gated, dtype)
+    torch.library.opcheck(epilogue_backward, (d_y, *arguments[:3], arguments[3:], EPS, kernel))
+    arguments = [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in arguments]
+    torch.library.opcheck(epilogue, (*arguments[:3], arguments[3:], EPS, kernel))
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("gated", GATED)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_match_definition(shape, gated, fused, monkeypatch):
+    choose_kernels(monkeypatch, FUSED[fused])
+    inputs = make_inputs(*shape, gated, dtype=torch.float32)
+    actual = run(kernels, inputs)
+    assert max(norm_errors(actual, defined_results(inputs))) <= FP32_TOLERANCE
+    assert not actual[0][~inputs[2]].any()
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_in_low_precision_are_no_worse_than_torch(dtype, fused, monkeypatch):
+    choose_kernels(monkeypatch, FUSED[fused])
+    inputs = make_inputs(2, 40, 4, 16, True, dtype=dtype)
+    inputs[3:5] = [x.float() for x in inputs[3:5]]  # parameters as under autocast
+    exact = defined_results(inputs)
+    actual, eager_results = run(kernels, inputs), run(eager, inputs)
+    assert [a.dtype for a in actual] == [e.dtype for e in eager_results]
+    errors, eager_errors = norm_errors(actual, exact), norm_errors(eager_results, exact)
+    rounding = 2 * torch.finfo(dtype).eps  # the interpreter truncates
+    wrong = [(e, r) for e, r in zip(errors, eager_errors, strict=True) if not e <= 2 * r + rounding]
+    assert not wrong
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("path", [eager, kernels])
+def test_what_padding_holds_stays_out(path, fused, monkeypatch):
+    choose_kernels(monkeypatch, FUSED[fused])
+    inputs = make_inputs(2, 9, 2, 8, True, dtype=torch.float32)
+    clean = run(path, inputs)
+    inputs[-1] = inputs[-1].masked_fill(~inputs[2].unsqueeze(-1), float("nan"))
+    dirty = run(path, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+
+
+@pytest.mark.parametrize("fused", FUSED)
+def test_kernels_give_the_same_bits_twice_whatever_the_strides(fused, monkeypatch):
+    choose_kernels(monkeypatch, FUSED[fused])
+    inputs = make_inputs(2, 40, 2, 16, True, dtype=torch.float32)
+    strided = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
+    first, second = run(kernels, inputs), run(kernels, strided)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("fused", FUSED)
+def test_more_blocks_than_partial_sums(fused, monkeypatch):
+    choose_kernels(monkeypatch, FUSED[fused])
+    monkeypatch.setattr(kernel_choice, "PARTIAL_SUMS", dict.fromkeys(kernel_choice.PARTIAL_SUMS, 2))
+    inputs = make_inputs(2, 150, 2, 16, True, dtype=torch.float32)
+    assert max(norm_errors(run(kernels, inputs), defined_results(inputs))) <= FP32_TOLERANCE
+
+
+def test_kernels_refuse_float64():
+    with pytest.raises(ValueError, match="float64"):
+        run(kernels, make_inputs(1, 2, 1, 4, True))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("inner", INNERS)
+def test_a_layer_on_the_kernels(inner, backbone):
+    """All of it in float32 beside the reference in float64, padding included."""
+    layer = make_layer(inner, backbone, width=32).float().to(DEVICE)
+    x = torch.randn(2, 11, 32, device=DEVICE).requires_grad_()
+    mask = torch.tensor([[True] * 11, [False] * 4 + [True] * 7], device=DEVICE)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        layer.backend = backend
+        leaf = x.detach().to(dtype).requires_grad_()
+        y = layer.to(dtype)(leaf, mask=mask)
+        results.append([y, *gradients([y], [leaf, *layer.parameters()])])
+    ours, plain, exact = results
+    assert max(norm_errors(ours, exact)) <= 3 * max(norm_errors(plain, exact))
+
+
+def test_a_layer_calls_modules_that_something_was_done_to():
+    layer, x = TTTLayer(16, 2, mini_batch_size=4), torch.randn(2, 9, 16)
+    y, seen = layer(x), []
+    hook = layer.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert_close(layer(x), y, 1e-5)
+    assert len(seen) == 1
+    hook.remove()
+    layer.output = nn.Sequential(layer.output, nn.Linear(16, 16))
+    assert_close(layer(x), layer.output[1](y), 1e-5)
