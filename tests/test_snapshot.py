@@ -8,6 +8,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from checks import ROUNDING
 from crash import fork, wait
 from online_data import ITEMS, batch_scores, history, make_model, slot_bytes
 from ttt4rec.recsys import snapshot
@@ -39,10 +40,12 @@ def saved(tmp_path, monkeypatch):
 
 
 def assert_right(online, users=USERS):
-    for user in users:
-        taken, best = history(online.log, user), online.recommend([user], 12, exclude_seen=False)[0]
-        expected = batch_scores(online._states.model, taken)
-        assert all(abs(score - expected[item]) <= 1e-6 * max(map(abs, expected.values())) for item, score in best)
+    best_of_all = online.recommend(users, 12, exclude_seen=False)
+    taken = [history(online.log, user) for user in users]
+    for best, expected in zip(best_of_all, batch_scores(online._states.model, taken), strict=True):
+        scale = max(map(abs, expected.values()))
+        assert dict(best).keys() == expected.keys()
+        assert all(abs(score - expected[item]) <= (2**-24 + ROUNDING) * scale for item, score in best)
 
 
 def test_a_restart_reads_no_history(saved):

@@ -47,7 +47,7 @@ class OnlineRecommender:
         snapshot: str | os.PathLike[str] | None = None,
     ) -> None:
         self.log = log
-        self._pool_bytes, self._snapshot = pool_bytes, snapshot
+        self._snapshot = snapshot
         self._states = self._coming = UserStates(model, item_ids, log, pool_bytes)
         self._refreshing = threading.Lock()
         if snapshot is not None:
@@ -154,7 +154,7 @@ class OnlineRecommender:
         with self._refreshing:
             old = self._states
             try:
-                new = self._coming = UserStates(model, item_ids or old.item_ids, self.log, self._pool_bytes)
+                new = self._coming = UserStates(model, item_ids or old.item_ids, self.log, old.pool_bytes)
                 users = old.users()[-new.num_slots :]
                 for start in range(0, len(users), _REFRESHED_AT_ONCE):
                     new.advance(users[start : start + _REFRESHED_AT_ONCE])
