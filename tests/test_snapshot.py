@@ -1,8 +1,10 @@
 """Snapshots: a restart reads no history again, and no wrong, old or broken file makes a wrong state."""
 
+import itertools
 import json
 import resource
 import shutil
+import threading
 
 import pytest
 from safetensors import safe_open
@@ -65,6 +67,34 @@ def test_the_most_recently_used_come_back(saved):
     online.recommend(["u1", "u0", "u2"])
     assert online.save_snapshot() == 3
     assert start(saved)._states.users() == ["u1", "u0", "u2"]
+
+
+class Impatient:
+    """A lock for which somebody waits who does something whenever it is free."""
+
+    def __init__(self, action):
+        self.lock, self.action, self.acting = threading.Lock(), action, False
+
+    def __enter__(self):
+        self.lock.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
+        if not self.acting:
+            self.acting = True
+            self.action()
+            self.acting = False
+
+
+def test_states_that_change_while_they_are_saved(saved):
+    """What a snapshot says of a state is true of that state."""
+    online, steps = start(saved), itertools.count()
+    online._states._lock = Impatient(lambda: online.observe(USERS, [ITEMS[next(steps) % 12]] * 7))
+    online.save_snapshot()
+    assert next(steps) == 5  # as often as it was free: once for the users, four times for two states each
+    again = start(saved)
+    assert_right(again)
+    assert again.stats()["prefills"] == 0
 
 
 def test_without_users_or_file(tmp_path):
