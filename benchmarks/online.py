@@ -115,11 +115,11 @@ def measure(
 
 
 def compare(
-    log: Path, inner: str, users: int, at_once: int, *, num_items: int = NUM_ITEMS, rounds: int = 60
+    log: Path, inner: str, users: int, pool_bytes: int, at_once: int, *, num_items: int = NUM_ITEMS, rounds: int = 60
 ) -> dict[str, Any]:
     """Requests of users whose states are there, and of users whose histories are read again; the two in turn."""
     ids = [f"i{item}" for item in range(num_items)]
-    online = OnlineRecommender(make_model(inner, num_items), ids, SQLiteEventLog(log), pool_bytes=512 << 20)
+    online = OnlineRecommender(make_model(inner, num_items), ids, SQLiteEventLog(log), pool_bytes=pool_bytes)
     users = min(users, online.stats()["slots"])
     online._states.advance([f"u{user}" for user in range(users)])
     coming, sides = requests(users, at_once, num_items, 3), {"with state": [], "read again": []}
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     requested.append(measure(log, inner, users, pool_bytes))
                     print(json.dumps(requested[-1]), flush=True)
                 if users == 10_000:
-                    against += [compare(log, inner, users, at_once) for at_once in (1, 64)]
+                    against += [compare(log, inner, users, USERS[users], at_once) for at_once in (1, 64)]
                     print(json.dumps(against[-2:]), flush=True)
             log.unlink()
     found["load_average"].append(load_average())
