@@ -133,7 +133,7 @@ def make_app(online: OnlineRecommender) -> FastAPI:
     @app.exception_handler(OSError)
     async def unavailable(_: Request, error: OSError) -> JSONResponse:
         logger.error("the event log: %s", error)
-        return JSONResponse({"detail": "the event log is not available; nothing was changed"}, 503)
+        return JSONResponse({"detail": "the event log is not available"}, 503)
 
     # Plain functions run in threads, so that none of them keeps the others waiting for the disk.
 

@@ -295,6 +295,23 @@ def test_what_the_log_does_not_take_does_not_happen():
     assert online.recommend(["v"]) == [[]]
 
 
+def test_what_is_logged_is_acknowledged_though_the_log_cannot_be_read(monkeypatch, caplog):
+    online = make_online()
+    online.observe(["u"], ["i1"])
+
+    def fail(*arguments):
+        raise OSError("cannot read: no answer")
+
+    monkeypatch.setattr(online.log, "read", fail)
+    assert online.observe(["u", "v"], ["i2", "i3"]) == [True, True]
+    assert "events are logged, states will follow" in caplog.text
+    with pytest.raises(OSError, match="cannot read"):
+        online.recommend(["u"])
+    monkeypatch.undo()
+    assert_up_to_date(online, "u", ["i1", "i2"])
+    assert_up_to_date(online, "v", ["i3"])
+
+
 @pytest.mark.parametrize("broken", ["step", "forward"])
 def test_a_failure_half_way_leaves_no_wrong_state(monkeypatch, broken):
     """The events are logged; the states that were being changed are made anew."""

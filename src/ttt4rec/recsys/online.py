@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from ttt4rec.recsys.events import Event, EventLog
 from ttt4rec.recsys.recommend import best_items
 from ttt4rec.recsys.snapshot import load_snapshot, save_snapshot
 from ttt4rec.recsys.users import UserStates
+
+logger = logging.getLogger(__name__)
 
 _REFRESHED_AT_ONCE = 256  # users; small enough that the requests served meanwhile get their turn
 
@@ -88,7 +91,10 @@ class OnlineRecommender:
             named = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
             raise DataError(f"items must be of the model's catalogue; {len(unknown)} unknown: {named}")
         new = self.log.append(events)
-        self._states.advance(list(dict.fromkeys(user_ids)))
+        try:
+            self._states.advance(list(dict.fromkeys(user_ids)))
+        except OSError as error:  # the events are logged, which is what the caller wants to know
+            logger.warning("events are logged, states will follow when the log can be read: %s", error)
         return new
 
     def recommend(
