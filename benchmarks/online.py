@@ -25,9 +25,8 @@ from ttt4rec.recsys.online import OnlineRecommender
 from .environment import environment, load_average
 
 NUM_ITEMS, HISTORY = 100_000, 50
-USERS = {1: 1 << 20, 10_000: 1 << 30, 100_000: 6 << 30}
-"""Users, and bytes of pool in which the states of all of them fit."""
-SMALL_POOL = 1 << 30
+USERS = {1: [1.0], 10_000: [1.0], 100_000: [1.0, 0.2]}
+"""Users, and of how many of them the states fit into the pool."""
 USERS_PER_APPEND = 500
 
 
@@ -35,6 +34,13 @@ def make_model(inner: str, num_items: int = NUM_ITEMS) -> TTT4Rec:
     """The published shape."""
     torch.manual_seed(0)
     return TTT4Rec(TTT4RecConfig(num_items=num_items, inner=inner))
+
+
+def make_online(log: Path, inner: str, slots: int, num_items: int) -> OnlineRecommender:
+    """With room for the states of so many users."""
+    model, ids = make_model(inner, num_items), [f"i{item}" for item in range(num_items)]
+    per_user = sum(pool.nbytes for pool in model.make_pools(1)) + model.embedding.weight[0].nbytes
+    return OnlineRecommender(model, ids, SQLiteEventLog(log), pool_bytes=slots * per_user)
 
 
 def write_histories(path: Path, users: int, num_items: int = NUM_ITEMS) -> float:
@@ -87,11 +93,10 @@ def summary(seconds: Sequence[tuple[float, float]], at_once: int) -> dict[str, A
 
 
 def measure(
-    log: Path, inner: str, users: int, pool_bytes: int, *, num_items: int = NUM_ITEMS, rounds: int = 300
+    log: Path, inner: str, users: int, share: float, *, num_items: int = NUM_ITEMS, rounds: int = 300
 ) -> dict[str, Any]:
     """Requests of one and of 64 users, after the pool was filled."""
-    ids = [f"i{item}" for item in range(num_items)]
-    online = OnlineRecommender(make_model(inner, num_items), ids, SQLiteEventLog(log), pool_bytes=pool_bytes)
+    online = make_online(log, inner, int(users * share), num_items)
     everyone = [f"u{user}" for user in range(users)][-online.stats()["slots"] :]
     filling = timed(lambda: [online._states.advance(everyone[i : i + 512]) for i in range(0, len(everyone), 512)])
     gc.collect()
@@ -118,9 +123,7 @@ def compare(
     log: Path, inner: str, users: int, at_once: int, *, num_items: int = NUM_ITEMS, rounds: int = 60
 ) -> dict[str, Any]:
     """Requests of users whose states are there, and of users whose histories are read again; the two in turn."""
-    ids = [f"i{item}" for item in range(num_items)]
-    online = OnlineRecommender(make_model(inner, num_items), ids, SQLiteEventLog(log), pool_bytes=512 << 20)
-    users = min(users, online.stats()["slots"])
+    online = make_online(log, inner, users, num_items)
     online._states.advance([f"u{user}" for user in range(users)])
     coming, sides = requests(users, at_once, num_items, 3), {"with state": [], "read again": []}
     for number in range(rounds + 2):
@@ -155,8 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             log = Path(folder) / f"{users}.db"
             found[f"events_logged_per_second_for_{users}_users"] = round(write_histories(log, users))
             for inner in ("mlp", "linear"):
-                for pool_bytes in sorted({USERS[users], min(SMALL_POOL, USERS[users])}):
-                    requested.append(measure(log, inner, users, pool_bytes))
+                for share in USERS[users]:
+                    requested.append(measure(log, inner, users, share))
                     print(json.dumps(requested[-1]), flush=True)
                 if users == 10_000:
                     against += [compare(log, inner, users, at_once) for at_once in (1, 64)]

@@ -38,7 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from ttt4rec.recsys.data import DataError
-from ttt4rec.recsys.events import SQLiteEventLog, events_of
+from ttt4rec.recsys.events import NOTHING, SQLiteEventLog, events_of
 from ttt4rec.recsys.online import OnlineRecommender
 from ttt4rec.recsys.recommend import Recommender
 
@@ -133,7 +133,7 @@ def make_app(online: OnlineRecommender) -> FastAPI:
     @app.exception_handler(OSError)
     async def unavailable(_: Request, error: OSError) -> JSONResponse:
         logger.error("the event log: %s", error)
-        return JSONResponse({"detail": "the event log is not available; nothing was changed"}, 503)
+        return JSONResponse({"detail": "the event log is not available"}, 503)
 
     # Plain functions run in threads, so that none of them keeps the others waiting for the disk.
 
@@ -159,7 +159,7 @@ def make_app(online: OnlineRecommender) -> FastAPI:
 
     @app.get("/health")
     def health() -> dict[str, str]:
-        online.log.read([], [])
+        online.log.read(["nobody"], [NOTHING])
         return {"status": "ok"}
 
     @app.get("/metrics")

@@ -29,10 +29,15 @@ def slot_bytes(model):
 
 
 @torch.no_grad()
-def batch_scores(model, history, items=ITEMS):
-    """Scores by item after one pass over a whole history of known items."""
-    codes = [items.index(item) + 1 for item in history]
-    return dict(zip(items, model.scores(model(torch.tensor([codes]))[0, -1]).tolist(), strict=True))
+def batch_scores(model, histories, items=ITEMS):
+    """Scores by item after each history of known items, all read in one padded pass; none after an empty one."""
+    longest = max(map(len, histories), default=0)
+    if not longest:
+        return [{} for _ in histories]
+    codes = torch.tensor([[items.index(x) + 1 for x in h] + [0] * (longest - len(h)) for h in histories])
+    hidden = model(codes)[range(len(histories)), [len(h) - 1 for h in histories]]
+    rows = model.scores(hidden).tolist()
+    return [dict(zip(items, row, strict=True)) if h else {} for row, h in zip(rows, histories, strict=True)]
 
 
 def history(log, user):

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import measure, report, sides
+from benchmarks import measure, online, report, sides
 from benchmarks.contests import FORWARD, PREFILL, STEP, TRAINING, MixerContest, mixer_contests
 from benchmarks.mixers import TTT, Attention
 from benchmarks.plots import of_equal_tokens, plot
@@ -254,3 +254,15 @@ def test_results_are_saved_and_compared_by_pytest_benchmark(tmp_path):
     assert "a test" in report.report(result)
     missing = {row["side"] for row in result.own["not_measured"]}
     assert missing == set(sides.absences(sides.default_device()))
+
+
+def test_requests_to_an_online_recommender(tmp_path):
+    online.write_histories(tmp_path / "log.db", 20, num_items=30)
+    sizes = {"num_items": 30, "rounds": 4}
+    kept = online.measure(tmp_path / "log.db", "linear", 20, 1.0, **sizes)
+    rebuilt = online.measure(tmp_path / "log.db", "linear", 20, 0.2, **sizes)
+    assert (kept["slots"], rebuilt["slots"]) == (20, 4)
+    assert kept["share_rebuilt"] == 0 < rebuilt["share_rebuilt"]
+    assert kept["requests_of_20"]["both"]["p50_ms"] > 0
+    compared = online.compare(tmp_path / "log.db", "linear", 20, 2, **sizes)
+    assert compared["observe"]["ratio"] > 0

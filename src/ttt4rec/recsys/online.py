@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from ttt4rec.recsys.events import Event, EventLog
 from ttt4rec.recsys.recommend import best_items
 from ttt4rec.recsys.snapshot import load_snapshot, save_snapshot
 from ttt4rec.recsys.users import UserStates
+
+logger = logging.getLogger(__name__)
 
 _REFRESHED_AT_ONCE = 256  # users; small enough that the requests served meanwhile get their turn
 
@@ -47,7 +50,7 @@ class OnlineRecommender:
         snapshot: str | os.PathLike[str] | None = None,
     ) -> None:
         self.log = log
-        self._pool_bytes, self._snapshot = pool_bytes, snapshot
+        self._snapshot = snapshot
         self._states = self._coming = UserStates(model, item_ids, log, pool_bytes)
         self._refreshing = threading.Lock()
         if snapshot is not None:
@@ -88,7 +91,10 @@ class OnlineRecommender:
             named = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
             raise DataError(f"items must be of the model's catalogue; {len(unknown)} unknown: {named}")
         new = self.log.append(events)
-        self._states.advance(list(dict.fromkeys(user_ids)))
+        try:
+            self._states.advance(list(dict.fromkeys(user_ids)))
+        except OSError as error:  # the events are logged, which is what the caller wants to know
+            logger.warning("events are logged, states will follow when the log can be read: %s", error)
         return new
 
     def recommend(
@@ -154,7 +160,7 @@ class OnlineRecommender:
         with self._refreshing:
             old = self._states
             try:
-                new = self._coming = UserStates(model, item_ids or old.item_ids, self.log, self._pool_bytes)
+                new = self._coming = UserStates(model, item_ids or old.item_ids, self.log, old.pool_bytes)
                 users = old.users()[-new.num_slots :]
                 for start in range(0, len(users), _REFRESHED_AT_ONCE):
                     new.advance(users[start : start + _REFRESHED_AT_ONCE])

@@ -20,7 +20,7 @@ class Streams:
 
     Args:
         model: in evaluation mode.
-        num_bytes: all of it is allocated at once.
+        pool_bytes: all of it is allocated at once.
 
     Attributes:
         num_slots: how many.
@@ -29,13 +29,13 @@ class Streams:
         ValueError: not one stream fits, or a block's mixer is a baseline's.
     """
 
-    def __init__(self, model: TTT4Rec, num_bytes: int) -> None:
+    def __init__(self, model: TTT4Rec, pool_bytes: int) -> None:
         self.model = model
         one = model.embedding.weight.new_zeros(1, model.config.width).detach()
         per_stream = one.nbytes + sum(pool.nbytes for pool in model.make_pools(1))
-        self.num_slots = num_bytes // per_stream
+        self.num_slots = pool_bytes // per_stream
         if self.num_slots < 1:
-            raise ValueError(f"a stream of this model takes {per_stream} bytes; given {num_bytes} for all")
+            raise ValueError(f"pool_bytes must be at least {per_stream}, which a stream takes; given {pool_bytes}")
         self._pools = model.make_pools(self.num_slots)
         self._hidden = one.repeat(self.num_slots, 1)
         for items in ([1], [1, 1]):  # what torch loads or compiles at a first call may take seconds

@@ -153,8 +153,8 @@ class UserStates:
                 return [], {}
             readings = [self._readings[user] for user in users]
             tensors = self._streams.export([reading.slot for reading in readings])
-        for name in ("length", "digest"):
-            tensors[name] = torch.tensor([getattr(reading, name) for reading in readings], dtype=torch.int64)
+            for name in ("length", "digest"):
+                tensors[name] = torch.tensor([getattr(reading, name) for reading in readings], dtype=torch.int64)
         return list(users), tensors
 
     def load(self, users: Sequence[str], tensors: dict[str, Tensor]) -> None:
