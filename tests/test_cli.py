@@ -1,6 +1,7 @@
 """The command line, in process."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -37,8 +38,23 @@ def test_train_prints_and_writes(run, capsys):
         "metrics.csv",
         "run.json",
         "report.md",
+        "model_card.md",
         "curves.png",
     } <= written
+
+
+def test_the_model_card(run, capsys, monkeypatch):
+    card = (run / "run" / "model_card.md").read_text()
+    assert card.startswith("---\nlibrary_name: ttt4rec\n")
+    test = json.loads((run / "run" / "run.json").read_text())["test"]
+    parameters = sum(p.numel() for p in TTT4Rec.load(run / "run").parameters())
+    for part in ("# TTT4Rec on ring.inter", f"{parameters:,} parameters", f"| HR@10 | {test['HR@10']:.4f} |"):
+        assert part in card
+    assert "| users | 60 |" in card
+    assert "{" not in card.replace("{}", "")
+    monkeypatch.chdir(run / "run")
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
+    assert "('i" in capsys.readouterr().out
 
 
 def test_evaluate_repeats_the_test_of_training(run, capsys):
