@@ -8,7 +8,8 @@ import torch
 
 from recsys_data import write_events
 from ttt4rec import TTT4Rec
-from ttt4rec.cli import main
+from ttt4rec.cli import main, make_parser
+from ttt4rec.model import MIXERS
 
 SMALL = ["--width", "16", "--num-heads", "2", "--ffn-width", "16", "--max-len", "8", "--targets-per-batch", "128"]
 
@@ -244,3 +245,9 @@ def test_bad_questions_are_one_line(run, capsys, command, names):
 def test_out_that_cannot_be_written(run, capsys):
     assert main(["train", str(run / "ring.inter"), "--out", str(run / "ring.inter" / "x"), *SMALL]) == 2
     assert capsys.readouterr().err.startswith("ttt4rec: error: ")
+
+
+def test_every_mixer_may_be_chosen():
+    (train,) = (a for a in make_parser()._actions if a.dest == "command")
+    (mixer,) = (a for a in train.choices["train"]._actions if a.dest == "mixer")
+    assert tuple(mixer.choices) == MIXERS
