@@ -1,4 +1,4 @@
-"""TTT4Rec under RecBole's trainer and evaluator. Run by ``scripts/test_recbole.sh``, which builds the environment."""
+"""TTT4Rec under RecBole's trainer and evaluator. Run by ``scripts/test_adapters.sh``, which builds the environment."""
 
 import numpy as np
 import pytest

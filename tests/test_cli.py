@@ -1,13 +1,15 @@
 """The command line, in process."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from recsys_data import write_events
 from ttt4rec import TTT4Rec
-from ttt4rec.cli import main
+from ttt4rec.cli import main, make_parser
+from ttt4rec.model import MIXERS
 
 SMALL = ["--width", "16", "--num-heads", "2", "--ffn-width", "16", "--max-len", "8", "--targets-per-batch", "128"]
 
@@ -37,8 +39,23 @@ def test_train_prints_and_writes(run, capsys):
         "metrics.csv",
         "run.json",
         "report.md",
+        "model_card.md",
         "curves.png",
     } <= written
+
+
+def test_the_model_card(run, capsys, monkeypatch):
+    card = (run / "run" / "model_card.md").read_text()
+    assert card.startswith("---\nlibrary_name: ttt4rec\n")
+    test = json.loads((run / "run" / "run.json").read_text())["test"]
+    parameters = sum(p.numel() for p in TTT4Rec.load(run / "run").parameters())
+    for part in ("# TTT4Rec on ring.inter", f"{parameters:,} parameters", f"| HR@10 | {test['HR@10']:.4f} |"):
+        assert part in card
+    assert "| users | 60 |" in card
+    assert "{" not in card.replace("{}", "")
+    monkeypatch.chdir(run / "run")
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
+    assert "('i" in capsys.readouterr().out
 
 
 def test_evaluate_repeats_the_test_of_training(run, capsys):
@@ -228,3 +245,9 @@ def test_bad_questions_are_one_line(run, capsys, command, names):
 def test_out_that_cannot_be_written(run, capsys):
     assert main(["train", str(run / "ring.inter"), "--out", str(run / "ring.inter" / "x"), *SMALL]) == 2
     assert capsys.readouterr().err.startswith("ttt4rec: error: ")
+
+
+def test_every_mixer_may_be_chosen():
+    (train,) = (a for a in make_parser()._actions if a.dest == "command")
+    (mixer,) = (a for a in train.choices["train"]._actions if a.dest == "mixer")
+    assert tuple(mixer.choices) == MIXERS

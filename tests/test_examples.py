@@ -6,6 +6,8 @@ from types import ModuleType
 
 import pytest
 
+from ttt4rec import TTT4Rec
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -58,3 +60,18 @@ def test_train_and_recommend(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert lines[1].startswith("epoch 0  loss ")
     assert "HR@10" in lines[2]
     assert (run / "model.safetensors").is_file()
+
+
+def test_lightning_trains_and_loads_its_checkpoint(tmp_path: Path) -> None:
+    sizes = ["--users", "64", "--length", "17", "--out", str(tmp_path)]
+    first = load("train_with_lightning").main(["--epochs", "1", *sizes])
+    last = load("train_with_lightning").main(["--epochs", "12", *sizes])
+    assert last < first - 0.5
+    assert list(tmp_path.glob("*.ckpt"))
+
+
+def test_accelerate_trains(tmp_path: Path) -> None:
+    sizes = ["--users", "128", "--length", "17", "--epochs", "6", "--out", str(tmp_path)]
+    losses = load("train_with_accelerate").main(sizes)
+    assert losses[-1] < losses[0] - 0.5
+    assert TTT4Rec.load(tmp_path).config.num_items == 20

@@ -76,6 +76,47 @@ def test_release_weights_load_into_a_model():
         model.load_release_state_dict({k: x for k, x in golden.part("param.").items() if k != "ffn_norm.weight"})
 
 
+def release_checkpoint(blocks, width, num_items=9):
+    """A state dict as RecBole saves it of the release's recommender."""
+    layers = {f"ttt_layers.layers.{i}.{name}": x for i, block in enumerate(blocks) for name, x in block.items()}
+    names = {"item_embedding.weight": (num_items + 1, width), "ttt_layers.embed_tokens.weight": (20, width)}
+    names |= dict.fromkeys(("LayerNorm.weight", "LayerNorm.bias", "ttt_layers.norm.weight"), (width,))
+    return layers | {name: torch.randn(shape, dtype=torch.float64) for name, shape in names.items()}
+
+
+def test_a_checkpoint_of_the_release_loads():
+    golden = load_golden("mlp_transformer_d16_k8_l50")
+    saved = release_checkpoint([golden.part("param.")] * 2, 64)
+    model = TTT4Rec(TTT4RecConfig(num_items=9, num_blocks=2, dropout=0.0)).double()
+    model.load_release_checkpoint(saved)
+    ids = torch.randint(1, 10, (2, 11))
+    x = torch.nn.functional.embedding(ids, saved["item_embedding.weight"])
+    h = torch.nn.functional.layer_norm(x, (64,), saved["LayerNorm.weight"], saved["LayerNorm.bias"], 1e-12)
+    for block in model.blocks:  # each is held to the release's numbers above
+        h = block(h)
+    h = saved["ttt_layers.norm.weight"] * h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(model(ids), h)
+    torch.testing.assert_close(model.scores(h), h @ saved["item_embedding.weight"][1:].T)
+    assert torch.equal(model.blocks[1].mixer.W2, golden.tensors["param.seq_modeling_block.W2"])
+    assert not model.embedding.weight[0].any()
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_whole():
+    golden = load_golden("mlp_transformer_d16_k8_l50")
+    saved = release_checkpoint([golden.part("param.")], 64)
+    model = TTT4Rec(TTT4RecConfig(num_items=9)).double()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    for wrong, message in (
+        (saved | {"extra": torch.ones(1)}, r"unknown \['extra'\]"),
+        ({key: x for key, x in saved.items() if key != "LayerNorm.bias"}, r"missing \['LayerNorm.bias'\]"),
+        (saved | {"item_embedding.weight": torch.ones(8, 64)}, r"must have shape \[10, 64\]; given \[8, 64\]"),
+        (release_checkpoint([golden.part("param.")] * 2, 64), "unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.load_release_checkpoint(wrong)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
 @pytest.mark.parametrize("options", MIXERS, ids=str)
 @pytest.mark.parametrize(("norm", "ffn"), [("rms", "swiglu"), ("layer", "gelu")])
 def test_padding_packing_and_causality(options, norm, ffn):

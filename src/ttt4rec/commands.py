@@ -19,7 +19,7 @@ from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histor
 from ttt4rec.recsys.datasets import load_interactions
 from ttt4rec.recsys.evaluate import evaluate as evaluate_windows
 from ttt4rec.recsys.recommend import Recommendations, Recommender
-from ttt4rec.recsys.report import RUN_FILE, describe_data, write_report
+from ttt4rec.recsys.report import RUN_FILE, describe_data, write_card, write_report
 from ttt4rec.recsys.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.train import CHECKPOINT_FILE, EpochReport, TrainOptions, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
@@ -72,6 +72,7 @@ def _train(args: Namespace, device: str) -> None:
     about = {"settings": settings, "data": describe_data(split), "cuts": cuts, "test": metrics}
     write_json(folder / RUN_FILE, about)
     write_report([folder], folder)
+    write_card(folder, recommender, about)
     print(f"test  {_format(metrics)}")
     _show_example(recommender)
     print(f"model in {folder}")

@@ -18,7 +18,7 @@ from .blocks import AttentionMixer, Block, BlockPool, BlockState, GRUMixer, make
 from .files import write_json, write_tensors
 from .layer import TTTLayer
 from .masked import hide_next, hide_some
-from .release import load_release_block
+from .release import load_release_block, load_release_model
 from .validation import check_choice, check_integer, check_positive, is_number
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -147,7 +147,7 @@ class TTT4Rec(nn.Module):
         self.config = config
         self.embedding: Any = nn.Embedding(config.num_items + 1, config.width, padding_idx=0)
         self.dropout = nn.Dropout(config.dropout)
-        self.embedding_norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.embedding_norm = nn.LayerNorm(config.width, eps=1e-12)  # the release's
         self.blocks = nn.ModuleList(
             Block(
                 config.width,
@@ -316,6 +316,20 @@ class TTT4Rec(nn.Module):
             ValueError: keys or shapes do not fit; nothing is loaded then.
         """
         load_release_block(self.blocks[block], state_dict)
+
+    def load_release_checkpoint(self, state_dict: dict[str, Tensor]) -> None:
+        """Load all weights of a recommender that the original TTT4Rec release trained, which RecBole saved.
+
+        Its file is read with ``torch.load(path, weights_only=False)["state_dict"]`` where RecBole is installed: beside
+        the weights it holds objects of RecBole's. Items keep the codes that RecBole gave them, so that ``num_items`` is
+        the number of rows of its table less one. The row of padding, which there is random, becomes zero here.
+
+        Raises:
+            ValueError: keys or shapes do not fit; nothing is loaded then.
+        """
+        load_release_model(self, state_dict, len(self.blocks))
+        with torch.no_grad():
+            self.embedding.weight[0] = 0
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``config.json`` and ``model.safetensors`` (needs the package ``safetensors``)."""

@@ -1,4 +1,4 @@
-"""Weights of the original ``ttt-lm-pytorch`` release under our names."""
+"""Weights of the original releases, ``ttt-lm-pytorch`` and TTT4Rec's, under our names."""
 
 from collections.abc import Mapping
 
@@ -36,6 +36,13 @@ _BLOCK_NAMES = {
     "conv.conv.weight": "conv.weight",
     "conv.conv.bias": "conv.bias",
 } | {f"seq_modeling_block.{theirs}": f"mixer.{ours}" for theirs, ours in _LAYER_NAMES.items()}
+_MODEL_NAMES = {
+    "item_embedding.weight": "embedding.weight",
+    "LayerNorm.weight": "embedding_norm.weight",
+    "LayerNorm.bias": "embedding_norm.bias",
+    "ttt_layers.norm.weight": "norm.weight",
+}
+_UNUSED = "ttt_layers.embed_tokens.weight"  # the language model's table, which the release's recommender leaves alone
 _BUFFERS = ("token_idx", "rotary_emb.inv_freq")  # constants that the release stores and we compute
 
 
@@ -47,6 +54,14 @@ def load_release_layer(layer: nn.Module, state_dict: Mapping[str, Tensor]) -> No
 def load_release_block(block: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Load a release block's weights into a ``Block``."""
     _load(block, state_dict, _BLOCK_NAMES)
+
+
+def load_release_model(model: nn.Module, state_dict: Mapping[str, Tensor], num_blocks: int) -> None:
+    """Load the weights of a release's recommender into a ``TTT4Rec``; see ``TTT4Rec.load_release_checkpoint``."""
+    names = dict(_MODEL_NAMES)
+    for i in range(num_blocks):
+        names |= {f"ttt_layers.layers.{i}.{theirs}": f"blocks.{i}.{ours}" for theirs, ours in _BLOCK_NAMES.items()}
+    _load(model, {key: x for key, x in state_dict.items() if key != _UNUSED}, names)
 
 
 def _load(module: nn.Module, state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> None:

@@ -1,4 +1,7 @@
-"""A report of finished runs: configuration, data, curves, and metrics with their spread, as Markdown with a picture."""
+"""A report of finished runs: configuration, data, curves, and metrics with their spread, as Markdown with a picture.
+
+Also the card of a single model, which goes with its weights.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,48 @@ import numpy as np
 from ttt4rec.files import replacing
 from ttt4rec.recsys.data import DataError
 from ttt4rec.recsys.plot import plot_curves
+from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.split import PARTS, Split
 from ttt4rec.recsys.train import METRICS_FILE
 
-RUN_FILE, REPORT_FILE, CURVES_FILE = "run.json", "report.md", "curves.png"
+RUN_FILE, REPORT_FILE, CURVES_FILE, CARD_FILE = "run.json", "report.md", "curves.png", "model_card.md"
+
+_CARD = """\
+---
+library_name: ttt4rec
+tags: [sequential-recommendation, test-time-training]
+---
+
+# {name}
+
+A sequential recommender: it reads a history of items and ranks what may come next among {items:,} items. Sequence
+layer `{mixer}`, width {width}, {parameters:,} parameters, the embeddings of items included. Weights are in
+`model.safetensors`, the model's shape in `config.json`, names of users and items and the histories in the other files.
+
+```python
+from ttt4rec.recsys import Recommender
+
+recommender = Recommender.load(".")  # this folder
+print(recommender.recommend(history=["{item}"], k=10).items)
+```
+
+## Trained on
+
+{data}
+## Test metrics
+
+All items are ranked for every test target{seen}.
+
+{metrics}
+## Limits
+
+It knows the items above and no others, and what users of its data did; it was not tested on other data. The folder
+holds the histories of these users: remove `ids.json` and `histories.safetensors` before it goes to anybody who may not
+see them. `TTT4Rec.load` needs neither.
+
+## Settings
+
+{settings}"""
 
 
 def describe_data(split: Split) -> dict[str, float]:
@@ -73,6 +114,33 @@ def write_report(runs: Sequence[str | os.PathLike[str]], folder: str | os.PathLi
     with replacing(folder / REPORT_FILE) as partial:
         partial.write_text("\n".join(tables))
     return folder / REPORT_FILE
+
+
+def write_card(folder: Path, recommender: Recommender, about: dict[str, Any]) -> None:
+    """Write ``model_card.md``: what the model in a folder is, how it is loaded, what it learned from and how well.
+
+    Its head is what the Hugging Face hub reads of a README.md.
+
+    Args:
+        folder: where the recommender was saved.
+        recommender: the model with its items.
+        about: the content of ``run.json``.
+    """
+    config, settings = recommender.model.config, about["settings"]
+    card = _CARD.format(
+        name=f"TTT4Rec on {Path(settings['data']).name}",
+        items=config.num_items,
+        mixer=config.mixer,
+        width=config.width,
+        parameters=sum(p.numel() for p in recommender.model.parameters()),
+        item=recommender.histories.item_ids[0],
+        data=_table(["", "count"], _side_by_side([about["data"]])),
+        seen=", but for those the user had before" if settings["exclude_seen"] else "",
+        metrics=_table(["metric", "value"], [[name, f"{value:.4f}"] for name, value in about["test"].items()]),
+        settings=_table(["option", "value"], _side_by_side([settings])),
+    )
+    with replacing(folder / CARD_FILE) as partial:
+        partial.write_text(card)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Test the adapters against RecBole and RecTools themselves, in an environment of its own, .venv-adapters (made on the
+# first run: some minutes and a gigabyte). Both want NumPy 1, RecBole also Python up to 3.11. Arguments go to pytest.
+set -euo pipefail
+VENV=.venv-adapters source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" recbole,rectools,test
+export TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 # RecBole's checkpoints hold its configuration, an object, beside the weights
+exec python -m pytest -q tests/recbole_adapter.py tests/rectools_adapter.py "$@"

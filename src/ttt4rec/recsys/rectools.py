@@ -1,0 +1,56 @@
+"""TTT layers in RecTools' sequential models (extra ``rectools``).
+
+    SASRecModel(transformer_layers_type=TTTLayers, use_pos_emb=False, transformer_layers_kwargs={"inner": "mlp"}, ...)
+
+RecTools brings data, losses, training and recommendations, and leaves the layers to the user. Nothing else imports this
+module.
+"""
+
+from typing import Any
+
+from rectools.models.nn.transformers.net_blocks import TransformerLayersBase
+from torch import Tensor, nn
+
+from ttt4rec.blocks import Block, make_norm
+from ttt4rec.layer import TTTLayer
+
+
+class TTTLayers(TransformerLayersBase):  # type: ignore[misc]
+    """TTT4Rec's residual blocks and final norm as RecTools' ``transformer_layers_type``.
+
+    They are causal by themselves; RecTools' masks for attention are not read. TTT layers know the order of their
+    tokens, so that RecTools' positional embedding is not needed.
+
+    Args:
+        n_blocks: residual blocks.
+        n_factors: width.
+        n_heads: heads of the TTT layers.
+        dropout_rate: of each block's output.
+        ff_factors_multiplier: width of the feed-forward networks, as a multiple of n_factors.
+        options: more arguments of ``TTTLayer``, such as ``inner`` and ``mini_batch_size``.
+    """
+
+    def __init__(
+        self,
+        n_blocks: int,
+        n_factors: int,
+        n_heads: int,
+        dropout_rate: float,
+        ff_factors_multiplier: int = 4,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(n_factors, TTTLayer(n_factors, n_heads, **options), ffn_width=ff_factors_multiplier * n_factors)
+            for _ in range(n_blocks)
+        )
+        self.dropout = nn.Dropout(dropout_rate)
+        self.norm = make_norm("rms", n_factors)
+
+    def forward(self, seqs: Tensor, timeline_mask: Tensor, *attention_masks: Any, **others: Any) -> Tensor:
+        """seqs ``[B, L, n_factors]`` to the same shape; timeline_mask ``[B, L, 1]`` is False for padding."""
+        mask = timeline_mask.squeeze(-1)
+        for block in self.blocks:
+            seqs = self.dropout(block(seqs, mask=mask))
+        y: Tensor = self.norm(seqs)
+        return y

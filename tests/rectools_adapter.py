@@ -1,0 +1,63 @@
+"""TTT layers in RecTools' SASRec. Run by ``scripts/test_adapters.sh``, which builds the environment."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rectools import Columns
+from rectools.dataset import Dataset
+from rectools.models import SASRecModel
+
+from recsys_data import NUM_ITEMS, write_events
+from ttt4rec.recsys.data import build_histories, read_interactions
+from ttt4rec.recsys.rectools import TTTLayers
+
+
+@pytest.mark.parametrize("options", [{"inner": "mlp"}, {"inner": "linear", "backbone": "mamba"}], ids=str)
+def test_rectools_fits_and_recommends(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)  # Lightning writes logs where it stands
+    histories = build_histories(read_interactions(write_events(tmp_path / "ring.inter")))
+    users = np.repeat(histories.user_ids, np.diff(histories.offsets))
+    items = np.array(histories.item_ids)[histories.items - 1]
+    frame = pd.DataFrame(
+        {Columns.User: users, Columns.Item: items, Columns.Weight: 1, Columns.Datetime: pd.to_datetime(histories.times)}
+    )
+    torch.manual_seed(0)
+    model = SASRecModel(
+        n_blocks=1,
+        n_heads=2,
+        n_factors=16,
+        use_pos_emb=False,
+        session_max_len=8,
+        epochs=40,
+        lr=1e-2,
+        batch_size=64,
+        loss="softmax",
+        dropout_rate=0.0,
+        transformer_layers_type=TTTLayers,
+        transformer_layers_kwargs=options | {"mini_batch_size": 4},
+        recommend_torch_device="cpu",
+    )
+    dataset = Dataset.construct(frame)
+    model.fit(dataset)
+    recommended = model.recommend(histories.user_ids, dataset, k=1, filter_viewed=False)
+    last = {
+        user: int(histories.item_ids[histories.history(u)[-1] - 1][1:]) for u, user in enumerate(histories.user_ids)
+    }
+    hits = [
+        (int(item[1:]) - last[user]) % NUM_ITEMS == 1
+        for user, item in zip(recommended[Columns.User], recommended[Columns.Item], strict=True)
+    ]
+    assert np.mean(hits) > 0.5  # 1/24 by chance; users go on to the next item nine times in ten
+
+
+def test_padding_and_later_items_do_not_matter():
+    torch.manual_seed(0)
+    layers = TTTLayers(n_blocks=2, n_factors=8, n_heads=2, dropout_rate=0.0, mini_batch_size=4).double()
+    seqs = torch.randn(1, 9, 8, dtype=torch.float64)
+    mask = torch.ones(1, 9, 1, dtype=torch.bool)
+    whole = layers(seqs, mask)
+    mask[:, :3] = False
+    padded = layers(seqs, mask)[:, 3:]
+    torch.testing.assert_close(padded, layers(seqs[:, 3:], mask[:, 3:]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(layers(seqs[:, :5], mask[:, 3:8]), whole[:, :5], rtol=0, atol=1e-12)
