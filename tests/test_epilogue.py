@@ -172,19 +172,36 @@ def test_kernels_refuse_float64():
         run(kernels, make_inputs(1, 2, 1, 4, True))
 
 
+def as_rows(layer, x):
+    """Outputs of two rows, the second padded in front."""
+    mask = torch.tensor([[True] * x.shape[1], [False] * 4 + [True] * (x.shape[1] - 4)], device=x.device)
+    return [layer(x, mask=mask)]
+
+
+def as_packed(layer, x):
+    """Outputs of three sequences in one row."""
+    cu_seqlens = torch.tensor([0, 5, 6, 2 * x.shape[1]], device=x.device)
+    return [layer(x.flatten(0, 1)[None], cu_seqlens=cu_seqlens)]
+
+
+def as_streams(layer, x):
+    """Outputs of two calls one after the other."""
+    first, state = layer(x[:, :6], return_state=True)
+    return [first, layer(x[:, 6:], state=state)]
+
+
+@pytest.mark.parametrize("call", [as_rows, as_packed, as_streams])
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("inner", INNERS)
-def test_a_layer_on_the_kernels(inner, backbone):
-    """All of it in float32 beside the reference in float64, padding included."""
+def test_a_layer_on_the_kernels(inner, backbone, call):
+    """All of it, projections and convolutions too, in float32 beside the reference in float64."""
     layer = make_layer(inner, backbone, width=32).float().to(DEVICE)
-    x = torch.randn(2, 11, 32, device=DEVICE).requires_grad_()
-    mask = torch.tensor([[True] * 11, [False] * 4 + [True] * 7], device=DEVICE)
-    results = []
+    x, results = torch.randn(2, 11, 32, device=DEVICE), []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
         layer.backend = backend
-        leaf = x.detach().to(dtype).requires_grad_()
-        y = layer.to(dtype)(leaf, mask=mask)
-        results.append([y, *gradients([y], [leaf, *layer.parameters()])])
+        leaf = x.to(dtype).requires_grad_()
+        outputs = call(layer.to(dtype), leaf)
+        results.append([*outputs, *gradients(outputs, [leaf, *layer.parameters()])])
     ours, plain, exact = results
     assert max(norm_errors(ours, exact)) <= 3 * max(norm_errors(plain, exact))
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read when the kernels are imported
 
 from checks import BACKBONES, INNERS, assert_close, gradients, make_layer, relative_error
-from ttt4rec import TTTLayer, eager, kernels, reference
+from ttt4rec import TTTLayer, blocks, eager, kernels, reference
+from ttt4rec.blocks import Block
 from ttt4rec.kernels import projection as kernel_choice
 from ttt4rec.projection import (
     Rope,
@@ -132,14 +133,79 @@ def test_opcheck_projection(positions, kernel):
     torch.library.opcheck(rope_projection_backward, arguments)
 
 
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("with_rope", [True, False])
-def test_opcheck_convolution(with_rope):
-    rope = make_rope(2, 5, 4, 3, "shared") if with_rope else (None, None, None)
-    x, *p = (torch.randn(s, dtype=torch.float64, device=DEVICE) for s in [(2, 7, 8), (8, 3), (8, 3), (8,), (8,)])
-    grads = [torch.randn(2, 5, 8, dtype=torch.float64, device=DEVICE) for _ in range(2)]
-    torch.library.opcheck(rope_convolution_backward, (grads, x, p[:2], p[2:], *rope, 2))
+def test_opcheck_convolution(with_rope, kernel):
+    dtype = torch.float32 if kernel else torch.float64
+    rope = make_rope(2, 5, 4, 3, "shared", dtype) if with_rope else (None, None, None)
+    x, *p = (torch.randn(s, dtype=dtype, device=DEVICE) for s in [(2, 7, 8), (8, 3), (8, 3), (8,), (8,)])
+    grads = [torch.randn(2, 5, 8, dtype=dtype, device=DEVICE) for _ in range(2)]
+    torch.library.opcheck(rope_convolution_backward, (grads, x, p[:2], p[2:], *rope, 2, kernel))
     x, *p = (t.requires_grad_() for t in (x, *p))
-    torch.library.opcheck(rope_convolution, (x, p[:2], p[2:], *rope, 2))
+    torch.library.opcheck(rope_convolution, (x, p[:2], p[2:], *rope, 2, kernel))
+
+
+def convolution_results(path, dtype, with_rope, B, L, C, taps, lead, count):
+    """Outputs and all gradients of ``path``, and of the definition in float64, of the same numbers."""
+    torch.manual_seed(0)
+    shapes = [(B, lead + L, C), *[(C, taps)] * count, *[(C,)] * count, *[(B, L, C)] * count]
+    tensors = [torch.randn(s).to(DEVICE, dtype) for s in shapes]
+    x, weights, biases, grads = tensors[0], tensors[1 : count + 1], tensors[count + 1 : -count], tensors[-count:]
+    rope = make_rope(B, L, C // 3, 5, "per row", torch.float32) if with_rope else None
+    where = (*(rope or (None, None, None)), lead)
+    actual = path.convolution_forward(x, weights, biases, *where)
+    actual += path.convolution_backward(grads, x, weights, biases, *where)
+    leaves = [t.double().requires_grad_() for t in (x, *weights, *biases)]
+    double = rope and Rope(rope.cos.double(), rope.sin.double(), rope.positions)
+    parameters = leaves[1 : count + 1], leaves[count + 1 :]
+    outputs = causal_convolutions(leaves[0], *parameters, double, lead, "reference")
+    gradients = torch.autograd.grad(outputs, leaves, [g.double() for g in grads], allow_unused=True)
+    exact = [t.detach() for t in outputs]
+    exact += [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
+    return actual, exact
+
+
+CONVOLUTIONS = [  # B, L, C, taps, lead, how many
+    (2, 21, 18, 4, 0, 2),  # features padded to 32
+    (2, 90, 78, 4, 0, 2),  # a last chunk of 14 features, and more than one block of tokens
+    (3, 5, 18, 4, 3, 2),
+    (3, 1, 18, 4, 3, 2),  # a step
+    (2, 3, 6, 5, 1, 1),  # more taps than tokens
+    (2, 0, 6, 4, 3, 2),  # no token
+]
+
+
+@pytest.mark.parametrize("with_rope", [True, False])
+@pytest.mark.parametrize("shape", CONVOLUTIONS)
+def test_convolution_kernels_match_definition(shape, with_rope):
+    actual, exact = convolution_results(kernels, torch.float32, with_rope, *shape)
+    assert [a.shape for a in actual] == [e.shape for e in exact]
+    assert max(norm_errors(actual, exact)) <= FP32_TOLERANCE
+    again, _ = convolution_results(kernels, torch.float32, with_rope, *shape)
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+def test_a_block_with_a_convolution_on_the_kernels(monkeypatch):
+    block, h = (
+        Block(8, TTTLayer(8, 2, mini_batch_size=4), conv_kernel=4).to(DEVICE),
+        torch.randn(2, 9, 8, device=DEVICE),
+    )
+    results = []
+    for backend in ("triton", "reference"):
+        monkeypatch.setattr(blocks, "choose_backend", lambda *_, backend=backend: backend)
+        y = block(h.requires_grad_())
+        results.append([y, *gradients([y], [h, block.conv.weight, block.conv.bias])])
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, FP32_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_convolution_kernels_in_low_precision_are_no_worse_than_torch(dtype):
+    shape = (2, 40, 24, 4, 3, 2)
+    actual, exact = convolution_results(kernels, dtype, True, *shape)
+    plain, _ = convolution_results(eager, dtype, True, *shape)
+    assert [a.dtype for a in actual] == [p.dtype for p in plain] == [dtype] * len(plain)
+    assert max(norm_errors(actual, exact)) <= 2 * max(norm_errors(plain, exact)) + torch.finfo(dtype).eps
 
 
 def test_an_output_nobody_uses_has_no_gradient():
@@ -209,24 +275,11 @@ def test_more_blocks_than_partial_sums(monkeypatch):
 
 
 def test_kernels_refuse_float64():
+    with pytest.raises(ValueError, match="float64"):
+        convolution_results(kernels, torch.float64, False, 1, 2, 6, 4, 0, 1)
     inputs, rope = make_inputs(1, 2, 1, 4), make_rope(1, 2, 4, 2, "shared")
     with pytest.raises(ValueError, match="float64"):
         run_kernels(inputs, rope, 2, torch.float64)
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_layer_on_the_kernels(backbone):
-    torch.manual_seed(1)
-    layer = make_layer("linear", backbone).float().to(DEVICE)
-    x = torch.randn(2, 11, 8, device=DEVICE).requires_grad_()
-    mask = torch.tensor([[True] * 11, [False] * 4 + [True] * 7], device=DEVICE)
-    results = []
-    for backend in ("triton", "reference"):
-        layer.backend = backend
-        y = layer(x, mask=mask)
-        results.append([y, *gradients([y], [x, *layer.parameters()])])
-    for actual, expected in zip(*results, strict=True):
-        assert_close(actual, expected, 1e-4)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

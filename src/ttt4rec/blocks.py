@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .convolution import CausalConv, convolve
-from .functional import make_spans
+from .functional import choose_backend, make_spans
 from .pool import StatePool
 from .reference import rotate, rotation
+from .spans import Spans
 from .validation import check_slots
 
 
@@ -230,8 +231,7 @@ class Block(nn.Module):
         if self.has_conv:
             spans = make_spans(mask, cu_seqlens, h.shape[1])
             context = None if state is None else state.conv
-            (convolved,), conv_state = convolve((self.conv,), self.conv_norm(h), spans, context)
-            h = h + convolved
+            h, conv_state = self._convolve(h, spans, context)
         mixer_state = None if state is None else state.mixer
         mixed = self.mixer(
             self.mixer_norm(h), mask=mask, cu_seqlens=cu_seqlens, state=mixer_state, return_state=return_state
@@ -241,6 +241,13 @@ class Block(nn.Module):
         h = h + mixed
         h = h + self.ffn(self.ffn_norm(h))
         return (h, BlockState(mixer_state, conv_state)) if return_state else h
+
+    def _convolve(self, h: Tensor, spans: Spans | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``h + conv(norm(h))``, and the convolution's last inputs."""
+        x = self.conv_norm(h)
+        backend = choose_backend("auto", x.unsqueeze(-1), 1)
+        (convolved,), context = convolve((self.conv,), x, spans, context, backend=backend)
+        return h + convolved, context
 
     def make_pool(self, num_slots: int) -> BlockPool:
         """A pool of new streams.
@@ -264,9 +271,9 @@ class Block(nn.Module):
         """Advance B streams of a pool by one token each: h ``[B, width]`` to the same; as ``TTTLayer.step``."""
         if pool.conv is not None:
             check_slots(slots, pool.mixer.num_slots, pool.conv.device)
-            (convolved,), context = convolve((self.conv,), self.conv_norm(h)[:, None], None, pool.conv[slots])
+            with_context, context = self._convolve(h[:, None], None, pool.conv[slots])
             pool.conv.index_copy_(0, slots, context)
-            h = h + convolved.squeeze(1)
+            h = with_context.squeeze(1)
         step: Callable[..., Tensor] = self.mixer.step  # type: ignore[assignment]
         h = h + step(self.mixer_norm(h), pool.mixer, slots)
         result: Tensor = h + self.ffn(self.ffn_norm(h))

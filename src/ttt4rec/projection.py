@@ -99,7 +99,7 @@ def causal_convolutions(
         parameters = zip(weights, biases, strict=True)
         plain = [reference.causal_convolution(x, w.to(x.dtype), b.to(x.dtype))[:, lead:] for w, b in parameters]
         return plain if rope is None else [rope.rotate(y) for y in plain]
-    return list(rope_convolution(x, weights, biases, *(rope or (None, None, None)), lead))
+    return list(rope_convolution(x, weights, biases, *(rope or (None, None, None)), lead, backend == "triton"))
 
 
 def path_of(kernel: bool) -> ModuleType:
@@ -205,9 +205,12 @@ def rope_convolution(
     sin: Tensor | None,
     positions: Tensor | None,
     lead: int,
+    kernel: bool,
 ) -> list[Tensor]:
     """Causal convolutions ``[B, L, C]`` of x ``[B, lead + L, C]``, rotated where there are angles."""
-    return eager.convolution_forward(x, weights, biases, cos, sin, positions, lead)
+    return path_of(kernel).convolution_forward(  # type: ignore[no-any-return]
+        x, weights, biases, cos, sin, positions, lead
+    )
 
 
 @torch.library.custom_op("ttt4rec::rope_convolution_backward", mutates_args=())
@@ -220,14 +223,17 @@ def rope_convolution_backward(
     sin: Tensor | None,
     positions: Tensor | None,
     lead: int,
+    kernel: bool,
 ) -> list[Tensor]:
     """Gradients of x, the weights and the biases."""
-    return eager.convolution_backward(grads, x, weights, biases, cos, sin, positions, lead)
+    return path_of(kernel).convolution_backward(  # type: ignore[no-any-return]
+        grads, x, weights, biases, cos, sin, positions, lead
+    )
 
 
 @rope_convolution.register_fake
 def _(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape[0], x.shape[1] - rest[-1], x.shape[2]) for _ in weights]
+    return [x.new_empty(x.shape[0], x.shape[1] - rest[-2], x.shape[2]) for _ in weights]
 
 
 @rope_convolution_backward.register_fake
@@ -238,7 +244,7 @@ def _(
 
 
 def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, cos, sin, positions, ctx.lead = inputs
+    x, weights, biases, cos, sin, positions, *ctx.options = inputs
     ctx.save_for_backward(x, cos, sin, positions, *weights, *biases)
 
 
@@ -246,8 +252,8 @@ def _backward_convolution(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     x, cos, sin, positions, *parameters = ctx.saved_tensors
     count = len(parameters) // 2
     weights, biases = parameters[:count], parameters[count:]
-    dx, *gradients = rope_convolution_backward(grads, x, weights, biases, cos, sin, positions, ctx.lead)
-    return dx, gradients[:count], gradients[count:], None, None, None, None
+    dx, *gradients = rope_convolution_backward(grads, x, weights, biases, cos, sin, positions, *ctx.options)
+    return dx, gradients[:count], gradients[count:], *[None] * 5
 
 
 rope_convolution.register_autograd(_backward_convolution, setup_context=_save_convolution)

@@ -1,5 +1,6 @@
 """Fused Triton kernels; the only part of the package that imports triton."""
 
+from .convolution import convolution_backward, convolution_forward
 from .epilogue import epilogue_backward, epilogue_forward
 from .linear_backward import linear_backward
 from .linear_forward import linear_forward
@@ -10,6 +11,8 @@ from .projection_forward import projection_forward
 from .step import token_step
 
 __all__ = [
+    "convolution_backward",
+    "convolution_forward",
     "epilogue_backward",
     "epilogue_forward",
     "linear_backward",

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from . import launch
+from .convolution import prepare_convolution_backward, prepare_convolution_forward
 from .epilogue import prepare_epilogue_backward, prepare_epilogue_forward
 from .linear_backward import prepare_linear_backward
 from .linear_forward import prepare_linear_forward
@@ -87,7 +88,11 @@ def compile_for(
     width, 4 heads.
     """
     driver.set_active(OfflineDriver(architecture))
-    around = {"projection": _prepare_projection, "epilogue": _prepare_epilogue}
+    around = {
+        "projection": _prepare_projection,
+        "convolution": _prepare_convolution,
+        "epilogue": _prepare_epilogue,
+    }
     prepare = _prepare_step if op.endswith("step") else around.get(op.split("_")[0], _prepare_inner_loop)
     prepared = prepare(op, head_dim, mini_batch_size, dtype, length)
     compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options())
@@ -122,6 +127,16 @@ def _prepare_projection(op: str, head_dim: int, mini_batch_size: int, dtype: tor
         return prepare_projection_forward(x, weights, lr_weight, _meta(4).to(dtype), *options)[-1]
     rates = _meta(2, length, 4)
     return prepare_projection_backward([q] * 3, rates, rates, x, weights, lr_weight, *options)[-1]
+
+
+def _prepare_convolution(
+    op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int
+) -> launch.Launch:
+    x, weights = _meta(2, length, 4 * head_dim).to(dtype), [_meta(4 * head_dim, 4).to(dtype)] * 2
+    rope = _meta(mini_batch_size, head_dim // 2), _meta(mini_batch_size, head_dim // 2), _meta(length).long()
+    if op == "convolution_forward":
+        return prepare_convolution_forward(x, weights, [weights[0][:, 0]] * 2, *rope, 0)[-1]
+    return prepare_convolution_backward([x] * 2, x, weights, *rope, 0)[-1]
 
 
 def _prepare_epilogue(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:

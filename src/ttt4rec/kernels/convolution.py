@@ -1,0 +1,267 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# Jit functions are typed by Triton when they are compiled.
+
+"""Causal depthwise convolutions of one input, all in one launch, rotated as they are written.
+
+A program has some tokens and some features. A tap reads what its neighbour read, from the cache: memory gives every
+token once. A rotation is undone where the backward reads a gradient, as often as there are taps.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .projection import contiguous, load_angles, turned
+
+TILE = 2048  # tokens times features of a program, 4 warps: beyond, the backward spills
+
+
+class Sizes(NamedTuple):
+    """The compile-time sizes of a convolution kernel."""
+
+    width: int  # C
+    features: int  # at a time, a power of two
+    head_dim: int  # D
+    rows: int  # tokens at a time
+    taps: int
+    convolutions: int
+
+
+@triton.jit
+def program_tile(sizes: tl.constexpr):
+    """The program's block of tokens, these tokens [R], and its first feature."""
+    columns = tl.cdiv(sizes.width, sizes.features)
+    block = tl.program_id(0) // columns
+    rows = block.to(tl.int64) * sizes.rows + tl.arange(0, sizes.rows)
+    return block.to(tl.int64), rows, (tl.program_id(0) % columns) * sizes.features
+
+
+@triton.jit
+def convolution_forward_kernel(
+    x,  # [B, lead + L, C]
+    weights,  # each [C, taps]
+    biases,  # each [C]
+    table,  # cos, sin [K, D/2]
+    positions,  # [num_positions]
+    outputs,  # each [B, L, C]
+    num_tokens,
+    num_positions,
+    L,
+    lead,
+    sizes: tl.constexpr,
+):
+    """One program: R tokens and N features of y_t = b + Σ_back w_(taps - 1 - back) x_(t - back), turned."""
+    _, rows, first = program_tile(sizes)
+    features = first + tl.arange(0, sizes.features)
+    own = features < sizes.width
+    exists = rows < num_tokens
+    token = lead + rows % L
+    source = (rows // L) * (lead + L) + token
+    if table is not None:
+        cos, sin = load_angles(table, positions, rows, num_tokens, num_positions, first, sizes)
+    for i in tl.static_range(sizes.convolutions):
+        y = tl.zeros((sizes.rows, sizes.features), tl.float32)
+        y += tl.load(biases[i] + features, mask=own, other=0.0).to(tl.float32)[None, :]
+        for back in tl.static_range(sizes.taps):
+            w = tl.load(weights[i] + features * sizes.taps + (sizes.taps - 1 - back), mask=own, other=0.0)
+            mask = (exists & (token >= back))[:, None] & own[None, :]
+            X = tl.load(x + (source - back)[:, None] * sizes.width + features[None, :], mask=mask, other=0.0)
+            y += w.to(tl.float32)[None, :] * X.to(tl.float32)
+        if table is not None:
+            y = turned(y, cos, sin, sizes)
+        target = outputs[i] + rows[:, None] * sizes.width + features[None, :]
+        tl.store(target, y.to(outputs[i].dtype.element_ty), mask=exists[:, None] & own[None, :])
+
+
+@triton.jit
+def convolution_backward_kernel(
+    grads,  # each [B, L, C]
+    x,  # [B, lead + L, C]
+    weights,  # each [C, taps]
+    table,  # cos, sin [K, D/2]
+    positions,  # [num_positions]
+    dx,  # [B, lead + L, C]
+    d_weights,  # each [P, C, taps], float32, P blocks of tokens
+    d_biases,  # each [P, C], float32
+    num_inputs,
+    num_positions,
+    L,
+    lead,
+    sizes: tl.constexpr,
+):
+    """One program: R inputs and N features.
+
+    g = turned back(grad)                       db = Σ_t g_t
+    dx_t = Σ_back w_(taps - 1 - back) g_(t + back)    dw_(taps - 1 - back) = Σ_t g_(t + back) x_t
+    """
+    block, rows, first = program_tile(sizes)
+    features = first + tl.arange(0, sizes.features)
+    own = features < sizes.width
+    exists = rows < num_inputs
+    offsets = rows[:, None] * sizes.width + features[None, :]
+    mask = exists[:, None] & own[None, :]
+    X = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    sequence, token = rows // (lead + L), rows % (lead + L) - lead
+    num_outputs = num_inputs // (lead + L) * L
+    d_x = tl.zeros((sizes.rows, sizes.features), tl.float32)
+    for back in tl.static_range(sizes.taps):
+        reached = exists & (token + back >= 0) & (token + back < L)
+        source = tl.where(reached, sequence * L + token + back, 0)
+        if table is not None:
+            cos, sin = load_angles(table, positions, source, num_outputs, num_positions, first, sizes)
+        for i in tl.static_range(sizes.convolutions):
+            g_mask = reached[:, None] & own[None, :]
+            g = tl.load(grads[i] + source[:, None] * sizes.width + features[None, :], mask=g_mask, other=0.0)
+            g = g.to(tl.float32)
+            if table is not None:
+                g = turned(g, cos, -sin, sizes)
+            tap = features * sizes.taps + (sizes.taps - 1 - back)
+            d_x += tl.load(weights[i] + tap, mask=own, other=0.0).to(tl.float32)[None, :] * g
+            tl.store(d_weights[i] + block * sizes.width * sizes.taps + tap, tl.sum(g * X, 0), mask=own)
+            if back == 0:
+                tl.store(d_biases[i] + block * sizes.width + features, tl.sum(g, 0), mask=own)
+    tl.store(dx + offsets, d_x.to(dx.dtype.element_ty), mask=mask)
+
+
+def convolution_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    lead: int,
+) -> list[Tensor]:
+    """``y_t = b + Σ_j w_j x_{t - (taps - 1) + j}`` for each weight and bias, zeros before x; then RoPE on every y.
+
+    Args:
+        x: ``[B, lead + L, C]``, float32, bfloat16 or float16; the first ``lead`` tokens are context and have no output.
+        weights: each ``[C, taps]``.
+        biases: each ``[C]``.
+        cos: of the angles at every place in a mini-batch ``[K, D/2]``, float32; None: no rotation.
+        sin: the same.
+        positions: every output's place in its mini-batch, int64, ``[L]`` or ``[B, L]``.
+        lead: number of context tokens.
+
+    Returns:
+        For each weight ``[B, L, C]`` in x's dtype. The arithmetic is float32.
+
+    Raises:
+        ValueError: the kernels do not run that dtype.
+    """
+    results, prepared = prepare_convolution_forward(x, weights, biases, cos, sin, positions, lead)
+    prepared.run()
+    return results
+
+
+def prepare_convolution_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    lead: int,
+) -> tuple[list[Tensor], launch.Launch]:
+    """Allocate the outputs and make the launch that fills them."""
+    B, length, C = x.shape
+    sizes, (table, places, num_positions) = _sizes(x, weights, cos), _rope(cos, sin, positions)
+    outputs = [torch.empty((B, length - lead, C), dtype=x.dtype, device=x.device) for _ in weights]
+    num_tokens = B * (length - lead)
+    arguments = (
+        x.contiguous(),
+        contiguous(*weights),
+        contiguous(*biases),
+        table,
+        places,
+        tuple(outputs),
+        num_tokens,
+        num_positions,
+        length - lead,
+        lead,
+        sizes,
+    )
+    return outputs, _launch(convolution_forward_kernel, num_tokens, arguments, sizes)
+
+
+def convolution_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    lead: int,
+) -> list[Tensor]:
+    """Gradients of x, of every weight and of every bias. Two runs give the same bits."""
+    (dx, *partial_sums), prepared = prepare_convolution_backward(grads, x, weights, cos, sin, positions, lead)
+    prepared.run()
+    parameters = zip(partial_sums, (*weights, *biases), strict=True)
+    return [dx, *(partial.sum(0).to(p.dtype) for partial, p in parameters)]
+
+
+def prepare_convolution_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    lead: int,
+) -> tuple[list[Tensor], launch.Launch]:
+    """Allocate dx and the parameters' partial sums, one for every block of tokens, and make the launch."""
+    B, length, C = x.shape
+    sizes, (table, places, num_positions) = _sizes(x, weights, cos), _rope(cos, sin, positions)
+    blocks = triton.cdiv(B * length, sizes.rows)
+    shapes = [(blocks, C, sizes.taps)] * len(weights) + [(blocks, C)] * len(weights)
+    partial_sums = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    arguments = (
+        contiguous(*grads),
+        x.contiguous(),
+        contiguous(*weights),
+        table,
+        places,
+        dx,
+        tuple(partial_sums[: len(weights)]),
+        tuple(partial_sums[len(weights) :]),
+        B * length,
+        num_positions,
+        length - lead,
+        lead,
+        sizes,
+    )
+    return [dx, *partial_sums], _launch(convolution_backward_kernel, B * length, arguments, sizes)
+
+
+def _sizes(x: Tensor, weights: Sequence[Tensor], cos: Tensor | None) -> Sizes:
+    if x.dtype not in launch.TRITON_DTYPE:
+        raise ValueError(f"kernels need float32, bfloat16 or float16 inputs, got {x.dtype}")
+    C, taps = weights[0].shape
+    features = min(64, launch.padded(C))
+    return Sizes(
+        width=C,
+        features=features,
+        head_dim=C if cos is None else 2 * cos.shape[1],
+        rows=TILE // features,
+        taps=taps,
+        convolutions=len(weights),
+    )
+
+
+def _rope(cos: Tensor | None, sin: Tensor | None, positions: Tensor | None) -> tuple[Any, Tensor | None, int]:
+    """The table, the positions, and how many there are, at least one."""
+    if cos is None or sin is None or positions is None:
+        return None, None, 1
+    return contiguous(cos, sin), positions.contiguous(), max(1, positions.numel())
+
+
+def _launch(kernel: Any, num_tokens: int, arguments: tuple[Any, ...], sizes: Sizes) -> launch.Launch:
+    grid = triton.cdiv(num_tokens, sizes.rows) * triton.cdiv(sizes.width, sizes.features)
+    return launch.Launch(kernel, (grid,), arguments, launch.Blocks(4, 1))
