@@ -31,7 +31,7 @@ class Streams:
 
     def __init__(self, model: TTT4Rec, pool_bytes: int) -> None:
         self.model = model
-        one = model.embedding.weight.new_zeros(1, model.config.width).detach()
+        one: Tensor = model.embedding.weight.new_zeros(1, model.config.width).detach()
         per_stream = one.nbytes + sum(pool.nbytes for pool in model.make_pools(1))
         self.num_slots = pool_bytes // per_stream
         if self.num_slots < 1:
