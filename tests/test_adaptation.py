@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.adaptation import __main__ as runner
 from benchmarks.adaptation import report
 from benchmarks.adaptation.ablation import ablated, read
 from benchmarks.adaptation.switches import Population, best_possible, discounted, gains, joined
@@ -93,6 +94,25 @@ def test_the_ablation_ranks_every_test_target():
         items = torch.from_numpy(split.histories.history(user))
         ranks += [model.ranks(model(items[None, :p])[0, -1:], items[p : p + 1]) for p in range(first[user], end[user])]
     assert ablated(model, split, "live")["NDCG@10"] == pytest.approx(float(discounted(torch.cat(ranks)).mean()))
+
+
+@pytest.mark.parametrize("study", ["ablation", "made-up", "joined"])
+def test_every_study_makes_its_results(study, tmp_path, monkeypatch):
+    """At a small size, with a model that is not trained."""
+    small = make_split(60, 80, 70, num_items=30)
+    monkeypatch.setattr(runner, "real", lambda *_: small)
+    monkeypatch.setattr(runner, "Population", lambda: SMALL)
+    monkeypatch.setattr(runner, "trained", lambda *_, **__: make_model(30))
+    for name, value in {"TESTED_ON": 4, "TRAINED_ON": 4, "SWITCH": 6, "MAX_LEN": 10, "BEFORE": 5}.items():
+        monkeypatch.setattr(runner, name, value)
+    runs = list(runner.STUDIES[study](tmp_path, tmp_path))
+    assert len({str(key) for key, _ in runs}) == len(runs) == 12
+    result = runs[0][1]()
+    if study == "ablation":
+        assert result["test"].keys() == {"live", "frozen", "off", "live, windows of 50"}
+        assert runs[3][1]()["test"].keys() == {"off"}
+    else:
+        assert len(result["curve"]) == (11 if study == "made-up" else 9)
 
 
 def test_tables():
