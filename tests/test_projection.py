@@ -99,13 +99,14 @@ def test_the_eager_projection_is_its_definition(positions, rotated):
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("lead", [0, 1, 3])
 def test_the_eager_convolution_is_its_definition(positions, lead):
+    offsets = torch.tensor([[0, 1, 0, 1, 2, 3]] * 2) if positions == "per row" else None
     rope = make_rope(2, 6, 4, 3, positions)
     make = [(2, lead + 6, 8), (8, 4), (8, 4), (8,), (8,)]
     x, *parameters = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in make)
     for with_rope in (rope, None):
 
         def function(x, *p, rope=with_rope, backend="auto"):
-            return tuple(causal_convolutions(x, p[:2], p[2:], rope, lead, backend))
+            return tuple(causal_convolutions(x, p[:2], p[2:], rope, offsets, lead, backend))
 
         expected = function(x, *parameters, backend="reference")
         for actual, y in zip(function(x, *parameters), expected, strict=True):
@@ -115,7 +116,8 @@ def test_the_eager_convolution_is_its_definition(positions, lead):
 
 def test_a_convolution_longer_than_the_sequence():
     x, w, b = torch.randn(2, 2, 4), torch.randn(4, 5), torch.randn(4)
-    (actual,), (expected,) = (causal_convolutions(x, [w], [b], None, 0, backend) for backend in ("auto", "reference"))
+    results = (causal_convolutions(x, [w], [b], None, None, 0, backend) for backend in ("auto", "reference"))
+    (actual,), (expected,) = results
     assert_close(actual, expected, 1e-6)
 
 
@@ -140,9 +142,10 @@ def test_opcheck_convolution(with_rope, kernel):
     rope = make_rope(2, 5, 4, 3, "shared", dtype) if with_rope else (None, None, None)
     x, *p = (torch.randn(s, dtype=dtype, device=DEVICE) for s in [(2, 7, 8), (8, 3), (8, 3), (8,), (8,)])
     grads = [torch.randn(2, 5, 8, dtype=dtype, device=DEVICE) for _ in range(2)]
-    torch.library.opcheck(rope_convolution_backward, (grads, x, p[:2], p[2:], *rope, 2, kernel))
+    where = (*rope, torch.arange(5, device=DEVICE).expand(2, 5) if with_rope else None, 2, kernel)
+    torch.library.opcheck(rope_convolution_backward, (grads, x, p[:2], p[2:], *where))
     x, *p = (t.requires_grad_() for t in (x, *p))
-    torch.library.opcheck(rope_convolution, (x, p[:2], p[2:], *rope, 2, kernel))
+    torch.library.opcheck(rope_convolution, (x, p[:2], p[2:], *where))
 
 
 def convolution_results(path, dtype, with_rope, B, L, C, taps, lead, count):
@@ -152,13 +155,14 @@ def convolution_results(path, dtype, with_rope, B, L, C, taps, lead, count):
     tensors = [torch.randn(s).to(DEVICE, dtype) for s in shapes]
     x, weights, biases, grads = tensors[0], tensors[1 : count + 1], tensors[count + 1 : -count], tensors[-count:]
     rope = make_rope(B, L, C // 3, 5, "per row", torch.float32) if with_rope else None
-    where = (*(rope or (None, None, None)), lead)
+    offsets = torch.arange(L, device=DEVICE).remainder(7).expand(B, L) if with_rope else None  # sequences of 7
+    where = (*(rope or (None, None, None)), offsets, lead)
     actual = path.convolution_forward(x, weights, biases, *where)
     actual += path.convolution_backward(grads, x, weights, biases, *where)
     leaves = [t.double().requires_grad_() for t in (x, *weights, *biases)]
     double = rope and Rope(rope.cos.double(), rope.sin.double(), rope.positions)
     parameters = leaves[1 : count + 1], leaves[count + 1 :]
-    outputs = causal_convolutions(leaves[0], *parameters, double, lead, "reference")
+    outputs = causal_convolutions(leaves[0], *parameters, double, offsets, lead, "reference")
     gradients = torch.autograd.grad(outputs, leaves, [g.double() for g in grads], allow_unused=True)
     exact = [t.detach() for t in outputs]
     exact += [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]

@@ -46,23 +46,22 @@ def convolve(
     if spans is None:
         L = x.shape[1]
         if context is None:
-            outputs = causal_convolutions(x, weights, biases, rope, 0, backend)
+            outputs = causal_convolutions(x, weights, biases, rope, None, 0, backend)
             return outputs, F.pad(x[:, max(0, L - size) :], (0, 0, max(0, size - L), 0)).to(float_dtype)
         joined = torch.cat((context.to(x.dtype), x), dim=1)
-        return causal_convolutions(joined, weights, biases, rope, size, backend), joined[:, L:].to(float_dtype)
-    if context is None and spans.valid is not None:
-        # Rows of their own: zeros in place of padding are the context.
-        x = x.masked_fill(~spans.valid.unsqueeze(-1), 0)
+        return causal_convolutions(joined, weights, biases, rope, None, size, backend), joined[:, L:].to(float_dtype)
+    if context is None:
+        if spans.valid is not None:  # rows of their own: zeros in place of padding are the context
+            x = x.masked_fill(~spans.valid.unsqueeze(-1), 0)
+        offsets = spans.offset if spans.valid is None else None
         count = spans.lengths.clamp_max(size)
-        outputs = causal_convolutions(x, weights, biases, rope, 0, backend)
+        outputs = causal_convolutions(x, weights, biases, rope, offsets, 0, backend)
         return outputs, last_tokens(x, spans.starts, spans.lengths, size, count).to(float_dtype)
     extended = spans.with_context(size)
-    if context is None:
-        context = x.new_zeros(spans.starts.numel(), size, x.shape[-1])
     joined = extended.join(context.to(x.dtype), x)
     if rope is not None:
         slots, positions = extended.slots.flatten(), rope.positions.expand(*x.shape[:2]).flatten()
         rope = rope._replace(positions=positions.new_zeros(1, joined.shape[1]).index_copy(1, slots, positions[None]))
-    outputs = [extended.part(y) for y in causal_convolutions(joined, weights, biases, rope, 0, backend)]
+    outputs = [extended.part(y) for y in causal_convolutions(joined, weights, biases, rope, None, 0, backend)]
     count = torch.full_like(extended.lengths, size)
     return outputs, last_tokens(joined, extended.first, extended.lengths, size, count).to(float_dtype)

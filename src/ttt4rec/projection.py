@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import eager, reference
@@ -80,7 +81,13 @@ def plain(module: nn.Module) -> bool:
 
 
 def causal_convolutions(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], rope: Rope | None, lead: int, backend: str
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rope: Rope | None,
+    offsets: Tensor | None,
+    lead: int,
+    backend: str,
 ) -> list[Tensor]:
     """Depthwise convolutions ``y_t = b + Σ_j w_j x_{t - (taps - 1) + j}`` of x, each rotated if there is a rope.
 
@@ -89,6 +96,7 @@ def causal_convolutions(
         weights: each ``[C, taps]``.
         biases: each ``[C]``.
         rope: the rotation of the L outputs.
+        offsets: how far back an output may read, int64 ``[B, L]``; None: to the beginning of x.
         lead: number of context tokens.
         backend: see ``ttt4rec.functional.ttt_linear``.
 
@@ -96,10 +104,11 @@ def causal_convolutions(
         One ``[B, L, C]`` a weight.
     """
     if backend == "reference":
-        parameters = zip(weights, biases, strict=True)
-        plain = [reference.causal_convolution(x, w.to(x.dtype), b.to(x.dtype))[:, lead:] for w, b in parameters]
+        reach = None if offsets is None else F.pad(offsets, (lead, 0))
+        parameters = [(w.to(x.dtype), b.to(x.dtype)) for w, b in zip(weights, biases, strict=True)]
+        plain = [reference.causal_convolution(x, w, b, reach)[:, lead:] for w, b in parameters]
         return plain if rope is None else [rope.rotate(y) for y in plain]
-    return list(rope_convolution(x, weights, biases, *(rope or (None, None, None)), lead, backend == "triton"))
+    return list(rope_convolution(x, weights, biases, *(rope or (None, None, None)), offsets, lead, backend == "triton"))
 
 
 def path_of(kernel: bool) -> ModuleType:
@@ -204,12 +213,13 @@ def rope_convolution(
     cos: Tensor | None,
     sin: Tensor | None,
     positions: Tensor | None,
+    offsets: Tensor | None,
     lead: int,
     kernel: bool,
 ) -> list[Tensor]:
     """Causal convolutions ``[B, L, C]`` of x ``[B, lead + L, C]``, rotated where there are angles."""
     return path_of(kernel).convolution_forward(  # type: ignore[no-any-return]
-        x, weights, biases, cos, sin, positions, lead
+        x, weights, biases, cos, sin, positions, offsets, lead
     )
 
 
@@ -222,12 +232,13 @@ def rope_convolution_backward(
     cos: Tensor | None,
     sin: Tensor | None,
     positions: Tensor | None,
+    offsets: Tensor | None,
     lead: int,
     kernel: bool,
 ) -> list[Tensor]:
     """Gradients of x, the weights and the biases."""
     return path_of(kernel).convolution_backward(  # type: ignore[no-any-return]
-        grads, x, weights, biases, cos, sin, positions, lead
+        grads, x, weights, biases, cos, sin, positions, offsets, lead
     )
 
 
@@ -244,16 +255,18 @@ def _(
 
 
 def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, cos, sin, positions, *ctx.options = inputs
-    ctx.save_for_backward(x, cos, sin, positions, *weights, *biases)
+    x, weights, biases, *rope_and_offsets, ctx.lead, ctx.kernel = inputs
+    ctx.save_for_backward(x, *rope_and_offsets, *weights, *biases)
 
 
 def _backward_convolution(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    x, cos, sin, positions, *parameters = ctx.saved_tensors
+    x, cos, sin, positions, offsets, *parameters = ctx.saved_tensors
     count = len(parameters) // 2
     weights, biases = parameters[:count], parameters[count:]
-    dx, *gradients = rope_convolution_backward(grads, x, weights, biases, cos, sin, positions, *ctx.options)
-    return dx, gradients[:count], gradients[count:], *[None] * 5
+    dx, *gradients = rope_convolution_backward(
+        grads, x, weights, biases, cos, sin, positions, offsets, ctx.lead, ctx.kernel
+    )
+    return dx, gradients[:count], gradients[count:], *[None] * 6
 
 
 rope_convolution.register_autograd(_backward_convolution, setup_context=_save_convolution)

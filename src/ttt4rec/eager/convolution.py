@@ -15,6 +15,7 @@ def convolution_forward(
     cos: Tensor | None,
     sin: Tensor | None,
     positions: Tensor | None,
+    offsets: Tensor | None,
     lead: int,
 ) -> list[Tensor]:
     """``y_t = b + Σ_j w_j x_{t - (taps - 1) + j}`` for each weight and bias, zeros before x; then RoPE on every y.
@@ -26,6 +27,7 @@ def convolution_forward(
         cos: of the angles at every place in a mini-batch ``[K, D/2]``; None: no rotation.
         sin: the same.
         positions: every output's place in its mini-batch, ``[L]`` or ``[B, L]``.
+        offsets: how far back an output may read, ``[B, L]``; None: to the beginning of x.
         lead: number of context tokens.
 
     Returns:
@@ -37,8 +39,8 @@ def convolution_forward(
     for weight, bias in zip(weights, biases, strict=True):
         taps = weight.to(wide.dtype).t().contiguous()
         y = torch.addcmul(bias.to(wide.dtype), wide[:, lead:], taps[-1])
-        for tap, source, target in _shifts(taps, wide, y, lead):
-            target.addcmul_(source, tap)
+        for tap, source, target, kept in _shifts(taps, wide, y, offsets, lead):
+            target.addcmul_(source if kept is None else source * kept, tap)
         outputs.append((y if table is None else turn(y, table)).to(x.dtype))
     return outputs
 
@@ -51,6 +53,7 @@ def convolution_backward(
     cos: Tensor | None,
     sin: Tensor | None,
     positions: Tensor | None,
+    offsets: Tensor | None,
     lead: int,
 ) -> list[Tensor]:
     """Gradients of x, of every weight and of every bias."""
@@ -63,21 +66,28 @@ def convolution_backward(
         dx[:, lead:].addcmul_(g, taps[-1])
         d_taps = torch.zeros_like(taps)
         d_taps[-1] = (g * wide[:, lead:]).sum((0, 1))
-        for tap, d_source, part in _shifts(taps, dx, g, lead):
-            d_source.addcmul_(part, tap)
-        for d_tap, source, part in _shifts(d_taps, wide, g, lead):
-            d_tap.copy_((part * source).sum((0, 1)))
+        for tap, d_source, part, kept in _shifts(taps, dx, g, offsets, lead):
+            d_source.addcmul_(part if kept is None else part * kept, tap)
+        for d_tap, source, part, kept in _shifts(d_taps, wide, g, offsets, lead):
+            product = part * source
+            d_tap.copy_((product if kept is None else product.mul_(kept)).sum((0, 1)))
         d_weights.append(d_taps.t().to(weight.dtype).contiguous())
         d_biases.append(g.sum((0, 1)).to(bias.dtype))
     return [dx.to(x.dtype), *d_weights, *d_biases]
 
 
-def _shifts(taps: Tensor, x: Tensor, y: Tensor, lead: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every tap but the last, the part of x ``[B, lead + L, C]`` it reads, and that of y ``[B, L, C]`` it goes to."""
+def _shifts(
+    taps: Tensor, x: Tensor, y: Tensor, offsets: Tensor | None, lead: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Every tap but the last, the part of x ``[B, lead + L, C]`` it reads, and that of y ``[B, L, C]`` it goes to.
+
+    Last which tokens of these parts it does read, ``[B, n, 1]``; None: all.
+    """
     for back in range(1, taps.shape[0]):
         first = max(0, back - lead)  # before it there is nothing to read
         if first < y.shape[1]:
-            yield taps[-1 - back], x[:, lead + first - back : x.shape[1] - back], y[:, first:]
+            kept = None if offsets is None else (offsets[:, first:] >= back).unsqueeze(-1)
+            yield taps[-1 - back], x[:, lead + first - back : x.shape[1] - back], y[:, first:], kept
 
 
 def _table(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None) -> Tensor | None:

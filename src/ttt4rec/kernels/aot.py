@@ -133,10 +133,10 @@ def _prepare_convolution(
     op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int
 ) -> launch.Launch:
     x, weights = _meta(2, length, 4 * head_dim).to(dtype), [_meta(4 * head_dim, 4).to(dtype)] * 2
-    rope = _meta(mini_batch_size, head_dim // 2), _meta(mini_batch_size, head_dim // 2), _meta(length).long()
+    cos, places = _meta(mini_batch_size, head_dim // 2), _meta(2, length).long()
     if op == "convolution_forward":
-        return prepare_convolution_forward(x, weights, [weights[0][:, 0]] * 2, *rope, 0)[-1]
-    return prepare_convolution_backward([x] * 2, x, weights, *rope, 0)[-1]
+        return prepare_convolution_forward(x, weights, [weights[0][:, 0]] * 2, cos, cos, places, places, 0)[-1]
+    return prepare_convolution_backward([x] * 2, x, weights, cos, cos, places, places, 0)[-1]
 
 
 def _prepare_epilogue(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:

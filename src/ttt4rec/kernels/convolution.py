@@ -48,6 +48,7 @@ def convolution_forward_kernel(
     biases,  # each [C]
     table,  # cos, sin [K, D/2]
     positions,  # [num_positions]
+    reaches,  # [B, L]: how far back an output may read
     outputs,  # each [B, L, C]
     num_tokens,
     num_positions,
@@ -62,6 +63,9 @@ def convolution_forward_kernel(
     exists = rows < num_tokens
     token = lead + rows % L
     source = (rows // L) * (lead + L) + token
+    reach = token
+    if reaches is not None:
+        reach = tl.minimum(token, tl.load(reaches + rows, mask=exists, other=0))
     if table is not None:
         cos, sin = load_angles(table, positions, rows, num_tokens, num_positions, first, sizes)
     for i in tl.static_range(sizes.convolutions):
@@ -69,7 +73,7 @@ def convolution_forward_kernel(
         y += tl.load(biases[i] + features, mask=own, other=0.0).to(tl.float32)[None, :]
         for back in tl.static_range(sizes.taps):
             w = tl.load(weights[i] + features * sizes.taps + (sizes.taps - 1 - back), mask=own, other=0.0)
-            mask = (exists & (token >= back))[:, None] & own[None, :]
+            mask = (exists & (reach >= back))[:, None] & own[None, :]
             X = tl.load(x + (source - back)[:, None] * sizes.width + features[None, :], mask=mask, other=0.0)
             y += w.to(tl.float32)[None, :] * X.to(tl.float32)
         if table is not None:
@@ -85,6 +89,7 @@ def convolution_backward_kernel(
     weights,  # each [C, taps]
     table,  # cos, sin [K, D/2]
     positions,  # [num_positions]
+    reaches,  # [B, L]: how far back an output may read
     dx,  # [B, lead + L, C]
     d_weights,  # each [P, C, taps], float32, P blocks of tokens
     d_biases,  # each [P, C], float32
@@ -112,6 +117,8 @@ def convolution_backward_kernel(
     for back in tl.static_range(sizes.taps):
         reached = exists & (token + back >= 0) & (token + back < L)
         source = tl.where(reached, sequence * L + token + back, 0)
+        if reaches is not None:
+            reached = reached & (tl.load(reaches + source, mask=reached, other=0) >= back)
         if table is not None:
             cos, sin = load_angles(table, positions, source, num_outputs, num_positions, first, sizes)
         for i in tl.static_range(sizes.convolutions):
@@ -135,6 +142,7 @@ def convolution_forward(
     cos: Tensor | None,
     sin: Tensor | None,
     positions: Tensor | None,
+    offsets: Tensor | None,
     lead: int,
 ) -> list[Tensor]:
     """``y_t = b + Σ_j w_j x_{t - (taps - 1) + j}`` for each weight and bias, zeros before x; then RoPE on every y.
@@ -146,6 +154,7 @@ def convolution_forward(
         cos: of the angles at every place in a mini-batch ``[K, D/2]``, float32; None: no rotation.
         sin: the same.
         positions: every output's place in its mini-batch, int64, ``[L]`` or ``[B, L]``.
+        offsets: how far back an output may read, int64 ``[B, L]``; None: to the beginning of x.
         lead: number of context tokens.
 
     Returns:
@@ -154,7 +163,7 @@ def convolution_forward(
     Raises:
         ValueError: the kernels do not run that dtype.
     """
-    results, prepared = prepare_convolution_forward(x, weights, biases, cos, sin, positions, lead)
+    results, prepared = prepare_convolution_forward(x, weights, biases, cos, sin, positions, offsets, lead)
     prepared.run()
     return results
 
@@ -166,6 +175,7 @@ def prepare_convolution_forward(
     cos: Tensor | None,
     sin: Tensor | None,
     positions: Tensor | None,
+    offsets: Tensor | None,
     lead: int,
 ) -> tuple[list[Tensor], launch.Launch]:
     """Allocate the outputs and make the launch that fills them."""
@@ -179,6 +189,7 @@ def prepare_convolution_forward(
         contiguous(*biases),
         table,
         places,
+        None if offsets is None else offsets.contiguous(),
         tuple(outputs),
         num_tokens,
         num_positions,
@@ -197,10 +208,11 @@ def convolution_backward(
     cos: Tensor | None,
     sin: Tensor | None,
     positions: Tensor | None,
+    offsets: Tensor | None,
     lead: int,
 ) -> list[Tensor]:
     """Gradients of x, of every weight and of every bias. Two runs give the same bits."""
-    (dx, *partial_sums), prepared = prepare_convolution_backward(grads, x, weights, cos, sin, positions, lead)
+    (dx, *partial_sums), prepared = prepare_convolution_backward(grads, x, weights, cos, sin, positions, offsets, lead)
     prepared.run()
     parameters = zip(partial_sums, (*weights, *biases), strict=True)
     return [dx, *(partial.sum(0).to(p.dtype) for partial, p in parameters)]
@@ -213,6 +225,7 @@ def prepare_convolution_backward(
     cos: Tensor | None,
     sin: Tensor | None,
     positions: Tensor | None,
+    offsets: Tensor | None,
     lead: int,
 ) -> tuple[list[Tensor], launch.Launch]:
     """Allocate dx and the parameters' partial sums, one for every block of tokens, and make the launch."""
@@ -228,6 +241,7 @@ def prepare_convolution_backward(
         contiguous(*weights),
         table,
         places,
+        None if offsets is None else offsets.contiguous(),
         dx,
         tuple(partial_sums[: len(weights)]),
         tuple(partial_sums[len(weights) :]),

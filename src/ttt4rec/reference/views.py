@@ -21,11 +21,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
-def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``y_t = b + Σ_j w_j x_{t - (taps - 1) + j}`` of x ``[B, L, C]``, zeros before it; w ``[C, taps]``, b ``[C]``."""
+def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor, reach: Tensor | None = None) -> Tensor:
+    """``y_t = b + Σ_j w_j x_{t - (taps - 1) + j}`` of x ``[B, L, C]``, zeros before it; w ``[C, taps]``, b ``[C]``.
+
+    A reach ``[B, L]`` says how far back each y may look: beyond, it sees zeros too.
+    """
     L, taps = x.shape[1], weight.shape[1]
     padded = torch.nn.functional.pad(x, (0, 0, taps - 1, 0))
-    return bias + sum(padded[:, j : j + L] * weight[:, j] for j in range(taps))
+    terms = [padded[:, j : j + L] * weight[:, j] for j in range(taps)]
+    if reach is not None:
+        terms = [term.masked_fill((reach < taps - 1 - j).unsqueeze(-1), 0) for j, term in enumerate(terms)]
+    return bias + sum(terms)
 
 
 def inner_learning_rate(x: Tensor, weight: Tensor, bias: Tensor, base_lr: float) -> Tensor:
