@@ -3,6 +3,8 @@
 Every process computes with its part of each step's windows. The item table, its gradient and its optimiser's state are
 split between them by rows (PyTorch's DTensor), and so is the softmax over it (``loss_parallel``): a process scores the
 targets of all with its own items. What else the model has is small, kept by all, and its gradients are summed.
+
+``torch.distributed.tensor`` is imported where it is used: that takes seconds, which a process alone need not spend.
 """
 
 from __future__ import annotations
