@@ -135,8 +135,7 @@ Interleavings.TestCase.settings = settings(max_examples=20, stateful_step_count=
 test_any_interleaving = pytest.mark.filterwarnings("ignore")(Interleavings.TestCase)
 
 
-@pytest.mark.parametrize("inner", ["linear", "mlp"])
-@pytest.mark.parametrize("backbone", ["transformer", "mamba"])
+@pytest.mark.parametrize(("inner", "backbone"), [("linear", "mamba"), ("mlp", "transformer")])
 def test_float32_loses_what_a_batch_pass_loses(inner, backbone):
     """Against float64: at most twice as much, the same sums being taken in another order."""
     exact = make_model(2, inner=inner, backbone=backbone)

@@ -4,6 +4,6 @@ from online_soak import survive
 
 
 def test_killed_at_random_moments(tmp_path):
-    happened = survive(tmp_path, kills=12)
-    assert happened["kills"] == 12
+    happened = survive(tmp_path, kills=8)
+    assert happened["kills"] == 8
     assert happened["acknowledged events"] > 0
