@@ -45,7 +45,8 @@ def ablation(data, models):
                     model = trained("TTT-MLP", split, folder, seed, max_len=MAX_LEN, adapt=adapt)
                     modes = {mode: ablated(model, split, mode) for mode in (MODES if adapt else ("off",))}
                     if adapt:
-                        modes["live, windows of 50"] = evaluate(model, evaluation_prefixes(split, "test", max_len=MAX_LEN))
+                        windows = evaluation_prefixes(split, "test", max_len=MAX_LEN)
+                        modes["live, windows of 50"] = evaluate(model, windows)
                     return {"test": modes}
 
                 yield key, result
