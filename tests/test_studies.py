@@ -95,7 +95,7 @@ def test_a_study_with_an_unknown_setting_is_refused() -> None:
 def test_costs_of_the_losses() -> None:
     measured = costs.measure([30], 2, print)
     row = costs.table(measured).splitlines()[-1]
-    assert re.fullmatch(r"\| 30 \| \d+( \| \d+ \(\d+\.\d\d ×\)){3} \|", row)
+    assert re.fullmatch(r"\| 30 \| \d+( \| \d+ \(\d+\.\d\d ×\)){3} \| \d+ \|", row)
 
 
 def test_the_rates_are_the_best_by_validation() -> None:

@@ -16,15 +16,16 @@ from ttt4rec.recsys.train import TrainOptions
 from ..environment import environment
 
 CATALOGUES = (3_416, 10_000, 30_000, 100_000, 300_000)
-TARGETS = 2_048
+TARGETS, HISTORY = 2_048, 64
+MODEL = "TTT-MLP without loss"
 
 
 def measure(catalogues: Sequence[int], rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """CPU seconds of a step of each loss, all losses in turn; the first round, a warm-up, is left out."""
+    """CPU seconds of a step of each loss and of the model, all in turn; the first round, a warm-up, is left out."""
     seconds: dict[str, dict[str, list[float]]] = {}
     for num_items in catalogues:
-        steps = {name: _step(name, num_items) for name in LOSSES}
-        taken: dict[str, list[float]] = {name: [] for name in LOSSES}
+        steps = {name: _step(name, num_items) for name in LOSSES} | {MODEL: _model_step()}
+        taken: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(rounds + 1):
             for name, step in steps.items():
                 begin = time.process_time()
@@ -33,6 +34,14 @@ def measure(catalogues: Sequence[int], rounds: int, say: Callable[[str], None]) 
         seconds[str(num_items)] = {name: x[1:] for name, x in taken.items()}
         say(f"{num_items:,} items: " + ", ".join(f"{n} {statistics.median(x):.3f} s" for n, x in taken.items()))
     return {"targets": TARGETS, "seconds": seconds, "environment": environment("cpu")}
+
+
+def _model_step() -> Callable[[], None]:
+    """Forward and backward of the default model for as many targets, from item ids to hidden states."""
+    model = TTT4Rec(TTT4RecConfig(num_items=1_000))
+    ids = torch.randint(1, 1_001, (1, TARGETS))
+    cu_seqlens = torch.arange(0, TARGETS + 1, HISTORY)
+    return lambda: model(ids, cu_seqlens=cu_seqlens).square().sum().backward()
 
 
 def _step(name: Any, num_items: int) -> Callable[[], None]:
@@ -66,13 +75,14 @@ def write(path: Path, say: Callable[[str], None]) -> None:
 
 
 def table(costs: dict[str, Any]) -> str:
-    """Markdown: milliseconds of each loss by catalogue, and what it saves of the full softmax's."""
-    lines = [f"| items | {' | '.join(LOSSES)} |\n|{' --- |' * (len(LOSSES) + 1)}\n"]
+    """Markdown: milliseconds of each loss by catalogue and as a part of the full softmax's, and of the model."""
+    head = [*LOSSES, MODEL]
+    lines = [f"| items | {' | '.join(head)} |\n|{' --- |' * (len(head) + 1)}\n"]
     for num_items, taken in costs["seconds"].items():
         cells = []
-        for name in LOSSES:
+        for name in head:
             share = statistics.median(a / b for a, b in zip(taken[name], taken["softmax"], strict=True))
-            ratio = "" if name == "softmax" else f" ({share:.2f} ×)"
+            ratio = "" if name in ("softmax", MODEL) else f" ({share:.2f} ×)"
             cells.append(f"{statistics.median(taken[name]) * 1e3:,.0f}{ratio}")
         lines.append(f"| {int(num_items):,} | {' | '.join(cells)} |\n")
     return "".join(lines)

@@ -93,7 +93,7 @@ STUDIES = {
     ),
     "losses": Study(
         "Losses",
-        datasets=("ml-1m",),
+        datasets=("ml-100k", "ml-1m", "gowalla-1k"),
         variants={
             "softmax over all items": {},
             "sampled softmax, 256 negatives": {"loss": "sampled"},
