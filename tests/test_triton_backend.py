@@ -124,7 +124,7 @@ def kernel_arguments(inner, spans, *, requires_grad):
     for name in named.keys() & {"W1", "b1", "W2", "b2"}:
         named[name] = named[name].expand(N, *named[name].shape).contiguous()
     tensors = [x.to(DEVICE).requires_grad_(requires_grad) for x in named.values()]
-    return (*tensors, *(None if x is None else x.to(DEVICE) for x in where), 1e-6, True)
+    return (*tensors, *(None if x is None else x.to(DEVICE) for x in where), 1e-6, "triton")
 
 
 @pytest.mark.parametrize("inner", INNERS)
