@@ -61,6 +61,7 @@ def processes(device: str) -> Iterator[str]:
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if dist.get_rank() else sys.stdout):
             yield device
+            dist.barrier()  # none leaves while another still talks to it
     finally:
         dist.destroy_process_group()
 
