@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ttt4rec import TTT4Rec, TTT4RecConfig
@@ -85,7 +84,7 @@ def _training_step(
     """One step as ``ttt4rec.recsys.train.fit`` takes it."""
     scored = targets != 0
     hidden = model(ids, cu_seqlens=cu_seqlens)[0, scored]
-    loss = F.cross_entropy(model.scores(hidden), targets[scored] - 1)
+    loss = model.nll(hidden, targets[scored]).mean()
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
