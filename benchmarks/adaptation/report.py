@@ -12,7 +12,8 @@ from ..report import RESULTS, ROOT
 RUNS_FILE = RESULTS / "adaptation" / "runs.jsonl"
 DOCUMENT = ROOT / "docs" / "adaptation.md"
 METRICS = ("NDCG@10", "HR@10")
-SWITCHES, AFTER = ("made-up", "joined"), (1, 2, 5, 10, 20, 29)  # studies; events since the switch, in their tables
+SWITCHES = ("made-up", "joined")
+AFTER = ((1, 1), (2, 2), (3, 5), (6, 10), (11, 20), (21, 29))  # columns: events known since the switch, first and last
 
 Result = dict[str, Any]
 
@@ -47,13 +48,14 @@ def curves(results: Iterable[Result], study: str, name: str = "curve") -> dict[s
 
 
 def recovery_table(results: Sequence[Result], study: str) -> str:
-    """NDCG@10 of the last five events before the switch, and with so many events known since."""
+    """NDCG@10 of the last five events before the switch, and means over those with so many events known since."""
     own = [result for result in results if result["study"] == study]
     if not own:
         return "Not run.\n"
-    switch, head = own[0]["switch"], ["before", *(f"{n} after" for n in AFTER)]
+    switch = own[0]["switch"]
+    head = ["before", *(f"{n} known since" if n == last else f"{n} to {last}" for n, last in AFTER)]
     # A curve begins with event 1, so event ``switch + n``, before which n are known, stands at switch + n - 1.
-    places = [range(switch - 6, switch - 1), *(range(switch + n - 1, switch + n) for n in AFTER)]
+    places = [range(switch - 6, switch - 1), *(range(switch + n - 1, switch + last) for n, last in AFTER)]
     lines = [f"| | {' | '.join(head)} |", "|" + " --- |" * (1 + len(head))]
     for name, label in (("curve", ""), ("alone", ", no switch")):
         for mixer, seeds in curves(own, study, name).items() if name in own[0] else ():
