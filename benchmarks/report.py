@@ -8,7 +8,7 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,14 @@ LOGS = {
     "tuner.log": "The best cut of some kernels by their machine code, `python -m ttt4rec.kernels.tune`",
 }
 PLOTS = ("time", "memory", "roofline")
-SECTION = re.compile(r"(?<=<!-- performance:begin -->\n).*?(?=<!-- performance:end -->)", re.DOTALL)
+
+
+def section(name: str) -> re.Pattern[str]:
+    """What stands between a document's markers of this name."""
+    return re.compile(rf"(?<=<!-- {name}:begin -->\n).*?(?=<!-- {name}:end -->)", re.DOTALL)
+
+
+SECTION = section("performance")
 IN_README = ("forward and backward, width 64", "one-token step, width 64", "training step", "full-catalogue evaluation")
 READING = (
     "Milliseconds a call: the median over rounds in which all sides took turns, ± half the distance between the "
@@ -141,6 +148,12 @@ def _is_ttt(side: str) -> bool:
 def number(x: float, digits: int = 3) -> str:
     """So many digits, or all before the point."""
     return f"{x:,.0f}" if x >= 10 ** (digits - 1) else f"{x:#.{digits}g}".rstrip(".")
+
+
+def spread(values: Sequence[float], *, bold: bool = False) -> str:
+    """Mean ± standard deviation, the latter where there are several."""
+    mean = f"**{statistics.fmean(values):.4f}**" if bold else f"{statistics.fmean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
 def details(result: Result) -> list[str]:

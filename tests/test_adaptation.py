@@ -100,7 +100,7 @@ def test_the_ablation_ranks_every_test_target():
 def test_every_study_makes_its_results(study, tmp_path, monkeypatch):
     """At a small size, with a model that is not trained."""
     small = make_split(60, 80, 70, num_items=30)
-    monkeypatch.setattr(runner, "real", lambda *_: small)
+    monkeypatch.setattr(runner, "load_split", lambda *_: small)
     monkeypatch.setattr(runner, "Population", lambda: SMALL)
     monkeypatch.setattr(runner, "trained", lambda *_, **__: make_model(30))
     for name, value in {"TESTED_ON": 4, "TRAINED_ON": 4, "SWITCH": 6, "MAX_LEN": 10, "BEFORE": 5}.items():

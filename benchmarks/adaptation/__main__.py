@@ -1,18 +1,16 @@
 """``python -m benchmarks.adaptation run [STUDY ...] --data FOLDER --models FOLDER`` and ``... report``."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ttt4rec.recsys import build_histories, filter_k_core, load_interactions
 from ttt4rec.recsys.evaluate import evaluate
-from ttt4rec.recsys.split import Split, split_by_ratio
 from ttt4rec.recsys.windows import evaluation_prefixes
 
+from ..studies.runner import keep, load_split
 from .ablation import MODES, ablated
 from .report import RUNS_FILE, read, write
 from .switches import Population, best_possible, gains, joined
@@ -27,15 +25,10 @@ Study = Callable[[Path, Path], Iterator[tuple[dict[str, Any], Callable[[], dict[
 """From the folders of data and of models: what tells a run apart, and what makes its result."""
 
 
-def real(data: Path, dataset: str, ratios: tuple[int, int, int]) -> Split:
-    interactions = load_interactions(data / dataset / f"{dataset}.inter.gz")
-    return split_by_ratio(build_histories(filter_k_core(interactions, min_user=5, min_item=5)), ratios)
-
-
 def ablation(data, models):
     """TTT-MLP on MovieLens-100K, trained with and without adapting; tested live, frozen and off."""
     for ratios in RATIOS:
-        split, name = real(data, "ml-100k", ratios), ":".join(map(str, ratios))
+        split, name = load_split(data, "ml-100k", ratios), ":".join(map(str, ratios))
         for seed in SEEDS:
             for adapt in (True, False):
                 key = {"study": "ablation", "split": name, "adapting in training": adapt, "seed": seed}
@@ -70,7 +63,7 @@ def made_up(_, models):
 
 def pairs(data, models):
     """Real users joined in pairs."""
-    split = real(data, "ml-100k", (3, 2, 5))
+    split = load_split(data, "ml-100k", (3, 2, 5))
     rows, alone = joined(split, BEFORE, MAX_LEN - BEFORE, pairs=4000, seed=0)
     for seed in SEEDS:
         for mixer in MIXERS:
@@ -105,10 +98,7 @@ def main() -> None:
             if any(key.items() <= done.items() for done in read()):
                 continue
             print(key, flush=True)
-            result = key | make()
-            RUNS_FILE.parent.mkdir(parents=True, exist_ok=True)
-            with RUNS_FILE.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            keep(RUNS_FILE, key | make())
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """Tables and plots of these studies, in ``docs/adaptation.md``."""
 
-import json
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from ..report import RESULTS, ROOT
+from ..report import RESULTS, ROOT, section, spread
+from ..studies.runner import Result, read_results
 
 RUNS_FILE = RESULTS / "adaptation" / "runs.jsonl"
 DOCUMENT = ROOT / "docs" / "adaptation.md"
@@ -15,12 +13,10 @@ METRICS = ("NDCG@10", "HR@10")
 SWITCHES = ("made-up", "joined")
 AFTER = ((1, 1), (2, 2), (3, 5), (6, 10), (11, 20), (21, 29))  # columns: events known since the switch, first and last
 
-Result = dict[str, Any]
-
 
 def read() -> list[Result]:
     """All results so far."""
-    return [json.loads(line) for line in RUNS_FILE.read_text().splitlines()] if RUNS_FILE.exists() else []
+    return read_results(RUNS_FILE)
 
 
 def ablation_table(results: Iterable[Result]) -> str:
@@ -64,12 +60,6 @@ def recovery_table(results: Sequence[Result], study: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
-    mean = f"{statistics.fmean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
-
-
 def plot(results: Sequence[Result], study: str) -> None:
     """NDCG@10 against events since the switch: mean of the seeds, and their range as a band."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -102,6 +92,5 @@ def write() -> None:
         if any(result["study"] == study for result in results):
             plot(results, study)
     for name, text in texts.items():
-        section = re.compile(rf"(?<=<!-- {name}:begin -->\n).*?(?=<!-- {name}:end -->)", re.DOTALL)
-        document = section.sub(lambda _, text=text: text, document)
+        document = section(name).sub(lambda _, text=text: text, document)
     DOCUMENT.write_text(document)

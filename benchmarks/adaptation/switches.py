@@ -42,13 +42,11 @@ class Population:
         """
         rng, items = np.random.default_rng([self.seed, 1 + seed]), self.directions()
         moments = rng.integers(1, self.length, count) if switch is None else np.full(count, switch)
-        taken = np.empty((count, self.length), dtype=np.int64)
+        taken, chances = np.empty((count, self.length), dtype=np.int64), np.empty((count, self.items))
         for user, moment in enumerate(moments):
             before, after = (_chances(rng, items, self.sharpness) for _ in range(2))
             taken[user, :moment] = rng.choice(self.items, moment, p=before)
             taken[user, moment:] = rng.choice(self.items, self.length - moment, p=after)
-            if user == 0:
-                chances = np.empty((count, self.items))
             chances[user] = after
         return taken, chances
 

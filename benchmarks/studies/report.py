@@ -1,13 +1,12 @@
 """Studies written up: tables of means and spreads into ``docs/studies.md``, and a plot of every study beside it."""
 
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report import RESULTS, ROOT, number
+from ..report import RESULTS, ROOT, number, section, spread
 from . import costs
 from .grid import STUDIES, Study
 from .runner import Result, find, read_results
@@ -61,16 +60,14 @@ def _values(metric: str, runs: list[Result]) -> list[float]:
 
 def _metric(metric: str, runs: list[Result], best: float) -> str:
     values = _values(metric, runs)
-    mean = statistics.fmean(values)
-    text = f"**{mean:.4f}**" if mean == best else f"{mean:.4f}"
-    return text if len(runs) == 1 else f"{text} ± {statistics.stdev(values):.4f}"
+    return spread(values, bold=statistics.fmean(values) == best)
 
 
 def _costs(runs: list[Result]) -> list[str]:
     epochs = [len(run["validation"]) for run in runs]
     seconds = [run["cpu_seconds"] for run in runs]
-    spread = f"{min(epochs)}" if min(epochs) == max(epochs) else f"{min(epochs)} to {max(epochs)}"
-    return [spread, number(sum(seconds) / sum(epochs), 2), number(statistics.fmean(seconds) / 60, 2)]
+    number_of = f"{min(epochs)}" if min(epochs) == max(epochs) else f"{min(epochs)} to {max(epochs)}"
+    return [number_of, number(sum(seconds) / sum(epochs), 2), number(statistics.fmean(seconds) / 60, 2)]
 
 
 def plot(study: Study, cells: Cells, path: Path) -> None:
@@ -101,8 +98,7 @@ def written(document: str) -> str:
     parts = {name: _part(name, finished(study, results)) for name, study in STUDIES.items()}
     parts["costs"] = costs.table(json.loads(COSTS_FILE.read_text()))
     for name, text in parts.items():
-        part = re.compile(rf"(?<=<!-- {name}:begin -->\n).*?(?=<!-- {name}:end -->)", re.DOTALL)
-        document = part.sub(lambda _, text=text: text, document)
+        document = section(name).sub(lambda _, text=text: text, document)
     return document
 
 

@@ -25,15 +25,22 @@ Result = dict[str, Any]
 
 
 @cache
-def load_split(folder: Path, dataset: str) -> Split:
-    """``FOLDER/NAME/NAME.inter.gz``, users and items with at least five interactions, split 3:2:5 per user."""
+def load_split(folder: Path, dataset: str, ratios: tuple[int, int, int] = (3, 2, 5)) -> Split:
+    """``FOLDER/NAME/NAME.inter.gz``, users and items with at least five interactions, split per user."""
     interactions = load_interactions(folder / dataset / f"{dataset}.inter.gz")
-    return split_by_ratio(build_histories(filter_k_core(interactions, min_user=5, min_item=5)), (3, 2, 5))
+    return split_by_ratio(build_histories(filter_k_core(interactions, min_user=5, min_item=5)), ratios)
 
 
 def read_results(path: Path) -> list[Result]:
     """The results that a file holds so far, none if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def keep(path: Path, result: Result) -> None:
+    """Add a result to a file's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(result) + "\n")
 
 
 def find(results: Iterable[Result], run: Run) -> Result | None:
@@ -52,9 +59,7 @@ def run_all(runs: Iterable[Run], data: Path, path: Path, say: Callable[[str], No
         left = [other for other in runs[number - 1 :] if find(done, other) is None]
         say(f"[{number}/{len(runs)}] {run.dataset}, {run.variant}, seed {run.seed}; {time_left(left, done)}")
         result = train(run, load_split(data, run.dataset), say)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        keep(path, result)
 
 
 def train(run: Run, split: Split, say: Callable[[str], None]) -> Result:
