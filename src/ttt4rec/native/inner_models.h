@@ -13,16 +13,6 @@ struct Tokens {
   T eps;
 };
 
-// o = q + γ x̂ + β
-inline void write_output(int r, const Normalised& norm, const Tokens& t) {
-  for (int i = 0; i < r; ++i) {
-    for (int n = 0; n < D; n += LANES) {
-      const int at = i * D + n;
-      store(t.o + at, load(t.q + at) + load(t.gamma + n) * load(norm.x_hat + at) + load(t.beta + n));
-    }
-  }
-}
-
 // dP, and dγ, dβ of the output.
 inline void backward_of_output(int r, const Normalised& norm, const Tokens& t, T* dP) {
   for (int i = 0; i < r; ++i) {
@@ -90,7 +80,7 @@ class InnerModel {  // TTT-MLP
       second.update(rates, X2_, G2, 1);
     }
     norm_.set(r, P2_, t.eps);
-    write_output(r, norm_, t);
+    norm_.write_output(r, t.q, t.gamma, t.beta, t.o);
   }
 
   void backward(const Rates& rates, const Tokens& t, T* const* kept) {
@@ -173,7 +163,7 @@ class InnerModel<0> {  // TTT-Linear
     layer.output(rates, t.q, t.k, G, P_);
     if (rates.complete()) layer.update(rates, t.k, G, 1);
     norm_.set(r, P_, t.eps);
-    write_output(r, norm_, t);
+    norm_.write_output(r, t.q, t.gamma, t.beta, t.o);
   }
 
   void backward(const Rates& rates, const Tokens& t, T* const* kept) {

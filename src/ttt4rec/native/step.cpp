@@ -86,9 +86,7 @@ class Step {
       mlp(record, P);
     }
     norm_.set(1, P, call_.eps);
-    for (int n = 0; n < D; n += LANES) {
-      store(call_.o + i * D + n, load(q_ + n) + load(gamma_ + n) * load(norm_.x_hat + n) + load(beta_ + n));
-    }
+    norm_.write_output(1, q_, gamma_, beta_, call_.o + i * D);
   }
 
  private:

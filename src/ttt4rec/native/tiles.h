@@ -127,6 +127,16 @@ struct Normalised {
     }
   }
 
+  // o = q + γ x̂ + β
+  void write_output(int r, const T* q, const T* gamma, const T* beta, T* o) const {
+    for (int i = 0; i < r; ++i) {
+      for (int n = 0; n < D; n += LANES) {
+        const int at = i * D + n;
+        store(o + at, load(q + at) + load(gamma + n) * load(x_hat + at) + load(beta + n));
+      }
+    }
+  }
+
   // out = r (x - mean(x) - x̂ mean(x ∘ x̂)) of row i; the Jacobian is symmetric, so this serves both directions.
   void jacobian_product(int i, const T* x, T* out) const {
     const T* own = x_hat + i * D;
