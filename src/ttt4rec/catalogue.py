@@ -76,11 +76,14 @@ def ranks(h: Tensor, table: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] |
         nan |= scores.amax().isnan()  # a maximum over any NaN is NaN
     if nan:
         raise ValueError("expected scores that are numbers, got NaN among them; has the model diverged in training?")
-    above, same = (torch.zeros(h.shape[0], dtype=torch.int64, device=h.device) for _ in range(2))
+    # With a items above, s the same (the target is one) and b below, a + s + b = num_items and balance = a - b, so that
+    # the rank 1 + a + (s - 1) / 2 is (1 + num_items + balance) / 2. Sums of signs stay in the scores' memory, where
+    # counts of comparisons would be summed as int64; a block has fewer than 2^24 columns, so they are exact. The sign of
+    # inf - inf is 0.
+    balance = torch.zeros(h.shape[0], dtype=torch.float64, device=h.device)
     for _, _, scores in passes[1]:
-        above += (scores > target).sum(1)
-        same += (scores == target).sum(1)
-    return 1 + above.double() + (same - 1).double() / 2
+        balance += scores.sub_(target).sign_().sum(1)
+    return (table.shape[0] + balance) / 2
 
 
 @torch.no_grad()
