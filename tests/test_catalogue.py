@@ -85,11 +85,21 @@ def target_ranks_of(h, table, items):
 
 @pytest.mark.usefixtures("_block")
 @pytest.mark.parametrize("levels", [None, 2])
-def test_ranks_are_those_of_all_scores(levels):
+@pytest.mark.parametrize("many", [1, 1 << 20], ids=["whole-rows", "blocks-of-items"])
+def test_ranks_are_those_of_all_scores(monkeypatch, levels, many):
+    monkeypatch.setattr(catalogue, "MANY_ROWS", many)
     h, table, items = case(torch.float64)
     if levels:  # many ties
         h, table = h.clamp(-1, 1).round(), table.clamp(-1, 1).round()
     assert torch.equal(catalogue.ranks(h, table, items), target_ranks_of(h, table, items))
+
+
+@given(st.lists(st.sampled_from([-math.inf, -1e38, -1e-45, 0.0, 1e-45, 1.0, 3e38, math.inf]), min_size=1))
+def test_ranks_of_scores_that_differ_by_next_to_nothing_or_are_infinite(values):
+    table = torch.tensor([0.0, *values])[:, None]
+    everything = torch.arange(1, len(table))
+    given = catalogue.ranks(torch.ones(len(values), 1), table, everything)
+    assert torch.equal(given, target_ranks(table[1:].T.expand(len(values), -1), everything - 1))
 
 
 @pytest.mark.usefixtures("_block")

@@ -13,8 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SCORES_PER_BLOCK = 1 << 23
-"""Scores held at once: 32 MiB of float32."""
+SCORES_PER_BLOCK = (1 << 23) - (1 << 16)
+"""Scores held at once: just below the 32 MiB of float32 from which on glibc maps, and clears, fresh pages every time."""
+MANY_ROWS = 256
+"""Hidden states at a time with which a product takes longer than reading the table."""
+COLUMNS = 16
+"""Widths of blocks are multiples of this: products with odd ones take a CPU twice the time."""
 
 Block: TypeAlias = tuple[int, Tensor, Tensor]
 """The first item of a block, its rows of the table ``[c, C]``, the scores ``[N, c]``."""
@@ -65,6 +69,10 @@ def ranks(h: Tensor, table: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] |
     _check(h, table, items)
     if not len(items):
         return torch.zeros(0, dtype=torch.float64, device=h.device)
+    at_once = SCORES_PER_BLOCK // max(1, table.shape[0] - 1)
+    if seen is None and MANY_ROWS <= at_once < len(items):  # whole rows of scores, so that one pass is enough
+        parts = zip(h.split(at_once), items.split(at_once), strict=True)
+        return torch.cat([ranks(rows, table, own) for rows, own in parts])
     passes: list[Iterable[Block]] = [_blocks(h, table, seen) for _ in range(2)]
     if h.shape[0] * (table.shape[0] - 1) <= SCORES_PER_BLOCK:
         passes = [list(passes[0])] * 2
@@ -141,6 +149,7 @@ def _blocks(h: Tensor, table: Tensor, seen: tuple[Tensor, Tensor] | None = None)
     """
     dtype = _dtype(h, table)
     size = max(1, SCORES_PER_BLOCK // max(1, h.shape[0]))
+    size -= size % COLUMNS if size > COLUMNS else 0
     bounds: list[int] = []
     if seen is not None:
         order = seen[1].argsort()
