@@ -183,7 +183,8 @@ class _Run:
             calibration=options.calibration,
         )
         parallel.distribute(model)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
+        alone = parallel.world_size() == 1  # of the fused update DTensors have none
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, fused=alone)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.reports: list[EpochReport] = []
         self.steps = 0
