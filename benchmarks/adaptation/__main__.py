@@ -11,13 +11,14 @@ from ttt4rec.recsys.evaluate import evaluate
 from ttt4rec.recsys.windows import evaluation_prefixes
 
 from ..studies.runner import keep, load_split
+from ..studies.study import Data
 from .ablation import MODES, ablated
 from .report import RUNS_FILE, read, write
 from .switches import Population, best_possible, gains, joined
 from .training import MIXERS, trained
 
 SEEDS = (0, 1, 2)
-RATIOS = ((3, 2, 5), (6, 2, 2))
+SPLITS = ("3:2:5", "6:2:2")
 MAX_LEN, BEFORE = 50, 20  # of a window; items of the other user before the switch, where real users are joined
 TRAINED_ON, TESTED_ON, SWITCH = 1500, 4000, 30  # made-up users, and the event at which those of the test switch
 
@@ -27,8 +28,8 @@ Study = Callable[[Path, Path], Iterator[tuple[dict[str, Any], Callable[[], dict[
 
 def ablation(data, models):
     """TTT-MLP on MovieLens-100K, trained with and without adapting; tested live, frozen and off."""
-    for ratios in RATIOS:
-        split, name = load_split(data, "ml-100k", ratios), ":".join(map(str, ratios))
+    for name in SPLITS:
+        split = load_split(data, Data("ml-100k", name))
         for seed in SEEDS:
             for adapt in (True, False):
                 key = {"study": "ablation", "split": name, "adapting in training": adapt, "seed": seed}
@@ -63,7 +64,7 @@ def made_up(_, models):
 
 def pairs(data, models):
     """Real users joined in pairs."""
-    split = load_split(data, "ml-100k", (3, 2, 5))
+    split = load_split(data, Data("ml-100k"))
     rows, alone = joined(split, BEFORE, MAX_LEN - BEFORE, pairs=4000, seed=0)
     for seed in SEEDS:
         for mixer in MIXERS:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from . import costs, report
-from .grid import STUDIES, Run, Study
+from .grid import STUDIES
 from .runner import run_all
+from .study import Run
 
 
 def main() -> None:
@@ -17,11 +18,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train whatever of the studies has no result yet")
     run.add_argument("studies", nargs="+", choices=STUDIES)
-    run.add_argument("--data", type=Path, required=True, help="folder with NAME/NAME.inter.gz for every data set")
+    run.add_argument("--data", type=Path, required=True, help="folder with NAME/NAME.inter.gz, or the publisher's file")
     run.add_argument("--datasets", nargs="+", help="only these")
+    run.add_argument("--splits", nargs="+", help="only these")
     run.add_argument("--seeds", type=int, nargs="+", help="only these")
+    run.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     commands.add_parser("costs", help="measure what the losses cost by the size of the catalogue")
-    commands.add_parser("report", help="write docs/studies.md from the results")
+    commands.add_parser("report", help="write docs/studies.md and docs/paper.md from the results")
     given = parser.parse_args()
     torch.set_num_threads(1)  # so that CPU time is what one core would need
     say = partial(print, flush=True)
@@ -31,15 +34,13 @@ def main() -> None:
         costs.write(report.COSTS_FILE, say)
     else:
         for name in given.studies:
-            run_all(_chosen(STUDIES[name], given.datasets, given.seeds), given.data, report.RUNS_FILE, say)
+            runs = [run for run in STUDIES[name].runs() if _wanted(run, given)]
+            run_all(runs, given.data, report.RUNS_FILE, say, given.device)
 
 
-def _chosen(study: Study, datasets: list[str] | None, seeds: list[int] | None) -> list[Run]:
-    return [
-        run
-        for run in study.runs()
-        if run.dataset in (datasets or study.datasets) and run.seed in (seeds or study.seeds)
-    ]
+def _wanted(run: Run, given: argparse.Namespace) -> bool:
+    wanted = {run.data.name: given.datasets, run.data.split: given.splits, run.seed: given.seeds}
+    return all(only is None or value in only for value, only in wanted.items())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Studies written up: tables of means and spreads into ``docs/studies.md``, and a plot of every study beside it."""
+"""Studies written up in ``docs/``: tables of means and spreads, and a plot of every study."""
 
 import json
 import statistics
@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from ..report import RESULTS, ROOT, number, section, spread
-from . import costs
-from .grid import STUDIES, Study
+from . import costs, knobs
+from .grid import STUDIES
 from .runner import Result, find, read_results
+from .study import Data, Study
 
-DOCUMENT = ROOT / "docs" / "studies.md"
+DOCUMENTS = [ROOT / "docs" / name for name in ("studies.md", "paper.md")]
 RUNS_FILE, COSTS_FILE = RESULTS / "studies" / "runs.jsonl", RESULTS / "studies" / "costs.json"
 PICTURE = "studies-{}.png"
-METRICS = ("NDCG@10", "HR@10", "NDCG@50", "HR@50")
-HEAD = ("validation NDCG@10", *METRICS, "epochs", "CPU s an epoch", "CPU min a training")
+METRICS = ("HR@10", "HR@50", "NDCG@10", "NDCG@50")
+COSTS = ("epochs", "CPU s an epoch", "CPU min a training")
 
-Cells = dict[tuple[str, str], list[Result]]
+Cells = dict[tuple[Data, str], list[Result]]
 """Finished runs by data set and variant."""
 
 
@@ -25,42 +26,58 @@ def finished(study: Study, results: Sequence[Result]) -> Cells:
     """The results of a study's seeds; an empty list where there are none."""
     cells: Cells = {}
     for run in study.runs():
-        own = cells.setdefault((run.dataset, run.variant), [])
+        own = cells.setdefault((run.data, run.variant), [])
         if (result := find(results, run)) is not None:
             own.append(result)
     return cells
 
 
 def tables(study: Study, cells: Cells) -> str:
-    """A Markdown table for each data set, best mean of each metric in bold."""
+    """A Markdown table for each data set, best mean of each metric in bold; published values beside them."""
     parts = []
-    for dataset in study.datasets:
-        known = {variant: cells[dataset, variant] for variant in study.variants}
+    for data in study.datasets:
+        known = {variant: cells[data, variant] for variant in study.variants}
         first = next((runs[0] for runs in known.values() if runs), None)
         if first is None:
-            parts.append(f"**{dataset}**: not run yet.\n\n")
+            parts.append(f"**{data.title}**: not run yet.\n\n")
             continue
-        data = first["data"]
-        about = f"{data['users']:,} users, {data['items']:,} items, {data['train targets']:,} training targets"
-        parts.append(f"**{dataset}**, {about}:\n\n| | {' | '.join(HEAD)} |\n|{' --- |' * (len(HEAD) + 1)}\n")
+        about = first["data"]
+        numbers = f"{about['users']:,} users, {about['items']:,} items, {about['train targets']:,} training targets"
+        published = study.published.get(data.name, {})
+        head = ["", "validation NDCG@10"]
+        for metric in METRICS:
+            head += [metric, "published"] if published else [metric]
+        parts.append(f"**{data.title}**, {numbers}:\n\n{row([*head, *COSTS])}{row(['---'] * (len(head) + 3))}")
         best = {
-            name: max(statistics.fmean(_values(name, runs)) for runs in known.values() if runs) for name in HEAD[:5]
+            name: max(statistics.fmean(_values(name, runs)) for runs in known.values() if runs)
+            for name in ("validation NDCG@10", *METRICS)
         }
         for variant, runs in known.items():
-            cell = [_metric(name, runs, best[name]) for name in best] + _costs(runs) if runs else ["not run yet"]
             missing = f" ({len(runs)} of {len(study.seeds)} seeds)" if 0 < len(runs) < len(study.seeds) else ""
-            parts.append(f"| {variant}{missing} | {' | '.join(cell)} |\n")
+            cell = _cells(runs, best, dict(zip(METRICS, published.get(variant, ()), strict=False)))
+            parts.append(row([f"{variant}{missing}", *(cell if runs else ["not run yet"])]))
         parts.append("\n")
     return "".join(parts)
 
 
+def row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _cells(runs: list[Result], best: dict[str, float], published: dict[str, float]) -> list[str]:
+    cells = []
+    for metric in best if runs else ():
+        values = _values(metric, runs)
+        mean = statistics.fmean(values)
+        cells.append(spread(values, bold=mean == best[metric]))
+        if metric in published:
+            cells.append(f"{published[metric]:.4f} ({mean / published[metric] - 1:+.0%})")
+    return cells + _costs(runs) if runs else []
+
+
 def _values(metric: str, runs: list[Result]) -> list[float]:
     return [run["test"][metric] if metric in run["test"] else max(run["validation"]) for run in runs]
-
-
-def _metric(metric: str, runs: list[Result], best: float) -> str:
-    values = _values(metric, runs)
-    return spread(values, bold=statistics.fmean(values) == best)
 
 
 def _costs(runs: list[Result]) -> list[str]:
@@ -75,16 +92,16 @@ def plot(study: Study, cells: Cells, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    datasets = [name for name in study.datasets if any(cells[name, variant] for variant in study.variants)]
+    datasets = [data for data in study.datasets if any(cells[data, variant] for variant in study.variants)]
     figure = Figure(figsize=(3.2 * len(datasets) + 1.5, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, len(datasets), squeeze=False)[0]
-    for axes, dataset in zip(panels, datasets, strict=True):
+    for axes, data in zip(panels, datasets, strict=True):
         for i, variant in enumerate(study.variants):
-            runs = cells[dataset, variant]
+            runs = cells[data, variant]
             x = [run["cpu_seconds"] / 60 for run in runs]
             axes.plot(x, [run["test"]["NDCG@10"] for run in runs], "o", color=f"C{i}", label=variant)
-        axes.set(title=dataset, xlabel="CPU minutes of a training", xlim=(0, None))
+        axes.set(title=data.title, xlabel="CPU minutes of a training", xlim=(0, None))
     panels[0].set_ylabel("NDCG@10, test")
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(datasets) + 1, fontsize="small"
@@ -108,9 +125,14 @@ def _part(name: str, cells: Cells) -> str:
 
 
 def write() -> None:
-    """Bring ``docs/studies.md`` and its plots up to date with the results."""
-    DOCUMENT.write_text(written(DOCUMENT.read_text()))
+    """Bring the documents and their plots up to date with the results."""
+    for document in DOCUMENTS:
+        document.write_text(written(document.read_text()))
     results = read_results(RUNS_FILE)
     for name, study in STUDIES.items():
         if any((cells := finished(study, results)).values()):
-            plot(study, cells, DOCUMENT.with_name(PICTURE.format(name)))
+            picture = DOCUMENTS[0].with_name(PICTURE.format(name))
+            if study is knobs.STUDY:
+                knobs.plot(cells, picture)
+            else:
+                plot(study, cells, picture)

@@ -12,23 +12,40 @@ import torch
 
 from ttt4rec import TTT4Rec
 from ttt4rec.recsys import build_histories, filter_k_core, load_interactions
+from ttt4rec.recsys.data import DataError
 from ttt4rec.recsys.evaluate import evaluate
+from ttt4rec.recsys.public import PUBLIC, load_public
 from ttt4rec.recsys.report import describe_data
-from ttt4rec.recsys.split import Split, split_by_ratio
+from ttt4rec.recsys.split import Split, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.train import EpochReport, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
 
 from ..environment import environment
-from .grid import Run
+from .study import LEAVE_ONE_OUT, TEMPORAL, Data, Run
 
 Result = dict[str, Any]
 
 
 @cache
-def load_split(folder: Path, dataset: str, ratios: tuple[int, int, int] = (3, 2, 5)) -> Split:
-    """``FOLDER/NAME/NAME.inter.gz``, users and items with at least five interactions, split per user."""
-    interactions = load_interactions(folder / dataset / f"{dataset}.inter.gz")
-    return split_by_ratio(build_histories(filter_k_core(interactions, min_user=5, min_item=5)), ratios)
+def load_split(folder: Path, data: Data) -> Split:
+    """``FOLDER/NAME/NAME.inter.gz``, or else the publisher's file in that folder, filtered and split.
+
+    Raises:
+        DataError: there is neither.
+    """
+    path = folder / data.name / f"{data.name}.inter.gz"
+    if data.name in PUBLIC and not path.exists():
+        interactions = load_public(data.name, path.parent)
+    else:
+        interactions = load_interactions(path)
+    least = {"min_user": data.min_user, "min_item": 5}
+    if data.split == TEMPORAL:
+        return split_by_time(interactions, (8, 1, 1), **least)[0]
+    histories = build_histories(filter_k_core(interactions, **least))
+    if data.split == LEAVE_ONE_OUT:
+        return split_leave_one_out(histories)
+    train, valid, test = map(int, data.split.split(":"))
+    return split_by_ratio(histories, (train, valid, test))
 
 
 def read_results(path: Path) -> list[Result]:
@@ -49,23 +66,28 @@ def find(results: Iterable[Result], run: Run) -> Result | None:
     return next((result for result in results if key.items() <= result.items()), None)
 
 
-def run_all(runs: Iterable[Run], data: Path, path: Path, say: Callable[[str], None]) -> None:
-    """Run what has no result yet; a kill loses no more than the run in progress."""
-    runs = list(runs)
+def run_all(runs: Iterable[Run], folder: Path, path: Path, say: Callable[[str], None], device: str = "cpu") -> None:
+    """Run what has no result yet; a kill loses no more than the run in progress. What has no data is passed over."""
+    runs, without_data = list(runs), set[str]()
     for number, run in enumerate(runs, start=1):
         done = read_results(path)
-        if find(done, run) is not None:
+        if run.data.name in without_data or find(done, run) is not None:
+            continue
+        try:
+            split = load_split(folder, run.data)
+        except DataError as error:
+            without_data.add(run.data.name)
+            say(f"passed over: {error}")
             continue
         left = [other for other in runs[number - 1 :] if find(done, other) is None]
-        say(f"[{number}/{len(runs)}] {run.dataset}, {run.variant}, seed {run.seed}; {time_left(left, done)}")
-        result = train(run, load_split(data, run.dataset), say)
-        keep(path, result)
+        say(f"[{number}/{len(runs)}] {run.data.title}, {run.variant}, seed {run.seed}; {time_left(left, done)}")
+        keep(path, train(run, split, say, device))
 
 
-def train(run: Run, split: Split, say: Callable[[str], None]) -> Result:
+def train(run: Run, split: Split, say: Callable[[str], None], device: str = "cpu") -> Result:
     """Train once and rank the test targets; times are of fitting alone, with its validations."""
     torch.manual_seed(run.seed)
-    model = TTT4Rec(run.config(split.histories.num_items))
+    model = TTT4Rec(run.config(split.histories.num_items)).to(device)
     clocks = {"cpu_seconds": time.process_time, "wall_seconds": time.perf_counter}
     begin = {name: clock() for name, clock in clocks.items()}
 
@@ -84,7 +106,7 @@ def train(run: Run, split: Split, say: Callable[[str], None]) -> Result:
         "best_epoch": curve.index(max(curve)),
         **times,
         "test": evaluate(model, evaluation_prefixes(split, "test", max_len=model.config.max_len)),
-        "environment": environment("cpu"),
+        "environment": environment(device),
     }
 
 
@@ -92,7 +114,7 @@ def time_left(left: list[Run], done: list[Result]) -> str:
     """What the runs still to come will take, going by those of the same data and settings, or of the same data."""
     seconds, unknown = 0.0, 0
     for run in left:
-        same_data = [result for result in done if result["dataset"] == run.dataset]
+        same_data = [r for r in done if (r["dataset"], r["split"]) == (run.data.name, run.data.split)]
         like = [result for result in same_data if result["settings"] == run.key["settings"]] or same_data
         unknown += not like
         seconds += sum(result["wall_seconds"] for result in like) / max(1, len(like))

@@ -1,0 +1,52 @@
+"""What is compared, and how it is trained."""
+
+from collections.abc import Sequence
+
+from .study import Settings
+
+PROTOCOL: Settings = {"dropout": 0.5, "patience": 5, "epochs": 100, "targets_per_batch": 512}
+RATES = (1e-3, 3e-3)
+
+MIXERS: dict[str, Settings] = {
+    "SASRec (attention)": {"mixer": "attention"},
+    "GRU4Rec (GRU)": {"mixer": "gru"},
+    "NARM (GRU with attention)": {"mixer": "narm"},
+    "BERT4Rec (bidirectional)": {"mixer": "bidirectional"},
+    "Mamba4Rec (Mamba)": {"mixer": "mamba"},
+    "TTT-Linear": {"inner": "linear"},
+    "TTT-MLP": {"inner": "mlp"},
+    "TTT-Linear, Mamba backbone": {"inner": "linear", "backbone": "mamba"},
+    "TTT-MLP, Mamba backbone": {"inner": "mlp", "backbone": "mamba"},
+}
+LOSSES: dict[str, Settings] = {
+    "softmax over all items": {"inner": "mlp"},
+    "sampled softmax, 256 negatives": {"inner": "mlp", "loss": "sampled"},
+    "gBCE, 256 negatives, t = 0.75": {"inner": "mlp", "loss": "gbce"},
+    "BPR, 256 negatives": {"inner": "mlp", "loss": "bpr"},
+}
+BEST_RATES = {
+    "SASRec (attention)": 3e-3,
+    "GRU4Rec (GRU)": 1e-3,
+    "NARM (GRU with attention)": 1e-3,
+    "BERT4Rec (bidirectional)": 1e-3,
+    "Mamba4Rec (Mamba)": 1e-3,
+    "TTT-Linear": 1e-3,
+    "TTT-MLP": 1e-3,
+    "TTT-Linear, Mamba backbone": 1e-3,
+    "TTT-MLP, Mamba backbone": 1e-3,
+    "softmax over all items": 1e-3,
+    "sampled softmax, 256 negatives": 1e-3,
+    "gBCE, 256 negatives, t = 0.75": 3e-3,
+    "BPR, 256 negatives": 1e-3,
+}
+"""By validation NDCG@10 in the studies of tuning."""
+TUNED: dict[str, Settings] = {
+    label: {**settings, "learning_rate": BEST_RATES[label]} for label, settings in (MIXERS | LOSSES).items()
+}
+
+
+def tried(kinds: dict[str, Settings], rates: Sequence[float]) -> dict[str, Settings]:
+    """Every kind with every learning rate."""
+    return {
+        f"{label}, {rate:g}": {**settings, "learning_rate": rate} for label, settings in kinds.items() for rate in rates
+    }
