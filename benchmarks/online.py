@@ -12,7 +12,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ttt4rec.recsys.events import Event, SQLiteEventLog
 from ttt4rec.recsys.online import OnlineRecommender
 
 from .environment import environment, load_average
+from .measure import timed
 
 NUM_ITEMS, HISTORY = 100_000, 50
 USERS = {1: [1.0], 10_000: [1.0], 100_000: [1.0, 0.2]}
@@ -51,16 +52,9 @@ def write_histories(path: Path, users: int, num_items: int = NUM_ITEMS) -> float
         number = min(USERS_PER_APPEND, users - first)
         items = torch.randint(num_items, (number, HISTORY), generator=generator).tolist()
         events = [Event(f"u{first + n}", f"i{item}") for n, history in enumerate(items) for item in history]
-        seconds += timed(lambda events=events: log.append(events))
+        seconds += timed(lambda events=events: log.append(events), "cpu")
     log.close()
     return users * HISTORY / seconds
-
-
-def timed(function: Callable[[], Any]) -> float:
-    """Seconds that a call takes."""
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
 
 
 def requests(users: int, at_once: int, num_items: int, seed: int) -> Iterator[tuple[list[str], list[str]]]:
@@ -74,8 +68,8 @@ def requests(users: int, at_once: int, num_items: int, seed: int) -> Iterator[tu
 
 def request(online: OnlineRecommender, users: Sequence[str], items: Sequence[str]) -> tuple[float, float]:
     """Seconds of ``observe`` and ``recommend``."""
-    observing = timed(lambda: online.observe(users, items))
-    return observing, timed(lambda: online.recommend(users))
+    observing = timed(lambda: online.observe(users, items), "cpu")
+    return observing, timed(lambda: online.recommend(users), "cpu")
 
 
 def summary(seconds: Sequence[tuple[float, float]], at_once: int) -> dict[str, Any]:
@@ -98,7 +92,9 @@ def measure(
     """Requests of one and of 64 users, after the pool was filled."""
     online = make_online(log, inner, int(users * share), num_items)
     everyone = [f"u{user}" for user in range(users)][-online.stats()["slots"] :]
-    filling = timed(lambda: [online._states.advance(everyone[i : i + 512]) for i in range(0, len(everyone), 512)])
+    filling = timed(
+        lambda: [online._states.advance(everyone[i : i + 512]) for i in range(0, len(everyone), 512)], "cpu"
+    )
     gc.collect()
     result: dict[str, Any] = {"inner": inner, "users": users, "slots": online.stats()["slots"]}
     result["histories_read_per_second"] = round(len(everyone) / filling)

@@ -1,21 +1,15 @@
 """One token more of 1,024 streams in a pool, against reading their histories of 50 again."""
 
 import statistics
-import time
 
 import pytest
 import torch
 
 from ttt4rec import TTTLayer
 
+from .measure import timed
+
 STREAMS, HISTORY = 1024, 50
-
-
-def seconds(function):
-    """How long one call takes."""
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
 
 
 @pytest.mark.parametrize("inner", ["mlp", "linear"])
@@ -32,14 +26,14 @@ def test_step_and_recomputing(benchmark, inner):
     recomputed, stepped = [], []
 
     def recompute():
-        recomputed.append(seconds(lambda: layer(histories)))
+        recomputed.append(timed(lambda: layer(histories), "cpu"))
 
     def steps():
         for _ in range(8):
             layer.step(event, pool, slots)
 
     def round_of_steps():
-        stepped.append(seconds(steps) / 8)
+        stepped.append(timed(steps, "cpu") / 8)
 
     benchmark.pedantic(round_of_steps, setup=recompute, rounds=16, warmup_rounds=2)
     ratio = statistics.median(r / s for r, s in zip(recomputed[2:], stepped[2:], strict=True))

@@ -1,5 +1,6 @@
 """Studies: grids that stop and go on, and what is written of them."""
 
+import dataclasses
 import gzip
 import re
 from pathlib import Path
@@ -7,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.studies import costs, report
-from benchmarks.studies.grid import MIXERS, STUDIES, TUNED, Study
+from benchmarks.studies import costs, knobs, report
+from benchmarks.studies.grid import STUDIES
+from benchmarks.studies.models import BEST_RATES
 from benchmarks.studies.runner import find, load_split, read_results, run_all, time_left, train
+from benchmarks.studies.study import LEAVE_ONE_OUT, TEMPORAL, Data, Study
+from ttt4rec.recsys.data import DataError
 
 TINY = {"width": 8, "num_heads": 2, "ffn_width": 8, "max_len": 6, "epochs": 2}
+TOY = Data("toy")
 STUDY = Study(
-    "Toy", datasets=("toy",), variants={"GRU": {"mixer": "gru"}, "TTT": {"inner": "linear"}}, seeds=(0, 1), common=TINY
+    "Toy", datasets=(TOY,), variants={"GRU": {"mixer": "gru"}, "TTT": {"inner": "linear"}}, seeds=(0, 1), common=TINY
 )
 
 
@@ -48,11 +53,29 @@ def test_a_killed_study_goes_on_where_it_stopped(data: Path) -> None:
 
 
 def test_a_run_does_not_depend_on_those_before_it(data: Path) -> None:
-    first, second = (train(run, load_split(data, "toy"), print) for run in [next(STUDY.runs())] * 2)
+    first, second = (train(run, load_split(data, TOY), print) for run in [next(STUDY.runs())] * 2)
     assert first["test"] == second["test"]
     assert first["validation"] == second["validation"]
     assert first["cpu_seconds"] > 0
     assert first["best_epoch"] < len(first["validation"]) <= 2
+
+
+@pytest.mark.parametrize(("split", "test"), [("6:2:2", 2 * 20), (LEAVE_ONE_OUT, 20), (TEMPORAL, 2 * 20)])
+def test_splits_by_name(data: Path, split: str, test: int) -> None:
+    given = load_split(data, Data("toy", split))
+    assert given.num_targets("test") == test
+    assert load_split(data, Data("toy", split, min_user=11)).histories.num_users == 20
+    with pytest.raises(DataError):
+        load_split(data, Data("toy", split, min_user=16))
+
+
+def test_data_that_are_not_here_are_passed_over(data: Path) -> None:
+    study = Study("Toy", datasets=(Data("absent"), TOY), variants={"GRU": {"mixer": "gru"}}, seeds=(0,), common=TINY)
+    said: list[str] = []
+    run_all(study.runs(), data, data / "runs.jsonl", said.append)
+    assert said[0].startswith("passed over: ")
+    assert "absent" in said[0]
+    assert [result["dataset"] for result in read_results(data / "runs.jsonl")] == ["toy"]
 
 
 def result(run, ndcg: float, seconds: float = 60.0) -> dict:
@@ -80,6 +103,22 @@ def test_tables_show_means_spreads_and_what_is_missing(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_published_values_stand_beside_the_means() -> None:
+    study = dataclasses.replace(STUDY, published={"toy": {"TTT": (0.2, 0.1, 0.5, 0.25)}})
+    cells = report.finished(study, [result(run, 0.25) for run in study.runs()])
+    ours = "**0.2500** ± 0.0000"
+    beside = [f"{ours} | {text}" for text in ("0.2000 (+25%)", "0.1000 (+150%)", "0.5000 (-50%)", "0.2500 (+0%)")]
+    text = report.tables(study, cells)
+    assert f"| TTT | **0.2000** ± 0.0000 | {' | '.join(beside)} | 2 |" in text
+    assert f"| GRU | **0.2000** ± 0.0000 | {' | '.join([f'{ours} | -'] * 4)} | 2 |" in text
+
+
+def test_knobs_are_drawn_from_what_there_is(tmp_path: Path) -> None:
+    runs = [run for run in knobs.STUDY.runs() if "num_heads" not in run.variant]
+    knobs.plot(report.finished(knobs.STUDY, [result(run, 0.1 + run.seed) for run in runs]), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
 def test_the_time_left_is_that_of_like_runs() -> None:
     runs = list(STUDY.runs())
     assert time_left(runs, []).endswith("about 0 min for 0 of them and 4 more of which nothing is known yet")
@@ -89,7 +128,7 @@ def test_the_time_left_is_that_of_like_runs() -> None:
 
 def test_a_study_with_an_unknown_setting_is_refused() -> None:
     with pytest.raises(ValueError, match=r"known fields; given \['leraning_rate'\]"):
-        Study("Typo", datasets=("toy",), variants={"all": {"leraning_rate": 1}})
+        Study("Typo", datasets=(TOY,), variants={"all": {"leraning_rate": 1}})
 
 
 def test_costs_of_the_losses() -> None:
@@ -98,16 +137,21 @@ def test_costs_of_the_losses() -> None:
     assert re.fullmatch(r"\| 30 \| \d+( \| \d+ \(\d+\.\d\d ×\)){3} \| \d+ \|", row)
 
 
-def test_the_rates_are_the_best_by_validation() -> None:
-    tuning, results = STUDIES["tuning"], read_results(report.RUNS_FILE)
-    best = {run.variant: max(found["validation"]) for run in tuning.runs() if (found := find(results, run))}
-    assert len(best) == len(tuning.variants)
-    for label in MIXERS:
-        own = {variant: value for variant, value in best.items() if variant.startswith(f"{label}, ")}
-        assert max(own, key=own.__getitem__) == f"{label}, {TUNED[label]['learning_rate']:g}"
+@pytest.mark.parametrize("name", ["tuning", "loss-tuning"])
+def test_the_rates_are_the_best_by_validation(name: str) -> None:
+    tuning, results = STUDIES[name], read_results(report.RUNS_FILE)
+    best: dict[str, dict[str, float]] = {}
+    for run in tuning.runs():
+        kind, rate = run.variant.rsplit(", ", 1)
+        found = find(results, run)
+        assert found is not None, run.variant
+        best.setdefault(kind, {})[rate] = max(found["validation"])
+    for kind, rates in best.items():
+        assert max(rates, key=rates.__getitem__) == f"{BEST_RATES[kind]:g}", kind
 
 
-def test_the_document_is_up_to_date() -> None:
-    document = report.DOCUMENT.read_text()
+@pytest.mark.parametrize("path", report.DOCUMENTS, ids=lambda path: path.name)
+def test_the_document_is_up_to_date(path: Path) -> None:
+    document = path.read_text()
     stale = "stale: run `python -m benchmarks.studies report`"
     assert report.written(document) == document, stale

@@ -7,6 +7,17 @@ from .study import Data, Study
 ML_100K = Data("ml-100k")
 
 STUDIES = {
+    "readme": Study(
+        "MovieLens-100K",
+        datasets=(ML_100K,),
+        variants={
+            "TTT-MLP, dropout 0.2, patience 5": {"dropout": 0.2, "patience": 5},
+            "TTT-MLP, dropout 0.5, patience 10": {"dropout": 0.5, "patience": 10},
+            "SASRec (attention), dropout 0.5, patience 10": {"mixer": "attention", "dropout": 0.5, "patience": 10},
+            "GRU4Rec (GRU), dropout 0.5, patience 10": {"mixer": "gru", "dropout": 0.5, "patience": 10},
+        },
+        published={"ml-100k": {"TTT-MLP, dropout 0.2, patience 5": (0.0746, 0.2613, 0.0344, 0.0742)}},
+    ),
     "mixers": Study(
         "Mixers",
         datasets=(ML_100K, Data("gowalla-1k"), Data("amazon-video-games"), Data("ml-1m")),

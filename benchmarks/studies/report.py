@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from .grid import STUDIES
 from .runner import Result, find, read_results
 from .study import Data, Study
 
-DOCUMENTS = [ROOT / "docs" / name for name in ("studies.md", "paper.md")]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "studies.md", ROOT / "docs" / "paper.md"]
 RUNS_FILE, COSTS_FILE = RESULTS / "studies" / "runs.jsonl", RESULTS / "studies" / "costs.json"
 PICTURE = "studies-{}.png"
 METRICS = ("HR@10", "HR@50", "NDCG@10", "NDCG@50")
@@ -54,7 +55,7 @@ def tables(study: Study, cells: Cells) -> str:
         }
         for variant, runs in known.items():
             missing = f" ({len(runs)} of {len(study.seeds)} seeds)" if 0 < len(runs) < len(study.seeds) else ""
-            cell = _cells(runs, best, dict(zip(METRICS, published.get(variant, ()), strict=False)))
+            cell = _cells(runs, best, _named(published.get(variant)) if published else {})
             parts.append(row([f"{variant}{missing}", *(cell if runs else ["not run yet"])]))
         parts.append("\n")
     return "".join(parts)
@@ -65,14 +66,19 @@ def row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def _cells(runs: list[Result], best: dict[str, float], published: dict[str, float]) -> list[str]:
+def _named(published: Sequence[float] | None) -> dict[str, float | None]:
+    return dict(zip(METRICS, published or [None] * len(METRICS), strict=True))
+
+
+def _cells(runs: list[Result], best: dict[str, float], published: dict[str, float | None]) -> list[str]:
     cells = []
     for metric in best if runs else ():
         values = _values(metric, runs)
         mean = statistics.fmean(values)
         cells.append(spread(values, bold=mean == best[metric]))
         if metric in published:
-            cells.append(f"{published[metric]:.4f} ({mean / published[metric] - 1:+.0%})")
+            other = published[metric]
+            cells.append(f"{other:.4f} ({mean / other - 1:+.0%})" if other else "-")
     return cells + _costs(runs) if runs else []
 
 
@@ -112,27 +118,21 @@ def plot(study: Study, cells: Cells, path: Path) -> None:
 def written(document: str) -> str:
     """The document with every part between markers brought up to date with the results."""
     results = read_results(RUNS_FILE)
-    parts = {name: _part(name, finished(study, results)) for name, study in STUDIES.items()}
+    parts = {name: tables(study, finished(study, results)) for name, study in STUDIES.items()}
     parts["costs"] = costs.table(json.loads(COSTS_FILE.read_text()))
     for name, text in parts.items():
         document = section(name).sub(lambda _, text=text: text, document)
     return document
 
 
-def _part(name: str, cells: Cells) -> str:
-    picture = f"![{STUDIES[name].title}]({PICTURE.format(name)})\n" if any(cells.values()) else ""
-    return tables(STUDIES[name], cells) + picture
-
-
 def write() -> None:
-    """Bring the documents and their plots up to date with the results."""
-    for document in DOCUMENTS:
-        document.write_text(written(document.read_text()))
+    """Bring the documents and the plots that they show up to date with the results."""
     results = read_results(RUNS_FILE)
-    for name, study in STUDIES.items():
-        if any((cells := finished(study, results)).values()):
-            picture = DOCUMENTS[0].with_name(PICTURE.format(name))
-            if study is knobs.STUDY:
-                knobs.plot(cells, picture)
-            else:
-                plot(study, cells, picture)
+    for path in DOCUMENTS:
+        document = path.read_text()
+        path.write_text(written(document))
+        for name, study in STUDIES.items():
+            picture = PICTURE.format(name)
+            if picture in document and any((cells := finished(study, results)).values()):
+                draw = knobs.plot if study is knobs.STUDY else partial(plot, study)
+                draw(cells, path.with_name(picture))

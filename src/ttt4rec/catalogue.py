@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SCORES_PER_BLOCK = (1 << 23) - (1 << 16)
-"""Scores held at once: just below the 32 MiB of float32 from which on glibc maps, and clears, fresh pages every time."""
+"""Scores held at once: just below the 32 MiB of float32 from which on glibc asks for fresh pages every time."""
 MANY_ROWS = 256
 """Hidden states at a time with which a product takes longer than reading the table."""
 COLUMNS = 16
@@ -86,8 +86,8 @@ def ranks(h: Tensor, table: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] |
         raise ValueError("expected scores that are numbers, got NaN among them; has the model diverged in training?")
     # With a items above, s the same (the target is one) and b below, a + s + b = num_items and balance = a - b, so that
     # the rank 1 + a + (s - 1) / 2 is (1 + num_items + balance) / 2. Sums of signs stay in the scores' memory, where
-    # counts of comparisons would be summed as int64; a block has fewer than 2^24 columns, so they are exact. The sign of
-    # inf - inf is 0.
+    # counts of comparisons would be summed as int64; a block has fewer than 2^24 columns, so they are exact. The sign
+    # of inf - inf is 0.
     balance = torch.zeros(h.shape[0], dtype=torch.float64, device=h.device)
     for _, _, scores in passes[1]:
         balance += scores.sub_(target).sign_().sum(1)

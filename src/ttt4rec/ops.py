@@ -13,22 +13,19 @@ import torch
 from torch import Tensor
 
 from . import eager, native
+from .projection import path_of
 
 
 def _path(backend: str, q: Tensor, weights: Tensor, hidden: int) -> ModuleType:
-    """The package that computes, on tensors like these: kernels, which are imported only when asked for, or others.
+    """The package that computes, on tensors like these.
 
     Chosen here, where tracing does not see it: the compiled path may have to be compiled first.
 
     Raises:
         RuntimeError: the compiled path was asked for and cannot run.
     """
-    if backend == "triton":
-        from . import kernels
-
-        return kernels
-    if backend == "eager":
-        return eager
+    if backend in ("triton", "eager"):
+        return path_of(backend == "triton")
     refusal = native.refusal(q.device, q.shape[-1], hidden, weights.dtype)
     if refusal is None:
         return native

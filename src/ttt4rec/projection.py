@@ -112,7 +112,7 @@ def causal_convolutions(
 
 
 def path_of(kernel: bool) -> ModuleType:
-    """The package that computes."""
+    """The package that computes: the kernels, which are imported only when asked for, or eager."""
     if not kernel:
         return eager
     from . import kernels
