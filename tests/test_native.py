@@ -162,10 +162,10 @@ def test_what_it_does_not_take():
 def fresh(tmp_path, monkeypatch):
     """An empty cache, and a process that remembers no library."""
     monkeypatch.setenv("TTT4REC_CACHE", str(tmp_path / "cache"))
-    for function in (build.library, native.refusal):
+    for function in (build.library, native.refusal, native.softmax_refusal):
         function.cache_clear()
     yield tmp_path / "cache"
-    for function in (build.library, native.refusal):
+    for function in (build.library, native.refusal, native.softmax_refusal):
         function.cache_clear()
 
 
@@ -196,6 +196,41 @@ def test_no_compiler_on_the_path(fresh, monkeypatch):
     monkeypatch.setenv("PATH", str(fresh))
     with pytest.raises(build.BuildError, match="none of c"):
         build.compiler()
+
+
+@given(rows=st.integers(1, 3), columns=st.integers(1, 700), gap=st.integers(0, 3), seed=st.integers(0, 99))
+def test_softmax_of_a_block_in_rows_of_any_width(rows, columns, gap, seed):
+    torch.manual_seed(seed)
+    scores = (torch.randn(rows, columns + gap) * 10)[:, gap:]
+    column, grad = torch.randint(-2, columns + 2, (rows,)), torch.randn(rows)
+    exact = scores.double()
+    lse = native.log_sum_exp(scores)
+    eps = torch.finfo(torch.float32).eps
+    assert (lse - exact.logsumexp(1)).abs().max() <= 4 * eps + eps * exact.abs().max()
+    expected = exact.softmax(1)
+    for row, target in enumerate(column.tolist()):
+        if 0 <= target < columns:
+            expected[row, target] -= 1
+    allowed = 2 * eps * (2 + exact.abs().max())  # of the exponent, of exp and of the product
+    own = torch.empty(rows, columns)
+    native.softmax_gradient(scores, lse, column, grad, own)
+    assert (own - expected * grad.double().unsqueeze(1)).abs().max() <= allowed * grad.abs().max()
+    whole = scores.clone(memory_format=torch.preserve_format)
+    native.softmax_gradient(whole, lse, column, grad, whole)
+    assert torch.equal(whole, own)
+
+
+def test_softmax_of_scores_that_are_not_numbers_and_of_other_kinds():
+    scores = torch.zeros(2, 20)
+    scores[0, 19] = float("nan")
+    assert native.log_sum_exp(scores).isnan().tolist() == [True, False]
+    assert "given torch.float64 on cpu" in native.softmax_refusal(torch.device("cpu"), torch.float64)
+    assert "on meta" in native.softmax_refusal(torch.device("meta"), torch.float32)
+
+
+def test_softmax_without_a_compiler(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "cannot be compiled: $CXX names" in native.softmax_refusal(torch.device("cpu"), torch.float32)
 
 
 def test_a_cache_that_cannot_be_written(fresh, monkeypatch):

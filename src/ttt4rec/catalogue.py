@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt4rec import native
+
 SCORES_PER_BLOCK = (1 << 23) - (1 << 16)
 """Scores held at once: just below the 32 MiB of float32 from which on glibc asks for fresh pages every time."""
 MANY_ROWS = 256
@@ -39,7 +41,7 @@ def nll(h: Tensor, table: Tensor, items: Tensor) -> Tensor:
         ValueError: shapes do not fit or an item does not exist. TypeError: items are not int64.
     """
     _check(h, table, items)
-    if h.shape[0] * (table.shape[0] - 1) <= SCORES_PER_BLOCK:  # a single block, whose scores may as well be kept
+    if _is_one_block(h, table) and native.softmax_refusal(h.device, _dtype(h, table)) is not None:
         with torch.autocast(h.device.type, enabled=False):
             dtype = _dtype(h, table)
             return F.cross_entropy(F.linear(h.to(dtype), table[1:].to(dtype)), items - 1, reduction="none")
@@ -74,7 +76,7 @@ def ranks(h: Tensor, table: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] |
         parts = zip(h.split(at_once), items.split(at_once), strict=True)
         return torch.cat([ranks(rows, table, own) for rows, own in parts])
     passes: list[Iterable[Block]] = [_blocks(h, table, seen) for _ in range(2)]
-    if h.shape[0] * (table.shape[0] - 1) <= SCORES_PER_BLOCK:
+    if _is_one_block(h, table):
         passes = [list(passes[0])] * 2
     target = torch.zeros(h.shape[0], 1, dtype=_dtype(h, table), device=h.device)
     nan = torch.zeros((), dtype=torch.bool, device=h.device)
@@ -118,6 +120,11 @@ def top_k(h: Tensor, table: Tensor, k: int, seen: tuple[Tensor, Tensor] | None =
         found = torch.cat((best, _best_keys(scores.float(), first, k)), 1)
         best = found.topk(min(k, found.shape[1]), dim=1).values
     return _scores_of(best), ~best & _LOW
+
+
+def _is_one_block(h: Tensor, table: Tensor) -> bool:
+    """Whether all scores are so few that they may as well be kept."""
+    return h.shape[0] * (table.shape[0] - 1) <= SCORES_PER_BLOCK
 
 
 def _dtype(h: Tensor, table: Tensor) -> torch.dtype:
@@ -205,51 +212,71 @@ def _scores_of(keys: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("ttt4rec::catalogue_nll", mutates_args=())
-def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods ``[N]`` and the logarithms of the softmax's denominators, float64 ``[N]``."""
+def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Negative log-likelihoods ``[N]``, logarithms of the softmax's denominators, float64 ``[N]``; scores of one block.
+
+    The scores ``[N, num_items]`` are for the backward; ``[0, num_items]`` if there is more than one block.
+    """
     lse = torch.full((h.shape[0],), -torch.inf, dtype=torch.float64, device=h.device)
     target = torch.zeros(h.shape[0], 1, dtype=_dtype(h, table), device=h.device)
+    kept = target.new_empty(0, table.shape[0] - 1)
+    compiled = native.softmax_refusal(h.device, target.dtype) is None
     for first, _, scores in _blocks(h, table):
         column, inside = _columns(items, first, scores)
         target = torch.where(inside, scores.gather(1, column), target)
-        lse = torch.logaddexp(lse, scores.logsumexp(1).double())
-    return (lse - target.squeeze(1)).to(target.dtype), lse
+        lse = torch.logaddexp(lse, native.log_sum_exp(scores) if compiled else scores.logsumexp(1).double())
+        if _is_one_block(h, table):
+            kept = scores
+    return (lse - target.squeeze(1)).to(target.dtype), lse, kept
 
 
 @torch.library.custom_op("ttt4rec::catalogue_nll_backward", mutates_args=())
-def catalogue_nll_backward(grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of h and table; the probabilities are computed again, block by block."""
+def catalogue_nll_backward(
+    grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor, kept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of h and table; scores that were not kept are computed again, block by block."""
     dtype = _dtype(h, table)
     grad_h = torch.zeros(h.shape, dtype=dtype, device=h.device)
     grad_table = torch.empty_like(table)
     grad_table[0] = 0
-    wide, offset, grad = h.to(dtype), lse.to(dtype).unsqueeze(1), grad.to(dtype).unsqueeze(1)
-    for first, rows, scores in _blocks(h, table):
-        column, inside = _columns(items, first, scores)
-        scores.sub_(offset).exp_().mul_(grad)
-        scores.scatter_add_(1, column, -grad * inside)
+    wide, grad = h.to(dtype), grad.to(dtype)
+    for first, rows, scores in [(1, table[1:].to(dtype), kept)] if len(kept) else _blocks(h, table):
+        d_scores = torch.empty_like(kept) if len(kept) else scores
+        _gradient(scores, lse, items - first, grad, d_scores)
         with torch.autocast(h.device.type, enabled=False):
-            grad_table[first : first + rows.shape[0]] = scores.T @ wide
-            grad_h.addmm_(scores, rows)
+            grad_table[first : first + rows.shape[0]] = d_scores.T @ wide
+            grad_h.addmm_(d_scores, rows)
     return grad_h.to(h.dtype), grad_table
 
 
+def _gradient(scores: Tensor, lse: Tensor, column: Tensor, grad: Tensor, out: Tensor) -> None:
+    """The gradient of a block's scores: the probabilities, less 1 at the target, times grad. They may take their place."""
+    if native.softmax_refusal(scores.device, scores.dtype) is None:
+        native.softmax_gradient(scores, lse, column, grad, out)
+        return
+    torch.sub(scores, lse.to(scores.dtype).unsqueeze(1), out=out).exp_().mul_(grad.unsqueeze(1))
+    column, inside = _columns(column, 0, scores)
+    out.scatter_add_(1, column, -grad.unsqueeze(1) * inside)
+
+
 @catalogue_nll.register_fake
-def _(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape[0], dtype=_dtype(h, table)), h.new_empty(h.shape[0], dtype=torch.float64)
+def _(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _dtype(h, table)
+    kept = h.new_empty(h.shape[0] if _is_one_block(h, table) else 0, table.shape[0] - 1, dtype=dtype)
+    return h.new_empty(h.shape[0], dtype=dtype), h.new_empty(h.shape[0], dtype=torch.float64), kept
 
 
 @catalogue_nll_backward.register_fake
-def _(grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return h.new_empty(h.shape), table.new_empty(table.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*inputs, *output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
     if grad is None:
         return None, None, None
     return *catalogue_nll_backward(grad, *ctx.saved_tensors), None

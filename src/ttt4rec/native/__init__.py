@@ -1,8 +1,8 @@
-"""The inner loops for CPUs in C++, compiled for the machine at their first use.
+"""The inner loops for CPUs in C++, and the softmax over a catalogue, compiled for the machine at their first use.
 
-The algorithm is that of the fused kernels and of ``ttt4rec.eager``, and so are the functions; what differs is where
-the numbers are: one row, a (sequence, head) pair, is walked at a time with its weights and tiles in the first cache,
-and only tokens, inner gradients and the weights at either end pass through memory.
+The algorithm of the inner loops is that of the fused kernels and of ``ttt4rec.eager``, and so are the functions; what
+differs is where the numbers are: one row, a (sequence, head) pair, is walked at a time with its weights and tiles in
+the first cache, and only tokens, inner gradients and the weights at either end pass through memory.
 """
 
 import functools
@@ -12,8 +12,19 @@ import torch
 
 from . import build
 from .calls import linear_backward, linear_forward, mlp_backward, mlp_forward, token_step
+from .softmax import log_sum_exp, softmax_gradient, softmax_refusal
 
-__all__ = ["linear_backward", "linear_forward", "mlp_backward", "mlp_forward", "refusal", "token_step"]
+__all__ = [
+    "linear_backward",
+    "linear_forward",
+    "log_sum_exp",
+    "mlp_backward",
+    "mlp_forward",
+    "refusal",
+    "softmax_gradient",
+    "softmax_refusal",
+    "token_step",
+]
 
 _MULTIPLE = 8  # of features: the lanes of a vector
 _log = logging.getLogger(__name__)

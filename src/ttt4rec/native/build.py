@@ -1,6 +1,6 @@
-"""Compiling the C++ sources for one shape at its first use, and keeping the result.
+"""Compiling the C++ sources at their first use, and keeping the result.
 
-A library is made for one head dimension, inner model and scalar type, for the very processor it runs on, with the
+A library is made for one shape (head dimension, inner model, scalar type), for the very processor it runs on, with the
 system's compiler: ``$CXX``, ``c++``, ``g++`` or ``clang++``. It is kept under ``$TTT4REC_CACHE``, by default
 ``~/.cache/ttt4rec``, by a key of sources, compiler and processor, so that only the first process ever waits.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 SCALARS = {torch.float32: "float", torch.float64: "double"}
+INNER_LOOP, SOFTMAX = ("inner_loop.cpp", "step.cpp"), ("softmax.cpp",)
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _log = logging.getLogger(__name__)
@@ -30,29 +31,30 @@ class BuildError(RuntimeError):
 
 
 @functools.cache
-def library(head_dim: int, hidden: int, scalar: str) -> ctypes.CDLL:
-    """The library for a shape; compiled, which takes a few seconds, unless that was done before.
+def library(head_dim: int, hidden: int, scalar: str, sources: tuple[str, ...] = INNER_LOOP) -> ctypes.CDLL:
+    """What was compiled of some sources for a shape; compiled now, which takes a few seconds, if it never was.
 
     Args:
         head_dim: D, a multiple of 8.
-        hidden: F of TTT-MLP, a multiple of D; 0 for TTT-Linear.
+        hidden: F of TTT-MLP, a multiple of 8; 0 for TTT-Linear.
         scalar: ``"float"`` or ``"double"``.
+        sources: ``INNER_LOOP`` or ``SOFTMAX``.
 
     Raises:
         BuildError: it cannot be compiled here.
     """
     command = (
         *compiler(), *_FLAGS, "-shared", "-fPIC", f"-DTTT_HEAD_DIM={head_dim}", f"-DTTT_HIDDEN={hidden}",
-        f"-DTTT_SCALAR={scalar}", *(str(_SOURCES / name) for name in ("inner_loop.cpp", "step.cpp")),
+        f"-DTTT_SCALAR={scalar}", *(str(_SOURCES / source) for source in sources),
     )  # fmt: skip
     key = hashlib.sha256("\n".join([*command, _sources(), _version(command[0]), _processor()]).encode()).hexdigest()
-    path = _cache() / f"inner-loop-d{head_dim}-f{hidden}-{scalar}-{key[:16]}.so"
+    path = _cache() / f"{Path(sources[0]).stem}-d{head_dim}-f{hidden}-{scalar}-{key[:16]}.so"
     if not path.exists():
         _compile(command, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"the compiled inner loop {path} cannot be loaded: {error}") from error
+        raise BuildError(f"the compiled library {path} cannot be loaded: {error}") from error
 
 
 def compiler() -> list[str]:
@@ -75,7 +77,7 @@ def compiler() -> list[str]:
 
 def _compile(command: tuple[str, ...], path: Path) -> None:
     """Make the library beside its place and move it there at once, so that nobody loads half of one."""
-    _log.info("compiling the inner loop to %s", path)
+    _log.info("compiling %s", path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -85,7 +87,7 @@ def _compile(command: tuple[str, ...], path: Path) -> None:
                 raise BuildError(f"the compiler failed: {shlex.join(command)}\n{result.stderr.strip()[-2000:]}")
             os.replace(made, path)
     except OSError as error:
-        raise BuildError(f"the inner loop cannot be compiled to {path}: {error}") from error
+        raise BuildError(f"the library cannot be compiled to {path}: {error}") from error
 
 
 def _cache() -> Path:

@@ -1,0 +1,69 @@
+"""The compiled softmax over a block of scores."""
+
+import ctypes
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from . import build
+from .threads import share
+
+_log = logging.getLogger(__name__)
+_SHAPE = (16, 0, "float", build.SOFTMAX)  # of a head only in name: so many lanes has any vector of float32
+
+
+class _Call(ctypes.Structure):
+    """``Call`` of softmax.cpp."""
+
+    _fields_ = (
+        ("columns", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+        ("scores", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("column", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def softmax_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why scores like these are not for this path; None if they are. The first call compiles it."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"takes float32 on a CPU; given {dtype} on {device}"
+    try:
+        build.library(*_SHAPE)
+    except build.BuildError as error:
+        _log.warning("the loss is computed by torch's own operators instead of compiled ones: %s", error)
+        return f"cannot be compiled: {error}"
+    return None
+
+
+def log_sum_exp(scores: Tensor) -> Tensor:
+    """log Σ exp of every row of scores ``[N, c]``, float64 ``[N]``."""
+    lse = torch.empty(len(scores), dtype=torch.float64)
+    _run("softmax_forward", scores, scores, lse)
+    return lse
+
+
+def softmax_gradient(scores: Tensor, lse: Tensor, column: Tensor, grad: Tensor, out: Tensor) -> None:
+    """Write grad ∘ (exp(scores - lse) - one_hot(column)).
+
+    Args:
+        scores: ``[N, c]``, columns one behind the other.
+        lse: float64 ``[N]``, of whole rows, of which scores may be a part.
+        column: int64 ``[N]``, of the target; it need not be among these columns.
+        grad: float32 ``[N]``.
+        out: as scores, or scores themselves.
+    """
+    _run("softmax_backward", scores, out, lse, column.contiguous(), grad.contiguous())
+
+
+def _run(function: str, scores: Tensor, out: Tensor, *others: Tensor) -> None:
+    pointers = (x.data_ptr() for x in (scores, out, *others))
+    call = _Call(scores.shape[1], scores.stride(0), out.stride(0), *pointers)
+    compiled = getattr(build.library(*_SHAPE), function)
+    share(lambda begin, end: compiled(ctypes.byref(call), ctypes.c_int64(begin), ctypes.c_int64(end)), len(scores))
