@@ -250,7 +250,7 @@ def catalogue_nll_backward(
 
 
 def _gradient(scores: Tensor, lse: Tensor, column: Tensor, grad: Tensor, out: Tensor) -> None:
-    """The gradient of a block's scores: the probabilities, less 1 at the target, times grad. They may take their place."""
+    """grad times the probabilities, less 1 at the target: the gradient of the scores, which may take their place."""
     if native.softmax_refusal(scores.device, scores.dtype) is None:
         native.softmax_gradient(scores, lse, column, grad, out)
         return
