@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -65,6 +66,23 @@ def test_mamba_is_its_definition(x):
             state = torch.exp(-delta * mixer.log_decay.exp()) * state + delta * u[:, None] * B
             gated = (state @ C + mixer.skip * u) * F.silu(z[t])
             torch.testing.assert_close(y[row, t], mixer.output.weight @ gated)
+
+
+@pytest.mark.parametrize("make", [partial(AttentionMixer, num_heads=2), NARMMixer, MambaMixer])
+def test_packed_sequences_of_any_lengths_are_read_alone(make):
+    width = 8
+    mixer = randomised(make(width))
+    lengths = [3, 0, 1, 17, 4, 5, 1, 8, 9, 2]
+    x = torch.randn(1, sum(lengths), width, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn_like(x)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    packed = mixer(x, cu_seqlens=cu_seqlens)
+    alone = torch.cat([mixer(part) for part in x.split(lengths, 1) if part.shape[1]], 1)
+    torch.testing.assert_close(packed, alone)
+    given, expected = (torch.autograd.grad((y * weights).sum(), (x, *mixer.parameters())) for y in (packed, alone))
+    torch.testing.assert_close(given, expected)
+    nothing = x.detach()[:, :0]
+    assert mixer(nothing, cu_seqlens=torch.tensor([0, 0])).shape == nothing.shape
 
 
 def test_mamba_begins_as_published():

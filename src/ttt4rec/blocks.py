@@ -1,6 +1,7 @@
 """Residual blocks: a sequence mixer and a feed-forward network, each behind a norm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -78,8 +79,12 @@ class HistoryMixer(nn.Module):
             return packed.new_zeros(x.shape).masked_scatter(mask.unsqueeze(-1), packed)
         if cu_seqlens is None:
             return self.read(x, None)
-        padded, real = pad_packed(x, cu_seqlens)
-        return self.read(padded, real)[real][None]
+        places, outputs = [], []
+        for place, lengths in by_length(cu_seqlens):
+            padded, real = pad_packed(x[:, place], F.pad(lengths.cumsum(0), (1, 0)))
+            places.append(place)
+            outputs.append(self.read(padded, real)[real])
+        return torch.cat(outputs)[torch.cat(places).argsort()][None] if places else x
 
 
 class AttentionMixer(HistoryMixer):
@@ -278,6 +283,23 @@ class Block(nn.Module):
         h = h + step(self.mixer_norm(h), pool.mixer, slots)
         result: Tensor = h + self.ffn(self.ffn_norm(h))
         return result
+
+
+def by_length(cu_seqlens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Packed sequences in groups of like length, so that padding at most doubles a group.
+
+    Yields:
+        places: int64, where the tokens of a group's sequences stand, one sequence behind the other.
+        lengths: int64 ``[n]``, of these sequences.
+    """
+    ends = cu_seqlens.tolist()
+    groups: dict[int, list[int]] = {}
+    for row, (begin, end) in enumerate(pairwise(ends)):
+        if end > begin:
+            groups.setdefault((end - begin - 1).bit_length(), []).append(row)
+    for rows in groups.values():
+        places = torch.cat([torch.arange(ends[row], ends[row + 1]) for row in rows])
+        yield places.to(cu_seqlens.device), cu_seqlens.diff()[rows]
 
 
 def pad_packed(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
