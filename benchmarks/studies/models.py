@@ -27,9 +27,9 @@ LOSSES: dict[str, Settings] = {
 BEST_RATES = {
     "SASRec (attention)": 3e-3,
     "GRU4Rec (GRU)": 1e-3,
-    "NARM (GRU with attention)": 1e-3,
-    "BERT4Rec (bidirectional)": 1e-3,
-    "Mamba4Rec (Mamba)": 1e-3,
+    "NARM (GRU with attention)": 3e-3,
+    "BERT4Rec (bidirectional)": 3e-3,
+    "Mamba4Rec (Mamba)": 3e-3,
     "TTT-Linear": 1e-3,
     "TTT-MLP": 1e-3,
     "TTT-Linear, Mamba backbone": 1e-3,
