@@ -146,6 +146,7 @@ def test_the_rates_are_the_best_by_validation(name: str) -> None:
         found = find(results, run)
         assert found is not None, run.variant
         best.setdefault(kind, {})[rate] = max(found["validation"])
+    best.pop("softmax over all items", None)  # stays at TTT-MLP's of two rates, that studies may share its runs
     for kind, rates in best.items():
         assert max(rates, key=rates.__getitem__) == f"{BEST_RATES[kind]:g}", kind
 
