@@ -70,6 +70,19 @@ def test_gradients_against_differences_and_the_operators_contract(monkeypatch):
 
 
 @pytest.mark.usefixtures("_block")
+def test_traced_in_one_graph():
+    h, table, items = case()
+    arguments = (h.requires_grad_(), table.requires_grad_(), items)
+    torch.library.opcheck(catalogue.catalogue_nll, arguments)
+    compiled = torch.compile(catalogue.nll, backend="aot_eager", fullgraph=True)
+    torch._dynamo.reset()
+    given, expected = compiled(*arguments), catalogue.nll(*arguments)
+    torch.testing.assert_close(given, expected)
+    for own, true in zip(*(torch.autograd.grad(x.sum(), (h, table)) for x in (given, expected)), strict=True):
+        torch.testing.assert_close(own, true)
+
+
+@pytest.mark.usefixtures("_block")
 def test_autocast_leaves_the_scores_alone():
     h, table, items = case()
     expected = gradients(catalogue.nll, h, table, items, torch.ones(N))

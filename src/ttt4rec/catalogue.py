@@ -41,9 +41,9 @@ def nll(h: Tensor, table: Tensor, items: Tensor) -> Tensor:
         ValueError: shapes do not fit or an item does not exist. TypeError: items are not int64.
     """
     _check(h, table, items)
-    if _is_one_block(h, table) and native.softmax_refusal(h.device, _dtype(h, table)) is not None:
+    dtype = _dtype(h, table)
+    if _is_one_block(h, table) and not _is_compiled(h.device, dtype):
         with torch.autocast(h.device.type, enabled=False):
-            dtype = _dtype(h, table)
             return F.cross_entropy(F.linear(h.to(dtype), table[1:].to(dtype)), items - 1, reduction="none")
     loss: Tensor = catalogue_nll(h, table, items)[0]
     return loss
@@ -125,6 +125,13 @@ def top_k(h: Tensor, table: Tensor, k: int, seen: tuple[Tensor, Tensor] | None =
 def _is_one_block(h: Tensor, table: Tensor) -> bool:
     """Whether all scores are so few that they may as well be kept."""
     return h.shape[0] * (table.shape[0] - 1) <= SCORES_PER_BLOCK
+
+
+def _is_compiled(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the operator computes by compiled code; while it is traced, nothing is compiled to find out."""
+    if torch.compiler.is_compiling():
+        return device.type == "cpu" and dtype == torch.float32
+    return native.softmax_refusal(device, dtype) is None
 
 
 def _dtype(h: Tensor, table: Tensor) -> torch.dtype:
@@ -220,7 +227,7 @@ def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tens
     lse = torch.full((h.shape[0],), -torch.inf, dtype=torch.float64, device=h.device)
     target = torch.zeros(h.shape[0], 1, dtype=_dtype(h, table), device=h.device)
     kept = target.new_empty(0, table.shape[0] - 1)
-    compiled = native.softmax_refusal(h.device, target.dtype) is None
+    compiled = _is_compiled(h.device, target.dtype)
     for first, _, scores in _blocks(h, table):
         column, inside = _columns(items, first, scores)
         target = torch.where(inside, scores.gather(1, column), target)
@@ -251,7 +258,7 @@ def catalogue_nll_backward(
 
 def _gradient(scores: Tensor, lse: Tensor, column: Tensor, grad: Tensor, out: Tensor) -> None:
     """grad times the probabilities, less 1 at the target: the gradient of the scores, which may take their place."""
-    if native.softmax_refusal(scores.device, scores.dtype) is None:
+    if _is_compiled(scores.device, scores.dtype):
         native.softmax_gradient(scores, lse, column, grad, out)
         return
     torch.sub(scores, lse.to(scores.dtype).unsqueeze(1), out=out).exp_().mul_(grad.unsqueeze(1))
