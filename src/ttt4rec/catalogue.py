@@ -156,14 +156,16 @@ def _check(h: Tensor, table: Tensor, items: Tensor | None = None) -> None:
 
 
 def _blocks(h: Tensor, table: Tensor, seen: tuple[Tensor, Tensor] | None = None) -> Iterator[Block]:
-    """The catalogue block by block; what a row has seen has score -inf.
+    """The catalogue block by block, each in the place of the one before; what a row has seen has score -inf.
 
     Every product has the same shape, the last one overlapping the one before it: a narrow one could be summed in
     another order, and equal items would no longer score the same.
     """
     dtype = _dtype(h, table)
-    size = max(1, SCORES_PER_BLOCK // max(1, h.shape[0]))
-    size -= size % COLUMNS if size > COLUMNS else 0
+    size = max(1, table.shape[0] - 1)
+    if not _is_one_block(h, table):
+        size = max(1, SCORES_PER_BLOCK // h.shape[0])
+        size -= size % COLUMNS if size > COLUMNS else 0
     bounds: list[int] = []
     if seen is not None:
         order = seen[1].argsort()
@@ -171,11 +173,12 @@ def _blocks(h: Tensor, table: Tensor, seen: tuple[Tensor, Tensor] | None = None)
         edges = torch.arange(1, table.shape[0] + size, size, device=h.device)
         bounds = torch.searchsorted(seen[1], edges).tolist()
     h = h.to(dtype)
+    memory = h.new_empty(h.shape[0], size)
     for number, first in enumerate(range(1, table.shape[0], size)):
         overlap = max(0, min(first - 1, first + size - table.shape[0]))
         rows = table[first - overlap : first + size].to(dtype)
         with torch.autocast(h.device.type, enabled=False):
-            scores = (h @ rows.T)[:, overlap:]
+            scores = torch.mm(h, rows.T, out=memory)[:, overlap:]
         rows = rows[overlap:]
         if seen is not None:
             part = slice(bounds[number], bounds[number + 1])
