@@ -26,10 +26,13 @@ def make_layer(**options):
 
 @pytest.mark.parametrize("name", golden_cases())
 def test_layer_matches_the_release(name):
-    """In float32, at most twice as far from the release's float64 numbers as the reference run in float32."""
+    """In float32, at most twice as far from the release's float64 numbers as the reference run in float32.
+
+    Eight roundings are allowed in any case: whose fewer ones happen to cancel depends on the processor.
+    """
     case = load_golden(name)
     worst = {backend: worst_golden_error(case, backend) for backend in ("reference", "triton")}
-    assert worst["triton"] <= 2 * worst["reference"]
+    assert worst["triton"] <= 2 * max(worst["reference"], 8 * torch.finfo(torch.float32).eps)
     assert worst["reference"] < 1e-5
 
 
