@@ -24,7 +24,7 @@ def main() -> None:
     run.add_argument("--seeds", type=int, nargs="+", help="only these")
     run.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     commands.add_parser("costs", help="measure what the losses cost by the size of the catalogue")
-    commands.add_parser("report", help="write docs/studies.md and docs/paper.md from the results")
+    commands.add_parser("report", help="write the tables of the README, docs/studies.md and docs/paper.md")
     given = parser.parse_args()
     torch.set_num_threads(1)  # so that CPU time is what one core would need
     say = partial(print, flush=True)
@@ -39,8 +39,8 @@ def main() -> None:
 
 
 def _wanted(run: Run, given: argparse.Namespace) -> bool:
-    wanted = {run.data.name: given.datasets, run.data.split: given.splits, run.seed: given.seeds}
-    return all(only is None or value in only for value, only in wanted.items())
+    wanted = ((run.data.name, given.datasets), (run.data.split, given.splits), (run.seed, given.seeds))
+    return all(only is None or value in only for value, only in wanted)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,17 @@ INNERS = ("TTT-Linear", "TTT-MLP")
 USUAL = {name: getattr(TTT4RecConfig, name) for name in KNOBS}
 
 
+def _label(inner: str, name: str, value: Any) -> str:
+    return inner if value == USUAL[name] else f"{inner}, {name} = {value:g}"
+
+
 def _variants() -> dict[str, Settings]:
     variants = {label: TUNED[label] for label in INNERS}
     for label in INNERS:
         for name, values in KNOBS.items():
             for value in values:
                 if value != USUAL[name]:
-                    variants[f"{label}, {name} = {value:g}"] = {**TUNED[label], name: value}
+                    variants[_label(label, name, value)] = {**TUNED[label], name: value}
     return variants
 
 
@@ -51,8 +55,7 @@ def plot(cells: Mapping[tuple[Data, str], Sequence[Mapping[str, Any]]], path: Pa
         for i, label in enumerate(INNERS):
             known = {}
             for value in values:
-                variant = label if value == USUAL[name] else f"{label}, {name} = {value:g}"
-                if runs := cells[STUDY.datasets[0], variant]:
+                if runs := cells[STUDY.datasets[0], _label(label, name, value)]:
                     known[value] = runs
             for axes, of in zip(column, (_accuracy, _seconds), strict=True):
                 means = [statistics.fmean(map(of, runs)) for runs in known.values()]

@@ -55,8 +55,8 @@ def tables(study: Study, cells: Cells) -> str:
         }
         for variant, runs in known.items():
             missing = f" ({len(runs)} of {len(study.seeds)} seeds)" if 0 < len(runs) < len(study.seeds) else ""
-            cell = _cells(runs, best, _named(published.get(variant)) if published else {})
-            parts.append(row([f"{variant}{missing}", *(cell if runs else ["not run yet"])]))
+            beside = _named(published.get(variant)) if published else {}
+            parts.append(row([f"{variant}{missing}", *(_cells(runs, best, beside) if runs else ["not run yet"])]))
         parts.append("\n")
     return "".join(parts)
 
@@ -72,14 +72,14 @@ def _named(published: Sequence[float] | None) -> dict[str, float | None]:
 
 def _cells(runs: list[Result], best: dict[str, float], published: dict[str, float | None]) -> list[str]:
     cells = []
-    for metric in best if runs else ():
+    for metric in best:
         values = _values(metric, runs)
         mean = statistics.fmean(values)
         cells.append(spread(values, bold=mean == best[metric]))
         if metric in published:
             other = published[metric]
             cells.append(f"{other:.4f} ({mean / other - 1:+.0%})" if other else "-")
-    return cells + _costs(runs) if runs else []
+    return cells + _costs(runs)
 
 
 def _values(metric: str, runs: list[Result]) -> list[float]:
