@@ -15,7 +15,7 @@ from ttt4rec.recsys.recbole import RECBOLE_DEFAULTS, TTT4Rec
 from ttt4rec.recsys.split import split_by_ratio
 from ttt4rec.recsys.windows import evaluation_prefixes
 
-MIXERS = [{"inner": "mlp"}, {"inner": "linear", "backbone": "mamba"}, {"mixer": "narm"}, {"mixer": "bidirectional"}]
+MIXERS = [{"inner": "mlp"}, {"inner": "linear", "backbone": "mamba"}, {"mixer": "narm"}]
 
 
 @pytest.fixture
@@ -86,3 +86,9 @@ def test_recboles_configuration_reaches_the_model(prepare):
     model = TTT4Rec(config, train.dataset).model
     assert (model.config.inner, model.config.rope_theta, model.config.max_len) == ("linear", 50.0, 8)
     assert model.config.num_items == 24
+
+
+def test_a_mixer_that_wants_more_than_one_target_is_refused(prepare):
+    config, _, (train, _, _) = prepare(mixer="bidirectional")
+    with pytest.raises(ValueError, match="RecBole has BERT4Rec itself"):
+        TTT4Rec(config, train.dataset)

@@ -1,6 +1,6 @@
 """RecBole's own collector and evaluator on made-up scores; writes ``tests/golden/recbole_metrics.json``.
 
-python tests/recbole_metrics.py     # in the environment that scripts/test_recbole.sh makes
+python tests/recbole_metrics.py     # in the environment that scripts/test_adapters.sh makes
 """
 
 import json

@@ -9,36 +9,56 @@ from rectools.dataset import Dataset
 from rectools.models import SASRecModel
 
 from recsys_data import NUM_ITEMS, write_events
+from ttt4rec.layer import TTTLayer
 from ttt4rec.recsys.data import build_histories, read_interactions
-from ttt4rec.recsys.rectools import TTTLayers
+from ttt4rec.recsys.rectools import TTTLayers, TTTLightningModule
+
+OPTIONS = [{"inner": "mlp"}, {"inner": "linear", "backbone": "mamba"}]
 
 
-@pytest.mark.parametrize("options", [{"inner": "mlp"}, {"inner": "linear", "backbone": "mamba"}], ids=str)
-def test_rectools_fits_and_recommends(tmp_path, monkeypatch, options):
+@pytest.fixture
+def histories(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # Lightning writes logs where it stands
-    histories = build_histories(read_interactions(write_events(tmp_path / "ring.inter")))
+    torch.manual_seed(0)
+    return build_histories(read_interactions(write_events(tmp_path / "ring.inter")))
+
+
+def dataset_of(histories):
     users = np.repeat(histories.user_ids, np.diff(histories.offsets))
     items = np.array(histories.item_ids)[histories.items - 1]
-    frame = pd.DataFrame(
-        {Columns.User: users, Columns.Item: items, Columns.Weight: 1, Columns.Datetime: pd.to_datetime(histories.times)}
+    return Dataset.construct(
+        pd.DataFrame(
+            {
+                Columns.User: users,
+                Columns.Item: items,
+                Columns.Weight: 1,
+                Columns.Datetime: pd.to_datetime(histories.times),
+            }
+        )
     )
-    torch.manual_seed(0)
-    model = SASRecModel(
+
+
+def make_model(options, **training):
+    return SASRecModel(
         n_blocks=1,
         n_heads=2,
         n_factors=16,
         use_pos_emb=False,
         session_max_len=8,
-        epochs=40,
-        lr=1e-2,
         batch_size=64,
         loss="softmax",
         dropout_rate=0.0,
         transformer_layers_type=TTTLayers,
         transformer_layers_kwargs=options | {"mini_batch_size": 4},
+        lightning_module_type=TTTLightningModule,
         recommend_torch_device="cpu",
+        **training,
     )
-    dataset = Dataset.construct(frame)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_rectools_fits_and_recommends(histories, options):
+    model, dataset = make_model(options, epochs=40, lr=1e-2), dataset_of(histories)
     model.fit(dataset)
     recommended = model.recommend(histories.user_ids, dataset, k=1, filter_viewed=False)
     last = {
@@ -49,6 +69,16 @@ def test_rectools_fits_and_recommends(tmp_path, monkeypatch, options):
         for user, item in zip(recommended[Columns.User], recommended[Columns.Item], strict=True)
     ]
     assert np.mean(hits) > 0.5  # 1/24 by chance; users go on to the next item nine times in ten
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_ttt_layers_begin_as_they_were_made(histories, options):
+    model = make_model(options, epochs=1, lr=0.0)
+    model.fit(dataset_of(histories))
+    (layer,) = (module for module in model.torch_model.modules() if isinstance(module, TTTLayer))
+    assert (layer.inner_norm_weight == 1).all()
+    assert not layer.b1.any()
+    assert layer.inner_lr_weight.std() < 0.04
 
 
 def test_padding_and_later_items_do_not_matter():

@@ -71,14 +71,26 @@ def test_a_file_that_changed_is_refused(tmp_path, name):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", CONTENTS)
-def test_recboles_version(tmp_path, name):
-    header = "user_id:token\titem_id:token\ttimestamp:float\tnum_repeat:float\n"
+@pytest.mark.parametrize(("name", "time"), [*((name, "timestamp") for name in CONTENTS), ("twitch-100k", "time_start")])
+def test_recboles_version(tmp_path, name, time):
+    header = f"user_id:token\titem_id:token\t{time}:float\tnum_repeat:float\n"
     rows = "".join(f"{user}\t{item}\t{float(time)}\t1.0\n" for user, item, time in EXPECTED[name])
     path = tmp_path / PUBLIC[name].atomic
     path.write_text(header + rows)
     assert rows_of(load_public(name, tmp_path, get_url=refuse)) == EXPECTED[name]
     assert path.with_name(f"{path.name}.sha256").is_file()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
+    (tmp_path / "100k_a.csv").write_bytes(TWITCH)
+
+    def refuse_to_write(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(public, "replacing", refuse_to_write)
+    assert rows_of(load_public("twitch-100k", tmp_path)) == EXPECTED["twitch-100k"]
+    assert "100k_a.csv.sha256: Permission denied" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("small")

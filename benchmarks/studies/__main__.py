@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ttt4rec.heap import keep_freed_memory
+
 from . import costs, report
 from .grid import STUDIES
 from .runner import run_all
@@ -21,11 +23,13 @@ def main() -> None:
     run.add_argument("--data", type=Path, required=True, help="folder with NAME/NAME.inter.gz, or the publisher's file")
     run.add_argument("--datasets", nargs="+", help="only these")
     run.add_argument("--splits", nargs="+", help="only these")
+    run.add_argument("--variants", nargs="+", help="only these rows of the tables")
     run.add_argument("--seeds", type=int, nargs="+", help="only these")
     run.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     commands.add_parser("costs", help="measure what the losses cost by the size of the catalogue")
     commands.add_parser("report", help="write the tables of the README, docs/studies.md and docs/paper.md")
     given = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(1)  # so that CPU time is what one core would need
     say = partial(print, flush=True)
     if given.command == "report":
@@ -39,8 +43,13 @@ def main() -> None:
 
 
 def _wanted(run: Run, given: argparse.Namespace) -> bool:
-    wanted = ((run.data.name, given.datasets), (run.data.split, given.splits), (run.seed, given.seeds))
-    return all(only is None or value in only for value, only in wanted)
+    wanted = {
+        run.data.name: given.datasets,
+        run.data.split: given.splits,
+        run.variant: given.variants,
+        run.seed: given.seeds,
+    }
+    return all(only is None or value in only for value, only in wanted.items())
 
 
 if __name__ == "__main__":

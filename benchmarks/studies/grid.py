@@ -4,7 +4,7 @@ from . import knobs, paper
 from .models import LOSSES, MIXERS, PROTOCOL, RATES, TUNED, tried
 from .study import Data, Study
 
-ML_100K = Data("ml-100k")
+ML_100K, ML_1M, GOWALLA_1K, AMAZON = map(Data, ("ml-100k", "ml-1m", "gowalla-1k", "amazon-video-games"))
 
 STUDIES = {
     "readme": Study(
@@ -20,18 +20,20 @@ STUDIES = {
     ),
     "mixers": Study(
         "Mixers",
-        datasets=(ML_100K, Data("gowalla-1k"), Data("amazon-video-games"), Data("ml-1m")),
+        datasets=(ML_100K, GOWALLA_1K, AMAZON, ML_1M),
         variants={label: TUNED[label] for label in ("SASRec (attention)", "GRU4Rec (GRU)", "TTT-Linear", "TTT-MLP")},
         common=PROTOCOL,
     ),
     "losses": Study(
         "Losses",
-        datasets=(ML_100K, Data("ml-1m"), Data("gowalla-1k")),
+        datasets=(ML_100K, ML_1M),
         variants={label: TUNED[label] for label in LOSSES},
         common=PROTOCOL,
     ),
     "knobs": knobs.STUDY,
-    "tuning": Study("Tuning", datasets=(ML_100K,), variants=tried(MIXERS, RATES), seeds=(0,), common=PROTOCOL),
+    "tuning": Study(
+        "Tuning", datasets=(ML_100K, GOWALLA_1K, AMAZON), variants=tried(MIXERS, RATES), seeds=(0,), common=PROTOCOL
+    ),
     "loss-tuning": Study(
         "Tuning of the losses", datasets=(ML_100K,), variants=tried(LOSSES, (*RATES, 1e-2)), seeds=(0,), common=PROTOCOL
     ),

@@ -24,24 +24,34 @@ LOSSES: dict[str, Settings] = {
     "gBCE, 256 negatives, t = 0.75": {"inner": "mlp", "loss": "gbce"},
     "BPR, 256 negatives": {"inner": "mlp", "loss": "bpr"},
 }
-BEST_RATES = {
-    "SASRec (attention)": 3e-3,
-    "GRU4Rec (GRU)": 1e-3,
-    "NARM (GRU with attention)": 3e-3,
-    "BERT4Rec (bidirectional)": 3e-3,
-    "Mamba4Rec (Mamba)": 3e-3,
-    "TTT-Linear": 1e-3,
-    "TTT-MLP": 1e-3,
-    "TTT-Linear, Mamba backbone": 1e-3,
-    "TTT-MLP, Mamba backbone": 1e-3,
-    "softmax over all items": 1e-3,
-    "sampled softmax, 256 negatives": 1e-3,
-    "gBCE, 256 negatives, t = 0.75": 1e-2,
-    "BPR, 256 negatives": 1e-3,
+BEST_RATES: dict[str, dict[str, float]] = {
+    "SASRec (attention)": {"ml-100k": 3e-3, "gowalla-1k": 3e-3, "amazon-video-games": 3e-3},
+    "GRU4Rec (GRU)": {"ml-100k": 1e-3, "gowalla-1k": 1e-3, "amazon-video-games": 1e-3},
+    "NARM (GRU with attention)": {"ml-100k": 3e-3, "gowalla-1k": 3e-3, "amazon-video-games": 3e-3},
+    "BERT4Rec (bidirectional)": {"ml-100k": 3e-3, "gowalla-1k": 3e-3, "amazon-video-games": 3e-3},
+    "Mamba4Rec (Mamba)": {"ml-100k": 3e-3, "gowalla-1k": 3e-3, "amazon-video-games": 3e-3},
+    "TTT-Linear": {"ml-100k": 1e-3, "gowalla-1k": 1e-3, "amazon-video-games": 1e-3},
+    "TTT-MLP": {"ml-100k": 1e-3, "gowalla-1k": 1e-3, "amazon-video-games": 1e-3},
+    "TTT-Linear, Mamba backbone": {"ml-100k": 1e-3, "gowalla-1k": 1e-3, "amazon-video-games": 1e-3},
+    "TTT-MLP, Mamba backbone": {"ml-100k": 1e-3, "gowalla-1k": 1e-3, "amazon-video-games": 1e-3},
+    "softmax over all items": {"ml-100k": 1e-2},
+    "sampled softmax, 256 negatives": {"ml-100k": 1e-3},
+    "gBCE, 256 negatives, t = 0.75": {"ml-100k": 1e-2},
+    "BPR, 256 negatives": {"ml-100k": 1e-3},
 }
-"""By validation NDCG@10 in the studies of tuning."""
+"""Of each data set, by validation NDCG@10 in the studies of tuning."""
+TUNED_ON = {"ml-1m": "ml-100k", "gowalla": "gowalla-1k", "twitch-100k": "gowalla-1k"}
+"""Data sets that take another's rates."""
+
+
+def rates_of(label: str) -> dict[str, float]:
+    """Learning rates by names of data sets."""
+    rates = BEST_RATES[label]
+    return rates | {name: rates[like] for name, like in TUNED_ON.items() if like in rates}
+
+
 TUNED: dict[str, Settings] = {
-    label: {**settings, "learning_rate": BEST_RATES[label]} for label, settings in (MIXERS | LOSSES).items()
+    label: {**settings, "learning_rate": rates_of(label)} for label, settings in (MIXERS | LOSSES).items()
 }
 
 

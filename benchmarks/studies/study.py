@@ -9,7 +9,7 @@ from ttt4rec import TTT4RecConfig
 from ttt4rec.recsys.train import TrainOptions
 
 Settings = Mapping[str, Any]
-"""Values of fields of ``TTT4RecConfig`` and ``TrainOptions``, by name."""
+"""Values of fields of ``TTT4RecConfig`` and ``TrainOptions``, by name; or a value for each data set, by its name."""
 Published = Mapping[str, Mapping[str, tuple[float, float, float, float]]]
 """HR@10, HR@50, NDCG@10, NDCG@50 that somebody printed, by names of files and by variants."""
 
@@ -95,7 +95,12 @@ class Study:
         for seed in self.seeds:
             for data in self.datasets:
                 for variant, changes in self.variants.items():
-                    yield Run(data, variant, seed, {**self.common, **data.settings, **changes})
+                    settings = {**self.common, **data.settings, **changes}
+                    yield Run(data, variant, seed, {name: _for(data, value) for name, value in settings.items()})
+
+
+def _for(data: Data, value: Any) -> Any:
+    return value[data.name] if isinstance(value, Mapping) else value
 
 
 def _of(kind: type, settings: Settings) -> dict[str, Any]:

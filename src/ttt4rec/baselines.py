@@ -70,10 +70,9 @@ class MambaMixer(HistoryMixer):
         self.input = nn.Linear(width, 2 * inner, bias=False)
         self.conv = CausalConv(inner, conv_kernel)
         self.selection = nn.Linear(inner, self.rank + 2 * state_size, bias=False)
-        self.rate = nn.Parameter(torch.empty(inner, self.rank).uniform_(-(self.rank**-0.5), self.rank**-0.5))
-        # softplus of it is log-uniform between 0.001 and 0.1, as published
-        start = torch.exp(torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.rate_bias = nn.Parameter(start + torch.log(-torch.expm1(-start)))
+        # Mamba4Rec draws every linear map anew, this one with them, so that Δ begins at softplus(0), not as in Mamba
+        self.rate = nn.Parameter(torch.empty(inner, self.rank).normal_(std=0.02))
+        self.rate_bias = nn.Parameter(torch.zeros(inner))
         self.log_decay = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(inner, 1))
         self.skip = nn.Parameter(torch.ones(inner))
         self.output = nn.Linear(inner, width, bias=False)

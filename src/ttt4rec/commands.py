@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ttt4rec.files import write_json
+from ttt4rec.heap import keep_freed_memory
 from ttt4rec.model import TTT4Rec, TTT4RecConfig
 from ttt4rec.recsys import parallel
 from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histories, filter_k_core, keep_item_codes
@@ -59,6 +60,8 @@ def _train(args: Namespace, device: str) -> None:
     if (folder / CHECKPOINT_FILE).exists():
         print(f"{folder} holds a checkpoint: going on from it", flush=True)
     progress = sys.stderr.isatty() and parallel.rank() == 0
+    if device == "cpu":
+        keep_freed_memory()
     reports = fit(model, split, folder, options, progress=progress, report=_print_epoch)
     windows = evaluation_prefixes(split, "test", max_len=model.config.max_len)
     metrics = evaluate_windows(model, windows, exclude_seen=args.exclude_seen, shared=True, progress=progress)

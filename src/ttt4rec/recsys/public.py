@@ -31,6 +31,7 @@ class PublicDataset:
         separator: between them.
         md5: of the file; None: not known to the public.
         atomic: RecBole's file, used if it is there and the publisher's is not.
+        atomic_times: what its column of times may be called.
         published: users, items and interactions by the paper, before filtering.
         min_user: the paper's filter: interactions of a user; of an item at least 5.
         max_len: the paper's length of history.
@@ -46,6 +47,7 @@ class PublicDataset:
     published: tuple[int, int, int]
     min_user: int
     max_len: int
+    atomic_times: tuple[str, ...] = ("timestamp",)
 
 
 PUBLIC = {
@@ -72,6 +74,7 @@ PUBLIC = {
         published=(100_000, 739_991, 3_051_732),
         min_user=15,
         max_len=70,
+        atomic_times=("timestamp", "time_start"),
     ),
     "amazon-video-games": PublicDataset(
         file="ratings_Video_Games.csv",
@@ -105,7 +108,10 @@ def load_public(name: str, folder: Path, *, get_url: Callable[[str], bytes] = do
     path, atomic = folder / dataset.file, folder / dataset.atomic
     if not path.is_file() and atomic.is_file():
         check_unchanged(atomic)
-        interactions = read_interactions(atomic)
+        with atomic.open(errors="replace") as file:
+            header = [field.partition(":")[0] for field in file.readline().split("\t")]
+        known = (name for name in dataset.atomic_times if name in header)
+        interactions = read_interactions(atomic, time_field=next(known, "timestamp"))
     else:
         if not path.is_file():
             _fetch(name, path, get_url)
@@ -136,7 +142,7 @@ def _fetch(name: str, path: Path, get_url: Callable[[str], bytes]) -> None:
 
 
 def check_unchanged(path: Path, md5: str | None = None) -> None:
-    """Compare a file with its md5, or else with the sha256 of its first use.
+    """Compare a file with its md5, or else with the sha256 of its first use, if its folder could be written to.
 
     Raises:
         DataError: it is another file.
@@ -148,7 +154,11 @@ def check_unchanged(path: Path, md5: str | None = None) -> None:
     elif record.is_file():
         expected, origin = record.read_text().split()[0], f"the sha256 of its first use, in {record.name},"
     else:
-        record.write_text(f"{given}  {path.name}\n")
+        try:
+            with replacing(record) as partial:
+                partial.write_text(f"{given}  {path.name}\n")
+        except OSError as error:
+            print(f"{path}: whether it changes cannot be watched ({record.name}: {error.strerror})", file=sys.stderr)
         return
     if given != expected:
         raise DataError(f"{path}: expected {origin} {expected}, got {given}; fetch it again or delete the record")

@@ -6,7 +6,8 @@
     Trainer(config, model).fit(train, valid)
 
 Every field of ``TTT4RecConfig`` may stand in RecBole's configuration under its own name, but for ``num_items`` and
-``max_len``, which are RecBole's ``MAX_ITEM_LIST_LENGTH`` and what the data say. Nothing else imports this module.
+``max_len``, which are RecBole's ``MAX_ITEM_LIST_LENGTH`` and what the data say. Every mixer is to be had but the one
+that is trained to fill in hidden items, since RecBole gives one target a history. Nothing else imports this module.
 """
 
 import dataclasses
@@ -41,6 +42,9 @@ class TTT4Rec(SequentialRecommender):  # type: ignore[misc]
 
     Attributes:
         model: the ``ttt4rec.TTT4Rec``; its item ids are RecBole's.
+
+    Raises:
+        ValueError: the configuration has mixer "bidirectional" or a value that no model can have.
     """
 
     input_type = InputType.POINTWISE
@@ -50,6 +54,8 @@ class TTT4Rec(SequentialRecommender):  # type: ignore[misc]
         sizes = {"num_items": self.n_items - 1, "max_len": self.max_seq_length}
         names = {field.name for field in dataclasses.fields(models.TTT4RecConfig)} - sizes.keys()
         options = {name: config[name] for name in names if name in config}
+        if options.get("mixer") == "bidirectional":
+            raise ValueError("mixer 'bidirectional' is not to be had here: RecBole has BERT4Rec itself")
         self.model = models.TTT4Rec(models.TTT4RecConfig(**sizes, **options))
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:

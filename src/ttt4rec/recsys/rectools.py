@@ -1,13 +1,21 @@
 """TTT layers in RecTools' sequential models (extra ``rectools``).
 
-    SASRecModel(transformer_layers_type=TTTLayers, use_pos_emb=False, transformer_layers_kwargs={"inner": "mlp"}, ...)
+    SASRecModel(
+        transformer_layers_type=TTTLayers,
+        lightning_module_type=TTTLightningModule,
+        use_pos_emb=False,
+        transformer_layers_kwargs={"inner": "mlp"},
+        ...,
+    )
 
 RecTools brings data, losses, training and recommendations, and leaves the layers to the user. Nothing else imports this
 module.
 """
 
+import copy
 from typing import Any
 
+from rectools.models.nn.transformers.lightning import TransformerLightningModule
 from rectools.models.nn.transformers.net_blocks import TransformerLayersBase
 from torch import Tensor, nn
 
@@ -54,3 +62,19 @@ class TTTLayers(TransformerLayersBase):  # type: ignore[misc]
             seqs = self.dropout(block(seqs, mask=mask))
         y: Tensor = self.norm(seqs)
         return y
+
+
+class TTTLightningModule(TransformerLightningModule):  # type: ignore[misc]
+    """RecTools' training, in which TTT layers begin as they were made.
+
+    RecTools draws every parameter of more than one dimension anew before it trains, also the scales and biases of the
+    inner norm and the inner learning rates, which are matrices ``[num_heads, ...]`` in a TTT layer.
+    """
+
+    def on_train_start(self) -> None:
+        """Draw the other layers' parameters, unless the model is trained already."""
+        layers = [module for module in self.torch_model.modules() if isinstance(module, TTTLayer)]
+        made = [copy.deepcopy(layer.state_dict()) for layer in layers]
+        super().on_train_start()
+        for layer, weights in zip(layers, made, strict=True):
+            layer.load_state_dict(weights)

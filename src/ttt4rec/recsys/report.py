@@ -41,7 +41,7 @@ layer `{mixer}`, width {width}, {parameters:,} parameters, the embeddings of ite
 from ttt4rec.recsys import Recommender
 
 recommender = Recommender.load(".")  # this folder
-print(recommender.recommend(history=["{item}"], k=10).items)
+print(recommender.recommend(history=[{item}], k=10).items)
 ```
 
 ## Trained on
@@ -133,7 +133,7 @@ def write_card(folder: Path, recommender: Recommender, about: dict[str, Any]) ->
         mixer=config.mixer,
         width=config.width,
         parameters=sum(p.numel() for p in recommender.model.parameters()),
-        item=recommender.histories.item_ids[0],
+        item=json.dumps(recommender.histories.item_ids[0], ensure_ascii=False),
         data=_table(["", "count"], _side_by_side([about["data"]])),
         seen=", but for those the user had before" if settings["exclude_seen"] else "",
         metrics=_table(["metric", "value"], [[name, f"{value:.4f}"] for name, value in about["test"].items()]),
