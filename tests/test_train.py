@@ -208,7 +208,7 @@ def test_deterministic_mode_is_on_in_training_only(tmp_path):
 
 
 def test_denormals_are_flushed_while_training_only(tmp_path):
-    split, small = make_split(), torch.full((1,), 1e-30)
+    split, small = make_split(tmp_path), torch.full((1,), 1e-30)
     seen = []
     fit(make_model(split), split, tmp_path, TrainOptions(epochs=1), report=lambda _: seen.append(small * 1e-10))
     assert seen[0] == 0
