@@ -1,7 +1,7 @@
 """The studies there are."""
 
 from . import knobs, paper
-from .models import LOSSES, MIXERS, PROTOCOL, RATES, TUNED, tried
+from .models import LOSSES, MIXERS, MORE_MIXERS, PROTOCOL, RATES, TUNED, tried
 from .study import Data, Study
 
 ML_100K, ML_1M, GOWALLA_1K, AMAZON = map(Data, ("ml-100k", "ml-1m", "gowalla-1k", "amazon-video-games"))
@@ -21,7 +21,7 @@ STUDIES = {
     "mixers": Study(
         "Mixers",
         datasets=(ML_100K, GOWALLA_1K, AMAZON, ML_1M),
-        variants={label: TUNED[label] for label in ("SASRec (attention)", "GRU4Rec (GRU)", "TTT-Linear", "TTT-MLP")},
+        variants={label: TUNED[label] for label in MIXERS},
         common=PROTOCOL,
     ),
     "losses": Study(
@@ -32,10 +32,25 @@ STUDIES = {
     ),
     "knobs": knobs.STUDY,
     "tuning": Study(
-        "Tuning", datasets=(ML_100K, GOWALLA_1K, AMAZON), variants=tried(MIXERS, RATES), seeds=(0,), common=PROTOCOL
+        "Tuning",
+        datasets=(ML_100K, GOWALLA_1K, AMAZON, ML_1M),
+        variants=tried(MIXERS, RATES),
+        seeds=(0,),
+        common=PROTOCOL,
+    ),
+    "more-tuning": Study(
+        "Tuning of more models",
+        datasets=(ML_100K, GOWALLA_1K, AMAZON),
+        variants=tried(MORE_MIXERS, RATES),
+        seeds=(0,),
+        common=PROTOCOL,
     ),
     "loss-tuning": Study(
-        "Tuning of the losses", datasets=(ML_100K,), variants=tried(LOSSES, (*RATES, 1e-2)), seeds=(0,), common=PROTOCOL
+        "Tuning of the losses",
+        datasets=(ML_100K,),
+        variants=tried(LOSSES, (1e-3, 3e-3, 1e-2)),
+        seeds=(0,),
+        common=PROTOCOL,
     ),
     **paper.TABLES,
 }
