@@ -5,10 +5,12 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 
 from ttt4rec.kernels import launch, resources
@@ -113,15 +115,32 @@ def test_what_a_compiler_turns_into_a_trap_is_refused(trap: tuple[Any, ...], mon
     monkeypatch.setattr(launch, "architecture", lambda: architecture)
     launch.check_compiler(op, head_dim, mini_batch_size // 2)
     monkeypatch.setattr(triton, "__version__", version)
-    with pytest.raises(ValueError, match=r"needs a Triton newer than 3\.6, got 3\.6\.0"):
+    with pytest.raises(ValueError, match=r"under a Triton newer than 3\.6, got 3\.6\.0"):
         launch.check_compiler(op, head_dim, mini_batch_size)
 
 
 def test_what_does_not_compile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "architecture", lambda: "sm_100")
     launch.check_compiler("mlp_backward", 16, 32)
-    with pytest.raises(ValueError, match="takes a mini_batch_size of up to 32, got 33"):
+    with pytest.raises(ValueError, match="trains TTT-MLP with a mini_batch_size of up to 32, got 33"):
         launch.check_compiler("mlp_backward", 16, 33)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942", "interpreter"])
+def test_every_kernel_has_its_blocks_or_is_refused(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "architecture", lambda: architecture)
+    ops = ("linear_forward", "linear_backward", "mlp_forward", "mlp_backward")
+    for op, D, K, dtype in product(ops, (1, 16, 17, 64, 128), range(1, 65), (torch.float32, torch.bfloat16)):
+        if launch.compiler_refusal(op, D, K) is None:
+            launch.blocks(op, D, K, dtype, architecture, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("sm_86", "sm_80"), ("sm_90", "sm_90"), ("sm_103", "sm_100"), ("sm_120", "sm_80"), ("gfx950", "gfx942")],
+)
+def test_architectures_that_were_not_looked_at_take_the_nearest_ones_cuts(name: str, nearest: str) -> None:
+    assert launch.nearest(name) == nearest
 
 
 def test_one_compilation_serves_all_lengths() -> None:
@@ -133,6 +152,7 @@ for op in ops:
     for length in (1, 7, 16, 50, 4096):
         aot.compile_for("sm_90", op, 16, 8, torch.bfloat16, length)
 import sys
+from itertools import product
 for op in ops:
     kernel = getattr(sys.modules[f"ttt4rec.kernels.{op}"], f"{op}_kernel")
     print(sum(len(caches[0]) for caches in kernel.device_caches.values()))

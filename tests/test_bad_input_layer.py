@@ -178,6 +178,33 @@ def test_a_state_whose_parts_do_not_fit_together(name):
     assert all(torch.equal(x, before[key]) for key, x in state_tensors(broken).items())
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "parts"),
+    [
+        (TypeError, {"weights": lambda w: (w[0], w[1].float())}, ["weights.1", "torch.float64", "torch.float32"]),
+        (TypeError, {"pending_k": torch.Tensor.float}, ["pending_k", "torch.float32"]),
+        (TypeError, {"position": torch.Tensor.double}, ["position", "torch.int64", "torch.float64"]),
+        (ValueError, {"position": torch.neg}, ["position", "from 0", "[-6, -6]"]),
+        (ValueError, {"pending_v": lambda x: x.to("meta")}, ["pending_v", "cpu", "meta"]),
+    ],
+    ids=str,
+)
+def test_a_state_whose_parts_are_of_another_kind(kind, change, parts):
+    layer = make_layer("linear", "transformer")
+    state = layer(torch.randn(2, 6, 8).double(), return_state=True)[1].detach()
+    broken = dataclasses.replace(state, **{name: do(getattr(state, name)) for name, do in change.items()})
+    with raises(kind, "state", *parts):
+        layer(torch.randn(2, 6, 8).double(), state=broken)
+
+
+def test_compiled_layers_do_not_read_beyond_their_tokens():
+    """Values are not looked at while tracing; the compiled inner loop does."""
+    layer = TTTLayer(16, 2, mini_batch_size=4, backend="native")
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad(), pytest.raises(ValueError, match="among the 9 tokens"):
+        compiled(torch.randn(1, 9, 16), cu_seqlens=torch.tensor([0, 100_000_000]))
+
+
 FUNCTIONAL = {
     "q of three dimensions": (ValueError, "q", zeros(2, 6, 8), ["q must", "[2, 6, 8]"]),
     "integer q": (TypeError, "q", zeros(2, 6, 2, 4, dtype=torch.int32), ["q must", "torch.int32"]),
@@ -201,6 +228,14 @@ FUNCTIONAL = {
         ["inner_lr", "device cpu", "meta"],
     ),
 }
+
+
+@pytest.mark.parametrize("name", ["k", "token_scale", "b1", "W2", "b2", "ln_bias"])
+def test_arguments_on_another_device(name):
+    inputs = inner_inputs("mlp", 2, 6, 2, 4, 3)
+    inputs[name] = inputs[name].to("meta")
+    with raises(ValueError, f"{name} must be on q's device cpu", "meta"):
+        ttt_mlp(**inputs, mini_batch_size=3)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -14,7 +14,7 @@ from torch import nn
 from recsys_data import make_model, make_split
 from ttt4rec import TTT4Rec, TTT4RecConfig, baselines
 from ttt4rec.baselines import MambaMixer, NARMMixer
-from ttt4rec.blocks import AttentionMixer
+from ttt4rec.blocks import AttentionMixer, GRUMixer
 from ttt4rec.masked import hide_next, hide_some
 from ttt4rec.recsys.evaluate import evaluate
 from ttt4rec.recsys.recommend import Recommender
@@ -204,3 +204,9 @@ def test_a_state_is_refused(mixer):
     model = TTT4Rec(TTT4RecConfig(num_items=5, mixer=mixer))
     with pytest.raises(ValueError, match="keeps no state; give it the whole history instead"):
         model(torch.ones(1, 2, dtype=torch.int64), return_states=True)
+
+
+def test_padding_yields_zeros_whatever_reads():
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[True] * 5, [False, True, True, False, False]])
+    for mixer in (GRUMixer(8), AttentionMixer(8, 2), NARMMixer(8), MambaMixer(8)):
+        assert not mixer(x, mask=mask)[~mask].any(), type(mixer)

@@ -18,6 +18,7 @@ from checks import (
 )
 from ttt4rec import TTTState
 from ttt4rec.eager import layout
+from ttt4rec.eager.gelu import Gelu
 
 BACKENDS = ("eager", "reference")
 
@@ -208,3 +209,14 @@ def check_gradients(function, tensors):
         return torch.cat([x.flatten() for x in function(*arguments)]) @ mix
 
     assert torch.autograd.gradcheck(mixed, leaves, atol=1e-7, rtol=1e-5)
+
+
+def test_the_second_derivative_of_gelu_does_not_cancel():
+    """4 (q - c s (1 - s)) + ...: in float32, 1 - s has lost its digits where s is nearly one."""
+    z = torch.linspace(-8, 8, 1001)
+    exact = z.double().requires_grad_()
+    (slope,) = torch.autograd.grad(torch.nn.functional.gelu(exact, approximate="tanh").sum(), exact, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), exact)
+    gelu = Gelu(z)
+    for own, expected in ((gelu.slope(), slope), (gelu.curvature(), curvature)):
+        assert ((own - expected).abs() <= 1e-6 * (1 + expected.abs())).all()

@@ -208,6 +208,16 @@ def test_without_adaptation_the_weights_stay_and_rates_are_zero(inner, backbone)
     assert torch.equal(layer(x), adapted)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "eager"])
+def test_a_state_does_not_follow_the_parameters(backend):
+    layer = make_layer("linear", "transformer", backend=backend)
+    _, state = layer(torch.randn(1, 2, 8).double(), return_state=True)  # shorter than a mini-batch: no weight changed
+    before = state.weights[0].clone()
+    with torch.no_grad():
+        layer.W1 += 1
+    assert torch.equal(state.weights[0], before)
+
+
 @pytest.mark.parametrize("inner", INNERS)
 def test_the_scale_multiplies_the_rates_and_is_not_saved(inner):
     layer, x = make_layer(inner, "transformer"), sequence(2)

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -80,6 +81,37 @@ def test_threads_change_no_number(inner, monkeypatch):
     monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 3)
     for name, x in flat(inner_results(inner, inputs, backend="native")).items():
         assert torch.equal(x, alone[name]), name
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_other_threads_treat_denormals_as_the_caller_does(flush, monkeypatch):
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(threads, "_executors", {})
+    everyone, seen = threading.Barrier(3), []
+    threads.share(lambda begin, _: (begin < 3 and everyone.wait(10)) and 0, 24)  # all have begun, under the usual rule
+
+    def look(begin, end):
+        if begin < 3:
+            everyone.wait(10)
+        return seen.append(threads.flushes_denormals()) or 0
+
+    torch.set_flush_denormal(flush)
+    try:
+        threads.share(look, 24)
+    finally:
+        torch.set_flush_denormal(False)
+    assert seen == [flush] * 24
+
+
+def test_a_small_call_does_not_wait_for_a_large_one(monkeypatch):
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(threads, "_executors", {})
+    occupied, done = threading.Event(), threading.Event()
+    threads._executor(2).submit(lambda: (occupied.set(), done.wait(10)))
+    occupied.wait(10)
+    threads.share(lambda begin, end: 0, 2)
+    assert not done.is_set()
+    done.set()
 
 
 def test_every_row_is_shared_out_once(monkeypatch):
@@ -224,6 +256,8 @@ def test_softmax_of_scores_that_are_not_numbers_and_of_other_kinds():
     scores = torch.zeros(2, 20)
     scores[0, 19] = float("nan")
     assert native.log_sum_exp(scores).isnan().tolist() == [True, False]
+    scores = torch.tensor([[0.0, torch.inf], [-torch.inf, -torch.inf], [1.0, -torch.inf]])
+    assert native.log_sum_exp(scores).tolist() == [torch.inf, -torch.inf, 1.0]
     assert "given torch.float64 on cpu" in native.softmax_refusal(torch.device("cpu"), torch.float64)
     assert "on meta" in native.softmax_refusal(torch.device("meta"), torch.float32)
 

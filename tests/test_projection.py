@@ -382,3 +382,29 @@ def test_hooks_of_a_projection_fire(backbone: str) -> None:
     hook.remove()
     layer.query.register_forward_hook(lambda module, inputs, output: 2 * output)
     assert not torch.allclose(layer(x), plain)
+
+
+def test_a_projection_whose_forward_was_replaced_is_called() -> None:
+    """As accelerate puts its hooks, which fetch weights from elsewhere."""
+    layer, x = TTTLayer(16, 2, mini_batch_size=4), torch.randn(2, 9, 16)
+    plain, seen, original = layer(x), [], layer.query.forward
+    layer.query.forward = lambda x: seen.append(x) or original(x)
+    torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-6)
+    assert len(seen) == 1
+
+
+class Stored(torch.Tensor):
+    """A weight that is no plain matrix, as quantised ones are: the products alone know how to read it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not nn.functional.linear:
+            raise NotImplementedError(str(function))
+        return function(*(x.as_subclass(torch.Tensor) if isinstance(x, Stored) else x for x in args))
+
+
+def test_a_weight_of_another_kind_is_left_to_its_module() -> None:
+    layer, x = TTTLayer(16, 2, mini_batch_size=4), torch.randn(2, 9, 16)
+    plain = layer(x)
+    layer.query._parameters["weight"] = layer.query.weight.detach().as_subclass(Stored)
+    torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-6)

@@ -9,6 +9,7 @@ from checks import INNERS, assert_close, golden_cases, gradients, inner_inputs, 
 from test_golden import layer_of
 from ttt4rec import TTTLayer, ops
 from ttt4rec.functional import choose_backend
+from ttt4rec.kernels import launch
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -176,3 +177,15 @@ def test_autocast_is_that_of_scaled_dot_product_attention(inner, backend):
 def test_auto_takes_the_kernels_on_a_gpu_where_they_can_run(backend, cuda, dtype, chosen):
     q = SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(1, 2, 3, 16), device="cuda:0")  # no GPU is needed to choose
     assert choose_backend(backend, q, 8) == chosen
+
+
+def test_auto_takes_no_kernel_whose_backward_would_be_refused(monkeypatch, caplog):
+    monkeypatch.setattr(launch, "architecture", lambda: "sm_100")
+    q = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 2, 3, 16), device="cuda:0")
+    for _ in range(2):
+        assert choose_backend("auto", q, 64, "mlp") == "auto"
+    assert caplog.text.count("trains TTT-MLP with a mini_batch_size of up to 32, got 64") == 1
+    with pytest.raises(RuntimeError, match="'triton' on sm_100 trains TTT-MLP"):
+        choose_backend("triton", q, 64, "mlp")
+    with torch.no_grad():
+        assert choose_backend("auto", q, 64, "mlp") == "triton"

@@ -157,7 +157,7 @@ class GRUMixer(nn.Module):
         last_real = y[torch.arange(B, device=x.device), (length - 1).clamp_min(0)]
         before = torch.zeros_like(last_real) if state is None else state
         new_state = torch.where(length[:, None] > 0, last_real, before)
-        y = y[rows, (slots - first) % L]
+        y = y[rows, (slots - first) % L].masked_fill(~mask.unsqueeze(-1), 0)
         return (y, new_state) if return_state else y
 
 

@@ -41,7 +41,8 @@ def finish(
         parameters = [norm.weight, norm.bias, output.get_parameter("weight")]
         result = epilogue(o, gate, mask, parameters, norm.eps, backend == "triton")
         return result
-    h = norm(rearrange(o, "b l h d -> b l (h d)").to(norm.get_parameter("weight").dtype))
+    of_norm = next(norm.parameters(), None)  # what stands in its place may have none
+    h = norm(rearrange(o, "b l h d -> b l (h d)").to(o.dtype if of_norm is None else of_norm.dtype))
     if gate is not None:
         h = F.gelu(gate, approximate="tanh") * h
     result = output(h.to(o.dtype))

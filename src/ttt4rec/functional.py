@@ -3,7 +3,9 @@
 Whatever way a sequence is cut into calls, packed or padded, the outputs are the same numbers.
 """
 
+import functools
 import importlib.util
+import logging
 import os
 from typing import Literal, get_args
 
@@ -17,6 +19,7 @@ from .validation import check_inner_loop_arguments
 
 Backend = Literal["auto", "reference", "eager", "native", "triton"]
 MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE = 128, 64  # of the fused kernels
+_log = logging.getLogger(__name__)
 
 
 def ttt_linear(
@@ -119,7 +122,7 @@ def _inner_loop(
     backend: Backend,
 ) -> tuple[Tensor, TTTState]:
     check_inner_loop_arguments(tokens, inner_lr, token_scale, initial, layer_norm, K, state, mask, cu_seqlens)
-    backend = choose_backend(backend, tokens[0], K)
+    backend = choose_backend(backend, tokens[0], K, "linear" if len(initial) == 2 else "mlp")
     tokens = autocast(*tokens)
     B, L = tokens[0].shape[:2]
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
@@ -184,14 +187,17 @@ def _reference_scan(
     spans: tuple[Tensor | None, Tensor | None],
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """The dual form; unequal sequences padded, with every one's weights at rest after its last complete mini-batch."""
+    """The dual form; unequal sequences padded, with every one's weights at rest after its last complete mini-batch.
+
+    Weights that were never updated come out as copies: the state is not to follow the parameters.
+    """
     dtype, K = weights[0].dtype, token_scale.numel()
     q, k, v, lr = (x.to(dtype) for x in tokens)
     gamma, beta = (p.to(dtype) for p in layer_norm)
     starts, lengths = spans
     if starts is None or lengths is None:
         o, outgoing = reference.dual_form(q, k, v, lr, token_scale, weights, gamma, beta, eps=eps)
-        return o.to(tokens[0].dtype), *outgoing
+        return o.to(tokens[0].dtype), *(w.clone() for w in outgoing)
     # Traced, nothing may depend on values: then a sequence may be as long as a row.
     longest = q.shape[1] if torch.compiler.is_compiling() else max(lengths.tolist(), default=0)
     slots = torch.arange(longest, device=q.device)
@@ -210,7 +216,7 @@ def _reference_scan(
         )
     o = torch.cat(outputs, 1).flatten(0, 1)
     o = o.new_zeros(total + 1, *o.shape[1:]).index_copy(0, index.flatten(), o)
-    return o[:-1].unflatten(0, tokens[0].shape[:2]).to(tokens[0].dtype), *weights
+    return o[:-1].unflatten(0, tokens[0].shape[:2]).to(tokens[0].dtype), *(w.clone() for w in weights)
 
 
 def make_spans(mask: Tensor | None, cu_seqlens: Tensor | None, L: int) -> Spans | None:
@@ -226,10 +232,16 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; given {backend!r}")
 
 
-def choose_backend(backend: Backend, q: Tensor, K: int) -> Backend:
+def choose_backend(backend: Backend, q: Tensor, K: int, inner: str | None = None) -> Backend:
     """What runs: ``"auto"`` becomes the kernels, where there is a GPU and they can run, or else stays what it is.
 
     Which of the other paths ``"auto"`` then means, the operators choose.
+
+    Args:
+        backend: what was asked for.
+        q: tokens ``[..., D]``.
+        K: mini-batch size.
+        inner: of the inner loop, ``"linear"`` or ``"mlp"``, which is to have a backward where gradients are enabled.
 
     Raises:
         RuntimeError: ``"triton"`` was asked for and cannot run; it never falls back silently.
@@ -238,10 +250,25 @@ def choose_backend(backend: Backend, q: Tensor, K: int) -> Backend:
     check_backend(backend)
     if backend not in ("auto", "triton") or (backend == "auto" and not q.is_cuda):
         return backend
+    traced = torch.compiler.is_compiling()
     refusal = _kernel_refusal(q, K)
-    if backend == "triton" and refusal is not None:
+    if refusal is None and inner is not None and torch.is_grad_enabled() and not traced:
+        from .kernels import launch
+
+        refusal = launch.compiler_refusal(f"{inner}_backward", q.shape[-1], K)
+    if refusal is None:
+        return "triton"
+    if backend == "triton":
         raise RuntimeError(f"backend 'triton' {refusal}")
-    return "triton" if refusal is None else "auto"
+    if not traced:
+        _tell(refusal)
+    return "auto"
+
+
+@functools.cache
+def _tell(refusal: str) -> None:
+    """Once for each reason."""
+    _log.warning("a slower path than the fused kernels runs on the GPU: backend 'triton' %s", refusal)
 
 
 def _kernel_refusal(q: Tensor, K: int) -> str | None:

@@ -168,7 +168,7 @@ class TTTLayer(nn.Module):
             check_conv_state(state, N, self._context)
         spans = make_spans(mask, cu_seqlens, x.shape[1])
         heads = x.unflatten(-1, (self.num_heads, -1))
-        backend = choose_backend(self.backend, heads, self.mini_batch_size)
+        backend = choose_backend(self.backend, heads, self.mini_batch_size, self.inner)
         position, context = (None, None) if state is None else (state.position, state.conv)
         q, k, v, inner_lr, gate, conv = self._views(x, spans, position, context, backend)
         where = {"state": state, "mask": mask, "cu_seqlens": cu_seqlens, "backend": backend}

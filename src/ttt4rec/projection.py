@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import eager, reference
+from .validation import check_device
 
 
 class Rope(NamedTuple):
@@ -63,6 +64,7 @@ def project(
             inner_lr = reference.inner_learning_rate(x, lr_weight, lr_bias, base_lr)
         return [view.unflatten(-1, (lr_weight.shape[0], -1)) for view in views], inner_lr
     weights = [linear.get_parameter("weight") for linear in linears]
+    check_device("x's", x.device, weight=weights[0], lr_weight=lr_weight, lr_bias=lr_bias)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     elif dtype != weights[0].dtype:
@@ -77,7 +79,10 @@ def plain(module: nn.Module) -> bool:
     """Whether calling the module would do no more than multiply by its weight, or normalise with weight and bias."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     biased = {nn.Linear: False, nn.LayerNorm: True}.get(type(module))
-    return not hooks and biased is not None and biased == (module.bias is not None)
+    if hooks or biased is None or "forward" in module.__dict__ or biased != (module.bias is not None):
+        return False
+    # a subclass of Tensor may be no matrix of floats: quantised, split between processes
+    return all(type(p) in (nn.Parameter, Tensor) for p in (module.weight, module.bias) if p is not None)
 
 
 def causal_convolutions(

@@ -16,6 +16,13 @@ def check_shape(name: str, x: Tensor, expected: tuple[int, ...], letters: str) -
         raise ValueError(f"{name} must have shape {letters} = {list(expected)}; given {list(x.shape)}")
 
 
+def check_device(whose: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors that are there are on the device."""
+    for name, x in tensors.items():
+        if x is not None and x.device != device:
+            raise ValueError(f"{name} must be on {whose} device {device}; given {x.device}")
+
+
 def check_mask(mask: Tensor, B: int, L: int) -> None:
     """Raise unless mask is bool ``[B, L]`` with the True entries of each row adjacent."""
     if mask.dtype != torch.bool:
@@ -80,10 +87,10 @@ def check_inner_loop_arguments(
         check_shape(name, w, shape, "[H, in, out]" if len(shape) == 3 else "[H, out]")
     for name, p in zip(("ln_weight", "ln_bias"), layer_norm, strict=True):
         check_shape(name, p, (H, D), "[H, D]")
-    named = {"inner_lr": inner_lr, "token_scale": token_scale, "W1": weights[0], "ln_weight": layer_norm[0]}
-    for name, x in (named | {"k": tokens[1], "v": tokens[2]}).items():
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}; given {x.device}")
+    named = dict(zip(("k", "v", "inner_lr", "token_scale"), (*tokens[1:], inner_lr, token_scale), strict=True))
+    named |= dict(zip(("W1", "b1", "W2", "b2"), weights, strict=False))
+    named |= dict(zip(("ln_weight", "ln_bias"), layer_norm, strict=True))
+    check_device("q's", q.device, mask=mask, cu_seqlens=cu_seqlens, **named)
     if mask is not None and cu_seqlens is not None:
         raise ValueError("give mask or cu_seqlens, not both")
     if mask is not None:
@@ -100,6 +107,8 @@ def _check_streams(state: TTTState, N: int) -> None:
         raise TypeError(f"state must be a TTTState; given {type(state).__name__}")
     if state.batch_size != N:
         raise ValueError(f"state must hold one stream per sequence, {N}; given {state.batch_size}")
+    if state.position.dtype != torch.int64:
+        raise TypeError(f"state's position must be torch.int64; given {state.position.dtype}")
 
 
 def check_state(state: TTTState, N: int, shapes: list[tuple[str, tuple[int, ...]]], K: int, q: Tensor) -> None:
@@ -115,10 +124,12 @@ def check_state(state: TTTState, N: int, shapes: list[tuple[str, tuple[int, ...]
         check_shape(f"state's {name}", x, (N, K - 1, *q.shape[2:]), "[N, mini_batch_size - 1, H, D]")
     check_shape("state's pending_lr", state.pending_lr, (N, K - 1, q.shape[2]), "[N, mini_batch_size - 1, H]")
     dtype = torch.promote_types(q.dtype, torch.float32)
-    if state.weights[0].dtype != dtype:
-        raise TypeError(f"state must be {dtype} for {q.dtype} inputs; given {state.weights[0].dtype}")
-    if state.weights[0].device != q.device:
-        raise ValueError(f"state must be on the inputs' device {q.device}; given {state.weights[0].device}")
+    for name, x in state.tensors().items():
+        if name != "position" and x.dtype != dtype:
+            raise TypeError(f"state's {name} must be {dtype} for {q.dtype} inputs; given {x.dtype}")
+    check_device("the inputs'", q.device, **{f"state's {name}": x for name, x in state.tensors().items()})
+    if q.is_cpu and not torch.compiler.is_compiling() and bool((state.position < 0).any()):
+        raise ValueError(f"state's position must count tokens from 0; given {_short(state.position.tolist())}")
 
 
 def _short(values: list[int]) -> str:

@@ -19,7 +19,8 @@ class Gelu:
 
     def __init__(self, z: Tensor) -> None:
         self._z, self._two_c = z, z.new_full((), 2 * _C)
-        self._s = torch.addcmul(self._two_c, z, z, value=2 * _A * _C).mul_(z).sigmoid_()
+        self._v = torch.addcmul(self._two_c, z, z, value=2 * _A * _C).mul_(z)
+        self._s = self._v.sigmoid()
 
     def value_with_one(self) -> Tensor:
         """[..., F + 1]: gelu(z), and a last feature that is one."""
@@ -28,9 +29,9 @@ class Gelu:
         return value
 
     def slope(self) -> Tensor:
-        """The first derivative."""
+        """The first derivative, once."""
         self._w = torch.addcmul(self._two_c, self._z, self._z, value=6 * _A * _C)
-        self._p = torch.addcmul(self._s, self._s, self._s, value=-1)
+        self._p = self._v.neg_().sigmoid_().mul_(self._s)  # where 1 - s would cancel
         self._q = self._p * self._w
         return torch.addcmul(self._s, self._z, self._q)
 

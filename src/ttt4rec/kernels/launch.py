@@ -93,6 +93,10 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice than sm_9
 }
 
 
+NEAREST = {"sm_8": "sm_80", "sm_10": "sm_100", "sm_12": "sm_80", "gfx9": "gfx942"}
+"""By the beginnings of names; what is not here takes the cuts of sm_90."""
+
+
 class Launch(NamedTuple):
     """A kernel with everything it needs to run, or to be compiled only."""
 
@@ -146,11 +150,20 @@ def interpreted() -> bool:
 
 
 def architecture() -> str:
-    """``sm_90``, ``gfx942``, ...: what kernels are compiled for now; ``interpreter`` under the interpreter."""
+    """What kernels are compiled for now: a name that tables have, of the nearest architecture that was looked at.
+
+    ``interpreter`` under the interpreter.
+    """
     if interpreted():
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+    return nearest(f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch))
+
+
+def nearest(name: str) -> str:
+    """``sm_100`` for ``sm_103``; ``sm_80`` for ``sm_120`` too, whose matrix products are of the same kind."""
+    found = (known for prefix, known in NEAREST.items() if name.startswith(prefix))
+    return next(found, name)
 
 
 def plan(op: str, q: Tensor, mini_batch_size: int, hidden: int = 0) -> tuple[Blocks, Tile]:
@@ -192,24 +205,29 @@ def plan(op: str, q: Tensor, mini_batch_size: int, hidden: int = 0) -> tuple[Blo
     return choice, tile
 
 
-def check_compiler(op: str, head_dim: int, mini_batch_size: int) -> None:
-    """Refuse a backward that the compiler turns into a trap, or not into code at all: long mini-batches on sm_100.
+def compiler_refusal(op: str, head_dim: int, mini_batch_size: int) -> str | None:
+    """Why there is no such kernel here; None if there is.
 
-    Raises:
-        ValueError: for more than 32 tokens, of TTT-MLP, and of TTT-Linear with wide heads under Triton 3.6.
+    Long mini-batches on sm_100 the compiler turns into a trap, or not into code at all: those of TTT-MLP's backward,
+    and of TTT-Linear's with wide heads under Triton 3.6.
     """
-    if mini_batch_size <= 32 or not architecture().startswith("sm_10"):
-        return
+    if mini_batch_size <= 32 or architecture() != "sm_100":
+        return None
     if op == "mlp_backward":
-        raise ValueError(
-            f"on {architecture()} the TTT-MLP backward takes a mini_batch_size of up to 32, got {mini_batch_size}"
-        )
+        return f"on sm_100 trains TTT-MLP with a mini_batch_size of up to 32, got {mini_batch_size}"
     version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if version <= (3, 6) and head_dim > 32:
-        raise ValueError(
-            f"on {architecture()} a backward of head dimension {head_dim} and mini_batch_size {mini_batch_size} "
-            f"needs a Triton newer than 3.6, got {triton.__version__}"
+    if op == "linear_backward" and version <= (3, 6) and head_dim > 32:
+        return (
+            f"on sm_100 trains head dimension {head_dim} with mini_batch_size {mini_batch_size} under a Triton newer "
+            f"than 3.6, got {triton.__version__}"
         )
+    return None
+
+
+def check_compiler(op: str, head_dim: int, mini_batch_size: int) -> None:
+    """Raise ValueError where ``compiler_refusal`` has a reason."""
+    if (refusal := compiler_refusal(op, head_dim, mini_batch_size)) is not None:
+        raise ValueError(f"the kernel {refusal}")
 
 
 def num_sequences(q: Tensor, starts: Tensor | None) -> int:

@@ -201,11 +201,11 @@ def linear_backward(
     The others are the forward's arguments, and the same errors are raised. Sums over sequences are
     taken in a fixed order: two runs give the same bits.
     """
+    launch.check_compiler("linear_backward", q.shape[-1], token_scale.numel())
     results, sums, prepared = prepare_linear_backward(
         grad_o, grad_W1, grad_b1, q, k, v, inner_lr, token_scale, W1, b1, G, ln_weight, ln_bias, starts, lengths,
         eps,
     )  # fmt: skip
-    launch.check_compiler("linear_backward", q.shape[-1], token_scale.numel())
     prepared.run()
     d_gamma, d_beta, d_scale, d_last_scale = (x.sum(0) for x in sums)
     d_scale = d_scale.sum(0)

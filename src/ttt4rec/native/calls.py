@@ -71,6 +71,8 @@ class _Scan:
         self._covered = starts is None or lengths is None
         if starts is None or lengths is None:
             starts, lengths = torch.arange(B) * L, torch.full((B,), L)
+        elif min(starts.min(), lengths.min()) < 0 or (starts + lengths).max() > B * L:
+            raise ValueError(f"sequences must lie among the {B * L} tokens; given {starts} and {lengths}")
         self._rows = starts.numel() * H
         self._call.H, self._call.K, self._call.eps = H, token_scale.numel(), eps
         self._call.starts, self._call.lengths = self._pointer(starts.long()), self._pointer(lengths.long())

@@ -37,6 +37,7 @@ inline T highest(const T* x, int64_t columns) {
 
 double log_sum_exp(const T* x, int64_t columns) {
   const T top = highest(x, columns);
+  if (std::isinf(top)) return top;
   const int64_t whole = columns / LANES * LANES;
   double total = 0;
   for (int64_t n = 0; n < whole;) {

@@ -1,6 +1,11 @@
-"""Sharing rows among threads. The compiled code does not need Python's lock, so Python's own threads serve."""
+"""Sharing rows among threads. The compiled code does not need Python's lock, so Python's own threads serve.
+
+They compute as the caller would: each takes over whether he flushes denormal numbers, which is set for every thread by
+itself. And he waits for none that has not begun.
+"""
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +14,16 @@ import torch
 
 PARTS = 8
 """Of the rows for each thread, so that a thread that the machine delays takes fewer of them."""
+_SMALLEST_NORMAL = sys.float_info.min
 
 _executors: dict[int, ThreadPoolExecutor] = {}
-os.register_at_fork(after_in_child=_executors.clear)  # a child has none of its parent's threads
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_executors.clear)  # a child has none of its parent's threads
+
+
+def flushes_denormals() -> bool:
+    """Whether this thread takes numbers too small to be normal for zero: see ``torch.set_flush_denormal``."""
+    return _SMALLEST_NORMAL * 0.5 == 0.0
 
 
 def share(work: Callable[[int, int], int], rows: int) -> None:
@@ -22,10 +34,13 @@ def share(work: Callable[[int, int], int], rows: int) -> None:
     """
     threads = max(1, min(torch.get_num_threads(), rows))
     size = -(-rows // (PARTS * threads if threads > 1 else 1)) or 1
+    flush = flushes_denormals()
     parts = deque((begin, min(begin + size, rows)) for begin in range(0, rows, size))
 
     def take() -> int:
         failed = 0
+        if flushes_denormals() != flush:
+            torch.set_flush_denormal(flush)
         while True:
             try:
                 part = parts.popleft()  # whichever thread comes first
@@ -34,7 +49,7 @@ def share(work: Callable[[int, int], int], rows: int) -> None:
             failed |= work(*part)
 
     others = [_executor(threads).submit(take) for _ in range(threads - 1)]
-    if take() | sum(other.result() for other in others):
+    if take() | sum(0 if other.cancel() else other.result() for other in others):
         raise MemoryError("the compiled inner loop found no memory for its tiles")
 
 

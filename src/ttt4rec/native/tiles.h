@@ -202,10 +202,10 @@ inline void gelu(int n, const T* z, T* value, T* slope = nullptr, T* curvature =
   constexpr T c = 0.7978845608028654, a = 0.044715;  // sqrt(2/π) and the cubic coefficient
   for (int i = 0; i < n; i += LANES) {
     const V x = load(z + i), square = x * x;
-    const V s = 1 / (1 + exponential(-2 * c * x * (1 + a * square)));
+    const V e = exponential(-2 * c * x * (1 + a * square)), s = 1 / (1 + e);
     store(value + i, x * s);
     if constexpr (SLOPE) {
-      const V w = 2 * c * (1 + 3 * a * square), p = s - s * s, q = p * w;
+      const V w = 2 * c * (1 + 3 * a * square), p = e * s * s, q = p * w;  // 1 - s would cancel
       store(slope + i, s + x * q);
       if constexpr (CURVATURE) store(curvature + i, 4 * (q - c * p) + (1 - 2 * s) * w * x * q);
     }

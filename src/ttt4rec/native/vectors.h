@@ -96,7 +96,7 @@ inline void transpose(const T* x, T* out) {
 // exp to 2 units in the last place: exp(x) = 2^n exp(r) with |r| <= ln(2)/2, exp(r) as its Taylor polynomial.
 inline V exponential(V x) {
   if constexpr (sizeof(T) == 8) {
-    for (int i = 0; i < LANES; ++i) x[i] = std::exp(x[i]);
+    for (int i = 0; i < LANES; ++i) x[i] = std::exp(x[i] > 709 ? 709 : x[i]);
     return x;
   } else {
     x = x > 88 ? all(88) : x;

@@ -21,6 +21,7 @@ from torch import Tensor
 from ttt4rec.files import replacing
 from ttt4rec.layer import TTTLayer
 from ttt4rec.model import TTT4Rec
+from ttt4rec.native.threads import flushes_denormals
 from ttt4rec.recsys import parallel
 from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
 from ttt4rec.recsys.evaluate import evaluate
@@ -379,7 +380,7 @@ def _denormals_flushed() -> Iterator[None]:
 
     Gradients of scores that a loss has pushed far down are such numbers; those of gBCE made a step four times as long.
     """
-    before = bool(torch.full((1,), 1e-30) * 1e-10 == 0)  # there is nothing to ask
+    before = flushes_denormals()
     torch.set_flush_denormal(True)
     try:
         yield
