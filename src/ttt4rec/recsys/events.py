@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -30,6 +31,8 @@ CREATE TABLE events (
 CREATE UNIQUE INDEX events_of_users ON events (user, event) WHERE event IS NOT NULL;
 """
 _NO_TIME = -math.inf
+_PATIENCE = 30
+"""Seconds to wait for other processes."""
 
 
 @dataclass(frozen=True)
@@ -212,11 +215,14 @@ class SQLiteEventLog:
 
     def _connect(self) -> sqlite3.Connection:
         try:
-            connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+            connection = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
+            connection.execute("BEGIN")  # what follows is of one moment: another process may be making the file
             marks = tuple(connection.execute(f"PRAGMA {x}").fetchone()[0] for x in ("application_id", "user_version"))
-            if marks != (_APPLICATION, _VERSION) and not _is_empty(connection):
+            is_other = marks != (_APPLICATION, _VERSION) and not _is_empty(connection)
+            connection.execute("COMMIT")
+            if is_other:
                 raise ValueError(f"{self.path} is a database, but no event log of version {_VERSION}")
-            connection.execute("PRAGMA journal_mode = WAL")
+            _write_ahead(connection)
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA secure_delete = ON")
         except sqlite3.OperationalError as error:
@@ -241,6 +247,19 @@ class SQLiteEventLog:
                     what = "write to" if writing else "read"
                     raise OSError(f"cannot {what} the event log {self.path}, which is as before: {error}") from error
                 raise
+
+
+def _write_ahead(database: sqlite3.Connection) -> None:
+    """Switch to a write-ahead log, for which SQLite itself waits for nobody: processes that make a file may meet."""
+    deadline = monotonic() + _PATIENCE
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or monotonic() > deadline:
+                raise
+            sleep(0.01)
 
 
 def _is_empty(database: sqlite3.Connection) -> bool:
