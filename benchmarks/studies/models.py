@@ -28,9 +28,9 @@ LOSSES: dict[str, Settings] = {
 }
 BEST_RATES: dict[str, dict[str, float]] = {
     "SASRec (attention)": {"ml-100k": 3e-3, "gowalla-1k": 1e-3, "amazon-video-games": 3e-4, "ml-1m": 3e-3},
-    "GRU4Rec (GRU)": {"ml-100k": 1e-3, "gowalla-1k": 1e-3, "amazon-video-games": 3e-4, "ml-1m": 3e-3},
+    "GRU4Rec (GRU)": {"ml-100k": 3e-4, "gowalla-1k": 1e-3, "amazon-video-games": 3e-4, "ml-1m": 3e-3},
     "TTT-Linear": {"ml-100k": 1e-3, "gowalla-1k": 3e-4, "amazon-video-games": 3e-4, "ml-1m": 3e-3},
-    "TTT-MLP": {"ml-100k": 1e-3, "gowalla-1k": 3e-4, "amazon-video-games": 3e-4, "ml-1m": 1e-3},
+    "TTT-MLP": {"ml-100k": 1e-3, "gowalla-1k": 3e-4, "amazon-video-games": 3e-4, "ml-1m": 3e-3},
     "NARM (GRU with attention)": {"ml-100k": 3e-3, "gowalla-1k": 3e-3, "amazon-video-games": 3e-3},
     "BERT4Rec (bidirectional)": {"ml-100k": 3e-3, "gowalla-1k": 3e-3, "amazon-video-games": 3e-3},
     "Mamba4Rec (Mamba)": {"ml-100k": 3e-3, "gowalla-1k": 3e-3, "amazon-video-games": 3e-3},
