@@ -15,6 +15,7 @@ from checks import (
 )
 from ttt4rec import TTTLayer, ttt_linear, ttt_mlp
 from ttt4rec.release import _LAYER_NAMES
+from ttt4rec.validation import check_cu_seqlens, check_mask
 
 ERRORS = (ValueError, TypeError, RuntimeError)
 
@@ -313,3 +314,46 @@ def test_input_of_another_dtype_than_the_parameters(backbone):
     with pytest.raises(ERRORS) as caught:
         make_layer("linear", backbone)(zeros(2, 6, 8, dtype=torch.float32))
     assert "\n" not in str(caught.value)
+
+
+class Elsewhere(torch.Tensor):
+    """A CPU tensor that says it is on another device, and counts how often its values are looked at."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    is_cpu = False
+    looks = 0
+
+    def tolist(self):
+        self.looks += 1
+        return super().tolist()
+
+
+def test_a_gpu_is_asked_once_for_the_bounds_of_all_layers_and_again_after_a_change():
+    cu_seqlens = torch.tensor([0, 2, 6]).as_subclass(Elsewhere)
+    for _ in range(3):
+        check_cu_seqlens(cu_seqlens, 1, 6)
+    assert cu_seqlens.looks == 1
+    with pytest.raises(ValueError, match="number of tokens, 7"):
+        check_cu_seqlens(cu_seqlens, 1, 7)
+    cu_seqlens[1] = 9
+    for _ in range(2):  # what was found wrong is found wrong again
+        with pytest.raises(ValueError, match="ascend"):
+            check_cu_seqlens(cu_seqlens, 1, 6)
+    mask = torch.tensor([[True, True, False]]).as_subclass(Elsewhere)
+    check_mask(mask, 1, 3)
+    mask[0, 0] = mask[0, 2] = True
+    mask[0, 1] = False
+    with pytest.raises(ValueError, match="gap"):
+        check_mask(mask, 1, 3)
+
+
+def test_no_change_goes_unseen_on_a_cpu_nor_in_inference_mode():
+    """Neither is counted in a tensor's version: what NumPy writes, and what happens to tensors of inference mode."""
+    with torch.inference_mode():
+        inference = torch.tensor([0, 2, 6])
+    shared = torch.tensor([0, 2, 6])
+    for cu_seqlens, write in ((shared, shared.numpy()), (inference.as_subclass(Elsewhere), inference.numpy())):
+        check_cu_seqlens(cu_seqlens, 1, 6)
+        write[1] = 9
+        with pytest.raises(ValueError, match="ascend"):
+            check_cu_seqlens(cu_seqlens, 1, 6)

@@ -4,10 +4,13 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .state import TTTState
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_right: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Masks and cu_seqlens found right, for as long as they live, and what they were at that time."""
 
 
 def check_shape(name: str, x: Tensor, expected: tuple[int, ...], letters: str) -> None:
@@ -28,12 +31,13 @@ def check_mask(mask: Tensor, B: int, L: int) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, True for real tokens; given {mask.dtype}")
     check_shape("mask", mask, (B, L), "[B, L]")
-    if torch.compiler.is_compiling():
-        return  # the values cannot be looked at while tracing
+    if _need_no_look(mask, L):
+        return
     begins = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
     if bool((begins > 1).any()):
         row = int((begins > 1).nonzero()[0])
         raise ValueError(f"mask must mark one run of adjacent tokens in each row; row {row} has a gap")
+    _remember(mask, L)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, B: int, total: int) -> None:
@@ -44,11 +48,31 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, total: int) -> None:
         raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1; given {list(cu_seqlens.shape)}")
     if B != 1:
         raise ValueError(f"packed input must have batch size 1, all tokens in one row; given batch size {B}")
-    if torch.compiler.is_compiling():
+    if _need_no_look(cu_seqlens, total):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens must ascend from 0 to the number of tokens, {total}; given {_short(bounds)}")
+    _remember(cu_seqlens, total)
+
+
+def _need_no_look(x: Tensor, total: int) -> bool:
+    """Whether the values of a mask or of cu_seqlens for so many tokens are known, or cannot be looked at in tracing.
+
+    A look at a GPU's values waits for all that is queued there, so that the layers of a model, which are given the same
+    tensor, look once. On a CPU a look is cheap and NumPy may write past the tensor's count of changes.
+    """
+    return torch.compiler.is_compiling() or (_is_counted(x) and _right.get(x) == (x._version, total))
+
+
+def _remember(x: Tensor, total: int) -> None:
+    if _is_counted(x):
+        _right[x] = (x._version, total)
+
+
+def _is_counted(x: Tensor) -> bool:
+    """Whether changes of x are counted in its version, by all who are likely to make them."""
+    return not x.is_cpu and not x.is_inference()
 
 
 def check_inner_loop_arguments(
