@@ -223,17 +223,17 @@ def _save(num_weights: int) -> Any:
     return setup_context
 
 
-def _zeros(x: Tensor, backend: str) -> Tensor:
-    """What stands for a gradient that nobody gave; only the kernels need memory for it."""
-    return torch.zeros_like(x) if backend == "triton" else x.new_zeros(()).expand(x.shape)
+def _zeros(x: Tensor) -> Tensor:
+    """What stands for a gradient that nobody gave: one sequence's and head's, which is in the cache for all others."""
+    return x.new_zeros(1, 1, *x.shape[2:]).expand(x.shape)
 
 
 def _backward(operator: Any, num_weights: int) -> Any:
     def backward(ctx: Any, grad_o: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         weights = saved[5 : 5 + num_weights]
-        d_weights = [_zeros(w, ctx.backend) if g is None else g for w, g in zip(weights, grads, strict=False)]
-        d_out = _zeros(saved[0], ctx.backend) if grad_o is None else grad_o
+        d_weights = [_zeros(w) if g is None else g for w, g in zip(weights, grads, strict=False)]
+        d_out = _zeros(saved[0]) if grad_o is None else grad_o
         gradients = operator(d_out, *d_weights, *saved, ctx.eps, ctx.backend)
         inputs = (*saved[:5], *weights, *saved[-4:-2])
         return *(g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)), None, None, None, None
