@@ -1,5 +1,7 @@
 """Nothing that was saved is lost: kills, full disks, and files that are not what they should be."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -78,6 +80,64 @@ def test_a_full_disk_leaves_the_old_recommender(tmp_path):
     for size in (0, 100, 5_000):
         assert limited(size, lambda: Recommender(new, split.histories).save(tmp_path / "model"))
         assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def renamed(split):
+    """Later histories with other, long item names: ids.json is far larger than the weights."""
+    names = tuple(f"{item}-{'x' * 4000}" for item in reversed(split.histories.item_ids))
+    return dataclasses.replace(split.histories, item_ids=names, times=split.histories.times + 1)
+
+
+def test_a_full_disk_while_the_ids_are_written_leaves_the_old_recommender(tmp_path):
+    split = make_split(tmp_path)
+    Recommender(make_model(split), split.histories).save(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    new = Recommender(make_model(split, seed=1), renamed(split))
+    assert limited(60_000, lambda: new.save(tmp_path / "model"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+@pytest.mark.parametrize("nth", range(5))
+def test_a_save_cut_off_between_files_is_never_a_mixture(tmp_path, monkeypatch, nth):
+    split = make_split(tmp_path)
+    Recommender(make_model(split), split.histories).save(tmp_path)
+    new = Recommender(make_model(split, seed=1, base_lr=0.5), renamed(split))
+    replace, left = os.replace, [nth]
+
+    def cut_off(source, target):
+        left[0] -= 1
+        if left[0] == -1:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(files.os, "replace", cut_off)
+        new.save(tmp_path)
+    if nth in (0, 4):
+        assert Recommender.load(tmp_path).histories.item_ids == (new if nth else split).histories.item_ids
+    else:
+        with pytest.raises(ValueError, match="do not belong together"):
+            Recommender.load(tmp_path)
+
+
+def test_what_is_renamed_is_on_disk(tmp_path, monkeypatch):
+    calls, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda h: (calls.append(os.readlink(f"/proc/self/fd/{h}")), sync(h)))
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
+    files.write_json(tmp_path / "a.json", 1)
+    partial, rename, folder = calls
+    assert partial.startswith(f"{tmp_path}/a.json.")
+    assert (rename, folder) == ("rename", str(tmp_path))
+
+
+def test_two_writers_of_a_file_do_not_share_a_partial_one(tmp_path):
+    path = tmp_path / "a"
+    with files.replacing(path) as one, files.replacing(path) as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert path.read_text() == "one"
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_folder_that_cannot_be_written_is_known_before_training(tmp_path, monkeypatch):

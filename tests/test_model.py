@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from checks import golden_cases, load_golden
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
@@ -187,6 +188,14 @@ def test_save_and_load(tmp_path, options):
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_the_type_of_the_weights_is_kept(tmp_path):
+    model = make().bfloat16()
+    model.save(tmp_path)
+    assert {name: x.dtype for name, x in TTT4Rec.load(tmp_path).state_dict().items()} == {
+        name: x.dtype for name, x in model.state_dict().items()
+    }
+
+
 def test_loading_nothing_or_something_damaged(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         TTT4Rec.load(tmp_path)
@@ -196,6 +205,7 @@ def test_loading_nothing_or_something_damaged(tmp_path):
     with pytest.raises(ValueError, match="does not hold a TTT4Rec model"):
         TTT4Rec.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights)
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")  # as if saved alone
     (tmp_path / "config.json").write_text('{"num_items": 30, "colour": "red"}')
     with pytest.raises(ValueError, match="colour"):
         TTT4Rec.load(tmp_path)

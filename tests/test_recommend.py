@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from recsys_data import NUM_ITEMS, make_model, make_split
 from ttt4rec.recsys.recommend import Recommender
@@ -84,6 +85,7 @@ def test_a_damaged_folder_is_a_clear_error(trained, tmp_path):
         Recommender.load(tmp_path)
     trained.save(tmp_path)
     ids = json.loads((tmp_path / "ids.json").read_text())
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")  # as if saved alone
     (tmp_path / "ids.json").write_text(json.dumps(ids | {"items": ids["items"][1:]}))
     with pytest.raises(ValueError, match="24 items and the histories 23"):
         Recommender.load(tmp_path)

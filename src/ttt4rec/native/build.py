@@ -97,7 +97,9 @@ def _cache() -> Path:
 
 @functools.cache
 def _sources() -> str:
-    return "\n".join(path.read_text() for path in sorted(_SOURCES.glob("*.h")) + sorted(_SOURCES.glob("*.cpp")))
+    return "\n".join(
+        path.read_text(encoding="utf-8") for path in sorted(_SOURCES.glob("*.h")) + sorted(_SOURCES.glob("*.cpp"))
+    )
 
 
 @functools.cache
@@ -110,7 +112,7 @@ def _version(command: str) -> str:
 def _processor() -> str:
     """What ``-march=native`` depends on: a cache may be shared by unlike machines."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     kinds = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}

@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ttt4rec.files import replacing
 from ttt4rec.recsys.data import DataError, Interactions, read_interactions
 from ttt4rec.recsys.public import PUBLIC, download, load_public
 
@@ -122,7 +123,7 @@ def fetch_ml_100k(
         except _FAILURES as error:
             reasons.append(f"{name}: {error}")
             continue
-        _write_atomically(path, content)
+        _keep(path, content)
         return path
     raise DataError(
         f"cannot fetch ml-100k ({'; '.join(reasons)}): expected a source within reach, "
@@ -159,16 +160,10 @@ def _expect(content: bytes, sha256: str, what: str) -> None:
         raise DataError(f"expected {what} with sha256 {sha256}, got {given}")
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def _keep(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(path) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         raise DataError(f"expected a writable cache directory {path.parent}, got {error.strerror}") from error

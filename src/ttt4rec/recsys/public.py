@@ -7,7 +7,6 @@ compared from then on. The numbers of users, items and interactions are told, wi
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import sys
 import urllib.request
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ttt4rec.files import replacing
+from ttt4rec.files import file_digest, replacing
 from ttt4rec.recsys.data import DataError, Interactions, read_interactions
 
 
@@ -108,7 +107,7 @@ def load_public(name: str, folder: Path, *, get_url: Callable[[str], bytes] = do
     path, atomic = folder / dataset.file, folder / dataset.atomic
     if not path.is_file() and atomic.is_file():
         check_unchanged(atomic)
-        with atomic.open(errors="replace") as file:
+        with atomic.open(encoding="utf-8", errors="replace") as file:
             header = [field.partition(":")[0] for field in file.readline().split("\t")]
         known = (name for name in dataset.atomic_times if name in header)
         interactions = read_interactions(atomic, time_field=next(known, "timestamp"))
@@ -147,26 +146,21 @@ def check_unchanged(path: Path, md5: str | None = None) -> None:
     Raises:
         DataError: it is another file.
     """
-    given = _digest(path, "sha256" if md5 is None else "md5")
+    given = file_digest(path, "sha256" if md5 is None else "md5")
     record = path.with_name(f"{path.name}.sha256")
     if md5 is not None:
         expected, origin = md5, "the published md5"
     elif record.is_file():
-        expected, origin = record.read_text().split()[0], f"the sha256 of its first use, in {record.name},"
+        expected, origin = (
+            record.read_text(encoding="utf-8").split()[0],
+            f"the sha256 of its first use, in {record.name},",
+        )
     else:
         try:
             with replacing(record) as partial:
-                partial.write_text(f"{given}  {path.name}\n")
+                partial.write_text(f"{given}  {path.name}\n", encoding="utf-8")
         except OSError as error:
             print(f"{path}: whether it changes cannot be watched ({record.name}: {error.strerror})", file=sys.stderr)
         return
     if given != expected:
         raise DataError(f"{path}: expected {origin} {expected}, got {given}; fetch it again or delete the record")
-
-
-def _digest(path: Path, kind: str) -> str:
-    digest = hashlib.new(kind, usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

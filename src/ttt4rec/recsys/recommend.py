@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ttt4rec.files import write_json, write_tensors
-from ttt4rec.model import TTT4Rec
+from ttt4rec.files import check_together, write_together
+from ttt4rec.model import CONFIG_FILE, WEIGHTS_FILE, TTT4Rec
 from ttt4rec.recsys.data import DataError, Histories, IntArray
 
 _HISTORIES_AT_ONCE = 512
@@ -138,13 +138,18 @@ class Recommender:
         return hidden
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model, ``ids.json`` and ``histories.safetensors``, each file replaced atomically."""
-        folder = Path(folder)
-        self.model.save(folder)
-        ids = {"users": self.histories.user_ids, "items": self.histories.item_ids}
-        write_json(folder / IDS_FILE, ids)
+        """Write the model, ``ids.json`` and ``histories.safetensors``.
+
+        A full disk leaves the folder as it was. A kill while the files take their places may leave some of an older
+        save, which ``load`` refuses.
+        """
         arrays = {name: getattr(self.histories, name) for name in ("items", "offsets", "times")}
-        write_tensors(folder / HISTORIES_FILE, {name: torch.from_numpy(array) for name, array in arrays.items()})
+        others = {
+            CONFIG_FILE: asdict(self.model.config),
+            IDS_FILE: {"users": self.histories.user_ids, "items": self.histories.item_ids},
+            HISTORIES_FILE: {name: torch.from_numpy(array) for name, array in arrays.items()},
+        }
+        write_together(Path(folder), WEIGHTS_FILE, self.model.state_dict(), others)
 
     @staticmethod
     def load(folder: str | os.PathLike[str], device: str = "cpu") -> Recommender:
@@ -159,8 +164,9 @@ class Recommender:
         for name in (IDS_FILE, HISTORIES_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no saved recommender: {name} is missing")
+        check_together(folder, WEIGHTS_FILE, [IDS_FILE, HISTORIES_FILE])
         try:
-            ids = json.loads((folder / IDS_FILE).read_text())
+            ids = json.loads((folder / IDS_FILE).read_text(encoding="utf-8"))
             arrays = {name: x.numpy() for name, x in load_file(folder / HISTORIES_FILE).items()}
             histories = Histories(**arrays, user_ids=tuple(ids["users"]), item_ids=tuple(ids["items"]))
             consistent = _is_consistent(histories)

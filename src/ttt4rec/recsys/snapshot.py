@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ttt4rec.files import write_tensors
+from ttt4rec.files import checksum, remove_partials, write_tensors
 from ttt4rec.recsys.users import UserStates
 
 _KIND = "ttt4rec states of users, version 1"
@@ -41,7 +41,7 @@ def save_snapshot(path: str | os.PathLike[str], states: UserStates) -> int:
         parts += [tensors] if kept else []
     tensors = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
     tensors[_USERS] = torch.from_numpy(np.frombuffer(json.dumps(everyone).encode(), np.uint8).copy())
-    marks = {"kind": _KIND, "model": fingerprint(states), "checksum": _checksum(tensors)}
+    marks = {"kind": _KIND, "model": fingerprint(states), "checksum": checksum(tensors)}
     write_tensors(Path(path), tensors, marks)
     return len(everyone)
 
@@ -56,6 +56,7 @@ def load_snapshot(path: str | os.PathLike[str], states: UserStates) -> int:
         How many users have a state now.
     """
     path = Path(path)
+    remove_partials(path.parent, path.name)
     if not path.exists():
         return 0
     try:
@@ -74,7 +75,7 @@ def load_snapshot(path: str | os.PathLike[str], states: UserStates) -> int:
 def fingerprint(states: UserStates) -> str:
     """Of weights, configuration and item ids: all that a state depends on beside the history."""
     config, tensors = asdict(states.model.config), states.model.state_dict()
-    return hashlib.sha256(json.dumps([config, states.item_ids, _checksum(tensors)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([config, states.item_ids, checksum(tensors)]).encode()).hexdigest()
 
 
 def _read(path: Path, model: str) -> tuple[list[str], dict[str, Tensor]]:
@@ -86,15 +87,7 @@ def _read(path: Path, model: str) -> tuple[list[str], dict[str, Tensor]]:
         if marks.get("model") != model:
             raise ValueError("it belongs to another model")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if _checksum(tensors) != marks.get("checksum"):
+    if checksum(tensors) != marks.get("checksum"):
         raise ValueError("its checksum is wrong")
     users = json.loads(tensors.pop(_USERS).numpy().tobytes())
     return users, tensors
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, x in sorted(tensors.items()):
-        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
-        digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
