@@ -1,5 +1,6 @@
 """The command line, in process."""
 
+import dataclasses
 import json
 import re
 
@@ -130,6 +131,26 @@ def test_new_items_are_added_to_a_trained_model(run, tmp_path, capsys):
     for name, x in before.items():
         torch.testing.assert_close(after[name][: len(x)], x, rtol=0, atol=1e-6)
     assert main(["recommend", str(tmp_path / "run"), "--history", "new1", "i2"]) == 0
+
+
+def test_a_warm_start_has_the_shape_of_its_model_and_says_so(run, tmp_path, capsys):
+    command = ["train", str(run / "ring.inter"), "--epochs", "1", "--warm-start", str(run / "run")]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    config = dataclasses.asdict(TTT4Rec.load(tmp_path / "run").config)
+    assert (config["width"], config["max_len"]) == (16, 8)
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert {name: settings[name] for name in config if name in settings} == {
+        name: value for name, value in config.items() if name in settings
+    }
+    assert "| width | 16 |" in (tmp_path / "run" / "report.md").read_text()
+    assert "| width | 16 |" in (tmp_path / "run" / "model_card.md").read_text()
+    capsys.readouterr()
+    for option, value in (("--mixer", "gru"), ("--width", "64"), ("--dropout", "0.4")):  # 64 is the default
+        assert main([*command, "--out", str(tmp_path / "other"), option, value]) == 2
+        error = capsys.readouterr().err
+        assert f"no {option}, given {value}" in error
+        assert str(run / "run") in error
+    assert not (tmp_path / "other").exists()
 
 
 def test_csv_with_named_columns(tmp_path, capsys):

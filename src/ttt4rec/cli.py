@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -44,6 +45,14 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
+class _Shape(argparse.Action):
+    """Stores an option of the model's shape, and that it was given: beside --warm-start it must not contradict."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: object, option: object = None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.shape_given = [*namespace.shape_given, self.dest]
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults of options that have a value."""
 
@@ -80,7 +89,9 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     about = "a .inter, .csv or .tsv (also .gz) or .parquet file, or ml-100k, gowalla, twitch-100k, amazon-video-games"
     command.add_argument("data", metavar="DATA", help=about)
     command.add_argument("--out", required=True, metavar="DIR", help="model folder; an interrupted run there goes on")
-    command.add_argument("--warm-start", metavar="DIR", help="begin with this model, its shape, and codes of its items")
+    command.add_argument(
+        "--warm-start", metavar="DIR", help="begin with this model, its shape and the codes of its items"
+    )
     data = command.add_argument_group("data")
     data.add_argument("--user-field", default="user_id", metavar="NAME", help="column of user ids")
     data.add_argument("--item-field", default="item_id", metavar="NAME", help="column of item ids")
@@ -94,25 +105,25 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     data.add_argument("--split-by", default="ratio", choices=ways, help=about)
     data.add_argument("--split", default="3:2:5", metavar="A:B:C", help="shares of train, validation and test")
     data.add_argument("--exclude-seen", action="store_true", help="rank only items new to the user, for such targets")
+    command.set_defaults(shape_given=[])
     model = command.add_argument_group("model")
+    shape = functools.partial(model.add_argument, action=_Shape)
     mixers = ["ttt", "attention", "gru", "narm", "mamba", "bidirectional"]
     about = "sequence layer: TTT's, SASRec's, GRU4Rec's, NARM's, Mamba4Rec's or BERT4Rec's"
-    model.add_argument("--mixer", default="ttt", choices=mixers, help=about)
-    model.add_argument(
-        "--hide-rate", type=float, default=0.2, metavar="P", help="targets that BERT4Rec hides in a step"
-    )
-    model.add_argument("--inner", default="mlp", choices=["linear", "mlp"], help="TTT's inner model")
-    model.add_argument("--backbone", default="transformer", choices=["transformer", "mamba"], help="TTT's backbone")
-    model.add_argument("--width", type=int, default=64, metavar="N", help="size of embeddings and hidden states")
-    model.add_argument("--num-heads", type=int, default=4, metavar="N", help="heads")
-    model.add_argument("--num-blocks", type=int, default=1, metavar="N", help="residual blocks")
-    model.add_argument("--mini-batch-size", type=int, default=8, metavar="N", help="tokens in a TTT mini-batch")
-    model.add_argument("--max-inner-step", type=float, metavar="X", help="bound on TTT's inner steps (default: none)")
-    model.add_argument("--max-len", type=int, default=50, metavar="N", help="items of history a prediction sees")
-    model.add_argument("--dropout", type=float, default=0.2, metavar="P", help="dropout of the embedded history")
-    model.add_argument("--norm", default="rms", choices=["rms", "layer"], help="normalisation")
-    model.add_argument("--ffn", default="swiglu", choices=["swiglu", "gelu"], help="feed-forward network")
-    model.add_argument("--ffn-width", type=int, default=256, metavar="N", help="its hidden size")
+    shape("--mixer", default="ttt", choices=mixers, help=about)
+    shape("--hide-rate", type=float, default=0.2, metavar="P", help="targets that BERT4Rec hides in a step")
+    shape("--inner", default="mlp", choices=["linear", "mlp"], help="TTT's inner model")
+    shape("--backbone", default="transformer", choices=["transformer", "mamba"], help="TTT's backbone")
+    shape("--width", type=int, default=64, metavar="N", help="size of embeddings and hidden states")
+    shape("--num-heads", type=int, default=4, metavar="N", help="heads")
+    shape("--num-blocks", type=int, default=1, metavar="N", help="residual blocks")
+    shape("--mini-batch-size", type=int, default=8, metavar="N", help="tokens in a TTT mini-batch")
+    shape("--max-inner-step", type=float, metavar="X", help="bound on TTT's inner steps (default: none)")
+    shape("--max-len", type=int, default=50, metavar="N", help="items of history a prediction sees")
+    shape("--dropout", type=float, default=0.2, metavar="P", help="dropout of the embedded history")
+    shape("--norm", default="rms", choices=["rms", "layer"], help="normalisation")
+    shape("--ffn", default="swiglu", choices=["swiglu", "gelu"], help="feed-forward network")
+    shape("--ffn-width", type=int, default=256, metavar="N", help="its hidden size")
     training = command.add_argument_group("training")
     training.add_argument("--epochs", type=int, default=300, metavar="N", help="at most so many epochs")
     training.add_argument("--patience", type=int, default=5, metavar="N", help="epochs without gain before stopping")

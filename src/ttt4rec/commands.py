@@ -25,6 +25,8 @@ from ttt4rec.recsys.split import Split, split_at, split_by_ratio, split_by_time,
 from ttt4rec.recsys.train import CHECKPOINT_FILE, EpochReport, TrainOptions, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
 
+_NO_SETTINGS = ("command", "device", "threads", "shape_given")  # arguments that say nothing of what was trained
+
 
 def train(args: Namespace) -> None:
     """Read, filter and split the data, train, rank the test targets, write the folder, show an example."""
@@ -49,7 +51,7 @@ def _train(args: Namespace, device: str) -> None:
                 f"--split-by {args.split_by} --split {args.split} leaves no {part} targets; "
                 "expected some for each of the three parts"
             )
-    config = TTT4RecConfig(num_items=histories.num_items, **_chosen(args, TTT4RecConfig))
+    config = _model_config(args, histories.num_items, trained)
     _describe(histories, split)
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
@@ -71,7 +73,8 @@ def _train(args: Namespace, device: str) -> None:
     print(f"best of {len(reports)} epochs: {best.epoch}")
     recommender = Recommender(model, histories)
     recommender.save(folder)
-    settings = {name: value for name, value in vars(args).items() if name not in ("command", "device", "threads")}
+    settings = {name: value for name, value in vars(args).items() if name not in _NO_SETTINGS}
+    settings |= {name: getattr(model.config, name) for name in _chosen(args, TTT4RecConfig)}
     about = {"settings": settings, "data": describe_data(split), "cuts": cuts, "test": metrics}
     write_json(folder / RUN_FILE, about)
     write_report([folder], folder)
@@ -137,6 +140,21 @@ def _as_json(result: Recommendations) -> dict[str, Any]:
 def _chosen(args: Namespace, target: type[Any]) -> dict[str, Any]:
     """The arguments that are fields of a dataclass."""
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(target) if hasattr(args, f.name)}
+
+
+def _model_config(args: Namespace, num_items: int, trained: Recommender | None) -> TTT4RecConfig:
+    """The shape that the arguments name or, after a warm start, the trained model's, which they may not contradict."""
+    if trained is None:
+        return TTT4RecConfig(num_items=num_items, **_chosen(args, TTT4RecConfig))
+    config = dataclasses.replace(trained.model.config, num_items=num_items)
+    for name in args.shape_given:
+        own, given = getattr(config, name), getattr(args, name)
+        if given != own:
+            raise ValueError(
+                f"--warm-start goes on with the shape of {args.warm_start}, whose {name} is {own}; "
+                f"expected the same or no --{name.replace('_', '-')}, given {given}"
+            )
+    return config
 
 
 def _ratios(text: str) -> tuple[int, int, int]:
