@@ -114,6 +114,18 @@ def test_a_loss_scores_with_the_model(tmp_path, name):
     assert model.embedding.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_a_narrow_model_are_float32(tmp_path, name, dtype):
+    split = make_split(tmp_path)
+    model = make_model(split).to(dtype)
+    loss = Loss.make(name, torch.from_numpy(split.train_counts()), num_negatives=S, popularity=0, calibration=0.75)
+    given = loss(model, torch.randn(N, 16, dtype=dtype), torch.tensor([1, 2, 2, 9, 24]))
+    assert given.dtype == torch.float32
+    given.sum().backward()
+    assert model.embedding.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("name", ["sampled", "gbce", "bpr"])
 def test_each_loss_learns_the_pattern(tmp_path, name):
     split = make_split(tmp_path)

@@ -1,8 +1,8 @@
 """Training losses: the softmax over all items, and three over negatives drawn at random.
 
-The negatives of a step are drawn once, with replacement, and shared by all of its targets, so that their scores are one
-matrix product. A negative that is a target's own item does not count for that target. Scores and losses are float32 or
-float64, also under autocast.
+Negatives are drawn with replacement, once for each piece of a step (see ``TrainOptions.accumulate``; by default a step
+is one piece), and shared by all of its targets, so that their scores are one matrix product. A negative that is a
+target's own item does not count for that target. Scores and losses are float32 or float64, also under autocast.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Loss:
     Attributes:
         name: ``"softmax"``, ``"sampled"`` (softmax), ``"gbce"`` or ``"bpr"``.
         log_probability: float64 ``[num_items]``, how likely a draw is each item; empty for ``"softmax"``.
-        num_negatives: draws in a step.
+        num_negatives: draws for a piece of a step.
         calibration: gBCE's t, from 0 to 1.
     """
 
@@ -87,9 +87,10 @@ class Loss:
             return model.nll(h, items)
         drawn = self.draw()
         with torch.autocast(h.device.type, enabled=False):
-            wide = h.to(torch.promote_types(h.dtype, torch.float32))
-            positive = (wide * model.embedding(items)).sum(1)
-            negative = wide @ model.embedding(drawn).T
+            dtype = torch.promote_types(h.dtype, torch.float32)
+            wide, own_rows, drawn_rows = (x.to(dtype) for x in (h, model.embedding(items), model.embedding(drawn)))
+            positive = (wide * own_rows).sum(1)
+            negative = wide @ drawn_rows.T
         own = drawn == items.unsqueeze(1)
         if self.name == "bpr":
             return bpr(positive, negative, own)
