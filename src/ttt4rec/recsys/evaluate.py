@@ -80,9 +80,9 @@ def _by_length(windows: Windows) -> Iterator[Tensor]:
     """Batches of windows of like length, about ``TOKENS_PER_BATCH`` inputs each."""
     order = torch.argsort(windows.lengths, stable=True)
     start = 0
-    while start < len(order):
-        # The longest of a batch is its last; take windows while their number times that length fits.
-        lengths = windows.lengths[order[start:]]
-        fits = int((lengths * torch.arange(1, len(lengths) + 1) <= TOKENS_PER_BATCH).sum())
-        yield order[start : start + max(1, fits)]
-        start += max(1, fits)
+    for last, length in enumerate(windows.lengths[order].tolist()):  # the longest of those before it
+        if start < last and length * (last + 1 - start) > TOKENS_PER_BATCH:
+            yield order[start:last]
+            start = last
+    if start < len(order):
+        yield order[start:]
