@@ -6,7 +6,11 @@ import dataclasses
 import pytest
 import torch
 
-from recsys_data import make_model, make_split
+from recsys_data import NUM_ITEMS, make_model, make_split
+from ttt4rec import TTT4Rec
+from ttt4rec.recsys import train
+from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
+from ttt4rec.recsys.split import split_by_ratio
 from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
 
 OPTIONS = TrainOptions(epochs=4, targets_per_batch=64, learning_rate=1e-2)
@@ -46,7 +50,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fit(make_model(split), split, tmp_path / "parts", OPTIONS, report=stop)
-    model = make_model(split, seed=5)  # its weights are replaced by the checkpoint's
+    model = make_model(split)
     resumed = fit(model, split, tmp_path / "parts", OPTIONS)
     assert without_seconds(resumed) == without_seconds(whole)
     for name, x in whole_model.state_dict().items():
@@ -57,7 +61,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     split = make_split(tmp_path)
     first = fit(make_model(split), split, tmp_path / "run", OPTIONS)
     seen = []
-    again = fit(make_model(split, seed=1), split, tmp_path / "run", OPTIONS, report=seen.append)
+    again = fit(make_model(split), split, tmp_path / "run", OPTIONS, report=seen.append)
     assert seen == []
     assert without_seconds(again) == without_seconds(first)
 
@@ -89,6 +93,8 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
         fit(make_model(split), split, tmp_path / "run", TrainOptions(epochs=4, targets_per_batch=32))
     with pytest.raises(ValueError, match="another folder"):
         fit(make_model(split, width=32), split, tmp_path / "run", OPTIONS)
+    with pytest.raises(ValueError, match="initial weights"):
+        fit(make_model(split, seed=9), split, tmp_path / "run", OPTIONS)
     assert (tmp_path / "run" / CHECKPOINT_FILE).read_bytes() == before
 
 
@@ -146,7 +152,8 @@ def test_inner_rates_warm_up(tmp_path):
     [{"epochs": 0}, {"patience": 0}, {"targets_per_batch": 0}, {"inner_lr_warmup": -1}, {"learning_rate": 0.0},
      {"clip_norm": float("inf")}, {"loss": "hinge"}, {"num_negatives": 0}, {"popularity": -1.0}, {"calibration": 1.5},
      {"accumulate": 0}, {"epochs": 1.5}, {"patience": "5"}, {"targets_per_batch": True}, {"learning_rate": "fast"},
-     {"clip_norm": float("nan")}, {"popularity": None}, {"calibration": "high"}, {"seed": -1}, {"seed": None}],
+     {"clip_norm": float("nan")}, {"popularity": None}, {"calibration": "high"}, {"seed": -1}, {"seed": None},
+     {"autocast": "no"}, {"targets_per_batch": 10**20}],
     ids=str,
 )  # fmt: skip
 def test_wrong_options(change):
@@ -213,3 +220,76 @@ def test_denormals_are_flushed_while_training_only(tmp_path):
     fit(make_model(split), split, tmp_path, TrainOptions(epochs=1), report=lambda _: seen.append(small * 1e-10))
     assert seen[0] == 0
     assert small * 1e-10 > 0
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    split = make_split(tmp_path)
+    left = tmp_path / f"{CHECKPOINT_FILE}.0123456789abcdef.part"
+    left.touch()
+
+    def intrude(report):
+        with pytest.raises(ValueError, match="another run is using"):
+            fit(make_model(split), split, tmp_path, OPTIONS)
+
+    fit(make_model(split), split, tmp_path, TrainOptions(epochs=1), report=intrude)
+    assert not left.exists()
+    assert len(fit(make_model(split), split, tmp_path, TrainOptions(epochs=2))) == 2
+
+
+def test_a_flipped_bit_is_a_clear_error(tmp_path):
+    split = make_split(tmp_path)
+    fit(make_model(split), split, tmp_path, TrainOptions(epochs=1))
+    content = bytearray((tmp_path / CHECKPOINT_FILE).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / CHECKPOINT_FILE).write_bytes(content)
+    with pytest.raises(ValueError, match="damaged: its checksum"):
+        fit(make_model(split), split, tmp_path, TrainOptions(epochs=1))
+
+
+@pytest.mark.parametrize("lost", ["reports", "best.norm.weight"])
+def test_an_incomplete_checkpoint_is_damaged(tmp_path, lost):
+    split, path = make_split(tmp_path), tmp_path / CHECKPOINT_FILE
+    fit(make_model(split), split, tmp_path, TrainOptions(epochs=1))
+    tensors, progress = load_checkpoint(path)
+    tensors.pop(lost, None)
+    save_checkpoint(path, tensors, progress | ({"reports": []} if lost == "reports" else {}))
+    with pytest.raises(ValueError, match="is damaged"):
+        fit(make_model(split), split, tmp_path, TrainOptions(epochs=1))
+
+
+def test_what_cannot_be_trained_is_known_at_once(tmp_path):
+    split = make_split(tmp_path)
+    small = TTT4Rec(dataclasses.replace(make_model(split).config, num_items=NUM_ITEMS - 1))
+    with pytest.raises(ValueError, match="knows 23 items; expected at least the data's 24"):
+        fit(small, split, tmp_path / "run")
+    for ratios, part in (((1, 500, 500), "train"), ((5, 0, 5), "valid")):
+        with pytest.raises(ValueError, match=f"no {part} targets"):
+            fit(make_model(split), split_by_ratio(split.histories, ratios), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_weights_are_kept_and_validated_as_asked(tmp_path, monkeypatch):
+    split, seen, asked = make_split(tmp_path), [], []
+
+    def scored(model, windows, *, exclude_seen, **_):
+        asked.append(exclude_seen)
+        seen.append(model.norm.weight.detach().clone())
+        return {"NDCG@10": [0.1, 0.9, 0.2][len(seen) - 1]}
+
+    monkeypatch.setattr(train, "evaluate", scored)
+    model = make_model(split)
+    fit(model, split, tmp_path, dataclasses.replace(OPTIONS, epochs=3, exclude_seen=True))
+    assert asked == [True] * 3
+    assert torch.equal(model.norm.weight, seen[1])
+    assert not torch.equal(model.norm.weight, seen[2])
+
+
+@pytest.mark.parametrize("change", [{"popularity": 2.0}, {"calibration": 0.0}, {"clip_norm": 1e-9}], ids=str)
+def test_options_reach_the_training(tmp_path, change):
+    split = make_split(tmp_path)
+    options = TrainOptions(epochs=2, targets_per_batch=64, loss="gbce", num_negatives=8)
+    losses = [
+        fit(make_model(split), split, tmp_path / str(i), given)[1].loss
+        for i, given in enumerate((options, dataclasses.replace(options, **change)))
+    ]
+    assert losses[0] != losses[1]

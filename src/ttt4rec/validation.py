@@ -262,6 +262,8 @@ def check_integer(name: str, value: int, least: int = 1) -> None:
     """Raise ValueError unless value is an integer that large."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}; given {value!r}")
+    if value >= 2**63:  # torch's integers end there
+        raise ValueError(f"{name} must be below 2**63; given {value!r}")
 
 
 def is_number(value: object) -> bool:

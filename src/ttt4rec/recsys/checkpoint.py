@@ -9,27 +9,31 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ttt4rec.files import write_tensors
+from ttt4rec.files import checksum, write_tensors
 
-_KIND = "ttt4rec training checkpoint, version 1"
+_KIND = "ttt4rec training checkpoint, version 2"
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
     """Put a checkpoint in the place of the old one; OSError, and the old one stays, when it cannot be written."""
-    write_tensors(path, tensors, {"kind": _KIND, "progress": json.dumps(progress)})
+    write_tensors(path, tensors, {"kind": _KIND, "progress": json.dumps(progress), "checksum": checksum(tensors)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what ``save_checkpoint`` wrote.
 
     Raises:
-        ValueError: the file is truncated or something else.
+        ValueError: the file is damaged or something else.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("kind") != _KIND:
                 raise ValueError(f"{path} is not a training checkpoint of this version")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["progress"])  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        progress = json.loads(metadata["progress"])
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if checksum(tensors) != metadata.get("checksum"):
+        raise ValueError(f"{path} is damaged: its checksum is wrong")
+    return tensors, progress

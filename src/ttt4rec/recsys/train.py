@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt4rec.files import replacing
+from ttt4rec.files import checksum, locked, remove_partials, replacing
 from ttt4rec.layer import TTTLayer
 from ttt4rec.model import TTT4Rec
 from ttt4rec.native.threads import flushes_denormals
@@ -27,7 +27,7 @@ from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
 from ttt4rec.recsys.evaluate import evaluate
 from ttt4rec.recsys.losses import LOSSES, Loss, LossName
 from ttt4rec.recsys.progress import progress_bar
-from ttt4rec.recsys.split import Split
+from ttt4rec.recsys.split import Part, Split
 from ttt4rec.recsys.windows import Windows, batches, training_windows
 from ttt4rec.validation import check_choice, check_integer, check_positive, is_number
 
@@ -46,7 +46,7 @@ class TrainOptions:
         clip_norm: largest norm of all gradients together.
         inner_lr_warmup: steps over which TTT layers' inner rates rise from 0 to their full size; 0: none.
         loss: ``"softmax"`` over all items, or one over negatives: ``"sampled"`` softmax, ``"gbce"``, ``"bpr"``.
-        num_negatives: negatives drawn in a step, shared by its targets.
+        num_negatives: negatives drawn for each piece of a step, shared by its targets.
         popularity: negatives are drawn in proportion to an item's training count + 1 to this power; 0: all alike.
         calibration: gBCE's t, from 0 (binary cross-entropy) to 1.
         exclude_seen: validate on items new to the user, see ``evaluate``.
@@ -82,6 +82,9 @@ class TrainOptions:
             check_integer(name, getattr(self, name))
         for name in ("inner_lr_warmup", "seed"):
             check_integer(name, getattr(self, name), least=0)
+        for name in ("exclude_seen", "autocast", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False; given {getattr(self, name)!r}")
         check_positive("learning_rate", self.learning_rate)
         check_positive("clip_norm", self.clip_norm)
         check_choice("loss", self.loss, LOSSES)
@@ -124,8 +127,8 @@ def fit(
     go on from a checkpoint.
 
     ``folder`` receives ``metrics.csv`` and ``checkpoint.safetensors``, the latter replaced atomically after every
-    epoch. Called again on a folder that holds a checkpoint of the same run, training goes on from there and ends
-    with the same numbers.
+    epoch. Called again on a folder that holds a checkpoint of the same run, and with the model as it was at the run's
+    start, training goes on from there and ends with the same numbers.
 
     Args:
         model: trained in place, on the device it is on.
@@ -139,15 +142,23 @@ def fit(
         What happened in each epoch.
 
     Raises:
-        ValueError: the folder's checkpoint is damaged or belongs to another run, or training diverged.
+        ValueError: the folder's checkpoint is damaged or belongs to another run, another run is using the folder, there
+            are no targets to train on or to validate, the model knows too few items, or training diverged.
         OSError: the folder cannot be written or the disk is full; the last checkpoint stays whole.
     """
     options = options or TrainOptions()
     folder = Path(folder)
+    _check_data(model, split)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass  # a folder that cannot be written is better known before the first epoch than after it
-    run = _Run(model, split, options)
+    with _alone(folder, model.embedding.weight.device):
+        return _fit(_Run(model, split, options), folder, progress, report)
+
+
+def _fit(run: _Run, folder: Path, progress: bool, report: Callable[[EpochReport], None] | None) -> list[EpochReport]:
+    """Take the run up, if it was begun, and bring it to its end."""
+    model, options = run.model, run.options
     if (folder / CHECKPOINT_FILE).exists():
         run.restore(folder / CHECKPOINT_FILE)
         run.write_metrics(folder / METRICS_FILE)  # the interruption may have come just before this
@@ -167,6 +178,28 @@ def fit(
     model.load_state_dict(run.best_weights)
     parallel.collect(model)
     return run.reports
+
+
+def _check_data(model: TTT4Rec, split: Split) -> None:
+    parts: tuple[Part, ...] = ("train", "valid")
+    for part in parts:
+        if not split.num_targets(part):
+            raise ValueError(f"the split has no {part} targets; expected some to train on and some to validate")
+    if model.config.num_items < split.histories.num_items:
+        raise ValueError(
+            f"the model knows {model.config.num_items} items; expected at least the data's {split.histories.num_items}"
+        )
+
+
+@contextmanager
+def _alone(folder: Path, device: torch.device) -> Iterator[None]:
+    """Keep other runs out of the folder; the first process does, and all of them learn if it cannot."""
+    with locked(folder) if parallel.rank() == 0 else nullcontext(True) as free:
+        if parallel.add_up(torch.tensor(int(not free), device=device)):
+            raise ValueError(f"another run is using {folder}; wait for its end or choose another folder")
+        if parallel.rank() == 0:
+            remove_partials(folder)
+        yield
 
 
 class _Run:
@@ -191,6 +224,8 @@ class _Run:
         self.reports: list[EpochReport] = []
         self.steps = 0
         self.best_weights = _copy(model)
+        # after ``distribute``, which gives all processes the first one's weights
+        self.initial = checksum({name: parallel.whole(x).cpu() for name, x in self.best_weights.items()})
         self.random_state: dict[str, Tensor] = {}
 
     def finished(self) -> bool:
@@ -295,7 +330,7 @@ class _Run:
         """Write the reports so far; the first process does."""
         if parallel.rank() != 0:
             return
-        with replacing(path) as partial, partial.open("w", newline="") as file:
+        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(self.reports[0].row()))
             writer.writeheader()
             writer.writerows(report.row() for report in self.reports)
@@ -305,7 +340,8 @@ class _Run:
         tensors, progress = load_checkpoint(path)
         if progress.get("run") != self._identity():
             raise ValueError(
-                f"{path} belongs to a run with other data, model or options; choose another folder or delete it"
+                f"{path} belongs to a run with other data, options, model or initial weights; choose another folder or "
+                "delete it"
             )
         try:
             self._take(tensors, progress)
@@ -318,14 +354,16 @@ class _Run:
             group, _, rest = name.partition(".")
             groups[group][rest] = x
         own = self.model.state_dict()
-        for group in ("model", "best"):
+        for group in ("best", "model"):  # the best ones only to see that they fit
             groups[group] = {name: parallel.split_like(x, own[name]) for name, x in groups[group].items()}
-        self.model.load_state_dict(groups["model"])
+            self.model.load_state_dict(groups[group])
         self.best_weights = groups["best"]
         self._restore_optimizer(groups["adam"])
         self.random_state = groups["random"]
         self.steps = progress["steps"]
         self.reports = [EpochReport(**entry) for entry in progress["reports"]]
+        if not self.reports:
+            raise ValueError("it has no report of an epoch")
 
     def restore_random_state(self) -> None:
         """Put back the random states of the checkpoint, if there was one and this process had a part in it."""
@@ -353,7 +391,12 @@ class _Run:
         options = dataclasses.asdict(self.options)
         del options["epochs"], options["patience"]
         data = [_fingerprint(windows) for windows in (self.train_windows, self.valid_windows)]
-        return {"options": options, "config": dataclasses.asdict(self.model.config), "data": data}
+        return {
+            "options": options,
+            "config": dataclasses.asdict(self.model.config),
+            "data": data,
+            "initial": self.initial,
+        }
 
 
 def _fingerprint(windows: Windows) -> str:
