@@ -10,7 +10,6 @@ from recsys_data import NUM_ITEMS, make_model, make_split
 from ttt4rec import TTT4Rec
 from ttt4rec.recsys import train
 from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
-from ttt4rec.recsys.split import split_by_ratio
 from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
 
 OPTIONS = TrainOptions(epochs=4, targets_per_batch=64, learning_rate=1e-2)
@@ -262,9 +261,9 @@ def test_what_cannot_be_trained_is_known_at_once(tmp_path):
     small = TTT4Rec(dataclasses.replace(make_model(split).config, num_items=NUM_ITEMS - 1))
     with pytest.raises(ValueError, match="knows 23 items; expected at least the data's 24"):
         fit(small, split, tmp_path / "run")
-    for ratios, part in (((1, 500, 500), "train"), ((5, 0, 5), "valid")):
+    for change, part in (({"train_end": split.train_end * 0}, "train"), ({"valid_end": split.train_end}, "valid")):
         with pytest.raises(ValueError, match=f"no {part} targets"):
-            fit(make_model(split), split_by_ratio(split.histories, ratios), tmp_path / "run")
+            fit(make_model(split), dataclasses.replace(split, **change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
