@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -86,9 +87,18 @@ def test_report_of_two_seeds(run, tmp_path, capsys):
     assert (tmp_path / "both" / "curves.png").stat().st_size > 1000
     text = (tmp_path / "both" / "report.md").read_text()
     values = [json.loads((folder / "run.json").read_text())["test"]["HR@10"] for folder in seeds]
-    assert f"| HR@10 | {sum(values) / 2:.4f} | {min(values):.4f} to {max(values):.4f} |" in text
+    each = f"| HR@10 | {values[0]:.4f} | {values[1]:.4f} |"
+    assert f"{each} {sum(values) / 2:.4f} |" in text
     assert "| users | 60 | 60 |" in text
     assert "| seed | 0 | 1 |" in text
+    other = tmp_path / "other" / "run"  # of the first one's name, and with another setting: no mean of the two
+    shutil.copytree(seeds[0], other)
+    about = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps(about | {"settings": about["settings"] | {"dropout": 0.9}}))
+    assert main(["report", str(seeds[0]), str(other), "--out", str(tmp_path / "both")]) == 0
+    text = (tmp_path / "both" / "report.md").read_text()
+    assert f"| metric | {seeds[0].parent.name}/run | other/run |\n" in text
+    assert f"| HR@10 | {values[0]:.4f} | {values[0]:.4f} |\n" in text
     (seeds[1] / "run.json").write_text("{}")
     assert main(["report", *map(str, seeds), "--out", str(tmp_path / "both")]) == 2
     assert "damaged" in capsys.readouterr().err

@@ -93,7 +93,8 @@ def write_report(runs: Sequence[str | os.PathLike[str]], folder: str | os.PathLi
     Raises:
         DataError: a folder holds no finished run, or its files are damaged.
     """
-    read = [_read(Path(run)) for run in runs]
+    folders = [Path(run) for run in runs]
+    read = [_read(run) | {"name": name} for run, name in zip(folders, _names(folders), strict=True)]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tables = [
@@ -112,7 +113,7 @@ def write_report(runs: Sequence[str | os.PathLike[str]], folder: str | os.PathLi
     rows = [[run["name"], *_summary(run["epochs"])] for run in read]
     tables.append(_table(["run", "epochs", "best", "NDCG@10 there", "loss there", "training s", "validation s"], rows))
     with replacing(folder / REPORT_FILE) as partial:
-        partial.write_text("\n".join(tables))
+        partial.write_text("\n".join(tables), encoding="utf-8")
     return folder / REPORT_FILE
 
 
@@ -140,17 +141,15 @@ def write_card(folder: Path, recommender: Recommender, about: dict[str, Any]) ->
         settings=_table(["option", "value"], _side_by_side([settings])),
     )
     with replacing(folder / CARD_FILE) as partial:
-        partial.write_text(card)
+        partial.write_text(card, encoding="utf-8")
 
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        run = json.loads((folder / RUN_FILE).read_text())
-        with (folder / METRICS_FILE).open(newline="") as file:
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        with (folder / METRICS_FILE).open(newline="", encoding="utf-8") as file:
             epochs = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        found = {"name": folder.name, "epochs": epochs} | {
-            part: dict(run[part]) for part in ("settings", "data", "test")
-        }
+        found = {"epochs": epochs} | {part: dict(run[part]) for part in ("settings", "data", "test")}
     except FileNotFoundError as error:
         raise DataError(f"{folder} holds no finished training run: {Path(error.filename).name} is missing") from error
     except (ValueError, TypeError, KeyError) as error:
@@ -160,16 +159,29 @@ def _read(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _names(folders: Sequence[Path]) -> list[str]:
+    """As many of the last parts of the folders' paths as tell them apart."""
+    paths = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, paths))):
+        names = ["/".join(parts[-count:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
 def _metrics_table(runs: Sequence[dict[str, Any]]) -> str:
-    names = list(runs[0]["test"])
+    """A column for each run; mean and spread where nothing but the seed differs."""
+    other = [{name: x for name, x in run["settings"].items() if name not in ("seed", "out")} for run in runs]
+    are_seeds = len(runs) > 1 and all(settings == other[0] for settings in other)
     rows = []
-    for name in names:
+    for name in runs[0]["test"]:
         values = [run["test"].get(name, float("nan")) for run in runs]
-        row = [name, f"{statistics.fmean(values):.4f}"]
-        if len(runs) > 1:
-            row += [f"{min(values):.4f} to {max(values):.4f}", f"{statistics.stdev(values):.4f}"]
+        row = [name, *(f"{value:.4f}" for value in values)]
+        if are_seeds:
+            row += [f"{statistics.fmean(values):.4f}", f"{statistics.stdev(values):.4f}"]
         rows.append(row)
-    return _table(["metric", "mean", "range", "standard deviation"][: len(rows[0])], rows)
+    spread = ["mean", "standard deviation"] if are_seeds else []
+    return _table(["metric", *(run["name"] for run in runs), *spread], rows)
 
 
 def _summary(epochs: Sequence[dict[str, float]]) -> list[str]:
