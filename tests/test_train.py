@@ -97,6 +97,16 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
     assert (tmp_path / "run" / CHECKPOINT_FILE).read_bytes() == before
 
 
+def test_a_model_that_was_trained_goes_on_with_its_own_run(tmp_path):
+    split = make_split(tmp_path)
+    whole = fit(make_model(split), split, tmp_path / "whole", OPTIONS)
+    model = make_model(split)
+    fit(model, split, tmp_path / "run", dataclasses.replace(OPTIONS, epochs=OPTIONS.epochs - 1))
+    for _ in range(2):  # the second time there is nothing left to do
+        reports = fit(model, split, tmp_path / "run", OPTIONS)
+    assert [r.loss for r in reports] == [r.loss for r in whole]
+
+
 @pytest.mark.parametrize("content", [b"", b"nonsense", None])
 def test_a_damaged_checkpoint_is_a_clear_error(tmp_path, content):
     split = make_split(tmp_path)

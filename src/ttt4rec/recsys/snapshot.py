@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def save_snapshot(path: str | os.PathLike[str], states: UserStates) -> int:
-    """Replace a snapshot by one of the present states; others may use them meanwhile.
+    """Replace a snapshot by one of the present states; others may use them meanwhile, but not save to the same path.
 
     Returns:
         How many users it holds.
@@ -42,6 +42,7 @@ def save_snapshot(path: str | os.PathLike[str], states: UserStates) -> int:
     tensors = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
     tensors[_USERS] = torch.from_numpy(np.frombuffer(json.dumps(everyone).encode(), np.uint8).copy())
     marks = {"kind": _KIND, "model": fingerprint(states), "checksum": checksum(tensors)}
+    remove_partials(Path(path).parent, Path(path).name)  # of savers that were killed
     write_tensors(Path(path), tensors, marks)
     return len(everyone)
 
@@ -56,7 +57,6 @@ def load_snapshot(path: str | os.PathLike[str], states: UserStates) -> int:
         How many users have a state now.
     """
     path = Path(path)
-    remove_partials(path.parent, path.name)
     if not path.exists():
         return 0
     try:

@@ -127,8 +127,8 @@ def fit(
     go on from a checkpoint.
 
     ``folder`` receives ``metrics.csv`` and ``checkpoint.safetensors``, the latter replaced atomically after every
-    epoch. Called again on a folder that holds a checkpoint of the same run, and with the model as it was at the run's
-    start, training goes on from there and ends with the same numbers.
+    epoch. Called again on a folder that holds a checkpoint of the same run, with the model as it was at the run's start
+    or as the last call left it, training goes on from there and ends with the same numbers.
 
     Args:
         model: trained in place, on the device it is on.
@@ -338,6 +338,9 @@ class _Run:
     def restore(self, path: Path) -> None:
         """Take up what ``save`` wrote."""
         tensors, progress = load_checkpoint(path)
+        best = {name.removeprefix("best."): x for name, x in tensors.items() if name.startswith("best.")}
+        if self.initial == checksum(best):  # the model as this run's last call left it
+            self.initial = progress.get("run", {}).get("initial")
         if progress.get("run") != self._identity():
             raise ValueError(
                 f"{path} belongs to a run with other data, options, model or initial weights; choose another folder or "
