@@ -2,14 +2,31 @@
 
 import math
 import sys
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from recsys_data import make_model, make_split
 from ttt4rec import catalogue
 from ttt4rec.recsys import evaluate
 from ttt4rec.recsys.windows import evaluation_prefixes
+
+
+@given(st.lists(st.integers(1, 60), max_size=40))
+def test_batches_are_as_large_as_the_limit_allows(lengths):
+    module = sys.modules[evaluate.__module__]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TOKENS_PER_BATCH", 50)
+        found = [batch.tolist() for batch in module._by_length(SimpleNamespace(lengths=torch.tensor(lengths)))]
+    assert [i for batch in found for i in batch] == sorted(range(len(lengths)), key=lengths.__getitem__)
+    for batch in found:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 50
+    for batch, following in pairwise(found):
+        assert (len(batch) + 1) * lengths[following[0]] > 50
 
 
 @pytest.mark.parametrize("part", ["valid", "test"])
