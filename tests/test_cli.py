@@ -129,6 +129,14 @@ def test_recommend_for_a_file_of_histories(run, tmp_path, capsys):
     assert [entry["item"] for entry in alone] == [entry["item"] for entry in answers[0]["items"]]
 
 
+@pytest.mark.parametrize("line", ["i1 i2\n", '["i1", "i2"]\n', "\ufeffi1 i2"])
+def test_histories_of_every_kind(run, tmp_path, capsys, line):
+    (tmp_path / "histories.txt").write_text(line, encoding="utf-8")
+    assert main(["recommend", str(run / "run"), "--histories", str(tmp_path / "histories.txt"), "--k", "3"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (len(answer["items"]), answer["unknown"]) == (3, [])
+
+
 def test_new_items_are_added_to_a_trained_model(run, tmp_path, capsys):
     text = (run / "ring.inter").read_text()
     new = "".join(f"v{u}\tnew{(u + t) % 5}\t{t}\n" for u in range(9) for t in range(9))

@@ -134,7 +134,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     losses = ["softmax", "sampled", "gbce", "bpr"]
     training.add_argument("--loss", default="softmax", choices=losses, help="softmax is over all items")
     training.add_argument(
-        "--num-negatives", type=int, default=256, metavar="N", help="drawn in a step, but for softmax"
+        "--num-negatives", type=int, default=256, metavar="N", help="drawn for a piece of a step, but for softmax"
     )
     training.add_argument(
         "--popularity", type=float, default=0.0, metavar="X", help="draw by (count + 1) to this power"
@@ -163,7 +163,11 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     who = command.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", metavar="ID", help="a user of the training data")
     who.add_argument("--history", nargs="+", metavar="ITEM", help="anybody's item ids, oldest first")
-    who.add_argument("--histories", metavar="FILE", help="a history a line, ids separated by blanks; prints JSON lines")
+    who.add_argument(
+        "--histories",
+        metavar="FILE",
+        help="a history a line, ids separated by blanks or a JSON array of strings; prints JSON lines",
+    )
     command.add_argument("-k", "--k", type=int, default=10, metavar="N", help="how many items")
     command.add_argument("--exclude-seen", action="store_true", help="leave out items of the history")
     command.add_argument("--json", action="store_true", help="print JSON")

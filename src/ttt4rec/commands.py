@@ -124,13 +124,22 @@ def report(args: Namespace) -> None:
 
 def _recommend_file(recommender: Recommender, args: Namespace) -> None:
     """A line of JSON for each line of a file; one without a known item gets no recommendations."""
-    with open(args.histories, encoding="utf-8") as file:
-        while chunk := [line.split() for line in islice(file, 4096)]:
+    with open(args.histories, encoding="utf-8-sig") as file:
+        while chunk := [_history(line) for line in islice(file, 4096)]:
             known = [bool(len(recommender.histories.item_codes(history)[0])) for history in chunk]
             asked = [history for history, answerable in zip(chunk, known, strict=True) if answerable]
             answers = iter(recommender.recommend_batch(asked, k=args.k, exclude_seen=args.exclude_seen))
             for history, answerable in zip(chunk, known, strict=True):
                 print(json.dumps(_as_json(next(answers) if answerable else Recommendations([], tuple(history)))))
+
+
+def _history(line: str) -> list[str]:
+    """Item ids, separated by blanks or, where they hold blanks themselves, a JSON array of strings."""
+    try:
+        ids = json.loads(line)
+    except ValueError:
+        return line.split()
+    return ids if isinstance(ids, list) and all(isinstance(x, str) for x in ids) else line.split()
 
 
 def _as_json(result: Recommendations) -> dict[str, Any]:
@@ -189,7 +198,7 @@ def _trained(folder: Path) -> tuple[str, tuple[int, int, int], tuple[float, floa
     if not path.is_file():
         raise DataError(f"{folder} holds no finished training run: {RUN_FILE} is missing")
     try:
-        run = json.loads(path.read_text())
+        run = json.loads(path.read_text(encoding="utf-8"))
         cuts = run["cuts"] and (run["cuts"][0], run["cuts"][1])
         return run["settings"]["split_by"], _ratios(run["settings"]["split"]), cuts
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
