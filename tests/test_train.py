@@ -8,7 +8,7 @@ import torch
 
 from recsys_data import NUM_ITEMS, make_model, make_split
 from ttt4rec import TTT4Rec
-from ttt4rec.recsys import train
+from ttt4rec.recsys import progress, train
 from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
 from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
 
@@ -302,3 +302,11 @@ def test_options_reach_the_training(tmp_path, change):
         for i, given in enumerate((options, dataclasses.replace(options, **change)))
     ]
     assert losses[0] != losses[1]
+
+
+def test_a_silent_bar_is_none_of_tqdms(monkeypatch):
+    """Its lock, when another thread holds it in the moment of a fork, would stop the new process for ever."""
+    monkeypatch.setattr(progress, "tqdm", None)
+    with progress.progress_bar(total=3, unit="step", desc="epoch", enabled=False) as bar:
+        bar.update()
+        bar.update(2)
