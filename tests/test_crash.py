@@ -18,7 +18,7 @@ from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, fit
 
 
 def test_killed_at_random_moments(tmp_path):
-    assert survive(tmp_path, kills=6) >= 1
+    assert survive(tmp_path, kills=100) >= 10
 
 
 @pytest.mark.parametrize("nth", [0, 1, 2, 5])
