@@ -84,7 +84,7 @@ def _training_step(
     """One step as ``ttt4rec.recsys.train.fit`` takes it."""
     scored = targets != 0
     hidden = model(ids, cu_seqlens=cu_seqlens)[0, scored]
-    loss = model.nll(hidden, targets[scored]).mean()
+    loss = model.nll(hidden, targets[scored], "mean")
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)

@@ -75,7 +75,7 @@ def main() -> int:
         stages.run("tuner", ["ttt4rec.kernels.tune", "--json", *kernels], TUNER_SECONDS)
     budget = (given.seconds or (480 if gpu else 300)) - stages.elapsed() - RESERVE
     options = ["--benchmark-only", "--benchmark-quiet", f"--benchmark-json={folder / JSON_FILE}"]
-    files = ["benchmarks/test_mixers.py", "benchmarks/test_recommenders.py"]
+    files = ["benchmarks/test_mixers.py", "benchmarks/test_recommenders.py", "benchmarks/test_catalogue.py::test_loss"]
     measuring = ["pytest", "-q", *files, *options, f"--budget={budget:.0f}", f"--note={given.note}"]
     good &= stages.run("benchmarks", measuring, budget + RESERVE)
     written = stages.run("report", ["benchmarks.report", str(folder)], RESERVE)

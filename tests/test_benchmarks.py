@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import measure, online, report, sides
+from benchmarks import catalogue, measure, online, report, sides
+from benchmarks.catalogue import LossContest, loss_contests
 from benchmarks.contests import FORWARD, PREFILL, STEP, TRAINING, MixerContest, mixer_contests
 from benchmarks.mixers import TTT, Attention
 from benchmarks.plots import of_equal_tokens, plot
@@ -93,9 +94,16 @@ def test_recommenders_train_and_rank(side):
     assert metrics["HR@50"] == 1  # there are fewer items
 
 
+def test_the_ways_to_a_loss_agree():
+    values = {side: LossContest(9, 20).prepare(side, "cpu", {})() for side in catalogue.LOSSES}
+    for gradients in values.values():
+        for given, expected in zip(gradients, values["all scores"], strict=True):
+            torch.testing.assert_close(given, expected)
+
+
 def test_names_and_columns_are_unique():
     for size in ("small", "full"):
-        contests = [*mixer_contests(size), *recommender_contests(size)]
+        contests = [*mixer_contests(size), *recommender_contests(size), *loss_contests(size)]
         assert len({c.name for c in contests}) == len(contests)
         assert len({(c.size["table"], c.size["column"]) for c in contests}) == len(contests)
 

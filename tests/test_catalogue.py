@@ -1,6 +1,7 @@
 """Losses, ranks and best items in blocks against the matrix of all scores."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -21,33 +22,37 @@ def case(dtype=torch.float32, scale=1.0, seed=0):
     return h, table, torch.randint(1, V + 1, (N,))
 
 
-def dense_nll(h, table, items):
-    return F.cross_entropy(h @ table[1:].T, items - 1, reduction="none")
+def dense_nll(h, table, items, reduction="none"):
+    return F.cross_entropy(h @ table[1:].T, items - 1, reduction=reduction)
 
 
-def gradients(function, h, table, items, weights):
+def gradients(function, h, table, items, weights, reduction="none"):
     h, table = h.detach().requires_grad_(), table.detach().requires_grad_()
-    loss = function(h, table, items)
+    loss = function(h, table, items, reduction)
+    weights = weights if reduction == "none" else weights[0]
     return loss.detach(), *torch.autograd.grad(loss, (h, table), weights.to(loss.dtype))
 
 
 @pytest.fixture(params=[N * 7, N * V - 1, 1 << 23], ids=["blocks", "two-blocks", "whole"])
 def _block(request, monkeypatch):
     monkeypatch.setattr(catalogue, "SCORES_PER_BLOCK", request.param)
+    monkeypatch.setattr(catalogue, "FEW_ROWS", 8)  # so that a sum goes by items, and by 36 and all rows at a time
 
 
 @pytest.mark.usefixtures("_block")
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_loss_and_gradients_are_those_of_all_scores(monkeypatch, dtype, scale, compiled):
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_loss_and_gradients_are_those_of_all_scores(monkeypatch, dtype, scale, compiled, reduction):
     if not compiled:
         monkeypatch.setattr(catalogue.native, "softmax_refusal", lambda *_: "cannot be compiled: a test says so")
     h, table, items = case(dtype, scale)
     weights = torch.randn(N)
-    exact = gradients(dense_nll, h.double(), table.double(), items, weights.double())
-    dense = gradients(dense_nll, *(x.to(torch.promote_types(dtype, torch.float32)) for x in (h, table)), items, weights)
-    given = gradients(catalogue.nll, h, table, items, weights)
+    wide = [x.to(torch.promote_types(dtype, torch.float32)) for x in (h, table)]
+    exact = gradients(dense_nll, h.double(), table.double(), items, weights.double(), reduction)
+    dense = gradients(dense_nll, *wide, items, weights, reduction)
+    given = gradients(catalogue.nll, h, table, items, weights, reduction)
     assert [x.dtype for x in given] == [torch.promote_types(dtype, torch.float32), dtype, dtype]
     highest = (h.double() @ table.double().T).abs().max()
     relative = torch.finfo(given[0].dtype).eps * highest  # of exp(score - log of the sum), either rounded
@@ -58,22 +63,38 @@ def test_loss_and_gradients_are_those_of_all_scores(monkeypatch, dtype, scale, c
     assert given[2][0].abs().max() == 0
 
 
-def test_gradients_against_differences_and_the_operators_contract(monkeypatch):
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_gradients_of_a_narrow_table_are_summed_in_float32(monkeypatch, reduction):
+    monkeypatch.setattr(catalogue, "SCORES_PER_BLOCK", 4 * V)
+    monkeypatch.setattr(catalogue, "FEW_ROWS", 4)
+    many = 4096  # equal terms, four at a time: a sum in bfloat16 would stop growing at 256 of them
+    h, table, items = torch.ones(many, C).bfloat16(), torch.zeros(V + 1, C).bfloat16(), torch.full((many,), 7)
+    _, _, grad = gradients(catalogue.nll, h, table, items, torch.ones(many), reduction)
+    exact = torch.full((V,), many / V, dtype=torch.float64)
+    exact[7 - 1] -= many
+    assert ((grad[1:].double() / exact[:, None] - 1).abs() <= torch.finfo(torch.bfloat16).eps / 2).all()
+
+
+@pytest.mark.parametrize("few", [1, 64], ids=["rows", "blocks-of-items"])
+def test_gradients_against_differences_and_the_operators_contract(monkeypatch, few):
     monkeypatch.setattr(catalogue, "SCORES_PER_BLOCK", 3 * 4)
+    monkeypatch.setattr(catalogue, "FEW_ROWS", few)
     h, table, items = torch.randn(3, 2).double(), torch.randn(8, 2).double(), torch.tensor([1, 7, 7])
     h.requires_grad_(), table.requires_grad_()
-    assert torch.autograd.gradcheck(lambda h, table: catalogue.nll(h, table, items), (h, table))
+    for reduction in ("none", "sum", "mean"):
+        assert torch.autograd.gradcheck(partial(catalogue.nll, items=items, reduction=reduction), (h, table))
     torch.library.opcheck(catalogue.catalogue_nll, (h, table, items))
+    torch.library.opcheck(catalogue.catalogue_total_nll, (h, table, items))
     _, *kept = (x.detach() for x in catalogue.catalogue_nll(h, table, items))
     arguments = (torch.randn(3).double(), h.detach(), table.detach(), items, *kept)
     torch.library.opcheck(catalogue.catalogue_nll_backward, arguments)
 
 
 @pytest.mark.usefixtures("_block")
-def test_traced_in_one_graph():
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_traced_in_one_graph(reduction):
     h, table, items = case()
-    arguments = (h.requires_grad_(), table.requires_grad_(), items)
-    torch.library.opcheck(catalogue.catalogue_nll, arguments)
+    arguments = (h.requires_grad_(), table.requires_grad_(), items, reduction)
     compiled = torch.compile(catalogue.nll, backend="aot_eager", fullgraph=True)
     torch._dynamo.reset()
     given, expected = compiled(*arguments), catalogue.nll(*arguments)
@@ -170,6 +191,7 @@ def test_what_was_seen_takes_no_part_in_ranks():
 def test_nothing_to_do():
     h, table, items = case()
     assert catalogue.nll(h[:0], table, items[:0]).shape == (0,)
+    assert catalogue.nll(h[:0].requires_grad_(), table, items[:0], "sum") == 0
     assert catalogue.ranks(h[:0], table, items[:0]).shape == (0,)
     assert catalogue.top_k(h[:0], table, 3)[1].shape == (0, 3)
 
@@ -183,6 +205,7 @@ def test_scores_that_are_not_numbers():
     with pytest.raises(ValueError, match="NaN"):
         catalogue.top_k(h, table, 3)
     assert catalogue.nll(h, table, items).isnan().all()
+    assert catalogue.nll(h.requires_grad_(), table, items, "sum").isnan()
 
 
 @pytest.mark.parametrize("function", [catalogue.nll, catalogue.ranks])
@@ -201,6 +224,11 @@ def test_wrong_arguments(function, change, error, message):
     h, table, items = case()
     with pytest.raises(error, match=message):
         function(**({"h": h, "table": table, "items": items} | change))
+
+
+def test_wrong_reduction():
+    with pytest.raises(ValueError, match="'none', 'sum' and 'mean', given 'average'"):
+        catalogue.nll(*case(), "average")
 
 
 def test_wrong_k():

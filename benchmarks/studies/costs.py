@@ -63,7 +63,7 @@ def _step(name: Any, num_items: int) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        loss(model, h, items).mean().backward()
+        (loss(model, h, items) / TARGETS).backward()
         optimizer.step()
 
     return step

@@ -2,15 +2,16 @@
 
 Throughout, the catalogue is an embedding table ``[num_items + 1, C]`` whose row 0 is padding and takes no part, and the
 score of item j for hidden state h is their dot product. Scores are float32 (float64 where an input is), also under
-autocast. Each pass works on the scores of all hidden states with a block of items, about ``SCORES_PER_BLOCK`` of them,
-which is all the memory it needs beside its result; the gradient of an item is one product over all hidden states.
+autocast. At most about ``SCORES_PER_BLOCK`` of them are held at once, which is all the memory that is needed beside the
+result: those of all hidden states with a block of items, so that an item's gradient is one product over all of them and
+written once; or, where the catalogue is so small that the table may be visited more often, those of some hidden states
+with all items.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ttt4rec import native
@@ -19,34 +20,48 @@ SCORES_PER_BLOCK = (1 << 23) - (1 << 16)
 """Scores held at once: just below the 32 MiB of float32 from which on glibc asks for fresh pages every time."""
 MANY_ROWS = 256
 """Hidden states at a time with which a product takes longer than reading the table."""
+FEW_ROWS, CACHED_ROWS = 64, 256
+"""Hidden states at a time for which a visit of the table pays, and whose scores a CPU's cache still holds."""
 COLUMNS = 16
 """Widths of blocks are multiples of this: products with odd ones take a CPU twice the time."""
+
+Reduction: TypeAlias = Literal["none", "sum", "mean"]
 
 Block: TypeAlias = tuple[int, Tensor, Tensor]
 """The first item of a block, its rows of the table ``[c, C]``, the scores ``[N, c]``."""
 
 
-def nll(h: Tensor, table: Tensor, items: Tensor) -> Tensor:
+def nll(h: Tensor, table: Tensor, items: Tensor, reduction: Reduction = "none") -> Tensor:
     """Negative log-likelihood of items under the softmax over the catalogue.
+
+    A sum or mean is faster to differentiate than as many losses, for which scores are computed twice.
 
     Args:
         h: hidden states ``[N, C]``, any float dtype.
         table: embeddings ``[num_items + 1, C]``.
         items: int64 ``[N]``, the target of each hidden state, from 1 to num_items.
+        reduction: of the N losses, as in ``torch.nn.functional.cross_entropy``.
 
     Returns:
-        float32 (float64) ``[N]``; it may be differentiated once, with respect to h and table.
+        float32 (float64), ``[N]`` or a scalar; it may be differentiated once, with respect to h and table.
 
     Raises:
-        ValueError: shapes do not fit or an item does not exist. TypeError: items are not int64.
+        ValueError: shapes do not fit, no such item or reduction. TypeError: items are not int64.
     """
     _check(h, table, items)
-    dtype = _dtype(h, table)
-    if _is_one_block(h, table) and not _is_compiled(h.device, dtype):
-        with torch.autocast(h.device.type, enabled=False):
-            return F.cross_entropy(F.linear(h.to(dtype), table[1:].to(dtype)), items - 1, reduction="none")
-    loss: Tensor = catalogue_nll(h, table, items)[0]
-    return loss
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"expected a reduction out of 'none', 'sum' and 'mean', given {reduction!r}")
+    differentiable = torch.is_grad_enabled() and (h.requires_grad or table.requires_grad)
+    if reduction != "none" and differentiable and _rows_at_once(table) >= min(FEW_ROWS, h.shape[0]):
+        total: Tensor = catalogue_total_nll(h, table, items)[0]
+        return total / h.shape[0] if reduction == "mean" else total
+    losses: Tensor = catalogue_nll(h, table, items)[0]
+    return reduced(losses, reduction)
+
+
+def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
+    """Losses ``[N]`` as they are, or their sum or mean."""
+    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
 
 @torch.no_grad()
@@ -177,8 +192,7 @@ def _blocks(h: Tensor, table: Tensor, seen: tuple[Tensor, Tensor] | None = None)
     for number, first in enumerate(range(1, table.shape[0], size)):
         overlap = max(0, min(first - 1, first + size - table.shape[0]))
         rows = table[first - overlap : first + size].to(dtype)
-        with torch.autocast(h.device.type, enabled=False):
-            scores = torch.mm(h, rows.T, out=memory)[:, overlap:]
+        scores = _scores(h, rows, memory)[:, overlap:]
         rows = rows[overlap:]
         if seen is not None:
             part = slice(bounds[number], bounds[number + 1])
@@ -222,68 +236,104 @@ def _scores_of(keys: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("ttt4rec::catalogue_nll", mutates_args=())
-def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative log-likelihoods ``[N]``, logarithms of the softmax's denominators, float64 ``[N]``; scores of one block.
-
-    The scores ``[N, num_items]`` are for the backward; ``[0, num_items]`` if there is more than one block.
-    """
+def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods ``[N]``, and the logarithms of the softmax's denominators, float64 ``[N]``."""
     lse = torch.full((h.shape[0],), -torch.inf, dtype=torch.float64, device=h.device)
     target = torch.zeros(h.shape[0], 1, dtype=_dtype(h, table), device=h.device)
-    kept = target.new_empty(0, table.shape[0] - 1)
-    compiled = _is_compiled(h.device, target.dtype)
     for first, _, scores in _blocks(h, table):
         column, inside = _columns(items, first, scores)
         target = torch.where(inside, scores.gather(1, column), target)
-        lse = torch.logaddexp(lse, native.log_sum_exp(scores) if compiled else scores.logsumexp(1).double())
-        if _is_one_block(h, table):
-            kept = scores
-    return (lse - target.squeeze(1)).to(target.dtype), lse, kept
+        lse = torch.logaddexp(lse, _log_sum_exp(scores))
+    return (lse - target.squeeze(1)).to(target.dtype), lse
 
 
 @torch.library.custom_op("ttt4rec::catalogue_nll_backward", mutates_args=())
-def catalogue_nll_backward(
-    grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor, kept: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of h and table; scores that were not kept are computed again, block by block."""
+def catalogue_nll_backward(grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of h and table; the scores are computed again, block by block."""
     dtype = _dtype(h, table)
     grad_h = torch.zeros(h.shape, dtype=dtype, device=h.device)
     grad_table = torch.empty_like(table)
     grad_table[0] = 0
     wide, grad = h.to(dtype), grad.to(dtype)
-    for first, rows, scores in [(1, table[1:].to(dtype), kept)] if len(kept) else _blocks(h, table):
-        d_scores = torch.empty_like(kept) if len(kept) else scores
-        _gradient(scores, lse, items - first, grad, d_scores)
+    for first, rows, scores in _blocks(h, table):
+        _to_gradient(scores, lse, items - first, grad)
         with torch.autocast(h.device.type, enabled=False):
-            grad_table[first : first + rows.shape[0]] = d_scores.T @ wide
-            grad_h.addmm_(d_scores, rows)
+            grad_table[first : first + rows.shape[0]] = scores.T @ wide
+            grad_h.addmm_(scores, rows)
     return grad_h.to(h.dtype), grad_table
 
 
-def _gradient(scores: Tensor, lse: Tensor, column: Tensor, grad: Tensor, out: Tensor) -> None:
-    """grad times the probabilities, less 1 at the target: the gradient of the scores, which may take their place."""
+@torch.library.custom_op("ttt4rec::catalogue_total_nll", mutates_args=())
+def catalogue_total_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the negative log-likelihoods, and its gradients with respect to h and table, float32 (float64).
+
+    Some hidden states at a time, whose scores are computed once and become their gradients in place.
+    """
+    dtype = _dtype(h, table)
+    wide, rows, columns = h.to(dtype), table[1:].to(dtype), items - 1
+    total = torch.zeros((), dtype=torch.float64, device=h.device)
+    grad_h, grad_table = torch.empty_like(wide), torch.zeros(table.shape, dtype=dtype, device=h.device)
+    ones = wide.new_ones(_rows_at_once(table))
+    memory = wide.new_empty(min(len(ones), h.shape[0]), rows.shape[0])
+    for part in (slice(first, first + len(ones)) for first in range(0, h.shape[0], len(ones))):
+        scores = _scores(wide[part], rows, memory)
+        lse = _log_sum_exp(scores)
+        total += (lse - scores.gather(1, columns[part, None]).squeeze(1)).sum()
+        _to_gradient(scores, lse, columns[part], ones[: len(scores)])
+        with torch.autocast(h.device.type, enabled=False):
+            torch.mm(scores, rows, out=grad_h[part])
+            grad_table[1:].addmm_(scores.T, wide[part])
+    return total.to(dtype), grad_h, grad_table
+
+
+def _rows_at_once(table: Tensor) -> int:
+    """How many hidden states' scores with all items are one block; on a CPU, one that stays in its cache."""
+    block = max(1, SCORES_PER_BLOCK // max(1, table.shape[0] - 1))
+    return min(CACHED_ROWS, block) if table.device.type == "cpu" else block
+
+
+def _scores(h: Tensor, rows: Tensor, memory: Tensor) -> Tensor:
+    """Hidden states times rows of the table ``[N, c]``, in memory ``[N or more, c]``; float32 also under autocast."""
+    with torch.autocast(h.device.type, enabled=False):
+        return torch.mm(h, rows.T, out=memory[: len(h)])
+
+
+def _log_sum_exp(scores: Tensor) -> Tensor:
+    """log Σ exp of every row of a block, float64."""
     if _is_compiled(scores.device, scores.dtype):
-        native.softmax_gradient(scores, lse, column, grad, out)
+        return native.log_sum_exp(scores)
+    return scores.logsumexp(1).double()
+
+
+def _to_gradient(scores: Tensor, lse: Tensor, column: Tensor, grad: Tensor) -> None:
+    """grad times the probabilities, less 1 at the target: the gradient of the scores takes their place."""
+    if _is_compiled(scores.device, scores.dtype):
+        native.softmax_gradient(scores, lse, column, grad)
         return
-    torch.sub(scores, lse.to(scores.dtype).unsqueeze(1), out=out).exp_().mul_(grad.unsqueeze(1))
+    scores.sub_(lse.to(scores.dtype).unsqueeze(1)).exp_().mul_(grad.unsqueeze(1))
     column, inside = _columns(column, 0, scores)
-    out.scatter_add_(1, column, -grad.unsqueeze(1) * inside)
+    scores.scatter_add_(1, column, -grad.unsqueeze(1) * inside)
 
 
 @catalogue_nll.register_fake
-def _(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _dtype(h, table)
-    kept = h.new_empty(h.shape[0] if _is_one_block(h, table) else 0, table.shape[0] - 1, dtype=dtype)
-    return h.new_empty(h.shape[0], dtype=dtype), h.new_empty(h.shape[0], dtype=torch.float64), kept
+def _(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape[0], dtype=_dtype(h, table)), h.new_empty(h.shape[0], dtype=torch.float64)
 
 
 @catalogue_nll_backward.register_fake
-def _(grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return h.new_empty(h.shape), table.new_empty(table.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+@catalogue_total_nll.register_fake
+def _(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _dtype(h, table)
+    return h.new_empty((), dtype=dtype), h.new_empty(h.shape, dtype=dtype), h.new_empty(table.shape, dtype=dtype)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.save_for_backward(*inputs, output[1])
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
@@ -292,4 +342,18 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, T
     return *catalogue_nll_backward(grad, *ctx.saved_tensors), None
 
 
-catalogue_nll.register_autograd(_backward, setup_context=_setup_context)
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [x.dtype for x in inputs[:2]]
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
+    if grad is None:
+        return None, None, None
+    grad_h, grad_table = ((grad * x).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+    return grad_h, grad_table, None
+
+
+catalogue_nll.register_autograd(_backward, setup_context=_save_inputs)
+catalogue_total_nll.register_autograd(_scale_gradients, setup_context=_save_gradients)

@@ -272,15 +272,15 @@ class TTT4Rec(nn.Module):
         """Scores of all items, ``[..., num_items]``, for hidden states ``[..., width]``; column j is item j + 1."""
         return F.linear(h, self.embedding.weight[1:])
 
-    def nll(self, h: Tensor, items: Tensor) -> Tensor:
-        """Negative log-likelihood ``[N]`` of items, int64 ``[N]`` from 1, for hidden states ``[N, width]``.
+    def nll(self, h: Tensor, items: Tensor, reduction: catalogue.Reduction = "none") -> Tensor:
+        """Negative log-likelihood of items, int64 ``[N]`` from 1, for hidden states ``[N, width]``.
 
-        The softmax runs over all items, in blocks; nothing of size N times num_items is held. See ``catalogue.nll``.
+        The softmax runs over all items, in blocks; nothing of size N times num_items is held. What comes back is
+        ``[N]``, or with reduction ``"sum"`` or ``"mean"``, which train faster, a scalar. See ``catalogue.nll``.
         """
         if isinstance(self.embedding, nn.Embedding):
-            return catalogue.nll(h, self.embedding.weight, items)
-        loss: Tensor = self.embedding.nll(h, items)  # a table of many processes
-        return loss
+            return catalogue.nll(h, self.embedding.weight, items, reduction)
+        return catalogue.reduced(self.embedding.nll(h, items), reduction)  # a table of many processes
 
     def ranks(self, h: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Ranks ``[N]`` of items among all items, 1 being the best; float64. See ``catalogue.ranks``."""

@@ -1,5 +1,5 @@
 // Rows of scores, one pass over memory each way: the logarithm of the sum of their exponentials, and the gradient of a
-// softmax's negative log-likelihood, which may take their place. Sums go on in double after every CHUNK vectors.
+// softmax's negative log-likelihood, which takes their place. Sums go on in double after every CHUNK vectors.
 
 #include "vectors.h"
 
@@ -8,9 +8,8 @@ namespace {
 constexpr int CHUNK = 64;
 
 struct Call {
-  int64_t columns, stride, out_stride;  // numbers in a row of scores, and from one row to the next
-  const T* scores;
-  T* out;
+  int64_t columns, stride;  // numbers in a row of scores, and from one row to the next
+  T* scores;
   double* lse;
   const int64_t* column;  // of every row: that of its target, if it is among these columns
   const T* grad;
@@ -51,13 +50,13 @@ double log_sum_exp(const T* x, int64_t columns) {
   return top + std::log(total);
 }
 
-// out = grad · (exp(x - lse) - [column of the target])
-void gradient(const T* x, int64_t columns, T lse, int64_t column, T grad, T* out) {
+// x := grad · (exp(x - lse) - [column of the target])
+void to_gradient(T* x, int64_t columns, T lse, int64_t column, T grad) {
   const int64_t whole = columns / LANES * LANES;
-  for (int64_t n = 0; n < whole; n += LANES) store(out + n, grad * exponential(load(x + n) - lse));
+  for (int64_t n = 0; n < whole; n += LANES) store(x + n, grad * exponential(load(x + n) - lse));
   const V rest = grad * exponential(load_rest(x + whole, columns - whole, lse) - lse);
-  std::memcpy(out + whole, &rest, (columns - whole) * sizeof(T));
-  if (0 <= column && column < columns) out[column] -= grad;
+  std::memcpy(x + whole, &rest, (columns - whole) * sizeof(T));
+  if (0 <= column && column < columns) x[column] -= grad;
 }
 
 }  // namespace
@@ -70,8 +69,7 @@ extern "C" int softmax_forward(const Call* call, int64_t begin, int64_t end) {
 
 extern "C" int softmax_backward(const Call* call, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    gradient(call->scores + i * call->stride, call->columns, T(call->lse[i]), call->column[i], call->grad[i],
-             call->out + i * call->out_stride);
+    to_gradient(call->scores + i * call->stride, call->columns, T(call->lse[i]), call->column[i], call->grad[i]);
   }
   return 0;
 }

@@ -20,9 +20,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         ("columns", ctypes.c_int64),
         ("stride", ctypes.c_int64),
-        ("out_stride", ctypes.c_int64),
         ("scores", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
         ("lse", ctypes.c_void_p),
         ("column", ctypes.c_void_p),
         ("grad", ctypes.c_void_p),
@@ -45,25 +43,23 @@ def softmax_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 def log_sum_exp(scores: Tensor) -> Tensor:
     """log Σ exp of every row of scores ``[N, c]``, float64 ``[N]``."""
     lse = torch.empty(len(scores), dtype=torch.float64)
-    _run("softmax_forward", scores, scores, lse)
+    _run("softmax_forward", scores, lse)
     return lse
 
 
-def softmax_gradient(scores: Tensor, lse: Tensor, column: Tensor, grad: Tensor, out: Tensor) -> None:
-    """Write grad ∘ (exp(scores - lse) - one_hot(column)).
+def softmax_gradient(scores: Tensor, lse: Tensor, column: Tensor, grad: Tensor) -> None:
+    """Put grad ∘ (exp(scores - lse) - one_hot(column)) in the place of the scores.
 
     Args:
         scores: ``[N, c]``, columns one behind the other.
         lse: float64 ``[N]``, of whole rows, of which scores may be a part.
         column: int64 ``[N]``, of the target; it need not be among these columns.
         grad: float32 ``[N]``.
-        out: as scores, or scores themselves.
     """
-    _run("softmax_backward", scores, out, lse, column.contiguous(), grad.contiguous())
+    _run("softmax_backward", scores, lse, column.contiguous(), grad.contiguous())
 
 
-def _run(function: str, scores: Tensor, out: Tensor, *others: Tensor) -> None:
-    pointers = (x.data_ptr() for x in (scores, out, *others))
-    call = _Call(scores.shape[1], scores.stride(0), out.stride(0), *pointers)
+def _run(function: str, scores: Tensor, *others: Tensor) -> None:
+    call = _Call(scores.shape[1], scores.stride(0), *(x.data_ptr() for x in (scores, *others)))
     compiled = getattr(build.library(*_SHAPE), function)
     share(lambda begin, end: compiled(ctypes.byref(call), ctypes.c_int64(begin), ctypes.c_int64(end)), len(scores))

@@ -82,9 +82,9 @@ class Loss:
         return Loss(name, weights[: 0 if name == "softmax" else None].log_softmax(0), num_negatives, calibration)
 
     def __call__(self, model: TTT4Rec, h: Tensor, items: Tensor) -> Tensor:
-        """Losses ``[N]`` of target items, int64 ``[N]`` from 1, for hidden states ``[N, width]``."""
+        """Sum of the losses of target items, int64 ``[N]`` from 1, for hidden states ``[N, width]``."""
         if self.name == "softmax":
-            return model.nll(h, items)
+            return model.nll(h, items, "sum")
         drawn = self.draw()
         with torch.autocast(h.device.type, enabled=False):
             dtype = torch.promote_types(h.dtype, torch.float32)
@@ -93,13 +93,12 @@ class Loss:
             negative = wide @ drawn_rows.T
         own = drawn == items.unsqueeze(1)
         if self.name == "bpr":
-            return bpr(positive, negative, own)
+            return bpr(positive, negative, own).sum()
         if self.name == "gbce":
-            return generalised_bce(
-                positive, negative, own, gbce_beta(self.num_negatives, model.config.num_items, self.calibration)
-            )
+            beta = gbce_beta(self.num_negatives, model.config.num_items, self.calibration)
+            return generalised_bce(positive, negative, own, beta).sum()
         log_expected = self.log_probability[drawn - 1] + math.log(self.num_negatives)
-        return sampled_softmax(positive, negative, own, log_expected.to(negative.dtype))
+        return sampled_softmax(positive, negative, own, log_expected.to(negative.dtype)).sum()
 
     def draw(self) -> Tensor:
         """Items from 1, int64 ``[num_negatives]``, on the device of the probabilities; torch's global generator."""

@@ -68,8 +68,8 @@ class TTT4Rec(SequentialRecommender):  # type: ignore[misc]
 
     def calculate_loss(self, interaction: Any) -> Tensor:
         """Mean cross-entropy of the next items among all."""
-        losses: Tensor = self.model.nll(self._read(interaction), interaction[self.POS_ITEM_ID])
-        return losses.mean()
+        loss: Tensor = self.model.nll(self._read(interaction), interaction[self.POS_ITEM_ID], "mean")
+        return loss
 
     def predict(self, interaction: Any) -> Tensor:
         """Scores ``[B]`` of one item for each history."""

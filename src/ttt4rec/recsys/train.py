@@ -288,7 +288,7 @@ class _Run:
                     hidden, items = self.model.predict(ids, targets, cu_seqlens)
                     # 1, but for BERT4Rec, which predicts some of the targets, and for a process without a part
                     weight = counts * targets.count_nonzero() / len(items)
-                    loss = self.loss(self.model, hidden, items).sum() * weight
+                    loss = self.loss(self.model, hidden, items) * weight
                 (loss / count).backward()
             total += loss.detach()
         parallel.add_up_gradients(self.model)
