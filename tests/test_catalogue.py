@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ttt4rec import catalogue
-from ttt4rec.recsys.metrics import target_ranks
 
 N, V, C = 37, 101, 8
 
@@ -109,15 +108,39 @@ def test_autocast_leaves_the_scores_alone():
     expected = gradients(catalogue.nll, h, table, items, torch.ones(N))
     with torch.autocast("cpu", torch.bfloat16):
         loss = catalogue.nll(h.requires_grad_(), table.requires_grad_(), items)
-        assert torch.equal(catalogue.ranks(h, table, items), target_ranks_of(h, table, items))
+        assert torch.equal(catalogue.ranks(h, table, items), ranks_of_all_scores(h, table, items))
     given = loss.detach(), *torch.autograd.grad(loss, (h, table), torch.ones(N))
     for a, b in zip(given, expected, strict=True):
         assert torch.equal(a, b)
 
 
-def target_ranks_of(h, table, items):
+def dense_ranks(scores, items):
+    """The mean of a rank before and one behind all that score the same."""
+    own = scores.gather(1, items[:, None] - 1)
+    return 1 + (scores > own).sum(1).double() + ((scores == own).sum(1) - 1) / 2
+
+
+def ranks_of_all_scores(h, table, items):
     with torch.autocast("cpu", enabled=False):
-        return target_ranks(h @ table[1:].T, items - 1)
+        return dense_ranks(h @ table[1:].T, items)
+
+
+@given(
+    st.integers(1, 8).flatmap(
+        lambda width: st.lists(
+            st.tuples(st.lists(st.integers(-2, 2), min_size=width, max_size=width), st.integers(1, width)),
+            min_size=1,
+            max_size=6,
+        )
+    )
+)
+def test_rank_is_the_mean_over_all_orders_of_ties(rows):
+    table = torch.cat((torch.zeros(1, len(rows[0][0])), torch.eye(len(rows[0][0]))))
+    given = catalogue.ranks(torch.tensor([row for row, _ in rows]).float(), table, torch.tensor([x for _, x in rows]))
+    for rank, (scores, item) in zip(given.tolist(), rows, strict=True):
+        best = sorted(scores, reverse=True).index(scores[item - 1]) + 1
+        worst = len(scores) - sorted(scores).index(scores[item - 1])
+        assert rank == (best + worst) / 2
 
 
 @pytest.mark.usefixtures("_block")
@@ -128,7 +151,7 @@ def test_ranks_are_those_of_all_scores(monkeypatch, levels, many):
     h, table, items = case(torch.float64)
     if levels:  # many ties
         h, table = h.clamp(-1, 1).round(), table.clamp(-1, 1).round()
-    assert torch.equal(catalogue.ranks(h, table, items), target_ranks_of(h, table, items))
+    assert torch.equal(catalogue.ranks(h, table, items), ranks_of_all_scores(h, table, items))
 
 
 @given(st.lists(st.sampled_from([-math.inf, -1e38, -1e-45, 0.0, 1e-45, 1.0, 3e38, math.inf]), min_size=1))
@@ -136,7 +159,7 @@ def test_ranks_of_scores_that_differ_by_next_to_nothing_or_are_infinite(values):
     table = torch.tensor([0.0, *values])[:, None]
     everything = torch.arange(1, len(table))
     given = catalogue.ranks(torch.ones(len(values), 1), table, everything)
-    assert torch.equal(given, target_ranks(table[1:].T.expand(len(values), -1), everything - 1))
+    assert torch.equal(given, dense_ranks(table[1:].T.expand(len(values), -1), everything))
 
 
 @pytest.mark.usefixtures("_block")
@@ -185,7 +208,7 @@ def test_what_was_seen_takes_no_part_in_ranks():
     scores = h @ table[1:].T
     scores[rows, others - 1] = -torch.inf
     given = catalogue.ranks(h, table, items, (rows, others))
-    assert torch.equal(given, target_ranks(scores, items - 1))
+    assert torch.equal(given, dense_ranks(scores, items))
 
 
 def test_nothing_to_do():

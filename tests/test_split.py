@@ -1,4 +1,5 @@
 import contextlib
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -142,7 +143,8 @@ def test_no_target_sees_itself_or_anything_later(rows: list[Row]) -> None:
 def test_training_reads_and_counts_its_own_part_only(rows: list[Row]) -> None:
     for name, split in splits_of(rows).items():
         histories = split.histories
-        own = [code for u in range(histories.num_users) for code in histories.history(u)[: split.train_end[u]].tolist()]
+        bounds = list(zip(split.train_begin.tolist(), split.train_end.tolist(), strict=True))
+        own = [code for u, (begin, end) in enumerate(bounds) for code in histories.history(u)[begin:end].tolist()]
         assert split.train_counts().tolist() == [own.count(j + 1) for j in range(histories.num_items)], name
         windows = training_windows(split, max_len=3)
         ends = (windows.starts + windows.lengths + 1 - windows.begins).tolist()
@@ -185,8 +187,32 @@ def test_another_future_changes_nothing_in_training(rows: list[Row], others: lis
     windows, windows_again = (training_windows(s, max_len=3) for s in (split, again))
     assert len(windows) == len(windows_again)
     for i in range(len(windows)):
-        for a, b in zip(windows.batch(torch.tensor([i])), windows_again.batch(torch.tensor([i])), strict=True):
-            assert torch.equal(a, b)
+        batches = (w.packed_batch(torch.tensor([i])) for w in (windows, windows_again))
+        assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_what_the_filter_leaves_out_of_training_is_still_history() -> None:
+    core = [(user, item, time) for time, (user, item) in enumerate([(0, 0), (0, 1), (1, 1), (1, 0), (0, 0)])]
+    late = [(2, 0, 10), (0, 1, 11), (3, 1, 12), (2, 1, 13), (2, 5, 14)]
+    rows = [(2, 1, 0), (2, 5, 1), *core, *late]  # user 2 is rare before the cut, item 5 too
+    split, cuts = split_by_time(interactions_of(rows), (7, 2, 3), min_user=2, min_item=2)
+    assert cuts == (10, 12)
+    histories = split.histories
+    assert histories.item_ids == ("i0", "i1")
+    assert histories.user_ids == ("u0", "u1", "u2", "u3")
+    assert [histories.history(u).tolist() for u in range(4)] == [[1, 2, 1, 2], [2, 1], [2, 1, 2], [2]]
+    assert split.train_counts().tolist() == [3, 2]
+    targets = {part: [list(range(*bound)) for bound in zip(*split.bounds(part), strict=True)] for part in PARTS}
+    assert targets == {"train": [[1, 2], [1], [], []], "valid": [[3], [], [1], []], "test": [[], [], [2], []]}
+
+
+@pytest.mark.parametrize(("ratios", "counts"), [((8, 2, 0), (7, 2, 0)), ((8, 0, 2), (7, 0, 2)), ((1, 0, 0), (9, 0, 0))])
+def test_a_ratio_of_zero_leaves_nothing_to_a_part_of_time(
+    ratios: tuple[int, int, int], counts: tuple[int, ...]
+) -> None:
+    split, cuts = split_by_time(interactions_of([(0, 0, time) for time in range(10)]), ratios)
+    assert tuple(map(split.num_targets, PARTS)) == counts
+    assert (cuts[1] == math.inf) == (ratios[2] == 0)
 
 
 def test_a_time_split_without_training_data() -> None:

@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -40,11 +41,19 @@ def seen_by_a_causal_model(windows: Windows) -> Seen:
     """Every scored target with the inputs of its window up to it, in the order of the windows."""
     if not len(windows):
         return []
-    ids, targets = windows.batch(torch.arange(len(windows)))
     found = []
-    for row, row_targets in zip(ids.tolist(), targets.tolist(), strict=True):
+    for row, row_targets in zip(*rows_of(windows), strict=True):
         found += [(target, tuple(row[: i + 1])) for i, target in enumerate(row_targets) if target]
     return found
+
+
+def rows_of(windows: Windows) -> tuple[list[list[int]], list[list[int]]]:
+    """Inputs and targets of every window, from one packed batch."""
+    ids, targets, cu_seqlens = windows.packed_batch(torch.arange(len(windows)))
+    assert ids.dtype == targets.dtype == cu_seqlens.dtype == torch.int64
+    bounds = list(pairwise(cu_seqlens.tolist()))
+    assert bounds[-1][1] == ids.shape[1] == len(targets)
+    return tuple([row[begin:end].tolist() for begin, end in bounds] for row in (ids[0], targets))
 
 
 @settings(max_examples=200, deadline=None)
@@ -77,8 +86,8 @@ def test_training_scores_every_target_once_with_enough_context(lengths, ratios, 
 def test_training_never_reads_beyond_the_training_part() -> None:
     split = split_of([30, 2, 17])
     windows = training_windows(split, max_len=3)
-    ids, targets = windows.batch(torch.arange(len(windows)))
-    used = set(ids.flatten().tolist()) | set(targets.flatten().tolist())
+    ids, targets, _ = windows.packed_batch(torch.arange(len(windows)))
+    used = set(ids.flatten().tolist()) | set(targets.tolist())
     for user, start in enumerate(split.histories.offsets[:-1]):
         later = range(start + split.train_end[user], split.histories.offsets[user + 1])
         assert not used & {position + 1 for position in later}
@@ -87,27 +96,27 @@ def test_training_never_reads_beyond_the_training_part() -> None:
 def test_windows_of_a_long_history_by_hand() -> None:
     split = split_of([12], (1, 0, 0))
     windows = training_windows(split, max_len=3)
-    ids, targets = windows.batch(torch.tensor([0, 1, 2]))
-    assert ids.tolist() == [[1, 2, 3, 4, 5, 6], [4, 5, 6, 7, 8, 9], [7, 8, 9, 10, 11, 0]]
-    assert targets.tolist() == [[2, 3, 4, 5, 6, 7], [0, 0, 0, 8, 9, 10], [0, 0, 0, 11, 12, 0]]
-    assert ids.dtype == targets.dtype == torch.int64
+    ids, targets = rows_of(windows)
+    assert ids == [[1, 2, 3, 4, 5, 6], [4, 5, 6, 7, 8, 9], [7, 8, 9, 10, 11]]
+    assert targets == [[2, 3, 4, 5, 6, 7], [0, 0, 0, 8, 9, 10], [0, 0, 0, 11, 12]]
 
 
 def test_evaluation_windows_by_hand() -> None:
     split = split_of([8], (1, 0, 6))
     windows = evaluation_prefixes(split, "test", max_len=5)
-    ids, targets = windows.batch(torch.arange(len(windows)))
-    assert ids.tolist() == [[1, 2, 3, 4, 5], [2, 3, 4, 5, 6], [3, 4, 5, 6, 7]]
-    assert targets.tolist() == [[0, 3, 4, 5, 6], [0, 0, 0, 0, 7], [0, 0, 0, 0, 8]]
+    ids, targets = rows_of(windows)
+    assert ids == [[1, 2, 3, 4, 5], [2, 3, 4, 5, 6], [3, 4, 5, 6, 7]]
+    assert targets == [[0, 3, 4, 5, 6], [0, 0, 0, 0, 7], [0, 0, 0, 0, 8]]
 
 
-def test_a_batch_is_as_wide_as_its_longest_window_and_follows_the_indices() -> None:
+def test_a_batch_follows_the_indices() -> None:
     windows = training_windows(split_of([3, 6, 4], (1, 0, 0)), max_len=5)
-    ids, targets = windows.batch(torch.tensor([2, 0]))
-    assert ids.tolist() == [[10, 11, 12], [1, 2, 0]]
-    assert targets.tolist() == [[11, 12, 13], [2, 3, 0]]
+    ids, targets, cu_seqlens = windows.packed_batch(torch.tensor([2, 0]))
+    assert ids.tolist() == [[10, 11, 12, 1, 2]]
+    assert targets.tolist() == [11, 12, 13, 2, 3]
+    assert cu_seqlens.tolist() == [0, 3, 5]
     with pytest.raises(ValueError, match="at least one window"):
-        windows.batch(torch.tensor([], dtype=torch.int64))
+        windows.packed_batch(torch.tensor([], dtype=torch.int64))
 
 
 @settings(max_examples=100, deadline=None)

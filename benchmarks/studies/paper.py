@@ -1,5 +1,10 @@
 """The tables of the TTT4Rec paper (Yang et al., 2024), and the same models under other splits."""
 
+from typing import Any
+
+from ttt4rec import TTT4RecConfig
+from ttt4rec.recsys.public import PUBLIC
+
 from .models import PROTOCOL, TUNED
 from .study import LEAVE_ONE_OUT, TEMPORAL, Data, Published, Settings, Study
 
@@ -21,10 +26,18 @@ VARIANTS: dict[str, Settings] = {
     "Transformer + MLP": TUNED["TTT-MLP"],
 }
 
-AMAZON = Data("amazon-video-games")
-GOWALLA = Data("gowalla", min_user=20, settings={"max_len": 100})
-GOWALLA_1K = Data("gowalla-1k", min_user=20, settings={"max_len": 100})
-TWITCH = Data("twitch-100k", min_user=15, settings={"max_len": 70})
+
+def _as_published(name: str, sample: str | None = None, **others: Any) -> Data:
+    """A public data set, or a sample of it, with the paper's filter and length of history."""
+    public = PUBLIC[name]
+    settings = {"max_len": public.max_len} if public.max_len != TTT4RecConfig.max_len else {}
+    return Data(sample or name, min_user=public.min_user, settings=settings, **others)
+
+
+AMAZON = _as_published("amazon-video-games")
+GOWALLA = _as_published("gowalla")
+GOWALLA_1K = _as_published("gowalla", "gowalla-1k")
+TWITCH = _as_published("twitch-100k")
 
 TABLE_2: Published = {
     "gowalla": {
@@ -90,7 +103,7 @@ TABLES = {
     ),
     "table-4": Study(
         "Table 4",
-        datasets=(Data("amazon-video-games", "6:2:2"),),
+        datasets=(_as_published("amazon-video-games", split="6:2:2"),),
         variants=MODELS,
         common=PROTOCOL,
         published=TABLE_4,

@@ -68,8 +68,9 @@ def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
 def ranks(h: Tensor, table: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Rank of each hidden state's item in the catalogue, 1 being the best; a tie counts half.
 
-    Exactly ``recsys.metrics.target_ranks`` of the matrix of all scores, in two passes: the first finds the targets'
-    scores, the second compares. Both compute a block alike, to the last bit, so that equal scores are equal.
+    1 + #(items scored higher) + #(other items scored the same) / 2, so that a model which scores everything the same
+    ranks each target in the middle instead of first. In two passes: the first finds the targets' scores, the second
+    compares. Both compute a block alike, to the last bit, so that equal scores are equal.
 
     Args:
         h: hidden states ``[N, C]``.

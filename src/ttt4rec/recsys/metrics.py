@@ -1,4 +1,4 @@
-"""Ranks over the whole catalogue and the averages made of them."""
+"""Averages made of ranks over the whole catalogue."""
 
 from __future__ import annotations
 
@@ -8,38 +8,6 @@ import torch
 from torch import Tensor
 
 from ttt4rec.recsys import parallel
-
-
-def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """Rank of every row's target among all columns, 1 being the best.
-
-    rank = 1 + #(columns scored higher) + #(other columns scored the same) / 2, so that a scorer which gives
-    every item the same score ranks each target in the middle instead of first.
-
-    Args:
-        scores: [N, I], any real dtype, larger is better.
-        targets: int64 [N], column of the target in each row.
-
-    Returns:
-        float64 [N].
-
-    Raises:
-        ValueError: the shapes do not fit, a target is no column, or a score is NaN.
-    """
-    if scores.dim() != 2 or targets.shape != scores.shape[:1]:
-        shapes = f"{list(scores.shape)} and {list(targets.shape)}"
-        raise ValueError(f"expected scores [N, I] and targets [N], got {shapes}")
-    if targets.numel() == 0:
-        return torch.zeros(0, dtype=torch.float64, device=scores.device)
-    lowest, highest = int(targets.min()), int(targets.max())
-    if lowest < 0 or highest >= scores.shape[1]:
-        raise ValueError(f"expected targets from 0 to {scores.shape[1] - 1}, got {lowest} to {highest}")
-    if scores.amax().isnan():  # a maximum over any NaN is NaN
-        raise ValueError("expected scores that are numbers, got NaN among them")
-    target_scores = scores.gather(1, targets.unsqueeze(1))
-    higher = (scores > target_scores).sum(dim=1)
-    equal_others = (scores == target_scores).sum(dim=1) - 1
-    return 1 + higher.double() + equal_others.double() / 2
 
 
 class RankingMetrics:

@@ -10,7 +10,8 @@ No target is ever predicted from an interaction at or after it. What else a spli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -25,16 +26,19 @@ PARTS: tuple[Part, ...] = get_args(Part)
 class Split:
     """Which part every target belongs to.
 
-    History position p belongs to training if p < train_end, to validation if train_end <= p < valid_end, and to
-    the test from there on. Each is a target but position 0, which has no prefix to be predicted from.
+    History position p belongs to training if train_begin <= p < train_end, to validation if train_end <= p < valid_end,
+    and to the test from there on. Each is a target but position 0, which has no prefix to be predicted from. Positions
+    before train_begin are only there for later ones to be predicted from.
 
     Attributes:
         histories: the histories that are split.
-        train_end: int64 [num_users], at least 0.
+        train_begin: int64 [num_users], at least 0.
+        train_end: int64 [num_users], at least train_begin.
         valid_end: int64 [num_users], at least train_end.
     """
 
     histories: Histories
+    train_begin: IntArray
     train_end: IntArray
     valid_end: IntArray
 
@@ -42,7 +46,7 @@ class Split:
         """First target position and the one after the last, int64 [num_users] each; ValueError if unknown."""
         if part in PARTS:
             last = np.maximum(np.diff(self.histories.offsets), self.valid_end)
-            edges = np.maximum(1, np.stack([np.ones_like(last), self.train_end, self.valid_end, last]))
+            edges = np.maximum(1, np.stack([self.train_begin, self.train_end, self.valid_end, last]))
             return edges[PARTS.index(part)], edges[PARTS.index(part) + 1]
         raise ValueError(f"expected a part out of 'train', 'valid' and 'test', got {part!r}")
 
@@ -53,9 +57,9 @@ class Split:
 
     def train_counts(self) -> IntArray:
         """How often each item occurs in the training part, int64 [num_items]; item code j + 1 at j."""
-        histories = self.histories
-        position = np.arange(len(histories.items)) - np.repeat(histories.offsets[:-1], np.diff(histories.offsets))
-        inside = position < np.repeat(self.train_end, np.diff(histories.offsets))
+        histories, lengths = self.histories, np.diff(self.histories.offsets)
+        position = np.arange(len(histories.items)) - np.repeat(histories.offsets[:-1], lengths)
+        inside = (position >= np.repeat(self.train_begin, lengths)) & (position < np.repeat(self.train_end, lengths))
         return np.bincount(histories.items[inside] - 1, minlength=histories.num_items)
 
 
@@ -77,7 +81,7 @@ def split_by_ratio(histories: Histories, ratios: tuple[int, int, int] = (3, 2, 5
         if ratio:
             count += (count == 0) & (targets - valid - test > 1)
     train_end = 1 + targets - valid - test
-    return Split(histories, train_end, train_end + valid)
+    return Split(histories, np.zeros_like(train_end), train_end, train_end + valid)
 
 
 def split_leave_one_out(histories: Histories) -> Split:
@@ -88,7 +92,7 @@ def split_leave_one_out(histories: Histories) -> Split:
     targets = np.maximum(np.diff(histories.offsets) - 1, 0)
     test, valid = (targets > 1).astype(np.int64), (targets > 2).astype(np.int64)
     train_end = 1 + targets - valid - test
-    return Split(histories, train_end, train_end + valid)
+    return Split(histories, np.zeros_like(train_end), train_end, train_end + valid)
 
 
 def split_by_time(
@@ -97,17 +101,18 @@ def split_by_time(
     """Cut all users at the same two moments; nothing that training uses depends on what comes after the first.
 
     The moments are the times of the interactions at the ratios' shares of all, in time order; what bears such a time
-    comes after the cut. The training part is filtered to a k-core, whose items are the catalogue. Of the later parts,
-    the interactions with these items are kept, whoever the user is: users new to them come after the known ones.
+    comes after the cut. The training part is filtered to a k-core, whose items are the catalogue. Every other
+    interaction with these items is kept too, whoever the user is: those before the cut as history alone, which later
+    ones are predicted from but training does not learn from or count. Users outside the core come after those in it.
 
     Args:
         interactions: unfiltered.
         ratios: shares of train, valid and test among all interactions.
-        min_user: drop users with fewer interactions in the training part from it.
+        min_user: users with fewer interactions in the training part are no part of it.
         min_item: drop items with fewer interactions in the training part.
 
     Returns:
-        The split, and the times at which validation and test begin.
+        The split, and the times at which validation and test begin; infinity for what is nobody's.
 
     Raises:
         ValueError: bad ratios, or (DataError) no training interaction is left.
@@ -115,9 +120,11 @@ def split_by_time(
     _check_ratios(ratios)
     clock = np.sort(interactions.times)
     valid_from, test_from = (
-        clock[min(len(clock) - 1, len(clock) * share // sum(ratios))].item() for share in (ratios[0], sum(ratios[:2]))
+        clock[place].item() if (place := len(clock) * share // sum(ratios)) < len(clock) else math.inf
+        for share in (ratios[0], sum(ratios[:2]))
     )
-    early = np.flatnonzero(interactions.times < valid_from)
+    is_early = interactions.times < valid_from
+    early = np.flatnonzero(is_early)
     core = early[
         k_core_rows(interactions.users[early], interactions.items[early], min_user=min_user, min_item=min_item)
     ]
@@ -128,18 +135,23 @@ def split_by_time(
         )
     known = np.zeros(len(interactions.item_ids), dtype=bool)
     known[interactions.items[core]] = True
-    late = np.flatnonzero((interactions.times >= valid_from) & known[interactions.items])
-    rows = np.concatenate([core, late])  # in this order, so that no code depends on what comes late
+    is_other = known[interactions.items]
+    is_other[core] = False
+    others = [np.flatnonzero(is_other & is_early), np.flatnonzero(is_other & ~is_early)]
+    rows = np.concatenate([core, *others])  # in this order, so that no code depends on what comes after the cut
     users, user_ids = _by_first_appearance(interactions.users[rows], interactions.user_ids)
     items, item_ids = _by_first_appearance(interactions.items[rows], interactions.item_ids)
     histories = build_histories(Interactions(users, items, interactions.times[rows], user_ids, item_ids))
-    return split_at(histories, valid_from, test_from), (valid_from, test_from)
+    split = split_at(histories, valid_from, test_from)
+    in_core = np.arange(histories.num_users) <= users[: len(core)].max()  # all of a user's interactions before the cut
+    return replace(split, train_begin=np.where(in_core, 0, split.train_end)), (valid_from, test_from)
 
 
 def split_at(histories: Histories, valid_from: float, test_from: float) -> Split:
-    """Split where time reaches ``valid_from``, then ``test_from``."""
+    """Split where time reaches ``valid_from``, then ``test_from``; all that is earlier belongs to training."""
     ends = [np.r_[0, np.cumsum(histories.times < cut)][histories.offsets] for cut in (valid_from, test_from)]
-    return Split(histories, np.diff(ends[0]), np.diff(ends[1]))
+    train_end = np.diff(ends[0])
+    return Split(histories, np.zeros_like(train_end), train_end, np.diff(ends[1]))
 
 
 def _by_first_appearance(codes: IntArray, ids: tuple[str, ...]) -> tuple[IntArray, tuple[str, ...]]:

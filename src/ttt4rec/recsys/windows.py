@@ -52,30 +52,6 @@ class Windows:
         """Number of scored targets of all windows together."""
         return int(self.targets_per_window.sum())
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some windows, padded on the right with 0.
-
-        Args:
-            indices: int64 [B], which windows.
-
-        Returns:
-            ids: int64 [B, L], L the longest of these windows; 0 is padding.
-            targets: int64 [B, L], the item after each input; 0 where it is not scored.
-
-        Raises:
-            ValueError: there are no indices.
-        """
-        if indices.numel() == 0:
-            raise ValueError("expected the index of at least one window, got none")
-        length = self.lengths[indices].unsqueeze(1)
-        column = torch.arange(int(length.max()))
-        inside = column < length
-        scored = inside & (column >= self.leading[indices].unsqueeze(1))
-        position = (self.starts[indices].unsqueeze(1) + column) * inside
-        ids = self.items[position] * inside
-        targets = self.items[(position + 1) * scored] * scored
-        return ids, targets
-
     def packed_batch(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs and targets of some windows, one behind the other without padding.
 
