@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from crash import OPTIONS, fork, survive, train, wait
 from recsys_data import make_model, make_split
 from ttt4rec import TTT4Rec, files
+from ttt4rec.recsys.checkpoint import save_checkpoint
 from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, fit
 
@@ -158,7 +159,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_training(tmp_path, monk
 def foreign(tmp_path, name):
     """Files that are no checkpoint of this run, by what they are."""
     path = tmp_path / name
-    header = {"kind": "ttt4rec training checkpoint, version 2"}
+    header = {"kind": "ttt4rec training checkpoint, version 3"}
     match name:
         case "pickle":
             torch.save({"model": torch.ones(2)}, path)
@@ -168,10 +169,10 @@ def foreign(tmp_path, name):
             save_file({"model.x": torch.ones(2)}, path, {"kind": "ttt4rec training checkpoint, version 0"})
         case "no progress":
             save_file({"model.x": torch.ones(2)}, path, header)
-        case "broken progress":
-            save_file({"model.x": torch.ones(2)}, path, header | {"progress": "{"})
+        case "no checksum":
+            save_file({"model.x": torch.ones(2)}, path, header | {"progress": "{}"})
         case "other progress":
-            save_file({"model.x": torch.ones(2)}, path, header | {"progress": json.dumps({"epoch": 3})})
+            save_checkpoint(path, {"model.x": torch.ones(2)}, {"epoch": 3})
         case "text":
             path.write_text("epoch 3")
         case "zeros":
@@ -179,7 +180,7 @@ def foreign(tmp_path, name):
     return path.read_bytes()
 
 
-NAMES = ["pickle", "tensors", "another version", "no progress", "broken progress", "other progress", "text", "zeros"]
+NAMES = ["pickle", "tensors", "another version", "no progress", "no checksum", "other progress", "text", "zeros"]
 
 
 @pytest.mark.parametrize("name", NAMES)

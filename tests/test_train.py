@@ -245,11 +245,13 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert len(fit(make_model(split), split, tmp_path, TrainOptions(epochs=2))) == 2
 
 
-def test_a_flipped_bit_is_a_clear_error(tmp_path):
+@pytest.mark.parametrize("part", ["weights", "progress"])
+def test_a_flipped_bit_is_a_clear_error(tmp_path, part):
     split = make_split(tmp_path)
     fit(make_model(split), split, tmp_path, TrainOptions(epochs=1))
     content = bytearray((tmp_path / CHECKPOINT_FILE).read_bytes())
-    content[-1] ^= 1
+    place = -1 if part == "weights" else content.index(b"train_seconds") + 5
+    content[place] ^= 1
     (tmp_path / CHECKPOINT_FILE).write_bytes(content)
     with pytest.raises(ValueError, match="damaged: its checksum"):
         fit(make_model(split), split, tmp_path, TrainOptions(epochs=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from ttt4rec.files import checksum, write_tensors
 
-_KIND = "ttt4rec training checkpoint, version 2"
+_KIND = "ttt4rec training checkpoint, version 3"
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
     """Put a checkpoint in the place of the old one; OSError, and the old one stays, when it cannot be written."""
-    write_tensors(path, tensors, {"kind": _KIND, "progress": json.dumps(progress), "checksum": checksum(tensors)})
+    text = json.dumps(progress)
+    write_tensors(path, tensors, {"kind": _KIND, "progress": text, "checksum": _checksum(tensors, text)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -31,9 +33,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if metadata.get("kind") != _KIND:
                 raise ValueError(f"{path} is not a training checkpoint of this version")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        progress = json.loads(metadata["progress"])
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        text, expected = metadata["progress"], metadata["checksum"]
+    except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if checksum(tensors) != metadata.get("checksum"):
+    if _checksum(tensors, text) != expected:
         raise ValueError(f"{path} is damaged: its checksum is wrong")
-    return tensors, progress
+    return tensors, json.loads(text)
+
+
+def _checksum(tensors: dict[str, Tensor], progress: str) -> str:
+    return hashlib.sha256(f"{checksum(tensors)} {progress}".encode()).hexdigest()
