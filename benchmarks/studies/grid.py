@@ -26,7 +26,7 @@ STUDIES = {
     ),
     "losses": Study(
         "Losses",
-        datasets=(ML_100K, ML_1M),
+        datasets=(ML_100K, ML_1M, AMAZON),
         variants={label: TUNED[label] for label in LOSSES},
         common=PROTOCOL,
     ),
