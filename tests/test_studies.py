@@ -144,7 +144,7 @@ def test_the_rates_are_the_best_by_validation(name: str) -> None:
     for run in STUDIES[name].runs():
         kind, rate = run.variant.rsplit(", ", 1)
         found = find(results, run)
-        if found is not None and (run.data.name, float(rate)) not in STOPPED_TOO_SOON:
+        if found is not None and (kind, run.data.name, float(rate)) not in STOPPED_TOO_SOON:
             tried.setdefault((kind, run.data.name), {})[float(rate)] = max(found["validation"])
     tried.pop(("softmax over all items", "ml-100k"), None)  # as in the study of mixers, to share its runs
     for (kind, dataset), rates in tried.items():
