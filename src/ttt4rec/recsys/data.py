@@ -25,6 +25,7 @@ TimeArray: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
 
 _SEPARATORS = {".inter": "\t", ".tsv": "\t", ".csv": ","}
 _DATE = re.compile(r"\s*\d{4}-\d\d-\d\d")
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what the error handler surrogateescape makes of bytes
 _ROWS_PER_CHUNK = 256  # few enough objects alive that the garbage collector stays out of the way
 
 
@@ -138,7 +139,7 @@ def read_interactions(
     """Read a delimited text file, or a Parquet file.
 
     RecBole atomic files (``.inter``, header ``name:type``), ``.tsv`` and ``.csv``, each also with ``.gz`` behind it,
-    and ``.parquet`` are told apart by their suffix; another suffix needs ``separator``. Commas and other separators
+    and ``.parquet`` are told apart by their suffix, in either case; another one needs ``separator``. Commas and other separators
     allow quoted fields, tabs do not. Blank lines are passed over, other columns ignored. The first line names the
     columns; of a text file that begins with its rows, ``columns`` does.
 
@@ -151,7 +152,7 @@ def read_interactions(
             file, the first bad line, how many there are and where.
     """
     path = Path(path)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         from ttt4rec.recsys.parquet import read_parquet
 
         return read_parquet(path, user_field, item_field, time_field)
@@ -161,37 +162,55 @@ def read_interactions(
     if not path.is_file():
         raise DataError(f"expected a data file at {path}, got {'a directory' if path.is_dir() else 'nothing'}")
     try:
-        with _open_text(path) as file:
-            quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-            reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
-            header = next(reader, None) if columns is None else list(columns)
-            if not header:
-                given = "an empty file" if header is None else "an empty line"
-                raise DataError(f"{path} line 1: expected a header line, got {given}")
-            found = _find_columns(path, header, user_field, item_field, time_field)
-            return _read_rows(path, reader, found)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x}") from error
+        return _read_text(path, separator, columns, (user_field, item_field, time_field))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: expected a whole gzip file, got one that cannot be unpacked ({error})") from error
-    except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num}: expected delimited text, got {error}") from error
     except OSError as error:
         raise DataError(f"{path}: expected a readable file, got {error.strerror or error}") from error
 
 
+def _read_text(path: Path, separator: str, columns: Sequence[str] | None, fields: tuple[str, str, str]) -> Interactions:
+    with _open_text(path) as file:
+        quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+        reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
+        try:
+            header = next(reader, None) if columns is None else list(columns)
+            if not header:
+                given = "an empty file" if header is None else "an empty line"
+                raise DataError(f"{path} line 1: expected a header line, got {given}")
+            return _read_rows(path, reader, _find_columns(path, header, *fields))
+        except UnicodeDecodeError as error:
+            place, given = f"line {_line_of_undecodable(path)}", f"byte {error.object[error.start]:#04x}"
+            raise DataError(f"{path} {place}: expected UTF-8 text, got {given}") from error
+        except csv.Error as error:
+            raise DataError(f"{path} line {reader.line_num}: expected delimited text, got {error}") from error
+
+
 def _separator_of(path: Path) -> str:
-    plain = path.with_suffix("") if path.suffix == ".gz" else path
-    if plain.suffix not in _SEPARATORS:
+    plain = path.with_suffix("") if _is_packed(path) else path
+    if plain.suffix.lower() not in _SEPARATORS:
         known = ", ".join(_SEPARATORS)
         raise DataError(f"{path}: expected a suffix out of {known} (or a separator), got {plain.suffix!r}")
-    return _SEPARATORS[plain.suffix]
+    return _SEPARATORS[plain.suffix.lower()]
 
 
-def _open_text(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _open_text(path: Path, errors: str = "strict") -> TextIO:
+    if _is_packed(path):
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors=errors, newline="")
+    return path.open(encoding="utf-8-sig", errors=errors, newline="")
+
+
+def _line_of_undecodable(path: Path) -> int:
+    """Number of the first line that is not UTF-8, in a file that has one.
+
+    Read again for it: the text layer decodes whole blocks, so that when it fails, the lines before are not yet counted.
+    """
+    with _open_text(path, errors="surrogateescape") as file:
+        return next(number for number, line in enumerate(file, start=1) if _ESCAPED_BYTE.search(line))
 
 
 def _find_columns(path: Path, header: list[str], user_field: str, item_field: str, time_field: str) -> _Columns:
