@@ -94,6 +94,7 @@ def test_text_oddities_are_read_as_meant(tmp_path: Path) -> None:
         (["9007199254740993", "9007199254740993.0"], [2**53 + 1, 2**53 + 1]),
         (["1", "2.5"], [1.0, 2.5]),
         ([str(2**63 - 1), str(-(2**63))], [2**63 - 1, -(2**63)]),
+        ([str(-(2**63)), str(2**60), "-0.5"], [-(2.0**63), 2.0**60, -0.5]),
     ],
 )
 def test_times_are_exact(tmp_path: Path, texts: list[str], expected: list[float]) -> None:
@@ -110,6 +111,18 @@ def test_one_fractional_time_far_down_makes_all_of_them_float64(tmp_path: Path) 
     assert times.tolist() == [7.0] * 1000 + [7.25]
 
 
+@pytest.mark.parametrize("rows_between", [0, 1000])  # 1000: in another of the chunks that are parsed together
+@pytest.mark.parametrize("exact_first", [True, False])
+def test_whole_times_that_float64_would_round_beside_fractions(
+    tmp_path: Path, rows_between: int, exact_first: bool
+) -> None:
+    nanoseconds = 1_700_000_000_123_456_789
+    outer = [f"u\ti\t0\t{nanoseconds}\n", "u\ti\t0\t7.25\n"]
+    first, last = outer if exact_first else outer[::-1]
+    message = message_of(write(tmp_path, "a.inter", HEADER + first + "u\ti\t0\t7\n" * rows_between + last))
+    assert f"expected times that float64 holds exactly, as some are fractions (7.25), got {nanoseconds}" in message
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -119,7 +132,7 @@ def test_one_fractional_time_far_down_makes_all_of_them_float64(tmp_path: Path) 
         ("u\t \t3\t4", "expected an item id in field 2, got ' '"),
         *[
             (f"u\ti\t3\t{time}", f"in field 4, got '{time}'")
-            for time in ("nan", "inf", "", "soon", "1_000", "1e400", str(2**63), "1e999999999")
+            for time in ("nan", "inf", "", "soon", "1_000", "1e400", str(2**63), "1e999999999", f"{2**52}.5")
         ],
     ],
 )

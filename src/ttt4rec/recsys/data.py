@@ -139,17 +139,18 @@ def read_interactions(
     """Read a delimited text file, or a Parquet file.
 
     RecBole atomic files (``.inter``, header ``name:type``), ``.tsv`` and ``.csv``, each also with ``.gz`` behind it,
-    and ``.parquet`` are told apart by their suffix, in either case; another one needs ``separator``. Commas and other separators
-    allow quoted fields, tabs do not. Blank lines are passed over, other columns ignored. The first line names the
-    columns; of a text file that begins with its rows, ``columns`` does.
+    and ``.parquet`` are told apart by their suffix, in either case; another one needs ``separator``. Commas and other
+    separators allow quoted fields, tabs do not. Blank lines are passed over, other columns ignored. The first line
+    names the columns; of a text file that begins with its rows, ``columns`` does.
 
     Ids are strings, coded in the order of their first appearance. Times are numbers, or moments such as
     2010-10-19T23:55:27Z (UTC unless they say otherwise), which become seconds since 1970. They are int64 when all of
-    them are whole ("874965478.0" is) and float64 otherwise.
+    them are whole ("874965478.0" is) and float64 otherwise. Rows stay in the order of the file, on which histories fall
+    back where times are equal.
 
     Raises:
-        DataError: no such file, no such column, no rows, or rows that cannot be understood; it names the
-            file, the first bad line, how many there are and where.
+        DataError: no such file, no such column, no rows, rows that cannot be understood (it names the file, the first
+            bad line, how many there are and where), or a whole time that float64, beside fractions, would round.
     """
     path = Path(path)
     if path.suffix.lower() == ".parquet":
@@ -251,7 +252,7 @@ def _read_rows(path: Path, reader: _Reader, columns: _Columns) -> Interactions:
     user_codes, item_codes = Codes(), Codes()
     users: list[IntArray] = []
     items: list[IntArray] = []
-    times: list[TimeArray] = []
+    times: list[TimeArray | NDArray[np.object_]] = []
     problems: list[tuple[int, str]] = []
     while chunk := [(reader.line_num, row) for row in islice(reader, _ROWS_PER_CHUNK)]:
         rows = [row for _, row in chunk if row]
@@ -271,7 +272,7 @@ def _read_rows(path: Path, reader: _Reader, columns: _Columns) -> Interactions:
     return Interactions(
         np.concatenate(users),
         np.concatenate(items),
-        join_times(times),
+        _join_times(path, times),
         tuple(user_codes),
         tuple(item_codes),
     )
@@ -287,14 +288,24 @@ def report_problems(path: Path, problems: Sequence[tuple[int, str]], place: str)
         raise DataError(f"{path} {place} {problems[0][0]}: {problems[0][1]} ({count})")
 
 
-def join_times(chunks: list[TimeArray]) -> TimeArray:
-    """One array, int64 if all chunks are."""
+def _join_times(path: Path, chunks: Sequence[TimeArray | NDArray[np.object_]]) -> TimeArray:
+    """One array, int64 if all chunks are; DataError for a whole time that float64, beside fractions, would round."""
     if all(chunk.dtype == np.int64 for chunk in chunks):
         return np.concatenate(chunks, dtype=np.int64)
-    return np.concatenate(chunks, dtype=np.float64)
+    times: NDArray[np.float64] = np.concatenate(chunks, dtype=np.float64, casting="unsafe")
+    for chunk in chunks:
+        for time in chunk.tolist() if chunk.dtype != np.float64 else ():
+            if time != float(time):  # Python compares the two exactly; rounded times would tie with their neighbours
+                fraction = times[times % 1 != 0][0]
+                raise DataError(
+                    f"{path}: expected times that float64 holds exactly, as some are fractions ({fraction}), got {time}"
+                )
+    return times
 
 
-def _parse_chunk(rows: list[list[str]], columns: _Columns) -> tuple[tuple[str, ...], tuple[str, ...], TimeArray]:
+def _parse_chunk(
+    rows: list[list[str]], columns: _Columns
+) -> tuple[tuple[str, ...], tuple[str, ...], TimeArray | NDArray[np.object_]]:
     """The user ids, item ids and times of some rows; ValueError when any of them is malformed."""
     by_column = list(zip(*rows, strict=True))
     if len(by_column) != columns.width:
@@ -305,7 +316,8 @@ def _parse_chunk(rows: list[list[str]], columns: _Columns) -> tuple[tuple[str, .
     return users, items, _parse_times(times)
 
 
-def _parse_times(column: Sequence[str]) -> TimeArray:
+def _parse_times(column: Sequence[str]) -> TimeArray | NDArray[np.object_]:
+    """Times as int64 or float64, or as Python's numbers where neither would hold them exactly."""
     if not any("_" in text for text in column):  # int() would take 1_000 for a number
         try:
             return np.array(list(map(int, column)), dtype=np.int64)
@@ -314,7 +326,8 @@ def _parse_times(column: Sequence[str]) -> TimeArray:
     numbers = [_parse_time(text) for text in column]
     if all(isinstance(number, int) for number in numbers):
         return np.array(numbers, dtype=np.int64)
-    return np.array(numbers, dtype=np.float64)
+    floats = np.array(numbers, dtype=np.float64)
+    return floats if floats.tolist() == numbers else np.array(numbers, dtype=object)
 
 
 def _parse_time(text: str) -> int | float:
@@ -328,7 +341,11 @@ def _parse_time(text: str) -> int | float:
         raise ValueError("not a number") from error
     if not number.is_finite() or not -(2**63) <= number < 2**63:
         raise ValueError("not a finite number of 64 bits")
-    return int(number) if number == number.to_integral_value() else float(number)
+    if number == number.to_integral_value():
+        return int(number)
+    if abs(number) >= 2**52:
+        raise ValueError("a fraction that float64 rounds away")
+    return float(number)
 
 
 def _problem(row: list[str], columns: _Columns) -> str | None:
@@ -341,7 +358,8 @@ def _problem(row: list[str], columns: _Columns) -> str | None:
     try:
         _parse_time(row[columns.time])
     except ValueError:
-        return f"expected a time (a 64-bit number or a date) in field {columns.time + 1}, got {row[columns.time]!r}"
+        wanted = "a time (a 64-bit number, below 2**52 if it has a fraction, or a date)"
+        return f"expected {wanted} in field {columns.time + 1}, got {row[columns.time]!r}"
     return None
 
 
