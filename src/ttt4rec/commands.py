@@ -123,14 +123,11 @@ def report(args: Namespace) -> None:
 
 
 def _recommend_file(recommender: Recommender, args: Namespace) -> None:
-    """A line of JSON for each line of a file; one without a known item gets no recommendations."""
+    """A line of JSON for each line of a file."""
     with open(args.histories, encoding="utf-8-sig") as file:
         while chunk := [_history(line) for line in islice(file, 4096)]:
-            known = [bool(len(recommender.histories.item_codes(history)[0])) for history in chunk]
-            asked = [history for history, answerable in zip(chunk, known, strict=True) if answerable]
-            answers = iter(recommender.recommend_batch(asked, k=args.k, exclude_seen=args.exclude_seen))
-            for history, answerable in zip(chunk, known, strict=True):
-                print(json.dumps(_as_json(next(answers) if answerable else Recommendations([], tuple(history)))))
+            for result in recommender.recommend_batch(chunk, k=args.k, exclude_seen=args.exclude_seen):
+                print(json.dumps(_as_json(result)))
 
 
 def _history(line: str) -> list[str]:
