@@ -25,6 +25,7 @@ from ttt4rec.recsys.split import Split, split_at, split_by_ratio, split_by_time,
 from ttt4rec.recsys.train import CHECKPOINT_FILE, EpochReport, TrainOptions, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
 
+_MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
 _NO_SETTINGS = ("command", "device", "threads", "shape_given")  # arguments that say nothing of what was trained
 
 
@@ -165,8 +166,8 @@ def _model_config(args: Namespace, num_items: int, trained: Recommender | None) 
 
 def _ratios(text: str) -> tuple[int, int, int]:
     parts = text.split(":")
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--split expects three whole numbers such as 3:2:5, given {text!r}")
+    if len(parts) != 3 or not all(part.isdecimal() and len(part) <= 6 for part in parts):
+        raise ValueError(f"--split expects three whole numbers below 1,000,000 such as 3:2:5, given {text!r}")
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
@@ -206,8 +207,8 @@ def _machine(args: Namespace) -> str:
     """The device asked for, checked; the number of threads is set on the way."""
     name: str = args.device
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads must be at least 1; given {args.threads}")
+        if not 1 <= args.threads <= _MOST_THREADS:
+            raise ValueError(f"--threads must be from 1 to {_MOST_THREADS}; given {args.threads}")
         torch.set_num_threads(args.threads)
     try:
         device = torch.device(name)

@@ -20,6 +20,8 @@ from typing import Literal, Protocol, TextIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ttt4rec.validation import check_integer
+
 IntArray: TypeAlias = NDArray[np.int64]
 TimeArray: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
 
@@ -370,7 +372,7 @@ def filter_k_core(interactions: Interactions, *, min_user: int, min_item: int) -
     interactions keep theirs.
 
     Raises:
-        DataError: nothing is left.
+        ValueError: a minimum is not a whole number of at least 0, or (DataError) nothing is left.
     """
     kept = k_core_rows(interactions.users, interactions.items, min_user=min_user, min_item=min_item)
     if not len(kept):
@@ -382,7 +384,9 @@ def filter_k_core(interactions: Interactions, *, min_user: int, min_item: int) -
 
 
 def k_core_rows(users: IntArray, items: IntArray, *, min_user: int, min_item: int) -> IntArray:
-    """Which rows ``filter_k_core`` keeps, int64, ascending."""
+    """Which rows ``filter_k_core`` keeps, int64, ascending; ValueError for a negative minimum."""
+    check_integer("min_user", min_user, least=0)
+    check_integer("min_item", min_item, least=0)
     kept = np.arange(len(users))
     while True:
         enough_user = np.bincount(users[kept], minlength=1) >= min_user
