@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pyarrow as arrow
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -168,6 +168,7 @@ def read_or_refuse(path):
 HEADER = b"user_id,item_id,timestamp\n"
 
 
+@settings(max_examples=300)
 @given(st.binary(max_size=80), st.booleans(), st.sampled_from([".csv", ".tsv", ".inter", ".csv.gz", ".parquet"]))
 def test_any_bytes(tmp_path, content, header, suffix):
     path = tmp_path / f"fuzz{suffix}"
@@ -175,6 +176,7 @@ def test_any_bytes(tmp_path, content, header, suffix):
     read_or_refuse(path)
 
 
+@settings(max_examples=300)
 @given(st.text(max_size=60), st.booleans())
 def test_any_text_behind_a_header(tmp_path, text, packed):
     content = HEADER + text.encode("utf-8", "surrogatepass")
@@ -183,6 +185,7 @@ def test_any_text_behind_a_header(tmp_path, text, packed):
     read_or_refuse(path)
 
 
+@settings(max_examples=300)
 @given(st.data())
 def test_damaged_files(tmp_path, data):
     table = write(tmp_path / "whole.parquet", ["a", "b"] * 20, ["x", "y", "z", "w"] * 10, list(range(40)))
@@ -207,6 +210,7 @@ def test_a_damaged_end_of_a_parquet_file_loses_no_rows(tmp_path):
 IDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
 
 
+@settings(max_examples=200)
 @given(st.lists(st.tuples(IDS, IDS, st.integers(-(2**63), 2**63 - 1)), min_size=1, max_size=20))
 def test_what_was_written_is_read(tmp_path, rows):
     buffer = io.StringIO(newline="")
