@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from recsys_data import rows_of
+from ttt4rec.recsys import parquet as reader
 from ttt4rec.recsys.data import DataError, Interactions, read_interactions
 
 
@@ -23,7 +24,7 @@ def write(path, users, items, times, **types):
 
 
 def test_parquet_reads_as_text_does(tmp_path, monkeypatch):
-    monkeypatch.setattr("ttt4rec.recsys.parquet._ROWS_PER_BATCH", 7)
+    monkeypatch.setattr(reader, "_ROWS_PER_BATCH", 7)
     rows = [(f"u{i * 7 % 5}", f"i{i % 9}", 10**15 - i) for i in range(40)]
     (tmp_path / "a.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(f"{u},{i},{t}" for u, i, t in rows))
     text = read_interactions(tmp_path / "a.csv")
@@ -87,7 +88,7 @@ def test_parquet_strings_of_every_type(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", [arrow.string(), arrow.large_string()], ids=str)
 def test_parquet_strings_that_are_not_utf8(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("ttt4rec.recsys.parquet._ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(reader, "_ROWS_PER_BATCH", 3)
     raw = [b"a", b"b", b"a", b"b", b"\xff\xfe", b"\xfd"]
     binary = arrow.large_binary() if kind == arrow.large_string() else arrow.binary()
     items = arrow.array(raw, type=binary).view(kind)
@@ -101,7 +102,7 @@ def test_parquet_strings_that_are_not_utf8(tmp_path, monkeypatch, kind):
 
 def test_parquet_times_keep_what_the_column_holds(tmp_path, monkeypatch):
     """A column of floats was rounded by whoever wrote it; beside fractions, its whole times lose nothing more."""
-    monkeypatch.setattr("ttt4rec.recsys.parquet._ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(reader, "_ROWS_PER_BATCH", 2)
     large = [float(1_700_000_000_123_456_789), 2.0**62]
     for times in (large, [*large, 0.5]):
         data = read_interactions(write(tmp_path / "a.parquet", *[["a"] * len(times)] * 2, times))
@@ -113,20 +114,24 @@ def test_parquet_times_keep_what_the_column_holds(tmp_path, monkeypatch):
 
 
 def test_a_parquet_file_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("ttt4rec.recsys.parquet._ROWS_PER_BATCH", 1000)
-    rows = 50_000
-    ids = [f"{i % 100:0100}" for i in range(rows)]  # long and few, so that codes are small beside the column
-    path = write(tmp_path / "a.parquet", ids, ids, list(range(rows)))
-    before, pool = arrow.default_memory_pool(), arrow.proxy_memory_pool(arrow.default_memory_pool())
-    arrow.set_memory_pool(pool)
-    try:
-        whole = parquet.read_table(path).nbytes
-        assert pool.max_memory() > whole  # it counts what it should
-        arrow.set_memory_pool(pool := arrow.proxy_memory_pool(before))
-        assert len(read_interactions(path)) == rows
-    finally:
-        arrow.set_memory_pool(before)
-    assert 0 < pool.max_memory() < whole / 8
+    seen, encode = [], reader._encode
+
+    def watched(column, codes):
+        seen.append(arrow.total_allocated_bytes() - before)
+        return encode(column, codes)
+
+    monkeypatch.setattr(reader, "_ROWS_PER_BATCH", 1000)
+    monkeypatch.setattr(reader, "_encode", watched)
+    ids = [f"{i % 100:0100}" for i in range(50_000)]  # long and few, so that codes are small beside the columns
+    path = write(tmp_path / "a.parquet", ids, ids, list(range(50_000)))
+    before = arrow.total_allocated_bytes()
+    table = parquet.read_table(path)
+    whole = arrow.total_allocated_bytes() - before
+    assert whole >= table.nbytes
+    del table
+    assert len(read_interactions(path)) == 50_000
+    assert len(seen) == 2 * 50
+    assert 0 < max(seen) < whole / 4  # pyarrow keeps some pages
 
 
 def test_unusable_parquet_files(tmp_path, monkeypatch):
