@@ -330,7 +330,7 @@ def test_what_is_too_large_is_one_line(run, capsys, monkeypatch, error):
 
     monkeypatch.setattr("ttt4rec.commands.write_report", fails)
     assert main(["report", str(run / "run"), "--out", str(run / "both")]) == 2
-    assert capsys.readouterr().err == f"ttt4rec: error: {str(error) or 'out of memory'}\n"
+    assert capsys.readouterr().err == f"ttt4rec: error: {str(error) or 'MemoryError'}\n"
 
 
 @pytest.mark.parametrize(

@@ -42,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
         return 128 + 13  # as a shell reports a program that SIGPIPE ended
     except (ValueError, OSError, RuntimeError, OverflowError, MemoryError) as error:
-        message = " ".join(str(error).split()) or "out of memory"  # MemoryError says nothing
+        message = " ".join(str(error).split()) or type(error).__name__  # MemoryError may say nothing
         print(f"ttt4rec: error: {message}", file=sys.stderr)
         return 2
     return 0
 
 
 def _whole(text: str) -> int:
-    """A whole number that no product of sizes takes beyond 64 bits."""
+    """A whole number so small that the product of two has 64 bits."""
     try:
         number = int(text)
     except ValueError:
