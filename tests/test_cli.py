@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ import torch
 from recsys_data import write_events
 from ttt4rec import TTT4Rec
 from ttt4rec.cli import main, make_parser
-from ttt4rec.model import MIXERS
+from ttt4rec.model import MIXERS, TTT4RecConfig
+from ttt4rec.recsys.losses import LOSSES
+from ttt4rec.recsys.train import TrainOptions
 
 SMALL = ["--width", "16", "--num-heads", "2", "--ffn-width", "16", "--max-len", "8", "--targets-per-batch", "128"]
 
@@ -191,6 +196,24 @@ def test_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     assert "same command again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("question", "lines"),
+    [(["--user", "u1"], 0), (["--help"], 0), (["--histories", "FILE"], 1)],  # the first two are flushed at the end only
+    ids=str,
+)
+def test_a_closed_pipe_ends_quietly(run, question, lines):
+    (run / "many.txt").write_text("i1 i2\n" * 2000)  # whose answers are more than a pipe holds
+    question = [str(run / "many.txt") if word == "FILE" else word for word in question]
+    command = [sys.executable, "-m", "ttt4rec.cli", "recommend", str(run / "run"), *question]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        for _ in range(lines):
+            assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 @pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"], ["report"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -233,6 +256,15 @@ BAD_FILES = {
         (["ring.inter", "--loss", "bpr", "--num-negatives", "0"], "0"),
         (["ring.inter", "--accumulate", "0"], "0"),
         (["ring.inter", "--min-item", "100000"], "100000"),
+        (["ring.inter", "--min-user", "-5"], "min_user must be an integer of at least 0; given -5"),
+        (["ring.inter", "--min-item", "-1"], "min_item must be an integer of at least 0; given -1"),
+        (
+            ["ring.inter", "--split-by", "time", "--min-item", "-1"],
+            "min_item must be an integer of at least 0; given -1",
+        ),
+        (["ring.inter", "--split", f"{10**20}:1:1"], str(10**20)),
+        (["ring.inter", "--seed", str(10**20)], f"seed must be below 2**63; given {10**20}"),
+        (["ring.inter", "--threads", "1025"], "--threads must be from 1 to 1024; given 1025"),
         (["ring.inter", "--width", "10", "--num-heads", "4"], "10"),
         (["ring.inter", "--width", "-8"], "-8"),
         (["ring.inter", "--dropout", "1.5"], "1.5"),
@@ -257,6 +289,48 @@ def test_bad_training_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch
     assert error.count("\n") == 1
     assert names in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def commands_of(parser):
+    """The parsers of the commands by their names."""
+    (commands,) = (action for action in parser._actions if action.dest == "command")
+    return commands.choices
+
+
+def integer_options():
+    """Every option of every command that takes whole numbers, but for the seed, which may have 63 bits."""
+    for name, parser in commands_of(make_parser()).items():
+        for action in parser._actions:
+            first = action.default[0] if isinstance(action.default, list) else action.default
+            if action.dest == "threads" or (action.dest != "seed" and type(first) is int):
+                yield name, action.option_strings[-1]
+
+
+@pytest.mark.parametrize(("command", "option"), list(integer_options()))
+@pytest.mark.parametrize("value", [str(10**20), str(2**31), "1.5", "many"])
+def test_numbers_that_are_no_sizes_are_one_line(capsys, command, option, value):
+    required = {"train": ["ring.inter", "--out", "run"], "recommend": ["run", "--user", "u1"], "evaluate": ["run"]}
+    assert main([command, *required[command], option, value]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ttt4rec: error: ")
+    assert error.count("\n") == 1
+    assert f"{option}: expected a whole number below 2**31, given '{value}'" in error
+
+
+def test_large_numbers_where_there_is_no_limit(run, capsys):
+    assert main(["recommend", str(run / "run"), "--user", "u1", "-k", str(2**31 - 1)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 24
+    assert main(["evaluate", str(run / "run"), "--cutoffs", str(2**31 - 1)]) == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OverflowError("int too large")], ids=repr)
+def test_what_is_too_large_is_one_line(run, capsys, monkeypatch, error):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("ttt4rec.commands.write_report", fails)
+    assert main(["report", str(run / "run"), "--out", str(run / "both")]) == 2
+    assert capsys.readouterr().err == f"ttt4rec: error: {str(error) or 'MemoryError'}\n"
 
 
 @pytest.mark.parametrize(
@@ -287,7 +361,27 @@ def test_out_that_cannot_be_written(run, capsys):
     assert capsys.readouterr().err.startswith("ttt4rec: error: ")
 
 
-def test_every_mixer_may_be_chosen():
-    (train,) = (a for a in make_parser()._actions if a.dest == "command")
-    (mixer,) = (a for a in train.choices["train"]._actions if a.dest == "mixer")
-    assert tuple(mixer.choices) == MIXERS
+NOT_ON_THE_COMMAND_LINE = {
+    "num_items",
+    "rope_theta",
+    "base_lr",
+    "conv_kernel",
+    "block_conv",
+}  # num_items: from the data
+
+
+@pytest.mark.parametrize("target", [TTT4RecConfig, TrainOptions])
+def test_the_options_of_training_are_the_fields_of_the_classes(target):
+    options = {action.dest: action for action in commands_of(make_parser())["train"]._actions}
+    fields = {field.name: field.default for field in dataclasses.fields(target)}
+    assert set(fields) - set(options) == NOT_ON_THE_COMMAND_LINE & set(fields)
+    common = set(fields) & set(options)
+    assert {name: options[name].default for name in common} == {name: fields[name] for name in common}
+    for name in common:
+        assert options[name].option_strings == ["--" + name.replace("_", "-")]
+
+
+@pytest.mark.parametrize(("option", "choices"), [("mixer", MIXERS), ("loss", LOSSES)])
+def test_everything_may_be_chosen(option, choices):
+    (found,) = (action for action in commands_of(make_parser())["train"]._actions if action.dest == option)
+    assert tuple(found.choices) == tuple(choices)

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import io
+import random
 import subprocess
 import sys
 import zipfile
@@ -27,7 +28,7 @@ ROWS = "u1\ti9\t4\t30\nu2\ti9\t1\t20\nu1\ti3\t5\t10\n"
 
 def write(folder: Path, name: str, text: str) -> Path:
     path = folder / name
-    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    path.write_bytes(gzip.compress(text.encode()) if name.lower().endswith(".gz") else text.encode())
     return path
 
 
@@ -50,12 +51,14 @@ def interactions_of(pairs: list[tuple[int, int]], times: list[int] | None = None
     return Interactions(users, items, clock, *names)
 
 
-@pytest.mark.parametrize("name", ["a.inter", "a.inter.gz", "a.tsv", "a.csv", "a.csv.gz"])
+@pytest.mark.parametrize(
+    "name", ["a.inter", "a.inter.gz", "a.tsv", "a.csv", "a.csv.gz", "A.CSV", "A.INTER.GZ", "A.Tsv", "a.csv.GZ"]
+)
 def test_every_format_gives_the_same_interactions(tmp_path: Path, name: str) -> None:
     text = HEADER + ROWS
-    if "inter" not in name:
+    if "inter" not in name.lower():
         text = text.replace(":token", "").replace(":float", "")
-    if "csv" in name:
+    if "csv" in name.lower():
         text = text.replace("\t", ",")
     data = read_interactions(write(tmp_path, name, text))
     assert data.user_ids == ("u1", "u2")
@@ -91,6 +94,7 @@ def test_text_oddities_are_read_as_meant(tmp_path: Path) -> None:
         (["9007199254740993", "9007199254740993.0"], [2**53 + 1, 2**53 + 1]),
         (["1", "2.5"], [1.0, 2.5]),
         ([str(2**63 - 1), str(-(2**63))], [2**63 - 1, -(2**63)]),
+        ([str(-(2**63)), str(2**60), "-0.5"], [-(2.0**63), 2.0**60, -0.5]),
     ],
 )
 def test_times_are_exact(tmp_path: Path, texts: list[str], expected: list[float]) -> None:
@@ -107,6 +111,18 @@ def test_one_fractional_time_far_down_makes_all_of_them_float64(tmp_path: Path) 
     assert times.tolist() == [7.0] * 1000 + [7.25]
 
 
+@pytest.mark.parametrize("rows_between", [0, 1000])  # 1000: in another of the chunks that are parsed together
+@pytest.mark.parametrize("exact_first", [True, False])
+def test_whole_times_that_float64_would_round_beside_fractions(
+    tmp_path: Path, rows_between: int, exact_first: bool
+) -> None:
+    nanoseconds = 1_700_000_000_123_456_789
+    outer = [f"u\ti\t0\t{nanoseconds}\n", "u\ti\t0\t7.25\n"]
+    first, last = outer if exact_first else outer[::-1]
+    message = message_of(write(tmp_path, "a.inter", HEADER + first + "u\ti\t0\t7\n" * rows_between + last))
+    assert f"expected times that float64 holds exactly, as some are fractions (7.25), got {nanoseconds}" in message
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -116,7 +132,7 @@ def test_one_fractional_time_far_down_makes_all_of_them_float64(tmp_path: Path) 
         ("u\t \t3\t4", "expected an item id in field 2, got ' '"),
         *[
             (f"u\ti\t3\t{time}", f"in field 4, got '{time}'")
-            for time in ("nan", "inf", "", "soon", "1_000", "1e400", str(2**63), "1e999999999")
+            for time in ("nan", "inf", "", "soon", "1_000", "1e400", str(2**63), "1e999999999", f"{2**52}.5")
         ],
     ],
 )
@@ -150,12 +166,32 @@ def test_unreadable_files(tmp_path: Path) -> None:
     assert "got a directory" in message_of(tmp_path, separator="\t")
     binary = tmp_path / "a.inter"
     binary.write_bytes(b"user_id\xff")
-    assert "expected UTF-8 text, got byte 0xff" in message_of(binary)
+    assert f"{binary} line 1: expected UTF-8 text, got byte 0xff" in message_of(binary)
     packed = write(tmp_path, "a.inter.gz", HEADER + ROWS)
     packed.write_bytes(packed.read_bytes()[:-12])
     assert "cannot be unpacked" in message_of(packed)
     packed.write_bytes(HEADER.encode())
     assert "cannot be unpacked" in message_of(packed)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=repr)
+@pytest.mark.parametrize("name", ["a.inter", "a.inter.gz"])
+@pytest.mark.parametrize("bad", [b"\xff", b"\xc3", b"\xed\xa0\x80"], ids=repr)
+@pytest.mark.parametrize("line", [2, 100_000])  # the second is some hundred of the text layer's blocks further on
+def test_bytes_that_are_not_utf8_are_named_by_their_line(
+    tmp_path: Path, name: str, line: int, bad: bytes, end: str
+) -> None:
+    good = f"u\té\t5\t7{end}".encode()
+    content = HEADER.replace("\n", end).encode() + good * (line - 2) + b"u\ti" + bad + good[1:] + good * 1000
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
+    assert f"line {line}: expected UTF-8 text, got byte {bad[0]:#04x}" in message_of(path)
+
+
+def test_undecodable_text_in_a_damaged_gzip_file(tmp_path: Path) -> None:
+    long_line = b"u\t\xff" + random.Random(0).randbytes(50_000).translate(None, b"\r\n")
+    (tmp_path / "a.inter.gz").write_bytes(gzip.compress(HEADER.encode() + long_line)[:-5000])
+    assert "cannot be unpacked" in message_of(tmp_path / "a.inter.gz")
 
 
 def plain_k_core(pairs: list[tuple[int, int]], min_user: int, min_item: int) -> list[int]:

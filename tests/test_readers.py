@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pyarrow as arrow
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 from recsys_data import rows_of
+from ttt4rec.recsys import parquet as reader
 from ttt4rec.recsys.data import DataError, Interactions, read_interactions
 
 
@@ -23,7 +24,7 @@ def write(path, users, items, times, **types):
 
 
 def test_parquet_reads_as_text_does(tmp_path, monkeypatch):
-    monkeypatch.setattr("ttt4rec.recsys.parquet._ROWS_PER_BATCH", 7)
+    monkeypatch.setattr(reader, "_ROWS_PER_BATCH", 7)
     rows = [(f"u{i * 7 % 5}", f"i{i % 9}", 10**15 - i) for i in range(40)]
     (tmp_path / "a.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(f"{u},{i},{t}" for u, i, t in rows))
     text = read_interactions(tmp_path / "a.csv")
@@ -71,6 +72,68 @@ def test_bad_parquet_rows(tmp_path, change, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary", "large_dictionary"])
+def test_parquet_strings_of_every_type(tmp_path, kind):
+    large = arrow.large_string() if "large" in kind else arrow.string()
+    names = arrow.array(["b", "a", "b", "é"], type=arrow.string_view() if "view" in kind else large)
+    if "dictionary" in kind:
+        names = names.dictionary_encode()
+    parquet.write_table(
+        arrow.table({"user_id": names, "item_id": names, "timestamp": [1, 2, 3, 4]}), tmp_path / "a.PARQUET"
+    )
+    data = read_interactions(tmp_path / "a.PARQUET")
+    assert data.user_ids == data.item_ids == ("b", "a", "é")
+    assert data.users.tolist() == data.items.tolist() == [0, 1, 0, 2]
+
+
+@pytest.mark.parametrize("kind", [arrow.string(), arrow.large_string()], ids=str)
+def test_parquet_strings_that_are_not_utf8(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(reader, "_ROWS_PER_BATCH", 3)
+    raw = [b"a", b"b", b"a", b"b", b"\xff\xfe", b"\xfd"]
+    binary = arrow.large_binary() if kind == arrow.large_string() else arrow.binary()
+    items = arrow.array(raw, type=binary).view(kind)
+    parquet.write_table(
+        arrow.table({"user_id": [1] * 6, "item_id": items, "timestamp": [1] * 6}), tmp_path / "a.parquet"
+    )
+    message = "row 5: expected UTF-8 text in column 'item_id', got byte 0xff"
+    with pytest.raises(DataError, match=message):
+        read_interactions(tmp_path / "a.parquet")
+
+
+def test_parquet_times_keep_what_the_column_holds(tmp_path, monkeypatch):
+    """A column of floats was rounded by whoever wrote it; beside fractions, its whole times lose nothing more."""
+    monkeypatch.setattr(reader, "_ROWS_PER_BATCH", 2)
+    large = [float(1_700_000_000_123_456_789), 2.0**62]
+    for times in (large, [*large, 0.5]):
+        data = read_interactions(write(tmp_path / "a.parquet", *[["a"] * len(times)] * 2, times))
+        assert data.times.tolist() == times
+        assert data.times.dtype == (np.int64 if times == large else np.float64)
+    nanoseconds = [1_700_000_000_123_456_789, 1_700_000_000_123_456_790]
+    data = read_interactions(write(tmp_path / "a.parquet", ["a"] * 2, ["b"] * 2, nanoseconds))
+    assert data.times.tolist() == nanoseconds
+
+
+def test_a_parquet_file_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
+    seen, encode = [], reader._encode
+
+    def watched(column, codes):
+        seen.append(arrow.total_allocated_bytes() - before)
+        return encode(column, codes)
+
+    monkeypatch.setattr(reader, "_ROWS_PER_BATCH", 1000)
+    monkeypatch.setattr(reader, "_encode", watched)
+    ids = [f"{i % 100:0100}" for i in range(50_000)]  # long and few, so that codes are small beside the columns
+    path = write(tmp_path / "a.parquet", ids, ids, list(range(50_000)))
+    before = arrow.total_allocated_bytes()
+    table = parquet.read_table(path)
+    whole = arrow.total_allocated_bytes() - before
+    assert whole >= table.nbytes
+    del table
+    assert len(read_interactions(path)) == 50_000
+    assert len(seen) == 2 * 50
+    assert 0 < max(seen) < whole / 4  # pyarrow keeps some pages
+
+
 def test_unusable_parquet_files(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", ["a"], ["b"], [1])
     with pytest.raises(DataError, match="one column 'who', got 0 among user_id, item_id, timestamp"):
@@ -89,7 +152,7 @@ def test_unusable_parquet_files(tmp_path, monkeypatch):
 
 
 def read_or_refuse(path):
-    """Whatever a file holds, it is read or refused in one line."""
+    """Whatever a file holds, it is read or refused in one line; returns what was read, else None."""
     refusal = ""
     try:
         data = read_interactions(path)
@@ -98,17 +161,19 @@ def read_or_refuse(path):
     if refusal:
         assert "\n" not in refusal
         assert path.name in refusal
-        return
+        return None
     assert isinstance(data, Interactions)
     assert len(data.users) == len(data.items) == len(data.times) > 0
     assert data.users.max() < len(data.user_ids)
     assert data.items.max() < len(data.item_ids)
     assert np.isfinite(data.times).all()
+    return data
 
 
 HEADER = b"user_id,item_id,timestamp\n"
 
 
+@settings(max_examples=300)
 @given(st.binary(max_size=80), st.booleans(), st.sampled_from([".csv", ".tsv", ".inter", ".csv.gz", ".parquet"]))
 def test_any_bytes(tmp_path, content, header, suffix):
     path = tmp_path / f"fuzz{suffix}"
@@ -116,6 +181,7 @@ def test_any_bytes(tmp_path, content, header, suffix):
     read_or_refuse(path)
 
 
+@settings(max_examples=300)
 @given(st.text(max_size=60), st.booleans())
 def test_any_text_behind_a_header(tmp_path, text, packed):
     content = HEADER + text.encode("utf-8", "surrogatepass")
@@ -124,6 +190,7 @@ def test_any_text_behind_a_header(tmp_path, text, packed):
     read_or_refuse(path)
 
 
+@settings(max_examples=300)
 @given(st.data())
 def test_damaged_files(tmp_path, data):
     table = write(tmp_path / "whole.parquet", ["a", "b"] * 20, ["x", "y", "z", "w"] * 10, list(range(40)))
@@ -136,9 +203,19 @@ def test_damaged_files(tmp_path, data):
     read_or_refuse(path)
 
 
+def test_a_damaged_end_of_a_parquet_file_loses_no_rows(tmp_path):
+    path = write(tmp_path / "fuzz.parquet", ["a", "b"] * 20, ["x", "y", "z", "w"] * 10, list(range(40)))
+    content = path.read_bytes()
+    for place in range(len(content) - 8 - int.from_bytes(content[-8:-4], "little"), len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 2]) + content[place + 1 :])
+        data = read_or_refuse(path)
+        assert data is None or len(data) == 40
+
+
 IDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
 
 
+@settings(max_examples=200)
 @given(st.lists(st.tuples(IDS, IDS, st.integers(-(2**63), 2**63 - 1)), min_size=1, max_size=20))
 def test_what_was_written_is_read(tmp_path, rows):
     buffer = io.StringIO(newline="")

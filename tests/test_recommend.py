@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recsys_data import NUM_ITEMS, make_model, make_split
-from ttt4rec.recsys.recommend import Recommender
+from ttt4rec.recsys.recommend import Recommendations, Recommender
 from ttt4rec.recsys.train import TrainOptions, fit
 
 
@@ -54,6 +54,23 @@ def test_unknown_items_are_reported(trained):
     result = trained.recommend(history=["i3", "new", "i4", "newer"])
     assert result.unknown == ("new", "newer")
     assert result.items == trained.recommend(history=["i3", "i4"]).items
+
+
+def test_a_batch_with_histories_that_hold_no_known_item(trained):
+    histories = [["x", "y"], ["i3", "new", "i4"], [], ["i5"], ["z"]]
+    results = trained.recommend_batch(histories, k=3)
+    assert [result.unknown for result in results] == [("x", "y"), ("new",), (), (), ("z",)]
+    assert [len(result.items) for result in results] == [0, 3, 0, 3, 0]
+    for history, result in zip(histories, results, strict=True):
+        if result.items:
+            alone = trained.recommend(history=history, k=3).items
+            assert [item for item, _ in result.items] == [item for item, _ in alone]
+    assert trained.recommend_batch([["x"]]) == [Recommendations([], ("x",))]
+    assert trained.recommend_batch([]) == []
+    with pytest.raises(ValueError, match="k of at least 1, given 0"):
+        trained.recommend_batch([["x"]], k=0)
+    with pytest.raises(ValueError, match="given the string 'i1'"):
+        trained.recommend_batch([["i1"], "i1"])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -19,23 +20,43 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for an error of the user's, 130 when interrupted."""
+    """Run a command; returns the exit code.
+
+    It is 0, 2 for an error of the user's, 130 when interrupted, and 141 when what reads the output has closed it.
+    """
     args = None
     try:
-        args = make_parser().parse_args(argv)
-        from ttt4rec import commands  # after parsing, so that --help need not wait for what only commands need
+        try:
+            args = make_parser().parse_args(argv)
+            from ttt4rec import commands  # after parsing, so that --help need not wait for what only commands need
 
-        getattr(commands, args.command)(args)
+            getattr(commands, args.command)(args)
+        finally:
+            print(end="", flush=True)  # so that a closed pipe is noticed here, not at the interpreter's exit
     except KeyboardInterrupt:
         training = args is not None and args.command == "train"
         advice = "; give the same command again to go on from the last finished epoch" if training else ""
         print(f"ttt4rec: interrupted{advice}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        message = " ".join(str(error).split())
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+        return 128 + 13  # as a shell reports a program that SIGPIPE ended
+    except (ValueError, OSError, RuntimeError, OverflowError, MemoryError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__  # MemoryError may say nothing
         print(f"ttt4rec: error: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+def _whole(text: str) -> int:
+    """A whole number so small that the product of two has 64 bits."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or abs(number) >= 2**31:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2**31, given {text[:40]!r}")
+    return number
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,8 +117,8 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     data.add_argument("--user-field", default="user_id", metavar="NAME", help="column of user ids")
     data.add_argument("--item-field", default="item_id", metavar="NAME", help="column of item ids")
     data.add_argument("--time-field", default="timestamp", metavar="NAME", help="column of times, numbers or dates")
-    data.add_argument("--min-user", type=int, default=5, metavar="N", help="drop users with fewer interactions")
-    data.add_argument("--min-item", type=int, default=5, metavar="N", help="drop items with fewer interactions")
+    data.add_argument("--min-user", type=_whole, default=5, metavar="N", help="drop users with fewer interactions")
+    data.add_argument("--min-item", type=_whole, default=5, metavar="N", help="drop items with fewer interactions")
     ways = ["ratio", "last", "time"]
     about = (
         "shares of each user's items; each user's last two; or shares of all by time, the same moments for all users"
@@ -114,33 +135,33 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     shape("--hide-rate", type=float, default=0.2, metavar="P", help="targets that BERT4Rec hides in a step")
     shape("--inner", default="mlp", choices=["linear", "mlp"], help="TTT's inner model")
     shape("--backbone", default="transformer", choices=["transformer", "mamba"], help="TTT's backbone")
-    shape("--width", type=int, default=64, metavar="N", help="size of embeddings and hidden states")
-    shape("--num-heads", type=int, default=4, metavar="N", help="heads")
-    shape("--num-blocks", type=int, default=1, metavar="N", help="residual blocks")
-    shape("--mini-batch-size", type=int, default=8, metavar="N", help="tokens in a TTT mini-batch")
+    shape("--width", type=_whole, default=64, metavar="N", help="size of embeddings and hidden states")
+    shape("--num-heads", type=_whole, default=4, metavar="N", help="heads")
+    shape("--num-blocks", type=_whole, default=1, metavar="N", help="residual blocks")
+    shape("--mini-batch-size", type=_whole, default=8, metavar="N", help="tokens in a TTT mini-batch")
     shape("--max-inner-step", type=float, metavar="X", help="bound on TTT's inner steps (default: none)")
-    shape("--max-len", type=int, default=50, metavar="N", help="items of history a prediction sees")
+    shape("--max-len", type=_whole, default=50, metavar="N", help="items of history a prediction sees")
     shape("--dropout", type=float, default=0.2, metavar="P", help="dropout of the embedded history")
     shape("--norm", default="rms", choices=["rms", "layer"], help="normalisation")
     shape("--ffn", default="swiglu", choices=["swiglu", "gelu"], help="feed-forward network")
-    shape("--ffn-width", type=int, default=256, metavar="N", help="its hidden size")
+    shape("--ffn-width", type=_whole, default=256, metavar="N", help="its hidden size")
     training = command.add_argument_group("training")
-    training.add_argument("--epochs", type=int, default=300, metavar="N", help="at most so many epochs")
-    training.add_argument("--patience", type=int, default=5, metavar="N", help="epochs without gain before stopping")
+    training.add_argument("--epochs", type=_whole, default=300, metavar="N", help="at most so many epochs")
+    training.add_argument("--patience", type=_whole, default=5, metavar="N", help="epochs without gain before stopping")
     training.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="Adam's")
-    training.add_argument("--targets-per-batch", type=int, default=2048, metavar="N", help="targets in a step")
+    training.add_argument("--targets-per-batch", type=_whole, default=2048, metavar="N", help="targets in a step")
     training.add_argument("--clip-norm", type=float, default=5.0, metavar="X", help="largest norm of the gradients")
-    training.add_argument("--inner-lr-warmup", type=int, default=0, metavar="N", help="steps to warm TTT's rates up")
+    training.add_argument("--inner-lr-warmup", type=_whole, default=0, metavar="N", help="steps to warm TTT's rates up")
     losses = ["softmax", "sampled", "gbce", "bpr"]
     training.add_argument("--loss", default="softmax", choices=losses, help="softmax is over all items")
     training.add_argument(
-        "--num-negatives", type=int, default=256, metavar="N", help="drawn for a piece of a step, but for softmax"
+        "--num-negatives", type=_whole, default=256, metavar="N", help="drawn for a piece of a step, but for softmax"
     )
     training.add_argument(
         "--popularity", type=float, default=0.0, metavar="X", help="draw by (count + 1) to this power"
     )
     training.add_argument("--calibration", type=float, default=0.75, metavar="X", help="gbce's t, from 0 to 1")
-    training.add_argument("--accumulate", type=int, default=1, metavar="N", help="pieces of a step, to save memory")
+    training.add_argument("--accumulate", type=_whole, default=1, metavar="N", help="pieces of a step, to save memory")
     training.add_argument("--autocast", action="store_true", help="run the model in bfloat16")
     training.add_argument("--deterministic", action="store_true", help="deterministic algorithms only")
     training.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, shuffling and dropout")
@@ -153,7 +174,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--exclude-seen", action="store_true", help="rank only items new to the user, for such targets"
     )
-    command.add_argument("--cutoffs", type=int, nargs="+", default=[10, 50], metavar="K", help="the k of HR@k")
+    command.add_argument("--cutoffs", type=_whole, nargs="+", default=[10, 50], metavar="K", help="the k of HR@k")
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_machine(command)
 
@@ -168,7 +189,7 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a history a line, ids separated by blanks or a JSON array of strings; prints JSON lines",
     )
-    command.add_argument("-k", "--k", type=int, default=10, metavar="N", help="how many items")
+    command.add_argument("-k", "--k", type=_whole, default=10, metavar="N", help="how many items")
     command.add_argument("--exclude-seen", action="store_true", help="leave out items of the history")
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_machine(command)
@@ -177,7 +198,7 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
 def _add_machine(command: argparse.ArgumentParser) -> None:
     machine = command.add_argument_group("machine")
     machine.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ...")
-    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    machine.add_argument("--threads", type=_whole, metavar="N", help="CPU threads (default: torch's choice)")
 
 
 if __name__ == "__main__":

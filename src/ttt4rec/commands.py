@@ -25,6 +25,7 @@ from ttt4rec.recsys.split import Split, split_at, split_by_ratio, split_by_time,
 from ttt4rec.recsys.train import CHECKPOINT_FILE, EpochReport, TrainOptions, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
 
+_MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
 _NO_SETTINGS = ("command", "device", "threads", "shape_given")  # arguments that say nothing of what was trained
 
 
@@ -123,14 +124,11 @@ def report(args: Namespace) -> None:
 
 
 def _recommend_file(recommender: Recommender, args: Namespace) -> None:
-    """A line of JSON for each line of a file; one without a known item gets no recommendations."""
+    """A line of JSON for each line of a file."""
     with open(args.histories, encoding="utf-8-sig") as file:
         while chunk := [_history(line) for line in islice(file, 4096)]:
-            known = [bool(len(recommender.histories.item_codes(history)[0])) for history in chunk]
-            asked = [history for history, answerable in zip(chunk, known, strict=True) if answerable]
-            answers = iter(recommender.recommend_batch(asked, k=args.k, exclude_seen=args.exclude_seen))
-            for history, answerable in zip(chunk, known, strict=True):
-                print(json.dumps(_as_json(next(answers) if answerable else Recommendations([], tuple(history)))))
+            for result in recommender.recommend_batch(chunk, k=args.k, exclude_seen=args.exclude_seen):
+                print(json.dumps(_as_json(result)))
 
 
 def _history(line: str) -> list[str]:
@@ -168,8 +166,8 @@ def _model_config(args: Namespace, num_items: int, trained: Recommender | None) 
 
 def _ratios(text: str) -> tuple[int, int, int]:
     parts = text.split(":")
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--split expects three whole numbers such as 3:2:5, given {text!r}")
+    if len(parts) != 3 or not all(part.isdecimal() and len(part) <= 6 for part in parts):
+        raise ValueError(f"--split expects three whole numbers below 1,000,000 such as 3:2:5, given {text!r}")
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
@@ -209,8 +207,8 @@ def _machine(args: Namespace) -> str:
     """The device asked for, checked; the number of threads is set on the way."""
     name: str = args.device
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads must be at least 1; given {args.threads}")
+        if not 1 <= args.threads <= _MOST_THREADS:
+            raise ValueError(f"--threads must be from 1 to {_MOST_THREADS}; given {args.threads}")
         torch.set_num_threads(args.threads)
     try:
         device = torch.device(name)

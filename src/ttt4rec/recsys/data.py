@@ -20,11 +20,14 @@ from typing import Literal, Protocol, TextIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ttt4rec.validation import check_integer
+
 IntArray: TypeAlias = NDArray[np.int64]
 TimeArray: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
 
 _SEPARATORS = {".inter": "\t", ".tsv": "\t", ".csv": ","}
 _DATE = re.compile(r"\s*\d{4}-\d\d-\d\d")
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what the error handler surrogateescape makes of bytes
 _ROWS_PER_CHUNK = 256  # few enough objects alive that the garbage collector stays out of the way
 
 
@@ -138,20 +141,21 @@ def read_interactions(
     """Read a delimited text file, or a Parquet file.
 
     RecBole atomic files (``.inter``, header ``name:type``), ``.tsv`` and ``.csv``, each also with ``.gz`` behind it,
-    and ``.parquet`` are told apart by their suffix; another suffix needs ``separator``. Commas and other separators
-    allow quoted fields, tabs do not. Blank lines are passed over, other columns ignored. The first line names the
-    columns; of a text file that begins with its rows, ``columns`` does.
+    and ``.parquet`` are told apart by their suffix, in either case; another one needs ``separator``. Commas and other
+    separators allow quoted fields, tabs do not. Blank lines are passed over, other columns ignored. The first line
+    names the columns; of a text file that begins with its rows, ``columns`` does.
 
     Ids are strings, coded in the order of their first appearance. Times are numbers, or moments such as
     2010-10-19T23:55:27Z (UTC unless they say otherwise), which become seconds since 1970. They are int64 when all of
-    them are whole ("874965478.0" is) and float64 otherwise.
+    them are whole ("874965478.0" is) and float64 otherwise. Rows stay in the order of the file, on which histories fall
+    back where times are equal.
 
     Raises:
-        DataError: no such file, no such column, no rows, or rows that cannot be understood; it names the
-            file, the first bad line, how many there are and where.
+        DataError: no such file, no such column, no rows, rows that cannot be understood (it names the file, the first
+            bad line, how many there are and where), or a whole time that float64, beside fractions, would round.
     """
     path = Path(path)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         from ttt4rec.recsys.parquet import read_parquet
 
         return read_parquet(path, user_field, item_field, time_field)
@@ -161,37 +165,55 @@ def read_interactions(
     if not path.is_file():
         raise DataError(f"expected a data file at {path}, got {'a directory' if path.is_dir() else 'nothing'}")
     try:
-        with _open_text(path) as file:
-            quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-            reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
-            header = next(reader, None) if columns is None else list(columns)
-            if not header:
-                given = "an empty file" if header is None else "an empty line"
-                raise DataError(f"{path} line 1: expected a header line, got {given}")
-            found = _find_columns(path, header, user_field, item_field, time_field)
-            return _read_rows(path, reader, found)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x}") from error
+        return _read_text(path, separator, columns, (user_field, item_field, time_field))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: expected a whole gzip file, got one that cannot be unpacked ({error})") from error
-    except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num}: expected delimited text, got {error}") from error
     except OSError as error:
         raise DataError(f"{path}: expected a readable file, got {error.strerror or error}") from error
 
 
+def _read_text(path: Path, separator: str, columns: Sequence[str] | None, fields: tuple[str, str, str]) -> Interactions:
+    with _open_text(path) as file:
+        quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+        reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
+        try:
+            header = next(reader, None) if columns is None else list(columns)
+            if not header:
+                given = "an empty file" if header is None else "an empty line"
+                raise DataError(f"{path} line 1: expected a header line, got {given}")
+            return _read_rows(path, reader, _find_columns(path, header, *fields))
+        except UnicodeDecodeError as error:
+            place, given = f"line {_line_of_undecodable(path)}", f"byte {error.object[error.start]:#04x}"
+            raise DataError(f"{path} {place}: expected UTF-8 text, got {given}") from error
+        except csv.Error as error:
+            raise DataError(f"{path} line {reader.line_num}: expected delimited text, got {error}") from error
+
+
 def _separator_of(path: Path) -> str:
-    plain = path.with_suffix("") if path.suffix == ".gz" else path
-    if plain.suffix not in _SEPARATORS:
+    plain = path.with_suffix("") if _is_packed(path) else path
+    if plain.suffix.lower() not in _SEPARATORS:
         known = ", ".join(_SEPARATORS)
         raise DataError(f"{path}: expected a suffix out of {known} (or a separator), got {plain.suffix!r}")
-    return _SEPARATORS[plain.suffix]
+    return _SEPARATORS[plain.suffix.lower()]
 
 
-def _open_text(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _open_text(path: Path, errors: str = "strict") -> TextIO:
+    if _is_packed(path):
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors=errors, newline="")
+    return path.open(encoding="utf-8-sig", errors=errors, newline="")
+
+
+def _line_of_undecodable(path: Path) -> int:
+    """Number of the first line that is not UTF-8, in a file that has one.
+
+    Read again for it: the text layer decodes whole blocks, so that when it fails, the lines before are not yet counted.
+    """
+    with _open_text(path, errors="surrogateescape") as file:
+        return next(number for number, line in enumerate(file, start=1) if _ESCAPED_BYTE.search(line))
 
 
 def _find_columns(path: Path, header: list[str], user_field: str, item_field: str, time_field: str) -> _Columns:
@@ -232,7 +254,7 @@ def _read_rows(path: Path, reader: _Reader, columns: _Columns) -> Interactions:
     user_codes, item_codes = Codes(), Codes()
     users: list[IntArray] = []
     items: list[IntArray] = []
-    times: list[TimeArray] = []
+    times: list[TimeArray | NDArray[np.object_]] = []
     problems: list[tuple[int, str]] = []
     while chunk := [(reader.line_num, row) for row in islice(reader, _ROWS_PER_CHUNK)]:
         rows = [row for _, row in chunk if row]
@@ -252,7 +274,7 @@ def _read_rows(path: Path, reader: _Reader, columns: _Columns) -> Interactions:
     return Interactions(
         np.concatenate(users),
         np.concatenate(items),
-        join_times(times),
+        _join_times(path, times),
         tuple(user_codes),
         tuple(item_codes),
     )
@@ -268,14 +290,24 @@ def report_problems(path: Path, problems: Sequence[tuple[int, str]], place: str)
         raise DataError(f"{path} {place} {problems[0][0]}: {problems[0][1]} ({count})")
 
 
-def join_times(chunks: list[TimeArray]) -> TimeArray:
-    """One array, int64 if all chunks are."""
+def _join_times(path: Path, chunks: Sequence[TimeArray | NDArray[np.object_]]) -> TimeArray:
+    """One array, int64 if all chunks are; DataError for a whole time that float64, beside fractions, would round."""
     if all(chunk.dtype == np.int64 for chunk in chunks):
         return np.concatenate(chunks, dtype=np.int64)
-    return np.concatenate(chunks, dtype=np.float64)
+    times: NDArray[np.float64] = np.concatenate(chunks, dtype=np.float64, casting="unsafe")
+    for chunk in chunks:
+        for time in chunk.tolist() if chunk.dtype != np.float64 else ():
+            if time != float(time):  # Python compares the two exactly; rounded times would tie with their neighbours
+                fraction = times[times % 1 != 0][0]
+                raise DataError(
+                    f"{path}: expected times that float64 holds exactly, as some are fractions ({fraction}), got {time}"
+                )
+    return times
 
 
-def _parse_chunk(rows: list[list[str]], columns: _Columns) -> tuple[tuple[str, ...], tuple[str, ...], TimeArray]:
+def _parse_chunk(
+    rows: list[list[str]], columns: _Columns
+) -> tuple[tuple[str, ...], tuple[str, ...], TimeArray | NDArray[np.object_]]:
     """The user ids, item ids and times of some rows; ValueError when any of them is malformed."""
     by_column = list(zip(*rows, strict=True))
     if len(by_column) != columns.width:
@@ -286,7 +318,8 @@ def _parse_chunk(rows: list[list[str]], columns: _Columns) -> tuple[tuple[str, .
     return users, items, _parse_times(times)
 
 
-def _parse_times(column: Sequence[str]) -> TimeArray:
+def _parse_times(column: Sequence[str]) -> TimeArray | NDArray[np.object_]:
+    """Times as int64 or float64, or as Python's numbers where neither would hold them exactly."""
     if not any("_" in text for text in column):  # int() would take 1_000 for a number
         try:
             return np.array(list(map(int, column)), dtype=np.int64)
@@ -295,7 +328,8 @@ def _parse_times(column: Sequence[str]) -> TimeArray:
     numbers = [_parse_time(text) for text in column]
     if all(isinstance(number, int) for number in numbers):
         return np.array(numbers, dtype=np.int64)
-    return np.array(numbers, dtype=np.float64)
+    floats = np.array(numbers, dtype=np.float64)
+    return floats if floats.tolist() == numbers else np.array(numbers, dtype=object)
 
 
 def _parse_time(text: str) -> int | float:
@@ -309,7 +343,11 @@ def _parse_time(text: str) -> int | float:
         raise ValueError("not a number") from error
     if not number.is_finite() or not -(2**63) <= number < 2**63:
         raise ValueError("not a finite number of 64 bits")
-    return int(number) if number == number.to_integral_value() else float(number)
+    if number == number.to_integral_value():
+        return int(number)
+    if abs(number) >= 2**52:
+        raise ValueError("a fraction that float64 rounds away")
+    return float(number)
 
 
 def _problem(row: list[str], columns: _Columns) -> str | None:
@@ -322,7 +360,8 @@ def _problem(row: list[str], columns: _Columns) -> str | None:
     try:
         _parse_time(row[columns.time])
     except ValueError:
-        return f"expected a time (a 64-bit number or a date) in field {columns.time + 1}, got {row[columns.time]!r}"
+        wanted = "a time (a 64-bit number, below 2**52 if it has a fraction, or a date)"
+        return f"expected {wanted} in field {columns.time + 1}, got {row[columns.time]!r}"
     return None
 
 
@@ -333,7 +372,7 @@ def filter_k_core(interactions: Interactions, *, min_user: int, min_item: int) -
     interactions keep theirs.
 
     Raises:
-        DataError: nothing is left.
+        ValueError: a minimum is not a whole number of at least 0, or (DataError) nothing is left.
     """
     kept = k_core_rows(interactions.users, interactions.items, min_user=min_user, min_item=min_item)
     if not len(kept):
@@ -345,7 +384,9 @@ def filter_k_core(interactions: Interactions, *, min_user: int, min_item: int) -
 
 
 def k_core_rows(users: IntArray, items: IntArray, *, min_user: int, min_item: int) -> IntArray:
-    """Which rows ``filter_k_core`` keeps, int64, ascending."""
+    """Which rows ``filter_k_core`` keeps, int64, ascending; ValueError for a negative minimum."""
+    check_integer("min_user", min_user, least=0)
+    check_integer("min_item", min_item, least=0)
     kept = np.arange(len(users))
     while True:
         enough_user = np.bincount(users[kept], minlength=1) >= min_user

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ttt4rec.recsys.data import Codes, DataError, IntArray, Interactions, TimeArray, join_times, report_problems
+from ttt4rec.recsys.data import Codes, DataError, IntArray, Interactions, TimeArray, report_problems
 
 _ROWS_PER_BATCH = 1 << 17
 
 
 def read_parquet(path: Path, user_field: str, item_field: str, time_field: str) -> Interactions:
-    """Read three columns of a file; what stays in memory is 24 bytes a row and every id once.
+    """Read three columns of a file, batch by batch.
 
-    Ids are strings or integers, times integers, floats, dates or timestamps (in the file's unit).
+    Ids are strings or integers, times integers, floats, dates or timestamps (in the file's unit). Memory is taken
+    for 24 bytes a row (at the end 9 more where times are floats), for every id, and for a few batches in pyarrow.
 
     Raises:
         DataError: pyarrow is missing, the file is no Parquet file, or its columns or rows cannot be understood.
@@ -33,7 +34,7 @@ def read_parquet(path: Path, user_field: str, item_field: str, time_field: str) 
         with parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow, fields)
             return _read(path, file, fields)
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:  # whatever damaged bytes lead to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: expected a readable Parquet file, got: {reason}") from error
 
@@ -47,7 +48,7 @@ def _check_columns(path: Path, schema: Any, fields: dict[str, str]) -> None:
             raise DataError(f"{path}: expected one column {field!r}, got {schema.names.count(field)} among {given}")
         kind = schema.field(field).type
         plain = kind.value_type if types.is_dictionary(kind) else kind
-        text = types.is_string(plain) or types.is_large_string(plain)
+        text = str(plain) in ("string", "large_string", "string_view")  # the last has no test in pyarrow 15
         clock = types.is_floating(plain) or types.is_temporal(plain)
         if not (types.is_integer(plain) or (clock if what == "time" else text)):
             wanted = "numbers or timestamps" if what == "time" else "strings or integers"
@@ -55,30 +56,47 @@ def _check_columns(path: Path, schema: Any, fields: dict[str, str]) -> None:
 
 
 def _read(path: Path, file: Any, fields: dict[str, str]) -> Interactions:
+    from pyarrow import types
+
+    rows = file.metadata.num_rows
+    if rows < 1:
+        raise DataError(f"{path}: expected rows, got none")
     codes = {"user": Codes(), "item": Codes()}
-    parts: dict[str, list[Any]] = {"user": [], "item": [], "time": []}
+    encoded = {what: np.empty(rows, dtype=np.int64) for what in codes}
+    floating = types.is_floating(file.schema_arrow.field(fields["time"]).type)
+    times: TimeArray = np.empty(rows, dtype=np.float64 if floating else np.int64)
     problems: list[tuple[int, str]] = []
-    row = 1
+    start = 0
     for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=list(fields.values())):
+        here = slice(start, start + batch.num_rows)
+        if here.stop > rows:
+            raise DataError(f"{path}: expected {rows} rows, as its metadata says, got more")
         bad = np.zeros(batch.num_rows, dtype=bool)
         for what in codes:
-            encoded, wrong = _encode(batch.column(fields[what]), codes[what])
-            parts[what].append(encoded)
+            column = batch.column(fields[what])
+            try:
+                encoded[what][here], wrong = _encode(column, codes[what])
+            except UnicodeDecodeError as error:
+                place, given = start + 1 + _first_undecodable(column), f"byte {error.object[error.start]:#04x}"
+                raise DataError(
+                    f"{path} row {place}: expected UTF-8 text in column {fields[what]!r}, got {given}"
+                ) from error
             bad |= wrong
-        times, wrong = _times(batch.column(fields["time"]))
-        parts["time"].append(times)
+        times[here], wrong = _times(batch.column(fields["time"]))
         bad |= wrong
-        problems += [(row + i, "expected two ids and a finite time, got a blank") for i in np.flatnonzero(bad).tolist()]
-        row += batch.num_rows
+        places = (start + 1 + np.flatnonzero(bad)).tolist()
+        problems += [(place, "expected two ids and a finite time, got a blank") for place in places]
+        start = here.stop
     report_problems(path, problems, "row")
-    if not sum(map(len, parts["time"])):
-        raise DataError(f"{path}: expected rows, got none")
-    users, items = (np.concatenate(parts[what]) for what in codes)
-    return Interactions(users, items, join_times(parts["time"]), tuple(codes["user"]), tuple(codes["item"]))
+    if start < rows:
+        raise DataError(f"{path}: expected {rows} rows, as its metadata says, got {start}")
+    if floating and bool((times == np.floor(times)).all()):
+        times = times.astype(np.int64)
+    return Interactions(encoded["user"], encoded["item"], times, tuple(codes["user"]), tuple(codes["item"]))
 
 
 def _encode(column: Any, codes: Codes) -> tuple[IntArray, NDArray[np.bool_]]:
-    """Codes of a batch's ids, and where an id is missing or blank."""
+    """Codes of a batch's ids, and where an id is missing or blank; UnicodeDecodeError if one is not UTF-8."""
     from pyarrow import string
 
     encoded = column.cast(string()).dictionary_encode()
@@ -89,6 +107,16 @@ def _encode(column: Any, codes: Codes) -> tuple[IntArray, NDArray[np.bool_]]:
     return lookup[places], blank[places]
 
 
+def _first_undecodable(column: Any) -> int:
+    """Place of the first string of a column that is not UTF-8, which pyarrow finds only when Python asks for it."""
+    for place, value in enumerate(column):
+        try:
+            value.as_py()
+        except UnicodeDecodeError:
+            return place
+    raise AssertionError("every string is UTF-8")
+
+
 def _times(column: Any) -> tuple[TimeArray, NDArray[np.bool_]]:
     from pyarrow import int32, int64, types
 
@@ -96,9 +124,7 @@ def _times(column: Any) -> tuple[TimeArray, NDArray[np.bool_]]:
     if types.is_floating(column.type):
         floats = column.fill_null(0.0).to_numpy(zero_copy_only=False).astype(np.float64)
         bad = missing | ~((floats >= -(2.0**63)) & (floats < 2.0**63))
-        floats[bad] = 0
-        whole = bool((floats == np.floor(floats)).all())
-        return floats.astype(np.int64) if whole else floats, bad
+        return floats, bad
     if types.is_date32(column.type) or types.is_time32(column.type):
         column = column.cast(int32())
     return column.cast(int64()).fill_null(0).to_numpy(zero_copy_only=False), missing

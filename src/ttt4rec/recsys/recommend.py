@@ -29,7 +29,8 @@ class Recommendations:
     """What to offer a user.
 
     Attributes:
-        items: original item ids and scores, best first; equal scores in the order of the catalogue.
+        items: original item ids and scores, best first; equal scores in the order of the catalogue. None for a history
+            without any known item.
         unknown: ids of the given history that the catalogue does not know; they were left out.
     """
 
@@ -81,7 +82,10 @@ class Recommender:
                 "expected either a user id or a history, given " + ("neither" if history is None else "both")
             )
         if history is not None:
-            return self.recommend_batch([history], k=k, exclude_seen=exclude_seen)[0]
+            found = self._find(history)
+            if not len(found[0]):
+                raise DataError(f"expected a history with at least one known item, given {list(history)[:5]}")
+            return self._best([found], k, exclude_seen)[0]
         codes = self.histories.history(self.histories.user_code(user_id or ""))
         if not len(codes):
             raise DataError(f"user {user_id!r} has an empty history; expected at least one item to go on from")
@@ -92,18 +96,19 @@ class Recommender:
     ) -> list[Recommendations]:
         """The k best items for each of several histories of original item ids, in their order.
 
+        A history without any known item gets no items.
+
         Raises:
-            ValueError: a history holds no known item, k is below 1, or the model's scores are NaN.
+            ValueError: a history is a string, k is below 1, or the model's scores are NaN.
         """
-        found = []
-        for history in histories:
-            if isinstance(history, str):
-                raise DataError(f"expected a sequence of item ids as a history, given the string {history!r}")
-            codes, unknown = self.histories.item_codes(history)
-            if not len(codes):
-                raise DataError(f"expected a history with at least one known item, given {list(history)[:5]}")
-            found.append((codes, unknown))
-        return self._best(found, k, exclude_seen)
+        found = [self._find(history) for history in histories]
+        best = iter(self._best([(codes, unknown) for codes, unknown in found if len(codes)], k, exclude_seen))
+        return [next(best) if len(codes) else Recommendations([], unknown) for codes, unknown in found]
+
+    def _find(self, history: Sequence[str]) -> tuple[IntArray, tuple[str, ...]]:
+        if isinstance(history, str):
+            raise DataError(f"expected a sequence of item ids as a history, given the string {history!r}")
+        return self.histories.item_codes(history)
 
     def _best(
         self, found: Sequence[tuple[IntArray, tuple[str, ...]]], k: int, exclude_seen: bool
