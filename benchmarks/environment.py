@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ PACKAGES = (
 def environment(device: str) -> dict[str, Any]:
     """Device, driver, versions and threads; what stays the same from run to run."""
     return {
+        "commit": _commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "driver": _nvidia("driver_version") if device == "cuda" else "",
         "memory_gib": round(_memory_bytes(device) / 2**30, 1),
@@ -51,6 +53,12 @@ def _nvidia(field: str) -> str:
         return "unknown"
     query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] or "unknown"
+
+
+def _commit() -> str:
+    """The commit that is checked out; empty outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
 def _version(package: str) -> str:
