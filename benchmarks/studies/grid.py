@@ -47,8 +47,8 @@ STUDIES = {
     ),
     "loss-tuning": Study(
         "Tuning of the losses",
-        datasets=(ML_100K,),
-        variants=tried(LOSSES, (1e-3, 3e-3, 1e-2)),
+        datasets=(ML_100K, AMAZON),
+        variants=tried(LOSSES, (*RATES, 1e-2)),
         seeds=(0,),
         common=PROTOCOL,
     ),
