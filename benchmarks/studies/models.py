@@ -33,7 +33,7 @@ BEST_RATES: dict[str, dict[str, float]] = {
     "TTT-MLP": {"ml-100k": 1e-3, "gowalla-1k": 1e-3, "amazon-video-games": 3e-4, "ml-1m": 3e-3},
     "NARM (GRU with attention)": {"ml-100k": 3e-3, "gowalla-1k": 1e-3, "amazon-video-games": 3e-4},
     "BERT4Rec (bidirectional)": {"ml-100k": 3e-3, "gowalla-1k": 3e-3, "amazon-video-games": 3e-3},
-    "Mamba4Rec (Mamba)": {"ml-100k": 3e-3, "gowalla-1k": 3e-3, "amazon-video-games": 3e-4},
+    "Mamba4Rec (Mamba)": {"ml-100k": 3e-3, "gowalla-1k": 1e-3, "amazon-video-games": 3e-4},
     "TTT-Linear, Mamba backbone": {"ml-100k": 1e-3, "gowalla-1k": 1e-3, "amazon-video-games": 3e-4},
     "TTT-MLP, Mamba backbone": {"ml-100k": 1e-3, "gowalla-1k": 1e-3, "amazon-video-games": 3e-4},
     "softmax over all items": {"ml-100k": 1e-3, "ml-1m": 1e-3, "amazon-video-games": 3e-4},
