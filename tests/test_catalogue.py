@@ -90,6 +90,73 @@ def test_gradients_against_differences_and_the_operators_contract(monkeypatch, f
 
 
 @pytest.mark.usefixtures("_block")
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_a_second_derivative_is_an_error(reduction):
+    h, table, items = case()
+    loss = catalogue.nll(h.requires_grad_(), table, items, reduction).sum()
+    (first,) = torch.autograd.grad(loss, h, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first.square().sum().backward()
+
+
+@pytest.mark.usefixtures("_block")
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_one_gradient_without_the_other(reduction):
+    h, table, items = case()
+    weights = torch.ones(N)
+    _, *both = gradients(catalogue.nll, h, table, items, weights, reduction)
+    for wanted, expected in zip((h, table), both, strict=True):
+        loss = catalogue.nll(*(x.requires_grad_(x is wanted) for x in (h, table)), items, reduction).sum()
+        assert torch.equal(torch.autograd.grad(loss, wanted)[0], expected)
+
+
+def test_a_sum_is_differentiated_as_it_is_computed_where_that_pays(monkeypatch):
+    calls, operator = [], catalogue.catalogue_total_nll
+    monkeypatch.setattr(catalogue, "catalogue_total_nll", lambda *inputs: calls.append(1) or operator(*inputs))
+
+    def taken(h, table, items, reduction="sum"):
+        calls.clear()
+        catalogue.nll(h, table, items, reduction)
+        return bool(calls)
+
+    h, table, items = case()
+    assert not taken(h, table, items)
+    for wanted in (h, table):
+        wanted.requires_grad_()
+        assert taken(h, table, items)
+        assert taken(h, table, items, "mean")
+        assert not taken(h, table, items, "none")
+        with torch.no_grad():
+            assert not taken(h, table, items)
+        wanted.requires_grad_(False)
+    table.requires_grad_()
+    monkeypatch.setattr(catalogue, "SCORES_PER_BLOCK", (N - 1) * V)
+    assert not taken(h, table, items)  # fewer rows than there are, and than are worth a visit of the table
+    assert taken(h[:-1], table, items[:-1])
+    assert catalogue._rows_at_once(torch.empty(9, C)) == min(catalogue.CACHED_ROWS, (N - 1) * V // 8)
+
+
+def test_operators_with_inputs_of_other_strides():
+    h, table, items = case()
+    h, table = h.T.contiguous().T, table.T.contiguous().T
+    loss, lse = catalogue.catalogue_nll(h, table, items)
+    torch.library.opcheck(catalogue.catalogue_nll_backward, (torch.ones_like(loss), h, table, items, lse))
+    h.requires_grad_(), table.requires_grad_()
+    torch.library.opcheck(catalogue.catalogue_nll, (h, table, items))
+    torch.library.opcheck(catalogue.catalogue_total_nll, (h, table, items))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_an_item_that_does_not_exist_in_a_compiled_program(reduction):
+    h, table, items = case()
+    items[3] = V + 1
+    torch._dynamo.reset()
+    compiled = torch.compile(catalogue.nll, backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match="from 1 to 101; given"):
+        compiled(h.requires_grad_(), table, items, reduction)
+
+
+@pytest.mark.usefixtures("_block")
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_traced_in_one_graph(reduction):
     h, table, items = case()
@@ -103,13 +170,14 @@ def test_traced_in_one_graph(reduction):
 
 
 @pytest.mark.usefixtures("_block")
-def test_autocast_leaves_the_scores_alone():
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_autocast_leaves_the_scores_alone(reduction):
     h, table, items = case()
-    expected = gradients(catalogue.nll, h, table, items, torch.ones(N))
+    expected = gradients(catalogue.nll, h, table, items, torch.ones(N), reduction)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = catalogue.nll(h.requires_grad_(), table.requires_grad_(), items)
+        loss = catalogue.nll(h.requires_grad_(), table.requires_grad_(), items, reduction)
         assert torch.equal(catalogue.ranks(h, table, items), ranks_of_all_scores(h, table, items))
-    given = loss.detach(), *torch.autograd.grad(loss, (h, table), torch.ones(N))
+    given = loss.detach(), *torch.autograd.grad(loss, (h, table), torch.ones_like(loss))
     for a, b in zip(given, expected, strict=True):
         assert torch.equal(a, b)
 

@@ -2,10 +2,10 @@
 
 Throughout, the catalogue is an embedding table ``[num_items + 1, C]`` whose row 0 is padding and takes no part, and the
 score of item j for hidden state h is their dot product. Scores are float32 (float64 where an input is), also under
-autocast. At most about ``SCORES_PER_BLOCK`` of them are held at once, which is all the memory that is needed beside the
-result: those of all hidden states with a block of items, so that an item's gradient is one product over all of them and
-written once; or, where the catalogue is so small that the table may be visited more often, those of some hidden states
-with all items.
+autocast. At most about ``SCORES_PER_BLOCK`` of them are held at once: those of all hidden states with a block of items,
+so that an item's gradient is one product over all of them and written once; or, for a sum of losses where the catalogue
+is so small that the table may be visited more often, those of some hidden states with all items. The latter computes
+the gradients, in float32, together with the loss and holds them until the backward; nothing else takes memory.
 """
 
 from collections.abc import Iterable, Iterator
@@ -85,6 +85,7 @@ def ranks(h: Tensor, table: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] |
         ValueError: shapes do not fit, an item does not exist, or a score is NaN. TypeError: items are not int64.
     """
     _check(h, table, items)
+    _check_range(items, table)
     if not len(items):
         return torch.zeros(0, dtype=torch.float64, device=h.device)
     at_once = SCORES_PER_BLOCK // max(1, table.shape[0] - 1)
@@ -159,12 +160,14 @@ def _check(h: Tensor, table: Tensor, items: Tensor | None = None) -> None:
         raise ValueError(
             f"h must be [N, C] and table [num_items + 1, C]; given {list(h.shape)} and {list(table.shape)}"
         )
-    if items is None or torch.compiler.is_compiling():
-        return
-    if items.dtype != torch.int64:
+    if items is not None and items.dtype != torch.int64:
         raise TypeError(f"items must be int64; given {items.dtype}")
-    if items.shape != h.shape[:1]:
+    if items is not None and items.shape != h.shape[:1]:
         raise ValueError(f"items must be [N], one for each of {h.shape[0]} hidden states; given {list(items.shape)}")
+
+
+def _check_range(items: Tensor, table: Tensor) -> None:
+    """Within the operators, so that it is done in a compiled program too."""
     if items.numel() and not 1 <= int(items.min()) <= int(items.max()) < table.shape[0]:
         raise ValueError(
             f"items must be from 1 to {table.shape[0] - 1}; given {int(items.min())} to {int(items.max())}"
@@ -239,6 +242,7 @@ def _scores_of(keys: Tensor) -> Tensor:
 @torch.library.custom_op("ttt4rec::catalogue_nll", mutates_args=())
 def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihoods ``[N]``, and the logarithms of the softmax's denominators, float64 ``[N]``."""
+    _check_range(items, table)
     lse = torch.full((h.shape[0],), -torch.inf, dtype=torch.float64, device=h.device)
     target = torch.zeros(h.shape[0], 1, dtype=_dtype(h, table), device=h.device)
     for first, _, scores in _blocks(h, table):
@@ -253,7 +257,7 @@ def catalogue_nll_backward(grad: Tensor, h: Tensor, table: Tensor, items: Tensor
     """Gradients of h and table; the scores are computed again, block by block."""
     dtype = _dtype(h, table)
     grad_h = torch.zeros(h.shape, dtype=dtype, device=h.device)
-    grad_table = torch.empty_like(table)
+    grad_table = table.new_empty(table.shape)
     grad_table[0] = 0
     wide, grad = h.to(dtype), grad.to(dtype)
     for first, rows, scores in _blocks(h, table):
@@ -270,10 +274,11 @@ def catalogue_total_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor
 
     Some hidden states at a time, whose scores are computed once and become their gradients in place.
     """
+    _check_range(items, table)
     dtype = _dtype(h, table)
     wide, rows, columns = h.to(dtype), table[1:].to(dtype), items - 1
     total = torch.zeros((), dtype=torch.float64, device=h.device)
-    grad_h, grad_table = torch.empty_like(wide), torch.zeros(table.shape, dtype=dtype, device=h.device)
+    grad_h, grad_table = wide.new_empty(wide.shape), wide.new_zeros(table.shape)
     ones = wide.new_ones(_rows_at_once(table))
     memory = wide.new_empty(min(len(ones), h.shape[0]), rows.shape[0])
     for part in (slice(first, first + len(ones)) for first in range(0, h.shape[0], len(ones))):
@@ -285,6 +290,14 @@ def catalogue_total_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor
             torch.mm(scores, rows, out=grad_h[part])
             grad_table[1:].addmm_(scores.T, wide[part])
     return total.to(dtype), grad_h, grad_table
+
+
+@torch.library.custom_op("ttt4rec::catalogue_total_nll_backward", mutates_args=())
+def catalogue_total_nll_backward(
+    grad: Tensor, grad_h: Tensor, grad_table: Tensor, h_dtype: torch.dtype, table_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """grad times the gradients of the forward; an operator, so that a second derivative is an error and not zero."""
+    return (grad * grad_h).to(h_dtype), (grad * grad_table).to(table_dtype)
 
 
 def _rows_at_once(table: Tensor) -> int:
@@ -332,6 +345,13 @@ def _(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return h.new_empty((), dtype=dtype), h.new_empty(h.shape, dtype=dtype), h.new_empty(table.shape, dtype=dtype)
 
 
+@catalogue_total_nll_backward.register_fake
+def _(
+    grad: Tensor, grad_h: Tensor, grad_table: Tensor, h_dtype: torch.dtype, table_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return grad_h.new_empty(grad_h.shape, dtype=h_dtype), grad_table.new_empty(grad_table.shape, dtype=table_dtype)
+
+
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, output[1])
@@ -352,8 +372,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _scale_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
     if grad is None:
         return None, None, None
-    grad_h, grad_table = ((grad * x).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-    return grad_h, grad_table, None
+    return *catalogue_total_nll_backward(grad, *ctx.saved_tensors, *ctx.dtypes), None
 
 
 catalogue_nll.register_autograd(_backward, setup_context=_save_inputs)
