@@ -142,6 +142,18 @@ def test_histories_of_every_kind(run, tmp_path, capsys, line):
     assert (len(answer["items"]), answer["unknown"]) == (3, [])
 
 
+def test_histories_of_numbers_and_of_what_no_id_can_be(run, tmp_path, capsys):
+    command = ["recommend", str(run / "run"), "--histories", str(tmp_path / "histories.txt")]
+    (tmp_path / "histories.txt").write_text("5\n[5, 12]\n")
+    assert main(command) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["unknown"] for answer in answers] == [["5"], ["5", "12"]]
+    for line in ('[["i1"]]', "[1.5]", "[null]", "[true]"):
+        (tmp_path / "histories.txt").write_text(line)
+        assert main(command) == 2
+        assert f"strings or whole numbers, given the line {line!r}" in capsys.readouterr().err
+
+
 def test_new_items_are_added_to_a_trained_model(run, tmp_path, capsys):
     text = (run / "ring.inter").read_text()
     new = "".join(f"v{u}\tnew{(u + t) % 5}\t{t}\n" for u in range(9) for t in range(9))

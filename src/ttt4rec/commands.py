@@ -132,12 +132,16 @@ def _recommend_file(recommender: Recommender, args: Namespace) -> None:
 
 
 def _history(line: str) -> list[str]:
-    """Item ids, separated by blanks or, where they hold blanks themselves, a JSON array of strings."""
+    """Item ids, separated by blanks or, where they hold blanks themselves, a JSON array of strings or whole numbers."""
     try:
         ids = json.loads(line)
     except ValueError:
         return line.split()
-    return ids if isinstance(ids, list) and all(isinstance(x, str) for x in ids) else line.split()
+    if not isinstance(ids, list):  # one id that looks like JSON, such as 5
+        return line.split()
+    if not all(type(x) in (str, int) for x in ids):
+        raise DataError(f"expected a history's ids as strings or whole numbers, given the line {line.strip()[:80]!r}")
+    return [str(x) for x in ids]
 
 
 def _as_json(result: Recommendations) -> dict[str, Any]:
