@@ -13,12 +13,14 @@ import pytest
 ROWS = 10_000_000
 
 PROGRAM = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 from ttt4rec.recsys.data import build_histories, filter_k_core, read_interactions
 import ttt4rec.recsys
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak():  # not ru_maxrss, which begins with what the parent used
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 before, begin = peak(), time.perf_counter()
 interactions = read_interactions(sys.argv[1])
@@ -63,4 +65,4 @@ def test_ten_million_rows(benchmark, text, kind):
     benchmark.extra_info |= results[0]
     print(f"\n{kind}: {results[0]}")
     assert results[0]["rows"] == ROWS
-    assert results[0]["GiB"] < 1.5
+    assert 0.1 < results[0]["GiB"] < 1.5
