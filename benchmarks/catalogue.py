@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ttt4rec import catalogue
 
-from .measure import Call
+from .measure import Call, resident
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -108,10 +107,6 @@ def loss_contests(size: str) -> list[LossContest]:
 @contextmanager
 def _peak_memory() -> Iterator[dict[str, int]]:
     """The most memory that the process holds within, beyond what it held before, in bytes."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
     measured, running, before = {"extra": 0}, True, resident()
 
     def watch() -> None:

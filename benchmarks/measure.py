@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,6 +165,15 @@ def peak_memory(call: Call, device: str) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes that this process holds, or with ``"VmHWM"`` the most that it has held.
+
+    Of ``/proc``, since ``ru_maxrss`` of a new process begins with what its parent used.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def roofs(device: str, dtype_name: str) -> dict[str, float]:

@@ -14,20 +14,17 @@ ROWS = 10_000_000
 
 PROGRAM = """
 import json, sys, time
-from pathlib import Path
+from benchmarks.measure import resident
 from ttt4rec.recsys.data import build_histories, filter_k_core, read_interactions
 import ttt4rec.recsys
 
-def peak():  # not ru_maxrss, which begins with what the parent used
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
-
-before, begin = peak(), time.perf_counter()
+before, begin = resident("VmHWM"), time.perf_counter()
 interactions = read_interactions(sys.argv[1])
 middle = time.perf_counter()
 histories = build_histories(filter_k_core(interactions, min_user=5, min_item=5))
 end = time.perf_counter()
-print(json.dumps({"rows": len(interactions), "read": middle - begin, "index": end - middle, "GiB": peak() - before}))
+peak = (resident("VmHWM") - before) / 2**30
+print(json.dumps({"rows": len(interactions), "read": middle - begin, "index": end - middle, "GiB": peak}))
 """
 
 

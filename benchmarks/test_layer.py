@@ -9,12 +9,13 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from ttt4rec import TTTLayer
+
+from .measure import resident
 
 SHAPES = {
     "recommender": {"inner": "mlp", "batch": 256, "length": 50, "heads": 4, "head_dim": 16, "mini_batch_size": 8},
@@ -67,7 +68,7 @@ def test_forward_backward_against_the_reference(shape):
 def test_peak_memory_against_the_reference(shape):
     peaks = {}
     for backend in BACKENDS:
-        command = [sys.executable, Path(__file__), shape, backend]
+        command = [sys.executable, "-m", "benchmarks.test_layer", shape, backend]
         peaks[backend] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     for backend in BACKENDS[:-1]:
         fraction = peaks[backend] / peaks["reference"]
@@ -90,15 +91,9 @@ def peak_bytes(shape, backend):
     """What a forward and backward adds to the resident set of this process, at its peak."""
     step(*make(shape, backend, batch=2))
     side = make(shape, backend)
-    before = resident("VmRSS")
+    before = resident()
     step(*side)
     return resident("VmHWM") - before
-
-
-def resident(field):
-    """Bytes; of ``/proc``, since ``ru_maxrss`` of a new process begins with what its parent used."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":
