@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import sys
-import types
 from functools import partial
 
 import pytest
@@ -105,21 +104,38 @@ def selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     return torch.stack(outputs, -1) * F.silu(z)
 
 
-def test_mamba_ssm_is_called_as_it_documents(x, monkeypatch):
-    module = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
-    module.selective_scan_fn = selective_scan_fn
-    for parent in ("mamba_ssm", "mamba_ssm.ops"):
-        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    baselines.find_scan.cache_clear()
+@pytest.fixture
+def mamba_ssm(tmp_path, monkeypatch):
+    """A package of that name, without anything in it; its folder of operations."""
+
+    def forget(clear=baselines.find_scan.cache_clear):
+        clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+            del sys.modules[name]
+
+    folder = tmp_path / "mamba_ssm" / "ops"
+    folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    forget()
+    yield folder
+    forget()
+
+
+def test_mamba_ssm_is_called_as_it_documents(x, monkeypatch, mamba_ssm):
+    (mamba_ssm / "selective_scan_interface.py").write_text(f"from {__name__} import selective_scan_fn")
     fused = baselines.find_scan("cuda")
-    baselines.find_scan.cache_clear()
     assert baselines.find_scan("cpu") is baselines.plain_scan
     mixer, x = randomised(MambaMixer(6)).float().requires_grad_(False), x.float()
     plain = mixer(x)
     monkeypatch.setattr(baselines, "find_scan", lambda device_type: fused)
     # the two sum 32 products in different orders, seven tokens deep
     torch.testing.assert_close(mixer(x), plain, rtol=0, atol=7 * 32 * 2**-24 * float(plain.abs().max()))
+
+
+def test_a_mamba_ssm_that_does_not_load_is_warned_of(mamba_ssm):
+    (mamba_ssm / "selective_scan_interface.py").write_text("import no_such_extension")
+    with pytest.warns(UserWarning, match="loop over the tokens: mamba-ssm does not load.*no_such_extension"):
+        assert baselines.find_scan("cuda") is baselines.plain_scan
 
 
 def test_bidirectional_attention_is_its_definition(x):

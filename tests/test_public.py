@@ -46,23 +46,23 @@ def small(monkeypatch):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", CONTENTS)
 def test_the_publishers_file(tmp_path, monkeypatch, capsys, name):
-    (tmp_path / PUBLIC[name].file).write_bytes(CONTENTS[name])
+    (tmp_path / PUBLIC[name].files[0]).write_bytes(CONTENTS[name])
     monkeypatch.setenv("TTT4REC_DATA", str(tmp_path))
     data = load_interactions(name)
     assert rows_of(data) == EXPECTED[name]
     assert data.times.dtype == np.int64
     assert f"{name}: 2 users" in capsys.readouterr().err
-    record = tmp_path / f"{PUBLIC[name].file}.sha256"
+    record = tmp_path / f"{PUBLIC[name].files[0]}.sha256"
     assert record.is_file() == (PUBLIC[name].md5 is None)
     if record.is_file():
-        assert record.read_text() == f"{hashlib.sha256(CONTENTS[name]).hexdigest()}  {PUBLIC[name].file}\n"
+        assert record.read_text() == f"{hashlib.sha256(CONTENTS[name]).hexdigest()}  {PUBLIC[name].files[0]}\n"
     assert rows_of(load_interactions(name)) == EXPECTED[name]
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", CONTENTS)
 def test_a_file_that_changed_is_refused(tmp_path, name):
-    path = tmp_path / PUBLIC[name].file
+    path = tmp_path / PUBLIC[name].files[0]
     path.write_bytes(CONTENTS[name])
     load_public(name, tmp_path, get_url=refuse)
     path.write_bytes(gzip.compress(b"1\t2010-10-19T23:55:27Z\t0\t0\t5\n") if name == "gowalla" else b"1,2,3,4,5\n")
@@ -70,15 +70,59 @@ def test_a_file_that_changed_is_refused(tmp_path, name):
         load_public(name, tmp_path, get_url=refuse)
 
 
+RECBOLES = [
+    ("gowalla", "gowalla.inter", "timestamp"),
+    ("gowalla", "gowalla-not-merged.inter", "timestamp"),
+    ("gowalla", "gowalla-merged.inter.gz", "timestamp"),
+    ("twitch-100k", "Twitch-100k.inter", "timestamp"),
+    ("twitch-100k", "twitch-100k.inter", "time_start"),
+    ("amazon-video-games", "amazon-video-games.inter.gz", "timestamp"),
+    ("amazon-video-games", "Amazon_Video_Games.inter", "timestamp"),
+]
+
+
+def recboles(path, name, time="timestamp", more=""):
+    """Write a dataset as RecBole's file, packed if its name says so."""
+    rows = "".join(f"{user}\t{item}\t{float(time)}{more and chr(9) + '1.0'}\n" for user, item, time in EXPECTED[name])
+    content = f"user_id:token\titem_id:token\t{time}:float{more and chr(9) + more}\n{rows}".encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize(("name", "time"), [*((name, "timestamp") for name in CONTENTS), ("twitch-100k", "time_start")])
-def test_recboles_version(tmp_path, name, time):
-    header = f"user_id:token\titem_id:token\t{time}:float\tnum_repeat:float\n"
-    rows = "".join(f"{user}\t{item}\t{float(time)}\t1.0\n" for user, item, time in EXPECTED[name])
-    path = tmp_path / PUBLIC[name].atomic
-    path.write_text(header + rows)
+@pytest.mark.parametrize(("name", "file", "time"), RECBOLES)
+def test_recboles_version(tmp_path, name, file, time):
+    path = tmp_path / file
+    recboles(path, name, time)
     assert rows_of(load_public(name, tmp_path, get_url=refuse)) == EXPECTED[name]
-    assert path.with_name(f"{path.name}.sha256").is_file()
+    assert path.with_name(f"{file}.sha256").is_file()
+
+
+def test_repeats_that_are_merged_are_not_the_papers_data(tmp_path):
+    path = tmp_path / "gowalla.inter"
+    recboles(path, "gowalla", more="num_repeat:float")
+    with pytest.raises(DataError, match=r"expected every interaction on its own.*num_repeat.*give its path"):
+        load_public("gowalla", tmp_path, get_url=refuse)
+    assert rows_of(load_interactions(path)) == EXPECTED["gowalla"]
+
+
+def test_a_damaged_packed_file_is_told_as_everywhere(tmp_path):
+    (tmp_path / "gowalla.inter.gz").write_bytes(gzip.compress(b"user_id:token\titem_id:token\t" * 99)[:-9])
+    with pytest.raises(DataError, match="expected a whole gzip file"):
+        load_public("gowalla", tmp_path, get_url=refuse)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("gowalla", "loc-gowalla_totalCheckins.txt", gzip.decompress(GOWALLA)),
+        ("twitch-100k", "100k.csv", TWITCH),
+        ("twitch-100k", "100k_a.csv.gz", gzip.compress(TWITCH)),
+        ("amazon-video-games", "ratings_Video_Games.csv.gz", gzip.compress(AMAZON)),
+    ],
+)
+def test_the_publishers_file_packed_or_not(tmp_path, name, file, content):
+    (tmp_path / file).write_bytes(content)
+    assert rows_of(load_public(name, tmp_path, get_url=refuse)) == EXPECTED[name]
 
 
 @pytest.mark.usefixtures("small")
@@ -115,7 +159,7 @@ def test_what_cannot_be_fetched_says_what_to_put_where(tmp_path, name):
         load_public(name, tmp_path, get_url=refuse)
     message = str(error.value)
     assert "\n" not in message
-    for part in (PUBLIC[name].file, PUBLIC[name].atomic, PUBLIC[name].source, str(tmp_path), "by hand"):
+    for part in (*PUBLIC[name].files, *PUBLIC[name].atomics, PUBLIC[name].source, str(tmp_path), "by hand"):
         assert part in message
     assert list(tmp_path.iterdir()) == []
 

@@ -5,9 +5,10 @@ frame as TTT: embedding, norms, residual connections, feed-forward network and s
 """
 
 import math
+import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache, partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -121,11 +122,16 @@ def plain_scan(
 
 @cache
 def find_scan(device_type: str) -> Callable[..., Tensor]:
-    """On ``"cuda"`` the scan of ``mamba-ssm`` if its CUDA kernels are installed; else ``plain_scan``."""
-    if device_type == "cuda":
-        with suppress(ImportError):
-            from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    """On ``"cuda"`` the scan of ``mamba-ssm`` if its CUDA kernels are installed; else ``plain_scan``.
 
+    A ``mamba-ssm`` that is installed and cannot be imported is warned of.
+    """
+    if device_type == "cuda" and find_spec("mamba_ssm") is not None:
+        try:
+            from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        except ImportError as error:
+            warnings.warn(f"Mamba runs as a loop over the tokens: mamba-ssm does not load ({error})", stacklevel=2)
+        else:
             return partial(fused_scan, selective_scan_fn)
     return plain_scan
 

@@ -173,7 +173,7 @@ def read_interactions(
 
 
 def _read_text(path: Path, separator: str, columns: Sequence[str] | None, fields: tuple[str, str, str]) -> Interactions:
-    with _open_text(path) as file:
+    with open_text(path) as file:
         quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
         reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
         try:
@@ -201,7 +201,8 @@ def _is_packed(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def _open_text(path: Path, errors: str = "strict") -> TextIO:
+def open_text(path: Path, errors: str = "strict") -> TextIO:
+    """A text file, unpacked if it is packed."""
     if _is_packed(path):
         return gzip.open(path, "rt", encoding="utf-8-sig", errors=errors, newline="")
     return path.open(encoding="utf-8-sig", errors=errors, newline="")
@@ -212,7 +213,7 @@ def _line_of_undecodable(path: Path) -> int:
 
     Read again for it: the text layer decodes whole blocks, so that when it fails, the lines before are not yet counted.
     """
-    with _open_text(path, errors="surrogateescape") as file:
+    with open_text(path, errors="surrogateescape") as file:
         return next(number for number, line in enumerate(file, start=1) if _ESCAPED_BYTE.search(line))
 
 

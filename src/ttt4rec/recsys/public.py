@@ -10,39 +10,43 @@ from __future__ import annotations
 import http.client
 import sys
 import urllib.request
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ttt4rec.files import file_digest, replacing
-from ttt4rec.recsys.data import DataError, Interactions, read_interactions
+from ttt4rec.recsys.data import DataError, Interactions, open_text, read_interactions
 
 
 @dataclass(frozen=True)
 class PublicDataset:
     """Where a dataset is and what it looks like; what the paper did with it.
 
+    A text file may be there with ``.gz`` behind its name or without.
+
     Attributes:
-        file: the publisher's file, without a header line.
+        files: names of the publisher's file, which has no header line; what is fetched gets the first.
         source: where it is from.
         url: its address; None: it is to be fetched by hand.
         columns: names of its columns, among them user_id, item_id and timestamp.
         separator: between them.
-        md5: of the file; None: not known to the public.
-        atomic: RecBole's file, used if it is there and the publisher's is not.
+        md5: of the first of ``files``; None: not known to the public.
+        atomics: names of RecBole's file, used if the publisher's is not there.
         atomic_times: what its column of times may be called.
         published: users, items and interactions by the paper, before filtering.
         min_user: the paper's filter: interactions of a user; of an item at least 5.
         max_len: the paper's length of history.
     """
 
-    file: str
+    files: tuple[str, ...]
     source: str
     url: str | None
     columns: tuple[str, ...]
     separator: str
     md5: str | None
-    atomic: str
+    atomics: tuple[str, ...]
     published: tuple[int, int, int]
     min_user: int
     max_len: int
@@ -51,38 +55,38 @@ class PublicDataset:
 
 PUBLIC = {
     "gowalla": PublicDataset(
-        file="loc-gowalla_totalCheckins.txt.gz",
+        files=("loc-gowalla_totalCheckins.txt.gz",),
         source="https://snap.stanford.edu/data/loc-gowalla.html",
         url="https://snap.stanford.edu/data/loc-gowalla_totalCheckins.txt.gz",
         columns=("user_id", "timestamp", "latitude", "longitude", "item_id"),
         separator="\t",
         md5="8ebd5ed2dd376d8982987c49429cb9f9",
-        atomic="gowalla.inter",
+        atomics=("gowalla.inter", "gowalla-not-merged.inter", "gowalla-merged.inter"),
         published=(107_092, 1_280_969, 6_442_892),
         min_user=20,
         max_len=100,
     ),
     "twitch-100k": PublicDataset(
-        file="100k_a.csv",
+        files=("100k_a.csv", "100k.csv"),
         source="https://github.com/JRappaz/liverec",
         url=None,
         columns=("user_id", "item_id", "streamer", "timestamp", "stop"),
         separator=",",
         md5=None,
-        atomic="Twitch-100k.inter",
+        atomics=("Twitch-100k.inter", "twitch-100k.inter"),
         published=(100_000, 739_991, 3_051_732),
         min_user=15,
         max_len=70,
         atomic_times=("timestamp", "time_start"),
     ),
     "amazon-video-games": PublicDataset(
-        file="ratings_Video_Games.csv",
+        files=("ratings_Video_Games.csv",),
         source="https://snap.stanford.edu/data/amazon/productGraph/",
         url="https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/ratings_Video_Games.csv",
         columns=("user_id", "item_id", "rating", "timestamp"),
         separator=",",
         md5=None,
-        atomic="amazon-video-games.inter",
+        atomics=("amazon-video-games.inter", "Amazon_Video_Games.inter"),
         published=(826_767, 50_210, 1_324_753),
         min_user=5,
         max_len=50,
@@ -101,20 +105,18 @@ def load_public(name: str, folder: Path, *, get_url: Callable[[str], bytes] = do
     """Read a dataset of ``PUBLIC`` from ``folder``, fetching it into it if need be.
 
     Raises:
-        DataError: there is no file and none can be fetched, or it is not what it was.
+        DataError: there is no file and none can be fetched, it is not what it was, or repeats are merged in it.
     """
     dataset = PUBLIC[name]
-    path, atomic = folder / dataset.file, folder / dataset.atomic
-    if not path.is_file() and atomic.is_file():
+    path, atomic = _present(folder, dataset.files), _present(folder, dataset.atomics)
+    if path is None and atomic is not None:
         check_unchanged(atomic)
-        with atomic.open(encoding="utf-8", errors="replace") as file:
-            header = [field.partition(":")[0] for field in file.readline().split("\t")]
-        known = (name for name in dataset.atomic_times if name in header)
-        interactions = read_interactions(atomic, time_field=next(known, "timestamp"))
+        interactions = read_interactions(atomic, time_field=_time_of(atomic, dataset))
     else:
-        if not path.is_file():
+        if path is None:
+            path = folder / dataset.files[0]
             _fetch(name, path, get_url)
-        check_unchanged(path, dataset.md5)
+        check_unchanged(path, dataset.md5 if path.name == dataset.files[0] else None)
         interactions = read_interactions(path, columns=dataset.columns, separator=dataset.separator)
     given = (len(interactions.user_ids), len(interactions.item_ids), len(interactions))
     users, items, rows = (f"{count:,}" for count in given)
@@ -125,9 +127,29 @@ def load_public(name: str, folder: Path, *, get_url: Callable[[str], bytes] = do
     return interactions
 
 
+def _present(folder: Path, names: Iterable[str]) -> Path | None:
+    """The first of the files that is there, packed or not."""
+    paths = (folder / either for name in names for either in (name, f"{name}.gz", name.removesuffix(".gz")))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _time_of(atomic: Path, dataset: PublicDataset) -> str:
+    """The name of the column of times; the usual one if the file cannot be read, which its reading will say better."""
+    header: list[str] = []
+    with suppress(OSError, EOFError, zlib.error), open_text(atomic, errors="replace") as file:
+        header = [field.partition(":")[0].strip() for field in file.readline().split("\t")]
+    if "num_repeat" in header:
+        raise DataError(
+            f"{atomic}: expected every interaction on its own, as in the paper's data, got a file whose repeats are "
+            "merged (it has a column num_repeat); to read it all the same, give its path instead of the dataset's name"
+        )
+    return next((name for name in dataset.atomic_times if name in header), "timestamp")
+
+
 def _fetch(name: str, path: Path, get_url: Callable[[str], bytes]) -> None:
     dataset = PUBLIC[name]
-    wanted = f"expected {dataset.file} (from {dataset.source}) or RecBole's {dataset.atomic} put into {path.parent}"
+    files, atomics = (" or ".join(names) for names in (dataset.files, dataset.atomics))
+    wanted = f"expected {files} (from {dataset.source}) or RecBole's {atomics} put into {path.parent}"
     if dataset.url is None:
         raise DataError(f"{name} cannot be fetched: {wanted} by hand")
     print(f"fetching {name} from {dataset.url} into {path.parent}", file=sys.stderr)
