@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.studies import costs, knobs, report
 from benchmarks.studies.grid import STUDIES
-from benchmarks.studies.models import BEST_RATES, STOPPED_TOO_SOON
+from benchmarks.studies.models import BEST_RATES, STOPPED_TOO_SOON, UNTRIED
 from benchmarks.studies.runner import find, load_split, read_results, run_all, time_left, train
 from benchmarks.studies.study import LEAVE_ONE_OUT, TEMPORAL, Data, Study
 from ttt4rec.recsys.data import DataError
@@ -49,7 +49,20 @@ def test_a_killed_study_goes_on_where_it_stopped(data: Path) -> None:
     assert [find(results, run) for run in STUDY.runs()] == results
     said: list[str] = []
     run_all(STUDY.runs(), data, path, said.append)
-    assert said == []
+    assert said == [f"4 of 4 trainings are in {path} already; those of another file (--results) would be new"]
+
+
+def test_rows_of_one_table_are_of_the_same_data(data: Path) -> None:
+    path = data / "runs.jsonl"
+    one, other = list(STUDY.runs())[:2]
+    run_all([one], data, path, print)
+    load_split.cache_clear()
+    rows = [f"{user}\ti{time % 7}\t{time}" for user in range(20) for time in range(9)]
+    with gzip.open(data / "toy" / "toy.inter.gz", "wt") as file:
+        file.write("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows]))
+    with pytest.raises(ValueError, match=r"toy: expected the data of the results so far, .* give --results another"):
+        run_all([other], data, path, print)
+    assert len(read_results(path)) == 1
 
 
 def test_a_run_does_not_depend_on_those_before_it(data: Path) -> None:
@@ -80,7 +93,7 @@ def test_data_that_are_not_here_are_passed_over(data: Path) -> None:
 
 def result(run, ndcg: float, seconds: float = 60.0) -> dict:
     test = dict.fromkeys(report.METRICS, ndcg)
-    data = {"users": 3, "items": 1_234, "train targets": 5}
+    data = {"users": 3, "items": 1_234, "train targets": 5, "test targets": 9, "test targets of new users": 4}
     return run.key | {
         "test": test, "data": data, "validation": [0.1, 0.2], "cpu_seconds": seconds, "wall_seconds": seconds
     }  # fmt: skip
@@ -95,7 +108,8 @@ def test_tables_show_means_spreads_and_what_is_missing(tmp_path: Path) -> None:
     some = [result(runs[0], 0.1), result(runs[2], 0.3), result(runs[1], 0.25)]
     cells = report.finished(STUDY, some)
     text = report.tables(STUDY, cells)
-    assert "**toy**, 3 users, 1,234 items, 5 training targets:" in text
+    assert "5 training targets, 9 test targets (4 of users who are not in training):" in text
+    assert text.startswith("**toy**, 3 users, 1,234 items, ")
     assert "| GRU | **0.2000** ± 0.0000 | 0.2000 ± 0.1414 |" in text
     assert "| TTT (1 of 2 seeds) | **0.2000** | **0.2500** |" in text
     assert text.count("| 2 | 30 | 1.0 |") == 2
@@ -117,6 +131,12 @@ def test_knobs_are_drawn_from_what_there_is(tmp_path: Path) -> None:
     runs = [run for run in knobs.STUDY.runs() if "num_heads" not in run.variant]
     knobs.plot(report.finished(knobs.STUDY, [result(run, 0.1 + run.seed) for run in runs]), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_knobs_compare_equal_seeds() -> None:
+    a, b, c = ({"seed": seed} for seed in range(3))
+    assert knobs._of_equal_seeds({1: [a, b, c], 2: [a], 4: [], 8: [a, c]}) == {1: [a], 2: [a], 8: [a]}
+    assert knobs._of_equal_seeds({1: []}) == {}
 
 
 def test_the_time_left_is_that_of_like_runs() -> None:
@@ -143,8 +163,9 @@ def test_the_rates_are_the_best_by_validation(name: str) -> None:
     tried: dict[tuple[str, str], dict[float, float]] = {}
     for run in STUDIES[name].runs():
         kind, rate = run.variant.rsplit(", ", 1)
-        found = find(results, run)
-        if found is not None and (kind, run.data.name, float(rate)) not in STOPPED_TOO_SOON:
+        if (kind, run.data.name, float(rate)) not in STOPPED_TOO_SOON | UNTRIED:
+            found = find(results, run)
+            assert found is not None, f"{run.variant} on {run.data.name} was not tried"
             tried.setdefault((kind, run.data.name), {})[float(rate)] = max(found["validation"])
     tried.pop(("softmax over all items", "ml-100k"), None)  # as in the study of mixers, to share its runs
     for (kind, dataset), rates in tried.items():

@@ -26,6 +26,9 @@ def main() -> None:
     run.add_argument("--variants", nargs="+", help="only these rows of the tables")
     run.add_argument("--seeds", type=int, nargs="+", help="only these")
     run.add_argument("--device", default="cpu", help="where to train (default: cpu)")
+    run.add_argument(
+        "--results", type=Path, default=report.RUNS_FILE, help="where results are kept (default: the repository's file)"
+    )
     commands.add_parser("costs", help="measure what the losses cost by the size of the catalogue")
     commands.add_parser("report", help="write the tables of the README, docs/studies.md and docs/paper.md")
     given = parser.parse_args()
@@ -39,7 +42,7 @@ def main() -> None:
     else:
         for name in given.studies:
             runs = [run for run in STUDIES[name].runs() if _wanted(run, given)]
-            run_all(runs, given.data, report.RUNS_FILE, say, given.device)
+            run_all(runs, given.data, given.results, say, given.device)
 
 
 def _wanted(run: Run, given: argparse.Namespace) -> bool:

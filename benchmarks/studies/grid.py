@@ -40,7 +40,7 @@ STUDIES = {
     ),
     "more-tuning": Study(
         "Tuning of more models",
-        datasets=(ML_100K, GOWALLA_1K, AMAZON),
+        datasets=(GOWALLA_1K, AMAZON),
         variants=tried(MORE_MIXERS, RATES),
         seeds=(0,),
         common=PROTOCOL,

@@ -53,10 +53,7 @@ def plot(cells: Mapping[tuple[Data, str], Sequence[Mapping[str, Any]]], path: Pa
     panels: Any = figure.subplots(2, len(KNOBS), sharex="col", sharey="row")
     for column, (name, values) in zip(panels.T, KNOBS.items(), strict=True):
         for i, label in enumerate(INNERS):
-            known = {}
-            for value in values:
-                if runs := cells[STUDY.datasets[0], _label(label, name, value)]:
-                    known[value] = runs
+            known = _of_equal_seeds({value: cells[STUDY.datasets[0], _label(label, name, value)] for value in values})
             for axes, of in zip(column, (_accuracy, _seconds), strict=True):
                 means = [statistics.fmean(map(of, runs)) for runs in known.values()]
                 axes.plot(list(known), means, color=f"C{i}", label=label)
@@ -70,6 +67,14 @@ def plot(cells: Mapping[tuple[Data, str], Sequence[Mapping[str, Any]]], path: Pa
     panels[1, 0].set_ylabel("CPU s an epoch")
     panels[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
+
+
+def _of_equal_seeds(runs: Mapping[Any, Sequence[Mapping[str, Any]]]) -> dict[Any, list[Mapping[str, Any]]]:
+    """The runs of those seeds that all values have which have any: a mean of other seeds would be another point."""
+    seeds = [{run["seed"] for run in of_value} for of_value in runs.values() if of_value]
+    common = set.intersection(*seeds) if seeds else set()
+    kept = {value: [run for run in of_value if run["seed"] in common] for value, of_value in runs.items()}
+    return {value: of_value for value, of_value in kept.items() if of_value}
 
 
 def _accuracy(run: Mapping[str, Any]) -> float:

@@ -42,13 +42,12 @@ def tables(study: Study, cells: Cells) -> str:
         if first is None:
             parts.append(f"**{data.title}**: not run yet.\n\n")
             continue
-        about = first["data"]
-        numbers = f"{about['users']:,} users, {about['items']:,} items, {about['train targets']:,} training targets"
         published = study.published.get(data.name, {})
         head = ["", "validation NDCG@10"]
         for metric in METRICS:
             head += [metric, "published"] if published else [metric]
-        parts.append(f"**{data.title}**, {numbers}:\n\n{row([*head, *COSTS])}{row(['---'] * (len(head) + 3))}")
+        head += COSTS
+        parts.append(f"**{data.title}**, {_about(first['data'])}:\n\n{row(head)}{row(['---'] * len(head))}")
         best = {
             name: max(statistics.fmean(_values(name, runs)) for runs in known.values() if runs)
             for name in ("validation NDCG@10", *METRICS)
@@ -59,6 +58,13 @@ def tables(study: Study, cells: Cells) -> str:
             parts.append(row([f"{variant}{missing}", *(_cells(runs, best, beside) if runs else ["not run yet"])]))
         parts.append("\n")
     return "".join(parts)
+
+
+def _about(data: dict[str, Any]) -> str:
+    counts = [f"{data[name]:,} {name}" for name in ("users", "items")]
+    counts += [f"{data['train targets']:,} training targets", f"{data['test targets']:,} test targets"]
+    new = data.get("test targets of new users", 0)
+    return ", ".join(counts) + (f" ({new:,} of users who are not in training)" if new else "")
 
 
 def row(cells: Sequence[str]) -> str:
@@ -75,7 +81,7 @@ def _cells(runs: list[Result], best: dict[str, float], published: dict[str, floa
     for metric in best:
         values = _values(metric, runs)
         mean = statistics.fmean(values)
-        cells.append(spread(values, bold=mean == best[metric]))
+        cells.append(spread(values, bold=round(mean, 4) == round(best[metric], 4)))
         if metric in published:
             other = published[metric]
             cells.append(f"{other:.4f} ({mean / other - 1:+.0%})" if other else "-")

@@ -67,8 +67,14 @@ def find(results: Iterable[Result], run: Run) -> Result | None:
 
 
 def run_all(runs: Iterable[Run], folder: Path, path: Path, say: Callable[[str], None], device: str = "cpu") -> None:
-    """Run what has no result yet; a kill loses no more than the run in progress. What has no data is passed over."""
+    """Run what has no result yet; a kill loses no more than the run in progress. What has no data is passed over.
+
+    Raises:
+        ValueError: results of the same name were of other data.
+    """
     runs, without_data = list(runs), set[str]()
+    if known := sum(find(read_results(path), run) is not None for run in runs):
+        say(f"{known} of {len(runs)} trainings are in {path} already; those of another file (--results) would be new")
     for number, run in enumerate(runs, start=1):
         done = read_results(path)
         if run.data.name in without_data or find(done, run) is not None:
@@ -79,9 +85,21 @@ def run_all(runs: Iterable[Run], folder: Path, path: Path, say: Callable[[str], 
             without_data.add(run.data.name)
             say(f"passed over: {error}")
             continue
+        check_same_data(done, run, split)
         left = [other for other in runs[number - 1 :] if find(done, other) is None]
         say(f"[{number}/{len(runs)}] {run.data.title}, {run.variant}, seed {run.seed}; {time_left(left, done)}")
         keep(path, train(run, split, say, device))
+
+
+def check_same_data(done: Iterable[Result], run: Run, split: Split) -> None:
+    """Refuse to add to a table what was trained on other data than its rows: ValueError."""
+    given = describe_data(split)
+    for result in done:
+        if run.data.key.items() <= result.items() and not result["data"].items() <= given.items():
+            raise ValueError(
+                f"{run.data.title}: expected the data of the results so far, {result['data']}, got {given}; "
+                "give --results another file"
+            )
 
 
 def train(run: Run, split: Split, say: Callable[[str], None], device: str = "cpu") -> Result:

@@ -33,6 +33,11 @@ class Data:
     settings: Settings = field(default_factory=dict, hash=False)
 
     @property
+    def key(self) -> dict[str, Any]:
+        """What tells data apart, as it is written into a result."""
+        return {"dataset": self.name, "split": self.split, "min_user": self.min_user}
+
+    @property
     def title(self) -> str:
         """Its heading in a report; the usual filter goes without saying, the usual split too."""
         split = "" if self.split == Data.split else f", {self.split}"
@@ -51,8 +56,7 @@ class Run:
     @property
     def key(self) -> dict[str, Any]:
         """What tells runs apart, as it is written into a result."""
-        data = {"dataset": self.data.name, "split": self.data.split, "min_user": self.data.min_user}
-        return data | {"seed": self.seed, "settings": dict(self.settings)}
+        return self.data.key | {"seed": self.seed, "settings": dict(self.settings)}
 
     def config(self, num_items: int) -> TTT4RecConfig:
         """The model's shape."""

@@ -64,9 +64,10 @@ see them. `TTT4Rec.load` needs neither.
 
 
 def describe_data(split: Split) -> dict[str, float]:
-    """Statistics of the histories and the parts, by name."""
+    """Statistics of the histories and the parts, by name; new users have nothing in training."""
     histories = split.histories
     lengths = np.diff(histories.offsets)
+    first, end = split.bounds("test")
     users = np.repeat(np.arange(histories.num_users), lengths)
     distinct = len(np.unique(users * (histories.num_items + 1) + histories.items))
     return {
@@ -77,6 +78,7 @@ def describe_data(split: Split) -> dict[str, float]:
         "median history": float(np.median(lengths)),
         "longest history": int(lengths.max()),
         "share of repeats": round(1 - distinct / len(histories.items), 4),
+        "test targets of new users": int((end - first)[split.train_end == 0].sum()),
     } | {f"{part} targets": split.num_targets(part) for part in PARTS}
 
 
