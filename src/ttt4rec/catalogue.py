@@ -85,7 +85,7 @@ def ranks(h: Tensor, table: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] |
         ValueError: shapes do not fit, an item does not exist, or a score is NaN. TypeError: items are not int64.
     """
     _check(h, table, items)
-    _check_range(items, table)
+    check_range(items, table)
     if not len(items):
         return torch.zeros(0, dtype=torch.float64, device=h.device)
     at_once = SCORES_PER_BLOCK // max(1, table.shape[0] - 1)
@@ -166,8 +166,8 @@ def _check(h: Tensor, table: Tensor, items: Tensor | None = None) -> None:
         raise ValueError(f"items must be [N], one for each of {h.shape[0]} hidden states; given {list(items.shape)}")
 
 
-def _check_range(items: Tensor, table: Tensor) -> None:
-    """Within the operators, so that it is done in a compiled program too."""
+def check_range(items: Tensor, table: Tensor) -> None:
+    """Refuse items that are not in a table by ValueError; within the operators, so that compiled programs do it too."""
     if items.numel() and not 1 <= int(items.min()) <= int(items.max()) < table.shape[0]:
         raise ValueError(
             f"items must be from 1 to {table.shape[0] - 1}; given {int(items.min())} to {int(items.max())}"
@@ -242,7 +242,7 @@ def _scores_of(keys: Tensor) -> Tensor:
 @torch.library.custom_op("ttt4rec::catalogue_nll", mutates_args=())
 def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihoods ``[N]``, and the logarithms of the softmax's denominators, float64 ``[N]``."""
-    _check_range(items, table)
+    check_range(items, table)
     lse = torch.full((h.shape[0],), -torch.inf, dtype=torch.float64, device=h.device)
     target = torch.zeros(h.shape[0], 1, dtype=_dtype(h, table), device=h.device)
     for first, _, scores in _blocks(h, table):
@@ -274,7 +274,7 @@ def catalogue_total_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor
 
     Some hidden states at a time, whose scores are computed once and become their gradients in place.
     """
-    _check_range(items, table)
+    check_range(items, table)
     dtype = _dtype(h, table)
     wide, rows, columns = h.to(dtype), table[1:].to(dtype), items - 1
     total = torch.zeros((), dtype=torch.float64, device=h.device)

@@ -9,22 +9,27 @@ targets of all with its own items. What else the model has is small, kept by all
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttt4rec import catalogue
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from ttt4rec.model import TTT4Rec
 
+T = TypeVar("T")
 _IGNORED = -100  # cross_entropy's ignore_index
 
 
@@ -54,6 +59,10 @@ def processes(device: str) -> Iterator[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
         yield device
         return
+    if device.startswith("cuda:"):
+        raise ValueError(
+            f"expected the device 'cuda' of processes that torchrun started, one GPU for each; got {device!r}"
+        )
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
@@ -64,6 +73,61 @@ def processes(device: str) -> Iterator[str]:
             dist.barrier()  # none leaves while another still talks to it
     finally:
         dist.destroy_process_group()
+
+
+def check_group() -> None:
+    """Look whether the processes that ``torchrun`` started, if it did, can train together.
+
+    Raises:
+        ValueError: they have not joined, or cannot exchange tensors of the CPU.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and dist.is_available() and dist.is_torchelastic_launched() and not _together():
+        raise ValueError(
+            f"torchrun started {started} processes, each of which would train alone: expected torch.distributed to be "
+            "initialised, as within ttt4rec.recsys.parallel.processes"
+        )
+    if world_size() > 1:
+        try:
+            add_up(torch.zeros(()))
+        except RuntimeError as error:
+            raise ValueError(
+                "expected a process group for tensors of the CPU too, such as "
+                f"init_process_group('cpu:gloo,cuda:nccl'); got {dist.get_backend()!r} ({error})"
+            ) from error
+
+
+def from_first(function: Callable[[], T]) -> T:
+    """What a function returns in the first process, in all of them; its ValueError or OSError too."""
+    if world_size() == 1:
+        return function()
+    outcome: list[Any] = [None]
+    if rank() == 0:
+        try:
+            outcome = [function()]
+        except (ValueError, OSError) as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, 0)
+    if isinstance(outcome[0], (ValueError, OSError)):
+        raise outcome[0]
+    result: T = outcome[0]
+    return result
+
+
+def check_alike(given: Any) -> None:
+    """Compare what can be written as JSON between all processes.
+
+    Raises:
+        ValueError: in all of them, if some have something else than the first.
+    """
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).digest()
+    digests = gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))
+    others = (digests != digests[0]).any(1).nonzero().flatten().tolist()
+    if others:
+        raise ValueError(
+            "all processes must be given the same data, options and model, of the same seed; "
+            f"those of {', '.join(map(str, others))} differ from those of 0"
+        )
 
 
 def add_up(x: Tensor) -> Tensor:
@@ -120,6 +184,7 @@ class ShardedItems(nn.Module):
         """``TTT4Rec.nll`` of this process's targets; forward and backward within ``loss_parallel``."""
         from torch.distributed.tensor import Partial
 
+        catalogue.check_range(items, self.weight)
         with torch.autocast(h.device.type, enabled=False):
             wide = self._of_all(h.to(torch.promote_types(h.dtype, self.weight.dtype)), 0)
             scores = F.linear(wide, self.weight, self.no_padding)  # of all targets with this process's items
@@ -146,9 +211,16 @@ class ShardedItems(nn.Module):
 
 
 def distribute(model: TTT4Rec) -> None:
-    """Give all processes the first one's weights and split the item table; nothing if there is one process."""
+    """Give all processes the first one's weights and split the item table; nothing if there is one process.
+
+    Raises:
+        ValueError: a process would have no item.
+    """
     if world_size() == 1:
         return
+    rows = model.embedding.weight.shape[0]
+    if -(-rows // world_size()) * (world_size() - 1) >= rows:
+        raise ValueError(f"{rows - 1} items cannot be split between {world_size()} processes; expected fewer processes")
     for x in model.state_dict().values():
         dist.broadcast(x, 0)
     from torch.distributed.device_mesh import init_device_mesh
@@ -206,11 +278,24 @@ def whole(x: Tensor) -> Tensor:
     return full
 
 
-def split_like(x: Tensor, example: Tensor) -> Tensor:
-    """A whole tensor, split as the example is."""
-    if not hasattr(example, "full_tensor"):
-        return x
-    from torch.distributed.tensor import distribute_tensor
+def hand_out(tensors: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first process's tensors, given to all of them one after the other.
 
-    like: Any = example
-    return distribute_tensor(x.to(example.device), like.device_mesh, like.placements)
+    One whose name ends with that of a split parameter, as Adam's moments of it do, is split like it.
+    """
+    if world_size() == 1:
+        return tensors
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    split = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
+    received = {}
+    kinds: dict[str, Any] = from_first(lambda: {name: (x.shape, x.dtype) for name, x in tensors.items()})
+    for name, (shape, dtype) in kinds.items():
+        x = tensors[name] if rank() == 0 else torch.empty(shape, dtype=dtype)
+        like = next((p for own, p in split.items() if name.endswith(f".{own}") and p.shape == shape), None)
+        if like is None:
+            dist.broadcast(x, 0)
+            received[name] = x
+        else:  # sends each process its part of the first one's
+            received[name] = distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
+    return received

@@ -123,8 +123,8 @@ def fit(
     """Train until validation NDCG@10 stops improving; leave the best weights in the model.
 
     Where ``torch.distributed`` is initialised, all its processes call this with the same arguments and train one model
-    together: see ``parallel``. They end with the same weights; the first one writes. Another number of processes may
-    go on from a checkpoint.
+    together: see ``parallel``. They end with the same weights. Only the first one reads and writes the folder, which
+    the others need not see. Another number of processes may go on from a checkpoint.
 
     ``folder`` receives ``metrics.csv`` and ``checkpoint.safetensors``, the latter replaced atomically after every
     epoch. Called again on a folder that holds a checkpoint of the same run, with the model as it was at the run's start
@@ -143,25 +143,22 @@ def fit(
 
     Raises:
         ValueError: the folder's checkpoint is damaged or belongs to another run, another run is using the folder, there
-            are no targets to train on or to validate, the model knows too few items, or training diverged.
+            are no targets to train on or to validate, the model knows too few items, training diverged, or the
+            processes have not joined, differ in what they were given or are too many for the items.
         OSError: the folder cannot be written or the disk is full; the last checkpoint stays whole.
     """
     options = options or TrainOptions()
     folder = Path(folder)
+    parallel.check_group()
     _check_data(model, split)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass  # a folder that cannot be written is better known before the first epoch than after it
-    with _alone(folder, model.embedding.weight.device):
-        return _fit(_Run(model, split, options), folder, progress, report)
+    parallel.from_first(lambda: _prepare(folder))
+    with _alone(folder):
+        return _fit(_Run(model, split, options, folder), progress, report)
 
 
-def _fit(run: _Run, folder: Path, progress: bool, report: Callable[[EpochReport], None] | None) -> list[EpochReport]:
-    """Take the run up, if it was begun, and bring it to its end."""
+def _fit(run: _Run, progress: bool, report: Callable[[EpochReport], None] | None) -> list[EpochReport]:
+    """Bring the run to its end."""
     model, options = run.model, run.options
-    if (folder / CHECKPOINT_FILE).exists():
-        run.restore(folder / CHECKPOINT_FILE)
-        run.write_metrics(folder / METRICS_FILE)  # the interruption may have come just before this
     with (
         _deterministic(options.deterministic),
         _denormals_flushed(),
@@ -171,8 +168,8 @@ def _fit(run: _Run, folder: Path, progress: bool, report: Callable[[EpochReport]
         run.restore_random_state()
         while not run.finished():
             epoch = run.epoch(progress and parallel.rank() == 0)
-            run.save(folder / CHECKPOINT_FILE)
-            run.write_metrics(folder / METRICS_FILE)
+            run.save()
+            run.write_metrics()
             if report is not None:
                 report(epoch)
     model.load_state_dict(run.best_weights)
@@ -191,11 +188,18 @@ def _check_data(model: TTT4Rec, split: Split) -> None:
         )
 
 
+def _prepare(folder: Path) -> None:
+    """Make the folder; that it cannot be written is better known before the first epoch than after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 @contextmanager
-def _alone(folder: Path, device: torch.device) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
     """Keep other runs out of the folder; the first process does, and all of them learn if it cannot."""
     with locked(folder) if parallel.rank() == 0 else nullcontext(True) as free:
-        if parallel.add_up(torch.tensor(int(not free), device=device)):
+        if not parallel.from_first(lambda: free):
             raise ValueError(f"another run is using {folder}; wait for its end or choose another folder")
         if parallel.rank() == 0:
             remove_partials(folder)
@@ -203,10 +207,11 @@ def _alone(folder: Path, device: torch.device) -> Iterator[None]:
 
 
 class _Run:
-    """The state of a training run, as it is checkpointed."""
+    """The state of a training run, as it is checkpointed; taken up from the folder's checkpoint if there is one."""
 
-    def __init__(self, model: TTT4Rec, split: Split, options: TrainOptions) -> None:
-        self.model, self.options, self.device = model, options, model.embedding.weight.device
+    def __init__(self, model: TTT4Rec, split: Split, options: TrainOptions, folder: Path) -> None:
+        self.model, self.options, self.folder = model, options, folder
+        self.device = model.embedding.weight.device
         self.train_windows = training_windows(split, max_len=model.config.max_len)
         self.valid_windows = training_windows(split, max_len=model.config.max_len, part="valid")
         counts = torch.from_numpy(split.train_counts()).to(self.device)
@@ -217,16 +222,25 @@ class _Run:
             popularity=options.popularity,
             calibration=options.calibration,
         )
+        self.initial: str = parallel.from_first(
+            lambda: checksum(model.state_dict())
+        )  # all take the first one's weights
+        parallel.check_alike([self._identity(), options.epochs, options.patience])
+        progress, tensors = self._read()  # while the model is as it was, in case the checkpoint is another run's
         parallel.distribute(model)
-        alone = parallel.world_size() == 1  # of the fused update DTensors have none
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, fused=alone)
+        items = (
+            model.embedding.weight
+        )  # of many processes a DTensor: a group of its own, no fused operator mixes the two
+        self.parameters = {"embedding.weight": items} | dict(model.named_parameters())
+        groups = [{"params": [items]}, {"params": [p for p in self.parameters.values() if p is not items]}]
+        self.optimizer = torch.optim.Adam(groups, lr=options.learning_rate, fused=True)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.reports: list[EpochReport] = []
         self.steps = 0
         self.best_weights = _copy(model)
-        # after ``distribute``, which gives all processes the first one's weights
-        self.initial = checksum({name: parallel.whole(x).cpu() for name, x in self.best_weights.items()})
         self.random_state: dict[str, Tensor] = {}
+        if progress is not None:
+            self._take_up(progress, tensors)
 
     def finished(self) -> bool:
         """Whether all epochs are done or the last ``patience`` brought nothing better."""
@@ -267,6 +281,7 @@ class _Run:
         self._set_inner_lr_scale(1.0)  # what is validated and kept is the model as it will be used
         mean = float(total) / windows.num_targets
         if not math.isfinite(mean):
+            parallel.collect(self.model)  # as all processes do here, whose mean it is
             raise ValueError(
                 f"training diverged: the loss of epoch {len(self.reports)} is {mean}; lower the learning rate, "
                 "warm up the inner rates or bound them with max_inner_step"
@@ -302,11 +317,11 @@ class _Run:
             if isinstance(module, TTTLayer):
                 module.set_inner_lr_scale(scale)
 
-    def save(self, path: Path) -> None:
+    def save(self) -> None:
         """Write everything that the rest of the run depends on; the first process does."""
         parts = {f"model.{name}": x for name, x in self.model.state_dict().items()}
         parts |= {f"best.{name}": x for name, x in self.best_weights.items()}
-        names = [name for name, _ in self.model.named_parameters()]
+        names = list(self.parameters)
         for index, slots in self.optimizer.state_dict()["state"].items():
             parts |= {f"adam.{slot}.{names[index]}": x for slot, x in slots.items()}
         tensors = {}
@@ -324,41 +339,51 @@ class _Run:
             "run": self._identity(),
         }
         if parallel.rank() == 0:
-            save_checkpoint(path, tensors, progress)
+            save_checkpoint(self.folder / CHECKPOINT_FILE, tensors, progress)
 
-    def write_metrics(self, path: Path) -> None:
+    def write_metrics(self) -> None:
         """Write the reports so far; the first process does."""
         if parallel.rank() != 0:
             return
-        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        with replacing(self.folder / METRICS_FILE) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(self.reports[0].row()))
             writer.writeheader()
             writer.writerows(report.row() for report in self.reports)
 
-    def restore(self, path: Path) -> None:
-        """Take up what ``save`` wrote."""
-        tensors, progress = load_checkpoint(path)
-        best = {name.removeprefix("best."): x for name, x in tensors.items() if name.startswith("best.")}
-        if self.initial == checksum(best):  # the model as this run's last call left it
-            self.initial = progress.get("run", {}).get("initial")
-        if progress.get("run") != self._identity():
-            raise ValueError(
-                f"{path} belongs to a run with other data, options, model or initial weights; choose another folder or "
-                "delete it"
-            )
+    def _read(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """What ``save`` wrote, if it did: its progress and, in the first process, its tensors."""
+        path, tensors = self.folder / CHECKPOINT_FILE, dict[str, Tensor]()
+
+        def read() -> dict[str, Any] | None:
+            if not path.exists():
+                return None
+            loaded, progress = load_checkpoint(path)
+            best = {name.removeprefix("best."): x for name, x in loaded.items() if name.startswith("best.")}
+            if self.initial == checksum(best):  # the model as this run's last call left it
+                self.initial = progress.get("run", {}).get("initial")
+            if progress.get("run") != self._identity():
+                raise ValueError(
+                    f"{path} belongs to a run with other data, options, model or initial weights; choose another "
+                    "folder or delete it"
+                )
+            tensors.update(loaded)
+            return progress
+
+        return parallel.from_first(read), tensors
+
+    def _take_up(self, progress: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         try:
-            self._take(tensors, progress)
+            self._take(parallel.hand_out(tensors, self.parameters), progress)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{self.folder / CHECKPOINT_FILE} is damaged: {str(error).splitlines()[0]}") from error
+        self.write_metrics()  # the interruption may have come just before this
 
     def _take(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "adam": {}, "random": {}}
         for name, x in tensors.items():
             group, _, rest = name.partition(".")
             groups[group][rest] = x
-        own = self.model.state_dict()
         for group in ("best", "model"):  # the best ones only to see that they fit
-            groups[group] = {name: parallel.split_like(x, own[name]) for name, x in groups[group].items()}
             self.model.load_state_dict(groups[group])
         self.best_weights = groups["best"]
         self._restore_optimizer(groups["adam"])
@@ -381,12 +406,10 @@ class _Run:
 
     def _restore_optimizer(self, slots: dict[str, Tensor]) -> None:
         state = self.optimizer.state_dict()
-        parameters = list(self.model.named_parameters())
-        names = [name for name, _ in parameters]
+        names = list(self.parameters)
         for key, x in slots.items():
             slot, _, name = key.partition(".")
-            index = names.index(name)
-            state["state"].setdefault(index, {})[slot] = parallel.split_like(x, parameters[index][1]) if x.dim() else x
+            state["state"].setdefault(names.index(name), {})[slot] = x
         self.optimizer.load_state_dict(state)
 
     def _identity(self) -> dict[str, Any]:
