@@ -1,5 +1,7 @@
 """TTT4Rec under RecBole's trainer and evaluator. Run by ``scripts/test_adapters.sh``, which builds the environment."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from recbole.data import create_dataset, data_preparation
 from recbole.trainer import Trainer
 from recbole.utils import init_seed
 
+import recbole_metrics
 from recsys_data import write_events
 from ttt4rec.recsys.data import build_histories, filter_k_core, keep_item_codes, read_interactions
 from ttt4rec.recsys.evaluate import evaluate
@@ -92,3 +95,18 @@ def test_a_mixer_that_wants_more_than_one_target_is_refused(prepare):
     config, _, (train, _, _) = prepare(mixer="bidirectional")
     with pytest.raises(ValueError, match="RecBole has BERT4Rec itself"):
         TTT4Rec(config, train.dataset)
+
+
+def test_negatives_to_train_on_are_refused(prepare):
+    config, _, (train, _, _) = prepare(train_neg_sample_args={"distribution": "uniform", "sample_num": 1})
+    with pytest.raises(ValueError, match="expected train_neg_sample_args: None, .* got negatives of .* 'uniform'"):
+        TTT4Rec(config, train.dataset)
+
+
+def test_recboles_own_metrics_are_those_kept_for_the_tests_of_ours(monkeypatch):
+    for name in ("float", "bool"):
+        monkeypatch.setattr(np, name, getattr(np, name, None), raising=False)  # set for RecBole's sake, and put back
+    kept = json.loads(recbole_metrics.FIXTURE.read_text())
+    for name, case in recbole_metrics.cases().items():
+        assert case["metrics"] == pytest.approx(kept[name]["metrics"], abs=1e-9)
+        assert case["ranks"] == kept[name]["ranks"]

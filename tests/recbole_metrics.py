@@ -5,6 +5,7 @@ python tests/recbole_metrics.py     # in the environment that scripts/test_adapt
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +26,11 @@ def made_up(steps: int) -> tuple[Tensor, Tensor]:
     return (multiples * steps // PRIME).float() / steps, torch.arange(ROWS) * 7919 % ITEMS
 
 
-def recbole(steps: int) -> dict[str, dict[str, float] | list[float]]:
+def recbole(steps: int) -> dict[str, Any]:
     """What RecBole makes of them: metrics over all rows, and the mean rank of each target."""
     from recbole.evaluator import Collector, Evaluator
 
-    np.float = float  # a name that numpy dropped and RecBole 1.2.1 still uses
+    np.float, np.bool = float, bool  # names that numpy dropped and RecBole 1.2.1 still uses
     config = {
         "metrics": ["Hit", "NDCG", "MRR", "GAUC"],
         "topk": list(CUTOFFS),
@@ -45,11 +46,10 @@ def recbole(steps: int) -> dict[str, dict[str, float] | list[float]]:
     return {"metrics": {name: float(x) for name, x in Evaluator(config).evaluate(collected).items()}, "ranks": ranks}
 
 
-def main() -> None:
-    """Write the fixture: once without ties, once with about six items to a score."""
-    cases = {f"{steps} scores": {"steps": steps, **recbole(steps)} for steps in (PRIME, 16)}
-    FIXTURE.write_text(json.dumps(cases) + "\n")
+def cases() -> dict[str, dict[str, Any]]:
+    """The fixture: once without ties, once with about six items to a score."""
+    return {f"{steps} scores": {"steps": steps, **recbole(steps)} for steps in (PRIME, 16)}
 
 
 if __name__ == "__main__":
-    main()
+    FIXTURE.write_text(json.dumps(cases()) + "\n")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rectools import Columns
 from rectools.dataset import Dataset
-from rectools.models import SASRecModel
+from rectools.models import BERT4RecModel, SASRecModel
 
 from recsys_data import NUM_ITEMS, write_events
 from ttt4rec.layer import TTTLayer
@@ -81,13 +81,22 @@ def test_ttt_layers_begin_as_they_were_made(histories, options):
     assert layer.inner_lr_weight.std() < 0.04
 
 
+def test_a_model_that_reads_both_ways_is_refused(histories):
+    model = BERT4RecModel(
+        n_blocks=1, n_heads=2, n_factors=16, session_max_len=8, epochs=1, transformer_layers_type=TTTLayers
+    )
+    with pytest.raises(ValueError, match="TTT layers read forwards: expected a model with a causal attn_mask"):
+        model.fit(dataset_of(histories))
+
+
 def test_padding_and_later_items_do_not_matter():
     torch.manual_seed(0)
     layers = TTTLayers(n_blocks=2, n_factors=8, n_heads=2, dropout_rate=0.0, mini_batch_size=4).double()
     seqs = torch.randn(1, 9, 8, dtype=torch.float64)
-    mask = torch.ones(1, 9, 1, dtype=torch.bool)
-    whole = layers(seqs, mask)
+    mask, causal = torch.ones(1, 9, 1, dtype=torch.bool), torch.ones(9, 9, dtype=torch.bool).triu(1)
+    whole = layers(seqs, mask, causal)
     mask[:, :3] = False
-    padded = layers(seqs, mask)[:, 3:]
-    torch.testing.assert_close(padded, layers(seqs[:, 3:], mask[:, 3:]), rtol=0, atol=1e-12)
-    torch.testing.assert_close(layers(seqs[:, :5], mask[:, 3:8]), whole[:, :5], rtol=0, atol=1e-12)
+    padded = layers(seqs, mask, causal)[:, 3:]
+    torch.testing.assert_close(padded, layers(seqs[:, 3:], mask[:, 3:], causal[3:, 3:]), rtol=0, atol=1e-12)
+    short = layers(seqs[:, :5], mask[:, 3:8], causal[:5, :5])
+    torch.testing.assert_close(short, whole[:, :5], rtol=0, atol=1e-12)

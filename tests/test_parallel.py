@@ -4,17 +4,21 @@ import dataclasses
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from processes import together
 from recsys_data import make_model, make_split, write_events
-from ttt4rec import cli
+from ttt4rec import TTT4Rec, TTT4RecConfig, cli
+from ttt4rec.files import locked
 from ttt4rec.recsys import parallel
 from ttt4rec.recsys.evaluate import evaluate
+from ttt4rec.recsys.losses import Loss
 from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, TrainOptions, fit
-from ttt4rec.recsys.windows import evaluation_prefixes
+from ttt4rec.recsys.windows import evaluation_prefixes, training_windows
 
 OPTIONS = TrainOptions(epochs=2, targets_per_batch=64, learning_rate=1e-2)
 
@@ -46,8 +50,13 @@ def assert_same_run(given, expected, limit):
 
 @pytest.mark.parametrize(
     ("world_size", "change", "config"),
-    [(2, {}, {}), (3, {"accumulate": 2}, {"mixer": "gru"}), (2, {"targets_per_batch": 1}, {"mixer": "attention"})],
-    ids=["two", "three accumulating", "a process without a window"],
+    [
+        (2, {}, {}),
+        (2, {"clip_norm": 0.01, "inner_lr_warmup": 3}, {}),
+        (3, {"accumulate": 2}, {"mixer": "gru"}),
+        (2, {"targets_per_batch": 1}, {"mixer": "attention"}),
+    ],
+    ids=["two", "clipping and warming up", "three accumulating", "a process without a window"],
 )
 def test_several_processes_give_the_run_of_one(tmp_path, world_size, change, config):
     split = make_split(tmp_path, users=60 if world_size == 2 and not config else 8)
@@ -90,12 +99,33 @@ def test_processes_draw_their_own_dropout(tmp_path):
     assert not set(first) & set(second)
 
 
-@pytest.mark.parametrize("loss", ["sampled", "gbce", "bpr"])
-def test_losses_over_negatives_learn(tmp_path, loss):
-    split = make_split(tmp_path, users=20)
-    options = dataclasses.replace(OPTIONS, epochs=4, patience=4, loss=loss, num_negatives=8, popularity=0.5)
-    losses, _, _ = together(2, lambda: train(split, tmp_path / "run", options, mixer="gru"))[0]
-    assert losses[-1] < losses[0]
+class FixedNegatives(Loss):
+    def draw(self):
+        return torch.arange(3, 11)
+
+
+@pytest.mark.parametrize("name", ["sampled", "gbce", "bpr"])
+def test_losses_over_negatives_and_their_gradients(tmp_path, name):
+    split = make_split(tmp_path, users=8)
+    windows = training_windows(split, max_len=8)
+    loss = FixedNegatives(name, torch.full((24,), 1 / 24, dtype=torch.float64).log(), 8, 0.75)
+
+    def gradients():
+        model = make_model(split, dropout=0.0).double()
+        parallel.distribute(model)
+        ids, targets, cu_seqlens = windows.packed_batch(parallel.share(torch.arange(5))[0])
+        value = loss(model, *model.predict(ids, targets, cu_seqlens))
+        with parallel.scoring():
+            value.backward()
+        parallel.add_up_gradients(model)
+        return float(parallel.add_up(value.detach())), [parallel.whole(p.grad).tolist() for p in model.parameters()]
+
+    expected = gradients()
+    for value, given in together(2, gradients):
+        assert value == pytest.approx(expected[0], rel=1e-12)
+        for x, y in zip(given, expected[1], strict=True):
+            x, y = (torch.tensor(z, dtype=torch.float64) for z in (x, y))
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
 
 
 def test_the_item_table_and_its_scores_are_split(tmp_path):
@@ -127,6 +157,104 @@ def test_the_item_table_and_its_scores_are_split(tmp_path):
         torch.testing.assert_close(torch.tensor(gradient, dtype=torch.float64), whole.embedding.weight.grad)
         assert table == whole.embedding.weight.tolist()
         assert gradient[0] == [0.0] * 16  # padding
+
+
+def test_split_scores_are_not_rounded_by_autocast_and_unknown_items_are_refused(tmp_path):
+    model = make_model(make_split(tmp_path, users=8))
+    h, items = torch.randn(3, 16), torch.tensor([1, 5, 24])
+
+    def run():
+        parallel.distribute(model)
+        with parallel.scoring(), torch.autocast("cpu", torch.bfloat16):
+            losses = model.nll(h, items)
+        with pytest.raises(ValueError, match="items must be from 1 to 24; given 1 to 25"):
+            model.nll(h[:2], torch.tensor([1, 25]))
+        return losses.tolist()
+
+    expected = model.nll(h, items).tolist()
+    assert all(losses == pytest.approx(expected, rel=1e-5) for losses in together(2, run))
+
+
+def test_only_the_first_process_needs_the_folder(tmp_path):
+    split = make_split(tmp_path, users=20)
+
+    def run(epochs):
+        own = tmp_path / ("first" if parallel.rank() == 0 else "others")
+        return train(split, own, dataclasses.replace(OPTIONS, epochs=epochs), dropout=0.3)
+
+    whole = together(2, lambda: train(split, tmp_path / "whole", dropout=0.3))
+    together(2, lambda: run(1))
+    assert together(2, lambda: run(2)) == whole
+    assert not (tmp_path / "others").exists()
+
+
+@pytest.mark.parametrize("what", ["seed", "patience", "data", "width"])
+def test_processes_that_differ_are_refused(tmp_path, what):
+    split, other = (make_split(tmp_path, users) for users in (8, 9))
+
+    def run():
+        second = parallel.rank() == 1
+        options = dataclasses.replace(OPTIONS, **({what: 7} if second and what in ("seed", "patience") else {}))
+        model = make_model(split, width=32 if second and what == "width" else 16)
+        with pytest.raises(ValueError, match=r"must be given the same data, .* those of 1 differ from those of 0"):
+            fit(model, other if second and what == "data" else split, tmp_path / "run", options)
+        return type(model.embedding).__name__
+
+    assert together(2, run) == ["Embedding"] * 2
+
+
+def test_after_an_error_the_model_can_be_trained(tmp_path):
+    split = make_split(tmp_path, users=20)
+    together(2, lambda: train(split, tmp_path / "run", dataclasses.replace(OPTIONS, seed=1)))
+    whole = together(2, lambda: train(split, tmp_path / "whole"))
+
+    def run():
+        model = make_model(split, dropout=0.0).double()
+        with pytest.raises(ValueError, match="belongs to a run with other data, options"):
+            fit(model, split, tmp_path / "run", OPTIONS)
+        with locked(tmp_path / "used") if parallel.rank() == 0 else nullcontext():
+            with pytest.raises(ValueError, match="another run is using"):
+                fit(model, split, tmp_path / "used", OPTIONS)
+            parallel.from_first(lambda: None)
+        losses = [report.loss for report in fit(model, split, tmp_path / "new", OPTIONS)]
+        with pytest.raises(ValueError, match="training diverged"):
+            fit(model, split, tmp_path / "diverging", dataclasses.replace(OPTIONS, learning_rate=1e200))
+        return losses, type(model.embedding).__name__
+
+    (tmp_path / "used").mkdir()
+    assert together(2, run) == [(losses, "Embedding") for losses, _, _ in whole]
+
+
+def test_more_processes_than_rows_for_them(tmp_path):
+    split = make_split(tmp_path, users=8)
+
+    def run():
+        model = TTT4Rec(TTT4RecConfig(num_items=4, width=16))
+        with pytest.raises(ValueError, match="4 items cannot be split between 4 processes; expected fewer"):
+            parallel.distribute(model)
+        return parallel.from_first(lambda: split.num_targets("train"))
+
+    assert together(4, run) == [split.num_targets("train")] * 4
+
+
+def test_a_group_that_cannot_train_together(tmp_path, monkeypatch):
+    split = make_split(tmp_path, users=8)
+
+    def run():
+        with pytest.raises(ValueError, match="group for tensors of the CPU too, such as"):
+            fit(make_model(split), split, tmp_path / "run", OPTIONS)
+
+    initialise = dist.init_process_group
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "init_process_group", lambda _: initialise("cuda:gloo"))  # one kind of device, as of "nccl"
+        patch.setattr(dist, "barrier", lambda: None)  # which such a group has for that device only
+        together(2, run)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"torchrun started 2 processes.* within ttt4rec\.recsys\.parallel\.processes"):
+        fit(make_model(split), split, tmp_path / "run", OPTIONS)
+    with pytest.raises(ValueError, match="one GPU for each; got 'cuda:1'"), parallel.processes("cuda:1"):
+        pass
 
 
 @pytest.mark.parametrize("exclude_seen", [False, True])

@@ -76,7 +76,8 @@ def _train(args: Namespace, device: str) -> None:
     recommender.save(folder)
     settings = {name: value for name, value in vars(args).items() if name not in _NO_SETTINGS}
     settings |= {name: getattr(model.config, name) for name in _chosen(args, TTT4RecConfig)}
-    about = {"settings": settings, "data": describe_data(split), "cuts": cuts, "test": metrics}
+    about = {"settings": settings, "processes": parallel.world_size(), "data": describe_data(split), "cuts": cuts}
+    about |= {"test": metrics}
     write_json(folder / RUN_FILE, about)
     write_report([folder], folder)
     write_card(folder, recommender, about)

@@ -44,7 +44,8 @@ class TTT4Rec(SequentialRecommender):  # type: ignore[misc]
         model: the ``ttt4rec.TTT4Rec``; its item ids are RecBole's.
 
     Raises:
-        ValueError: the configuration has mixer "bidirectional" or a value that no model can have.
+        ValueError: the configuration has mixer "bidirectional", negatives to train on, which are RecBole's default, or
+            a value that no model can have.
     """
 
     input_type = InputType.POINTWISE
@@ -54,6 +55,12 @@ class TTT4Rec(SequentialRecommender):  # type: ignore[misc]
         sizes = {"num_items": self.n_items - 1, "max_len": self.max_seq_length}
         names = {field.name for field in dataclasses.fields(models.TTT4RecConfig)} - sizes.keys()
         options = {name: config[name] for name in names if name in config}
+        negatives = config["train_neg_sample_args"]["distribution"]
+        if negatives != "none":  # else they would be rows of the batches, to be told from targets by a label
+            raise ValueError(
+                "the loss is the softmax over all items: expected train_neg_sample_args: None, as RECBOLE_DEFAULTS has "
+                f"it; got negatives of distribution {negatives!r}"
+            )
         if options.get("mixer") == "bidirectional":
             raise ValueError("mixer 'bidirectional' is not to be had here: RecBole has BERT4Rec itself")
         self.model = models.TTT4Rec(models.TTT4RecConfig(**sizes, **options))

@@ -26,8 +26,8 @@ from ttt4rec.layer import TTTLayer
 class TTTLayers(TransformerLayersBase):  # type: ignore[misc]
     """TTT4Rec's residual blocks and final norm as RecTools' ``transformer_layers_type``.
 
-    They are causal by themselves; RecTools' masks for attention are not read. TTT layers know the order of their
-    tokens, so that RecTools' positional embedding is not needed.
+    They are causal by themselves: of RecTools' masks for attention only that there is one is asked. TTT layers know the
+    order of their tokens, so that RecTools' positional embedding is not needed.
 
     Args:
         n_blocks: residual blocks.
@@ -55,8 +55,16 @@ class TTTLayers(TransformerLayersBase):  # type: ignore[misc]
         self.dropout = nn.Dropout(dropout_rate)
         self.norm = make_norm("rms", n_factors)
 
-    def forward(self, seqs: Tensor, timeline_mask: Tensor, *attention_masks: Any, **others: Any) -> Tensor:
-        """seqs ``[B, L, n_factors]`` to the same shape; timeline_mask ``[B, L, 1]`` is False for padding."""
+    def forward(
+        self, seqs: Tensor, timeline_mask: Tensor, attn_mask: Tensor | None, *others: Any, **more: Any
+    ) -> Tensor:
+        """seqs ``[B, L, n_factors]`` to the same shape; timeline_mask ``[B, L, 1]`` is False for padding.
+
+        Raises:
+            ValueError: attn_mask is None, as it is in a model that reads both ways, such as ``BERT4RecModel``.
+        """
+        if attn_mask is None:
+            raise ValueError("TTT layers read forwards: expected a model with a causal attn_mask, such as SASRecModel")
         mask = timeline_mask.squeeze(-1)
         for block in self.blocks:
             seqs = self.dropout(block(seqs, mask=mask))

@@ -46,14 +46,14 @@ class TrainOptions:
         clip_norm: largest norm of all gradients together.
         inner_lr_warmup: steps over which TTT layers' inner rates rise from 0 to their full size; 0: none.
         loss: ``"softmax"`` over all items, or one over negatives: ``"sampled"`` softmax, ``"gbce"``, ``"bpr"``.
-        num_negatives: negatives drawn for each piece of a step, shared by its targets.
+        num_negatives: negatives drawn for each piece of a step, shared by its targets; by each process for its own.
         popularity: negatives are drawn in proportion to an item's training count + 1 to this power; 0: all alike.
         calibration: gBCE's t, from 0 (binary cross-entropy) to 1.
         exclude_seen: validate on items new to the user, see ``evaluate``.
         accumulate: pieces in which a step's gradients are computed, one after the other, to save memory.
         autocast: run the model in bfloat16 under autocast; weights, inner loop, scores and loss stay float32.
         deterministic: have torch use deterministic algorithms only, and raise where there is none.
-        seed: of the shuffling, the dropout and the negatives; at least 0.
+        seed: of the shuffling, and with the number of processes of the dropout and the negatives; at least 0.
     """
 
     epochs: int = 300
