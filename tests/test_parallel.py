@@ -128,6 +128,14 @@ def test_losses_over_negatives_and_their_gradients(tmp_path, name):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("loss", ["sampled", "gbce", "bpr"])
+def test_losses_over_negatives_learn(tmp_path, loss):
+    split = make_split(tmp_path, users=20)
+    options = dataclasses.replace(OPTIONS, epochs=4, patience=4, loss=loss, num_negatives=8, popularity=0.5)
+    losses, _, _ = together(2, lambda: train(split, tmp_path / "run", options, mixer="gru"))[0]
+    assert losses[-1] < losses[0]
+
+
 def test_the_item_table_and_its_scores_are_split(tmp_path):
     split = make_split(tmp_path, users=8)
     whole = make_model(split).double()

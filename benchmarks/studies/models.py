@@ -47,7 +47,7 @@ STOPPED_TOO_SOON = {(label, "gowalla-1k", 3e-4) for label in MIXERS | MORE_MIXER
 }
 """Where some seeds end on the plateau from which others start to learn; on gowalla-1k those of every kind of model."""
 UNTRIED = {(label, "ml-1m", 3e-4) for label in MIXERS}
-"""Rates that would have taken an hour of training each."""
+"""Rates left out for the time that training with them would take."""
 TUNED_ON = {"gowalla": "gowalla-1k", "twitch-100k": "gowalla-1k"}
 """Data sets that take another's rates."""
 

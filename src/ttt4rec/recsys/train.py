@@ -222,15 +222,13 @@ class _Run:
             popularity=options.popularity,
             calibration=options.calibration,
         )
-        self.initial: str = parallel.from_first(
-            lambda: checksum(model.state_dict())
-        )  # all take the first one's weights
+        # of the first one's weights, which ``distribute`` gives to all
+        self.initial: str = parallel.from_first(lambda: checksum(model.state_dict()))
         parallel.check_alike([self._identity(), options.epochs, options.patience])
         progress, tensors = self._read()  # while the model is as it was, in case the checkpoint is another run's
         parallel.distribute(model)
-        items = (
-            model.embedding.weight
-        )  # of many processes a DTensor: a group of its own, no fused operator mixes the two
+        # the item table, of several processes a DTensor, has a group of its own: no fused operator mixes it with the rest
+        items = model.embedding.weight
         self.parameters = {"embedding.weight": items} | dict(model.named_parameters())
         groups = [{"params": [items]}, {"params": [p for p in self.parameters.values() if p is not items]}]
         self.optimizer = torch.optim.Adam(groups, lr=options.learning_rate, fused=True)
