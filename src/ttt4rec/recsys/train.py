@@ -227,7 +227,7 @@ class _Run:
         parallel.check_alike([self._identity(), options.epochs, options.patience])
         progress, tensors = self._read()  # while the model is as it was, in case the checkpoint is another run's
         parallel.distribute(model)
-        # the item table, of several processes a DTensor, has a group of its own: no fused operator mixes it with the rest
+        # the item table, of several processes a DTensor, in a group of its own: no fused operator mixes it with others
         items = model.embedding.weight
         self.parameters = {"embedding.weight": items} | dict(model.named_parameters())
         groups = [{"params": [items]}, {"params": [p for p in self.parameters.values() if p is not items]}]
