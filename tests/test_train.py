@@ -285,14 +285,20 @@ def test_the_best_weights_are_kept_and_validated_as_asked(tmp_path, monkeypatch)
     def scored(model, windows, *, exclude_seen, **_):
         asked.append(exclude_seen)
         seen.append(model.norm.weight.detach().clone())
-        return {"NDCG@10": [0.1, 0.9, 0.2][len(seen) - 1]}
+        return {"NDCG@10": [0.1, 0.9, 0.2, 0.3][len(seen) - 1]}
+
+    def stop(report):
+        if report.epoch == 2:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "evaluate", scored)
+    options = dataclasses.replace(OPTIONS, epochs=4, exclude_seen=True)
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_model(split), split, tmp_path, options, report=stop)
     model = make_model(split)
-    fit(model, split, tmp_path, dataclasses.replace(OPTIONS, epochs=3, exclude_seen=True))
-    assert asked == [True] * 3
-    assert torch.equal(model.norm.weight, seen[1])
-    assert not torch.equal(model.norm.weight, seen[2])
+    fit(model, split, tmp_path, options)
+    assert asked == [True] * 4
+    assert [torch.equal(model.norm.weight, x) for x in seen] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("change", [{"popularity": 2.0}, {"calibration": 0.0}, {"clip_norm": 1e-9}], ids=str)
