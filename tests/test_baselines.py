@@ -205,6 +205,15 @@ def test_a_baseline_learns_the_pattern(tmp_path, mixer):
     assert best[0] in ("i6", "i7")
 
 
+def test_hidden_items_stand_for_all_targets(tmp_path):
+    split = make_split(tmp_path)
+    options = TrainOptions(epochs=1, learning_rate=1e-9)  # stays where it begins, where all items are about alike
+    for rate in (0.0, 0.5, 1.0):
+        model = make_model(split, mixer="bidirectional", hide_rate=rate, dropout=0.0)
+        (report,) = fit(model, split, tmp_path / str(rate), options)
+        assert report.loss == pytest.approx(math.log(24), rel=0.1)
+
+
 @pytest.mark.parametrize("mixer", ["narm", "mamba", "bidirectional"])
 def test_a_baseline_goes_on_after_an_interruption(tmp_path, mixer):
     split = make_split(tmp_path)

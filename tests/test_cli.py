@@ -105,6 +105,10 @@ def test_report_of_two_seeds(run, tmp_path, capsys):
     text = (tmp_path / "both" / "report.md").read_text()
     assert "| metric | seeds/0 | other/0 |\n" in text
     assert f"| HR@10 | {values[0]:.4f} | {values[0]:.4f} |\n" in text
+    for change in ({}, {"data": {**about["data"], "users": 59}, "settings": about["settings"] | {"seed": 7}}):
+        (other / "run.json").write_text(json.dumps(about | change))  # the same seed again, other data
+        assert main(["report", str(seeds[0]), str(other), "--out", str(tmp_path / "both")]) == 0
+        assert "standard deviation" not in (tmp_path / "both" / "report.md").read_text()
     (seeds[1] / "run.json").write_text("{}")
     assert main(["report", *map(str, seeds), "--out", str(tmp_path / "both")]) == 2
     assert "damaged" in capsys.readouterr().err

@@ -21,7 +21,7 @@ def test_killed_at_random_moments(tmp_path):
     assert survive(tmp_path, kills=100) >= 10
 
 
-@pytest.mark.parametrize("nth", [0, 1, 2, 5])
+@pytest.mark.parametrize("nth", [0, 1, 2, 2 * OPTIONS.epochs - 1])  # the last: nothing of the training is left
 @pytest.mark.parametrize("moment", ["half written", "before", "after"])
 def test_killed_while_a_file_is_replaced(tmp_path, nth, moment):
     split = make_split(tmp_path)

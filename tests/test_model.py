@@ -9,9 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from checks import golden_cases, load_golden
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
-from ttt4rec.blocks import Block
+from ttt4rec.baselines import MambaMixer
+from ttt4rec.blocks import AttentionMixer, Block
+from ttt4rec.model import make_mixer
 from ttt4rec.release import _BLOCK_NAMES, load_release_block
 
+TTT_SETTINGS = ("inner", "backbone", "mini_batch_size", "rope_theta", "base_lr", "max_inner_step", "conv_kernel")
 MIXERS = [
     {"mixer": "attention"},
     {"mixer": "narm"},
@@ -147,6 +150,31 @@ def test_a_stream_gives_the_numbers_of_one_call(options, cut):
     second, states = model(ids[:, cut:10], states=states, return_states=True)
     third, _ = model(ids[:, 10:], states=states, return_states=True)
     torch.testing.assert_close(torch.cat((first, second, third), 1), model(ids), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_theta": 10.0}, {"base_lr": 0.1}, {"max_inner_step": 0.01}, {"mini_batch_size": 2}, {"conv_kernel": 2},
+     {"inner": "linear"}, {"mixer": "attention", "rope_theta": 10.0}, {"mixer": "mamba", "conv_kernel": 2}],
+    ids=str,
+)  # fmt: skip
+def test_the_configuration_reaches_the_mixer(change):
+    """The model's is that of a layer that is made with the settings by hand, weights alike."""
+    config = TTT4RecConfig(num_items=30, width=16, num_heads=2, backbone="mamba")
+    given = make_mixer(dataclasses.replace(config, **change))
+    names = {"attention": ("rope_theta",), "mamba": ("conv_kernel",)}.get(change.get("mixer"), TTT_SETTINGS)
+    settings = {name: getattr(config, name) for name in names} | {n: x for n, x in change.items() if n != "mixer"}
+    expected = {
+        "attention": lambda: AttentionMixer(16, 2, **settings),
+        "mamba": lambda: MambaMixer(16, **settings),
+    }.get(change.get("mixer"), lambda: TTTLayer(16, 2, **settings))()
+    expected.load_state_dict(given.state_dict())
+    x = torch.randn(2, 11, 16)
+    assert torch.equal(given(x), expected(x))
+    if not {"conv_kernel", "inner", "mini_batch_size"} & change.keys():  # of which the weights are of other shapes
+        usual = make_mixer(dataclasses.replace(config, mixer=change.get("mixer", "ttt")))
+        usual.load_state_dict(given.state_dict())
+        assert not torch.allclose(given(x), usual(x))
 
 
 def test_attention_refuses_a_state():

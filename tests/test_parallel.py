@@ -177,10 +177,14 @@ def test_split_scores_are_not_rounded_by_autocast_and_unknown_items_are_refused(
             losses = model.nll(h, items)
         with pytest.raises(ValueError, match="items must be from 1 to 24; given 1 to 25"):
             model.nll(h[:2], torch.tensor([1, 25]))
-        return losses.tolist()
+        with pytest.raises(ValueError, match="items must be from 1 to 24; given -1 to 3"):
+            model.embedding(torch.tensor([[0, 3, -1]]))
+        return losses.dtype, losses.tolist()
 
-    expected = model.nll(h, items).tolist()
-    assert all(losses == pytest.approx(expected, rel=1e-5) for losses in together(2, run))
+    for dtype in (torch.float32, torch.bfloat16):
+        model.embedding.to(dtype)
+        expected = model.nll(h, items).tolist()  # in float32, of a narrow table too
+        assert together(2, run) == [(torch.float32, pytest.approx(expected, rel=1e-5))] * 2
 
 
 def test_only_the_first_process_needs_the_folder(tmp_path):
@@ -196,7 +200,7 @@ def test_only_the_first_process_needs_the_folder(tmp_path):
     assert not (tmp_path / "others").exists()
 
 
-@pytest.mark.parametrize("what", ["seed", "patience", "data", "width"])
+@pytest.mark.parametrize("what", ["seed", "patience", "data", "no validation", "width", "dtype"])
 def test_processes_that_differ_are_refused(tmp_path, what):
     split, other = (make_split(tmp_path, users) for users in (8, 9))
 
@@ -204,8 +208,10 @@ def test_processes_that_differ_are_refused(tmp_path, what):
         second = parallel.rank() == 1
         options = dataclasses.replace(OPTIONS, **({what: 7} if second and what in ("seed", "patience") else {}))
         model = make_model(split, width=32 if second and what == "width" else 16)
+        model.to(torch.float64 if second and what == "dtype" else torch.float32)
+        others = {"data": other, "no validation": dataclasses.replace(split, valid_end=split.train_end)}
         with pytest.raises(ValueError, match=r"must be given the same data, .* those of 1 differ from those of 0"):
-            fit(model, other if second and what == "data" else split, tmp_path / "run", options)
+            fit(model, others.get(what, split) if second else split, tmp_path / "run", options)
         return type(model.embedding).__name__
 
     assert together(2, run) == ["Embedding"] * 2
@@ -231,6 +237,61 @@ def test_after_an_error_the_model_can_be_trained(tmp_path):
 
     (tmp_path / "used").mkdir()
     assert together(2, run) == [(losses, "Embedding") for losses, _, _ in whole]
+
+
+def test_what_goes_wrong_in_the_first_process_is_told_in_all_and_leaves_the_model_whole(tmp_path, monkeypatch):
+    split = make_split(tmp_path, users=20)
+    wholes = together(2, lambda: train(split, tmp_path / "whole"))
+
+    def full(*_):
+        raise OSError("cannot write: No space left on device")
+
+    def run():
+        model = make_model(split, dropout=0.0).double()
+        with monkeypatch.context() as patch:
+            patch.setattr("ttt4rec.recsys.train.save_checkpoint", full)
+            with pytest.raises(OSError, match="No space left"):
+                fit(model, split, tmp_path / "run", OPTIONS)
+        with pytest.raises(RuntimeError, match="only here"):
+            parallel.from_first(lambda: (_ for _ in ()).throw(RuntimeError("only here")))
+        assert type(model.embedding).__name__ == "Embedding"
+        return train(split, tmp_path / "run")
+
+    assert together(2, run) == wholes
+
+
+def test_after_an_error_of_the_callers_the_split_model_is_refused(tmp_path):
+    split = make_split(tmp_path, users=20)
+
+    def prune(report):
+        raise ValueError("pruned")
+
+    def run():
+        model = make_model(split)
+        with pytest.raises(ValueError, match="pruned"):
+            fit(model, split, tmp_path / "run", OPTIONS, report=prune)
+        with pytest.raises(ValueError, match=r"is split between processes.*call ttt4rec\.recsys\.parallel\.collect"):
+            fit(model, split, tmp_path / "new", OPTIONS)
+        parallel.collect(model)
+        return len(fit(model, split, tmp_path / "new", OPTIONS))
+
+    assert together(2, run) == [2, 2]
+
+
+def test_a_frozen_item_table_stays_as_it_is(tmp_path):
+    split = make_split(tmp_path, users=20)
+
+    def run(folder):
+        model = make_model(split, dropout=0.0).double()
+        model.embedding.weight.requires_grad_(False)
+        before = model.embedding.weight.clone()
+        losses = [report.loss for report in fit(model, split, tmp_path / folder, OPTIONS)]
+        return losses, torch.equal(model.embedding.weight, before), model.embedding.weight.requires_grad
+
+    one = run("one")
+    assert one[1:] == (True, False)
+    for losses, *others in together(2, lambda: run("two")):
+        assert (losses, *others) == (pytest.approx(one[0], rel=bound(split)), True, False)
 
 
 def test_more_processes_than_rows_for_them(tmp_path):

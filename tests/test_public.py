@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def small(monkeypatch):
 def test_the_publishers_file(tmp_path, monkeypatch, capsys, name):
     (tmp_path / PUBLIC[name].files[0]).write_bytes(CONTENTS[name])
     monkeypatch.setenv("TTT4REC_DATA", str(tmp_path))
-    data = load_interactions(name)
+    data = load_interactions(Path(name))
     assert rows_of(data) == EXPECTED[name]
     assert data.times.dtype == np.int64
     assert f"{name}: 2 users" in capsys.readouterr().err
@@ -151,6 +152,24 @@ def test_fetching(tmp_path, capsys):
     assert asked == ["https://snap.stanford.edu/data/loc-gowalla_totalCheckins.txt.gz"]
     assert [path.name for path in folder.iterdir()] == ["loc-gowalla_totalCheckins.txt.gz"]
     assert "(as published)" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["gowalla", "amazon-video-games"])
+def test_what_is_fetched_and_is_something_else_is_not_kept(tmp_path, name):
+    with pytest.raises(DataError, match=r"expected (the published md5|4 fields)"):
+        load_public(name, tmp_path, get_url=lambda url: b"<html>Moved,\nfor a while</html>")
+    assert list(tmp_path.iterdir()) == []
+    assert rows_of(load_public(name, tmp_path, get_url=lambda url: CONTENTS[name])) == EXPECTED[name]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_record_that_is_empty_is_none(tmp_path):
+    (tmp_path / "100k_a.csv").write_bytes(TWITCH)
+    record = tmp_path / "100k_a.csv.sha256"
+    record.touch()
+    assert rows_of(load_public("twitch-100k", tmp_path)) == EXPECTED["twitch-100k"]
+    assert record.read_text() == f"{hashlib.sha256(TWITCH).hexdigest()}  100k_a.csv\n"
 
 
 @pytest.mark.parametrize("name", CONTENTS)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histories
+from ttt4rec.recsys.report import describe_data
 from ttt4rec.recsys.split import PARTS, Split, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.windows import evaluation_prefixes, training_windows
 
@@ -204,6 +205,8 @@ def test_what_the_filter_leaves_out_of_training_is_still_history() -> None:
     assert split.train_counts().tolist() == [3, 2]
     targets = {part: [list(range(*bound)) for bound in zip(*split.bounds(part), strict=True)] for part in PARTS}
     assert targets == {"train": [[1, 2], [1], [], []], "valid": [[3], [], [1], []], "test": [[], [], [2], []]}
+    assert describe_data(split)["test targets of new users"] == 1  # user 2's, whose history is of before the cut
+    assert [split.num_new_targets(part) for part in PARTS] == [2, 1, 0]
 
 
 @pytest.mark.parametrize(("ratios", "counts"), [((8, 2, 0), (7, 2, 0)), ((8, 0, 2), (7, 0, 2)), ((1, 0, 0), (9, 0, 0))])

@@ -10,7 +10,10 @@ from recsys_data import NUM_ITEMS, make_model, make_split
 from ttt4rec import TTT4Rec
 from ttt4rec.recsys import progress, train
 from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
+from ttt4rec.recsys.data import build_histories, read_interactions
+from ttt4rec.recsys.split import split_by_ratio
 from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
+from ttt4rec.recsys.windows import training_windows
 
 OPTIONS = TrainOptions(epochs=4, targets_per_batch=64, learning_rate=1e-2)
 
@@ -34,8 +37,17 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
     models = [make_model(split) for _ in range(2)]
     runs = [fit(model, split, tmp_path / str(i), OPTIONS) for i, model in enumerate(models)]
     assert without_seconds(runs[0]) == without_seconds(runs[1])
-    other = fit(make_model(split), split, tmp_path / "2", TrainOptions(epochs=1, targets_per_batch=64, seed=1))
-    assert other[0].loss != runs[0][0].loss
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_seed_reaches_the_order_of_the_windows_and_dropout(tmp_path, dropout):
+    split = make_split(tmp_path, users=1 if dropout else 60)  # a single window has no order
+    seen = []
+    for seed in (0, 1):
+        model = make_model(split, dropout=dropout).double()
+        options = dataclasses.replace(OPTIONS, epochs=1, seed=seed)
+        seen.append(fit(model, split, tmp_path / str(seed), options)[0].loss)
+    assert abs(seen[0] - seen[1]) > 1e-6  # another order of one sum is a millionth of that
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
@@ -82,6 +94,15 @@ def test_metrics_file(tmp_path):
     assert [float(row["loss"]) for row in rows] == [report.loss for report in reports]
     assert float(rows[2]["valid_NDCG@10"]) == reports[2].metrics["NDCG@10"]
     assert {"epoch", "train_seconds", "valid_HR@50"} <= rows[0].keys()
+
+
+def test_more_patience_goes_on(tmp_path):
+    split = make_split(tmp_path)
+    options = dataclasses.replace(OPTIONS, epochs=40, patience=2, learning_rate=0.2)
+    fewer = fit(make_model(split), split, tmp_path / "run", options)
+    more = fit(make_model(split), split, tmp_path / "run", dataclasses.replace(options, patience=3))
+    assert len(more) > len(fewer)
+    assert without_seconds(more[: len(fewer)]) == without_seconds(fewer)
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path):
@@ -154,6 +175,10 @@ def test_inner_rates_warm_up(tmp_path):
     fit(model, split, tmp_path / "run", TrainOptions(epochs=2, targets_per_batch=64, inner_lr_warmup=3))
     assert scales[:3] == pytest.approx([0, 1 / 3, 2 / 3])
     assert scales[-1] == 1
+    scales.clear()
+    fit(model, split, tmp_path / "long", TrainOptions(epochs=1, targets_per_batch=64, inner_lr_warmup=1000))
+    assert scales[-1] == 1  # in validation, though the training has not come there yet
+    assert float(model.blocks[0].mixer.inner_lr_scale) == 1
 
 
 @pytest.mark.parametrize(
@@ -180,8 +205,13 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     split = make_split(tmp_path)
     fit(make_model(split), split, tmp_path / "run", OPTIONS)
     histories = dataclasses.replace(split.histories, items=split.histories.items[::-1].copy())
-    with pytest.raises(ValueError, match="other data"):
-        fit(make_model(split), dataclasses.replace(split, histories=histories), tmp_path / "run", OPTIONS)
+    for other in (
+        dataclasses.replace(split, histories=histories),
+        split_by_ratio(split.histories, (2, 3, 5)),
+        split_by_ratio(split.histories, (3, 1, 6)),
+    ):
+        with pytest.raises(ValueError, match="other data"):
+            fit(make_model(split), other, tmp_path / "run", OPTIONS)
 
 
 @pytest.mark.parametrize("pieces", [3, 1000])
@@ -276,6 +306,11 @@ def test_what_cannot_be_trained_is_known_at_once(tmp_path):
     for change, part in (({"train_end": split.train_end * 0}, "train"), ({"valid_end": split.train_end}, "valid")):
         with pytest.raises(ValueError, match=f"no {part} targets"):
             fit(make_model(split), dataclasses.replace(split, **change), tmp_path / "run")
+    walk = [f"u{user},i{t % 2},{t}" for user in range(3) for t in range(20)]
+    (tmp_path / "two.csv").write_text("\n".join(["user_id,item_id,timestamp", *walk]))
+    repeats = split_by_ratio(build_histories(read_interactions(tmp_path / "two.csv")))
+    with pytest.raises(ValueError, match="every validation target is an item that its user had before"):
+        fit(make_model(repeats), repeats, tmp_path / "run", TrainOptions(exclude_seen=True))
     assert not (tmp_path / "run").exists()
 
 
@@ -283,6 +318,8 @@ def test_the_best_weights_are_kept_and_validated_as_asked(tmp_path, monkeypatch)
     split, seen, asked = make_split(tmp_path), [], []
 
     def scored(model, windows, *, exclude_seen, **_):
+        assert windows.num_targets == split.num_targets("valid")
+        assert torch.equal(windows.starts, training_windows(split, max_len=8, part="valid").starts)
         asked.append(exclude_seen)
         seen.append(model.norm.weight.detach().clone())
         return {"NDCG@10": [0.1, 0.9, 0.2, 0.3][len(seen) - 1]}

@@ -32,6 +32,9 @@ def main() -> None:
     commands.add_parser("costs", help="measure what the losses cost by the size of the catalogue")
     commands.add_parser("report", help="write the tables of the README, docs/studies.md and docs/paper.md")
     given = parser.parse_args()
+    wanted = [[r for r in STUDIES[name].runs() if _wanted(r, given)] for name in getattr(given, "studies", [])]
+    if given.command == "run" and not any(wanted):
+        parser.error("no training of these studies is of the given datasets, splits, variants and seeds")
     keep_freed_memory()
     torch.set_num_threads(1)  # so that CPU time is what one core would need
     say = partial(print, flush=True)
@@ -40,8 +43,7 @@ def main() -> None:
     elif given.command == "costs":
         costs.write(report.COSTS_FILE, say)
     else:
-        for name in given.studies:
-            runs = [run for run in STUDIES[name].runs() if _wanted(run, given)]
+        for runs in wanted:
             run_all(runs, given.data, given.results, say, given.device)
 
 

@@ -36,7 +36,7 @@ BEST_RATES: dict[str, dict[str, float]] = {
     "Mamba4Rec (Mamba)": {"gowalla-1k": 1e-3, "amazon-video-games": 3e-4},
     "TTT-Linear, Mamba backbone": {"gowalla-1k": 1e-3, "amazon-video-games": 3e-4},
     "TTT-MLP, Mamba backbone": {"gowalla-1k": 1e-3, "amazon-video-games": 3e-4},
-    "softmax over all items": {"ml-100k": 1e-3, "ml-1m": 1e-3, "amazon-video-games": 3e-4},
+    "softmax over all items": {"ml-100k": 1e-2, "ml-1m": 1e-3, "amazon-video-games": 3e-4},
     "sampled softmax, 256 negatives": {"ml-100k": 3e-4, "ml-1m": 1e-3, "amazon-video-games": 3e-4},
     "gBCE, 256 negatives, t = 0.75": {"ml-100k": 1e-2, "ml-1m": 1e-2, "amazon-video-games": 1e-3},
     "BPR, 256 negatives": {"ml-100k": 1e-3, "ml-1m": 1e-3, "amazon-video-games": 3e-4},

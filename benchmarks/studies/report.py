@@ -17,6 +17,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "studies.md", ROOT / "docs" / "
 RUNS_FILE, COSTS_FILE = RESULTS / "studies" / "runs.jsonl", RESULTS / "studies" / "costs.json"
 PICTURE = "studies-{}.png"
 METRICS = ("HR@10", "HR@50", "NDCG@10", "NDCG@50")
+VALIDATION = "validation NDCG@10"  # of the best epoch
 COSTS = ("epochs", "CPU s an epoch", "CPU min a training")
 
 Cells = dict[tuple[Data, str], list[Result]]
@@ -43,14 +44,14 @@ def tables(study: Study, cells: Cells) -> str:
             parts.append(f"**{data.title}**: not run yet.\n\n")
             continue
         published = study.published.get(data.name, {})
-        head = ["", "validation NDCG@10"]
+        head = ["", VALIDATION]
         for metric in METRICS:
             head += [metric, "published"] if published else [metric]
         head += COSTS
         parts.append(f"**{data.title}**, {_about(first['data'])}:\n\n{row(head)}{row(['---'] * len(head))}")
         best = {
             name: max(statistics.fmean(_values(name, runs)) for runs in known.values() if runs)
-            for name in ("validation NDCG@10", *METRICS)
+            for name in (VALIDATION, *METRICS)
         }
         for variant, runs in known.items():
             missing = f" ({len(runs)} of {len(study.seeds)} seeds)" if 0 < len(runs) < len(study.seeds) else ""
@@ -89,7 +90,7 @@ def _cells(runs: list[Result], best: dict[str, float], published: dict[str, floa
 
 
 def _values(metric: str, runs: list[Result]) -> list[float]:
-    return [run["test"][metric] if metric in run["test"] else max(run["validation"]) for run in runs]
+    return [max(run["validation"]) if metric == VALIDATION else run["test"][metric] for run in runs]
 
 
 def _costs(runs: list[Result]) -> list[str]:

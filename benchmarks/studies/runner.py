@@ -49,15 +49,21 @@ def load_split(folder: Path, data: Data) -> Split:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results that a file holds so far, none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The results that a file holds so far, none if there is no file; a line that a kill left unfinished is none."""
+    return [json.loads(line) for line in path.read_bytes()[: _end(path)].splitlines()] if path.exists() else []
 
 
 def keep(path: Path, result: Result) -> None:
     """Add a result to a file's."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(result) + "\n")
+    with path.open("ab") as file:
+        file.truncate(_end(path))
+        file.write(f"{json.dumps(result)}\n".encode())
+
+
+def _end(path: Path) -> int:
+    """Where the last finished line of a file ends."""
+    return path.read_bytes().rfind(b"\n") + 1
 
 
 def find(results: Iterable[Result], run: Run) -> Result | None:

@@ -55,15 +55,15 @@ def load_interactions(source: str | os.PathLike[str], **fields: str) -> Interact
     Raises:
         DataError: the name is unknown, no source can be reached, or the file cannot be read.
     """
-    if source in _DATASETS:
-        return read_interactions(_DATASETS[str(source)](cache_directory()))
-    if source in PUBLIC:
-        return load_public(str(source), cache_directory())
-    path = Path(source)
+    name, path = os.fspath(source), Path(source)
+    if name in _DATASETS:
+        return read_interactions(_DATASETS[name](cache_directory()))
+    if name in PUBLIC:
+        return load_public(name, cache_directory())
     if path.suffix or path.exists() or len(path.parts) > 1:
         return read_interactions(path, **fields)
     known = ", ".join(map(repr, (*_DATASETS, *PUBLIC)))
-    raise DataError(f"unknown dataset {os.fspath(source)!r}: expected one of {known} or the path of a file")
+    raise DataError(f"unknown dataset {name!r}: expected one of {known} or the path of a file")
 
 
 def cache_directory() -> Path:

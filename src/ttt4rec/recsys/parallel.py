@@ -98,17 +98,17 @@ def check_group() -> None:
 
 
 def from_first(function: Callable[[], T]) -> T:
-    """What a function returns in the first process, in all of them; its ValueError or OSError too."""
+    """What a function returns in the first process, in all of them; what it raises there too."""
     if world_size() == 1:
         return function()
     outcome: list[Any] = [None]
     if rank() == 0:
         try:
             outcome = [function()]
-        except (ValueError, OSError) as error:
+        except Exception as error:  # whatever it is, the others wait for it
             outcome = [error]
     dist.broadcast_object_list(outcome, 0)
-    if isinstance(outcome[0], (ValueError, OSError)):
+    if isinstance(outcome[0], Exception):
         raise outcome[0]
     result: T = outcome[0]
     return result
@@ -167,14 +167,16 @@ class ShardedItems(nn.Module):
         from torch.distributed.tensor import Shard, distribute_tensor
 
         self.mesh = mesh
-        self.weight = nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
+        split = distribute_tensor(weight.detach(), mesh, [Shard(0)])
+        self.weight = nn.Parameter(split, requires_grad=weight.requires_grad)
         padding = weight.new_zeros(weight.shape[0]).index_fill_(0, torch.tensor(0, device=weight.device), -torch.inf)
         self.no_padding = distribute_tensor(padding, mesh, [Shard(0)])
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Embeddings ``[..., C]`` of this process's ids ``[...]``."""
+        """Embeddings ``[..., C]`` of this process's ids ``[...]``; 0 is padding."""
         from torch.distributed.tensor import Shard
 
+        catalogue.check_range(ids[ids != 0], self.weight)
         rows = F.embedding(self._of_all(ids.flatten(), 0), self.weight)
         own: Tensor = rows.redistribute(placements=[Shard(0)]).to_local()  # type: ignore[attr-defined]
         embedded: Tensor = own[: ids.numel()].unflatten(0, ids.shape)
@@ -186,8 +188,9 @@ class ShardedItems(nn.Module):
 
         catalogue.check_range(items, self.weight)
         with torch.autocast(h.device.type, enabled=False):
-            wide = self._of_all(h.to(torch.promote_types(h.dtype, self.weight.dtype)), 0)
-            scores = F.linear(wide, self.weight, self.no_padding)  # of all targets with this process's items
+            dtype = torch.promote_types(torch.promote_types(h.dtype, self.weight.dtype), torch.float32)
+            wide, table, no_padding = self._of_all(h.to(dtype), 0), self.weight.to(dtype), self.no_padding.to(dtype)
+            scores = F.linear(wide, table, no_padding)  # of all targets with this process's items
             losses = F.cross_entropy(scores, self._of_all(items, _IGNORED), reduction="none", ignore_index=_IGNORED)
         longest = len(losses) // world_size()
         local: Tensor = losses.to_local(grad_placements=[Partial()])  # type: ignore[attr-defined]
@@ -197,7 +200,7 @@ class ShardedItems(nn.Module):
         """The table as it was before it was split, in every process."""
         table = whole(self.weight.detach())
         items = nn.Embedding(table.shape[0], table.shape[1], padding_idx=0, device="meta")
-        items.weight = nn.Parameter(table)
+        items.weight = nn.Parameter(table, requires_grad=self.weight.requires_grad)
         return items
 
     def _of_all(self, x: Tensor, fill: int) -> Any:
@@ -208,6 +211,15 @@ class ShardedItems(nn.Module):
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, int(longest) - len(x)), value=fill)
         return DTensor.from_local(padded, self.mesh, [Shard(0)]).redistribute(placements=[Replicate()])
+
+
+def check_whole(model: TTT4Rec) -> None:
+    """Refuse a model whose item table is split, by ValueError."""
+    if isinstance(model.embedding, ShardedItems):
+        raise ValueError(
+            "the model's item table is split between processes, as an error in training left it; call "
+            "ttt4rec.recsys.parallel.collect(model) in all of them, or make the model anew"
+        )
 
 
 def distribute(model: TTT4Rec) -> None:
@@ -233,6 +245,16 @@ def collect(model: TTT4Rec) -> None:
     """Undo ``distribute``: the whole table in every process."""
     if isinstance(model.embedding, ShardedItems):
         model.embedding = model.embedding.whole()
+
+
+@contextmanager
+def collected_after_errors(model: TTT4Rec) -> Iterator[None]:
+    """Leave the whole table in every process if a ValueError or an OSError is raised, as it must be in all of them."""
+    try:
+        yield
+    except (ValueError, OSError):
+        collect(model)
+        raise
 
 
 @contextmanager
@@ -265,8 +287,9 @@ def add_up_gradients(model: TTT4Rec) -> None:
 def clip_gradients(model: TTT4Rec, max_norm: float) -> None:
     """``clip_grad_norm_`` over all gradients, the parts of the item table's that other processes hold included."""
     items = [model.embedding.weight]
-    groups = (items, [p for p in model.parameters() if p is not items[0]])  # no foreach operator mixes the two
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in g if p.grad is not None]) for g in groups]
+    both = (items, [p for p in model.parameters() if p is not items[0]])  # no foreach operator mixes the two
+    groups = [trained for group in both if (trained := [p for p in group if p.grad is not None])]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
     for group in groups:
         foreach = None if world_size() == 1 else False
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, torch.stack([*map(whole, norms)]).norm(), foreach)

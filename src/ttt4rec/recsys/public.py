@@ -11,8 +11,8 @@ import http.client
 import sys
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,14 +110,20 @@ def load_public(name: str, folder: Path, *, get_url: Callable[[str], bytes] = do
     dataset = PUBLIC[name]
     path, atomic = _present(folder, dataset.files), _present(folder, dataset.atomics)
     if path is None and atomic is not None:
-        check_unchanged(atomic)
-        interactions = read_interactions(atomic, time_field=_time_of(atomic, dataset))
+        with unchanged(atomic):
+            interactions = read_interactions(atomic, time_field=_time_of(atomic, dataset))
     else:
+        fetched = path is None
         if path is None:
             path = folder / dataset.files[0]
             _fetch(name, path, get_url)
-        check_unchanged(path, dataset.md5 if path.name == dataset.files[0] else None)
-        interactions = read_interactions(path, columns=dataset.columns, separator=dataset.separator)
+        try:
+            with unchanged(path, dataset.md5 if path.name == dataset.files[0] else None):
+                interactions = read_interactions(path, columns=dataset.columns, separator=dataset.separator)
+        except DataError:
+            if fetched:  # what came was something else, such as a page that says so; the next call fetches anew
+                path.unlink(missing_ok=True)
+            raise
     given = (len(interactions.user_ids), len(interactions.item_ids), len(interactions))
     users, items, rows = (f"{count:,}" for count in given)
     published = "as published"
@@ -162,27 +168,31 @@ def _fetch(name: str, path: Path, get_url: Callable[[str], bytes]) -> None:
         raise DataError(f"cannot fetch {name} ({error}): {wanted} by hand") from error
 
 
-def check_unchanged(path: Path, md5: str | None = None) -> None:
-    """Compare a file with its md5, or else with the sha256 of its first use, if its folder could be written to.
+@contextmanager
+def unchanged(path: Path, md5: str | None = None) -> Iterator[None]:
+    """Compare a file with its md5, or else with the sha256 of its first use, and then read it.
+
+    If there is neither, this is the first use: what was read without an error is recorded, in a folder that can be
+    written to.
 
     Raises:
         DataError: it is another file.
     """
     given = file_digest(path, "sha256" if md5 is None else "md5")
     record = path.with_name(f"{path.name}.sha256")
-    if md5 is not None:
-        expected, origin = md5, "the published md5"
-    elif record.is_file():
-        expected, origin = (
-            record.read_text(encoding="utf-8").split()[0],
-            f"the sha256 of its first use, in {record.name},",
+    recorded = [] if md5 is not None or not record.is_file() else record.read_text(encoding="utf-8").split()
+    if md5 is not None and given != md5:
+        raise DataError(f"{path}: expected the published md5 {md5}, got {given}; delete the file, to have it fetched")
+    if recorded and given != recorded[0]:
+        raise DataError(
+            f"{path}: expected the sha256 of its first use, in {record.name}, {recorded[0]}, got {given}; put the old "
+            "file there, or delete the record if the new one is meant"
         )
-    else:
-        try:
-            with replacing(record) as partial:
-                partial.write_text(f"{given}  {path.name}\n", encoding="utf-8")
-        except OSError as error:
-            print(f"{path}: whether it changes cannot be watched ({record.name}: {error.strerror})", file=sys.stderr)
+    yield
+    if md5 is not None or recorded:
         return
-    if given != expected:
-        raise DataError(f"{path}: expected {origin} {expected}, got {given}; fetch it again or delete the record")
+    try:
+        with replacing(record) as partial:
+            partial.write_text(f"{given}  {path.name}\n", encoding="utf-8")
+    except OSError as error:
+        print(f"{path}: whether it changes cannot be watched ({record.name}: {error.strerror})", file=sys.stderr)

@@ -78,7 +78,7 @@ def describe_data(split: Split) -> dict[str, float]:
         "median history": float(np.median(lengths)),
         "longest history": int(lengths.max()),
         "share of repeats": round(1 - distinct / len(histories.items), 4),
-        "test targets of new users": int((end - first)[split.train_end == 0].sum()),
+        "test targets of new users": int((end - first)[split.train_begin == split.train_end].sum()),
     } | {f"{part} targets": split.num_targets(part) for part in PARTS}
 
 
@@ -172,9 +172,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _metrics_table(runs: Sequence[dict[str, Any]]) -> str:
-    """A column for each run; mean and spread where nothing but the seed differs."""
-    other = [{name: x for name, x in run["settings"].items() if name not in ("seed", "out")} for run in runs]
-    are_seeds = len(runs) > 1 and all(settings == other[0] for settings in other)
+    """A column for each run; mean and spread where the seed and nothing else differs."""
+    names = ("seed", "out")
+    other = [(run["data"], {name: x for name, x in run["settings"].items() if name not in names}) for run in runs]
+    seeds = [run["settings"].get("seed") for run in runs]
+    are_seeds = 1 < len(runs) == len(set(seeds)) and all(x == other[0] for x in other)
     rows = []
     for name in runs[0]["test"]:
         values = [run["test"].get(name, float("nan")) for run in runs]

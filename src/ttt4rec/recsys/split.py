@@ -55,6 +55,14 @@ class Split:
         first, end = self.bounds(part)
         return int((end - first).sum())
 
+    def num_new_targets(self, part: Part) -> int:
+        """Number of targets of one part that are not in their user's history before."""
+        histories, lengths = self.histories, np.diff(self.histories.offsets)
+        users = np.repeat(np.arange(histories.num_users), lengths)
+        _, first_time = np.unique(users * (histories.num_items + 1) + histories.items, return_index=True)
+        position, (first, end) = first_time - histories.offsets[users[first_time]], self.bounds(part)
+        return int(((position >= first[users[first_time]]) & (position < end[users[first_time]])).sum())
+
     def train_counts(self) -> IntArray:
         """How often each item occurs in the training part, int64 [num_items]; item code j + 1 at j."""
         histories, lengths = self.histories, np.diff(self.histories.offsets)

@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,12 @@ from ttt4rec.model import TTT4Rec
 from ttt4rec.native.threads import flushes_denormals
 from ttt4rec.recsys import parallel
 from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
+from ttt4rec.recsys.data import IntArray
 from ttt4rec.recsys.evaluate import evaluate
 from ttt4rec.recsys.losses import LOSSES, Loss, LossName
 from ttt4rec.recsys.progress import progress_bar
 from ttt4rec.recsys.split import Part, Split
-from ttt4rec.recsys.windows import Windows, batches, training_windows
+from ttt4rec.recsys.windows import batches, training_windows
 from ttt4rec.validation import check_choice, check_integer, check_positive, is_number
 
 METRICS_FILE, CHECKPOINT_FILE = "metrics.csv", "checkpoint.safetensors"
@@ -150,7 +151,10 @@ def fit(
     options = options or TrainOptions()
     folder = Path(folder)
     parallel.check_group()
-    _check_data(model, split)
+    parallel.check_whole(model)
+    if parallel.world_size() > 1:
+        parallel.check_alike(_given(model, split, options))
+    _check_data(model, split, options.exclude_seen)
     parallel.from_first(lambda: _prepare(folder))
     with _alone(folder):
         return _fit(_Run(model, split, options, folder), progress, report)
@@ -167,9 +171,10 @@ def _fit(run: _Run, progress: bool, report: Callable[[EpochReport], None] | None
         torch.manual_seed(options.seed + (parallel.rank() << 20))  # of its 64 bits the CPU's generator takes 32
         run.restore_random_state()
         while not run.finished():
-            epoch = run.epoch(progress and parallel.rank() == 0)
-            run.save()
-            run.write_metrics()
+            with parallel.collected_after_errors(model):
+                epoch = run.epoch(progress and parallel.rank() == 0)
+                run.save()
+                run.write_metrics()
             if report is not None:
                 report(epoch)
     model.load_state_dict(run.best_weights)
@@ -177,11 +182,24 @@ def _fit(run: _Run, progress: bool, report: Callable[[EpochReport], None] | None
     return run.reports
 
 
-def _check_data(model: TTT4Rec, split: Split) -> None:
+def _given(model: TTT4Rec, split: Split, options: TrainOptions) -> list[Any]:
+    """What all processes must be given alike; initial weights are the first one's."""
+    histories = split.histories
+    arrays = (histories.items, histories.offsets, split.train_begin, split.train_end, split.valid_end)
+    weights = [(name, list(x.shape), str(x.dtype), x.requires_grad) for name, x in model.named_parameters()]
+    parts = [dataclasses.asdict(options), dataclasses.asdict(model.config), weights]
+    return [*parts, histories.num_items, _digest(arrays)]
+
+
+def _check_data(model: TTT4Rec, split: Split, exclude_seen: bool) -> None:
     parts: tuple[Part, ...] = ("train", "valid")
     for part in parts:
         if not split.num_targets(part):
             raise ValueError(f"the split has no {part} targets; expected some to train on and some to validate")
+    if exclude_seen and not split.num_new_targets("valid"):
+        raise ValueError(
+            "every validation target is an item that its user had before; expected others, which exclude_seen ranks"
+        )
     if model.config.num_items < split.histories.num_items:
         raise ValueError(
             f"the model knows {model.config.num_items} items; expected at least the data's {split.histories.num_items}"
@@ -224,7 +242,6 @@ class _Run:
         )
         # of the first one's weights, which ``distribute`` gives to all
         self.initial: str = parallel.from_first(lambda: checksum(model.state_dict()))
-        parallel.check_alike([self._identity(), options.epochs, options.patience])
         progress, tensors = self._read()  # while the model is as it was, in case the checkpoint is another run's
         parallel.distribute(model)
         # the item table, of several processes a DTensor, in a group of its own: no fused operator mixes it with others
@@ -238,7 +255,8 @@ class _Run:
         self.best_weights = _copy(model)
         self.random_state: dict[str, Tensor] = {}
         if progress is not None:
-            self._take_up(progress, tensors)
+            with parallel.collected_after_errors(model):
+                self._take_up(progress, tensors)
 
     def finished(self) -> bool:
         """Whether all epochs are done or the last ``patience`` brought nothing better."""
@@ -279,7 +297,6 @@ class _Run:
         self._set_inner_lr_scale(1.0)  # what is validated and kept is the model as it will be used
         mean = float(total) / windows.num_targets
         if not math.isfinite(mean):
-            parallel.collect(self.model)  # as all processes do here, whose mean it is
             raise ValueError(
                 f"training diverged: the loss of epoch {len(self.reports)} is {mean}; lower the learning rate, "
                 "warm up the inner rates or bound them with max_inner_step"
@@ -336,13 +353,13 @@ class _Run:
             "reports": [dataclasses.asdict(r) for r in self.reports],
             "run": self._identity(),
         }
-        if parallel.rank() == 0:
-            save_checkpoint(self.folder / CHECKPOINT_FILE, tensors, progress)
+        parallel.from_first(lambda: save_checkpoint(self.folder / CHECKPOINT_FILE, tensors, progress))
 
     def write_metrics(self) -> None:
         """Write the reports so far; the first process does."""
-        if parallel.rank() != 0:
-            return
+        parallel.from_first(self._write_metrics)
+
+    def _write_metrics(self) -> None:
         with replacing(self.folder / METRICS_FILE) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(self.reports[0].row()))
             writer.writeheader()
@@ -414,7 +431,8 @@ class _Run:
         """What must agree for a checkpoint to be this run's; the number of epochs and the patience may change."""
         options = dataclasses.asdict(self.options)
         del options["epochs"], options["patience"]
-        data = [_fingerprint(windows) for windows in (self.train_windows, self.valid_windows)]
+        both = (self.train_windows, self.valid_windows)
+        data = [_digest(x.numpy() for x in (w.items, w.starts, w.lengths, w.leading)) for w in both]
         return {
             "options": options,
             "config": dataclasses.asdict(self.model.config),
@@ -423,10 +441,10 @@ class _Run:
         }
 
 
-def _fingerprint(windows: Windows) -> str:
+def _digest(arrays: Iterable[IntArray]) -> str:
     digest = hashlib.sha256()
-    for x in (windows.items, windows.starts, windows.lengths, windows.leading):
-        digest.update(x.numpy().tobytes())
+    for x in arrays:
+        digest.update(x.tobytes())
     return digest.hexdigest()
 
 
