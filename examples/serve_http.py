@@ -79,6 +79,7 @@ class Metrics:
         self.events = Counter("ttt4rec_events", "Events taken", ["new"], registry=self.registry)
         self.recommended = Counter("ttt4rec_recommendations", "Users recommended to", registry=self.registry)
         self.seconds = Histogram("ttt4rec_request_seconds", "By route", ["route", "status"], registry=self.registry)
+        self.saved = Gauge("ttt4rec_snapshot_seconds", "When the last one was written", registry=self.registry)
         for name in online.stats():
             gauge = Gauge(f"ttt4rec_{name}", "See OnlineRecommender.stats", registry=self.registry)
             gauge.set_function(lambda name=name: online.stats()[name])
@@ -95,8 +96,9 @@ def make_app(online: OnlineRecommender) -> FastAPI:
     def save() -> None:
         try:
             logger.info("snapshot of %d users", online.save_snapshot())
-        except OSError as error:
-            logger.warning("no snapshot, the old one stays: %s", error)
+            metrics.saved.set_to_current_time()
+        except Exception:  # whatever it is, the next one may succeed
+            logger.exception("no snapshot, the old one stays")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -171,7 +173,7 @@ def make_app(online: OnlineRecommender) -> FastAPI:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=pathlib.Path, help="of a recommender; receives events.db and states.safetensors")
+    parser.add_argument("folder", type=pathlib.Path, help="of a recommender; receives the events and the states")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; see above before changing it")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--pool-bytes", type=int, default=1 << 30, help="memory for the states of users")
@@ -180,8 +182,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)  # requests come in parallel
     recommender = Recommender.load(args.folder)
     log = SQLiteEventLog(args.folder / "events.db")
-    if not log.users():
-        log.append(events_of(recommender.histories))
+    begun = args.folder / "events.begun"
+    if not begun.exists():  # at the first start, and not again when all users have been forgotten
+        if not log.users():
+            log.append(events_of(recommender.histories))
+        begun.touch()
     online = OnlineRecommender(
         recommender.model,
         recommender.histories.item_ids,
@@ -189,8 +194,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         pool_bytes=args.pool_bytes,
         snapshot=args.folder / "states.safetensors",
     )
-    uvicorn.run(make_app(online), host=args.host, port=args.port, limit_concurrency=MAX_CONNECTIONS, access_log=False)
-    log.close()
+    try:
+        app = make_app(online)
+        uvicorn.run(app, host=args.host, port=args.port, limit_concurrency=MAX_CONNECTIONS, access_log=False)
+    finally:
+        log.close()
 
 
 if __name__ == "__main__":

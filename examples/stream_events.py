@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> float:
 
     torch.manual_seed(0)
     model = TTT4Rec.load(args.model) if args.model else TTT4Rec(TTT4RecConfig(num_items=1000, num_blocks=2)).eval()
+    if model.config.mixer != "ttt" or model.config.block_conv:
+        parser.error(
+            f"--model must have the TTT mixer and no block_conv, so that a TTTState is all; given {args.model}"
+        )
     history = torch.randint(1, model.config.num_items + 1, (args.events,))
     expected = model.scores(model(history[None])[0])
     difference = 0.0

@@ -15,8 +15,9 @@ from recsys_data import write_events
 from ttt4rec import TTT4Rec
 from ttt4rec.cli import main, make_parser
 from ttt4rec.model import MIXERS, TTT4RecConfig
+from ttt4rec.recsys.checkpoint import load_checkpoint
 from ttt4rec.recsys.losses import LOSSES
-from ttt4rec.recsys.train import TrainOptions
+from ttt4rec.recsys.train import CHECKPOINT_FILE, TrainOptions
 
 SMALL = ["--width", "16", "--num-heads", "2", "--ffn-width", "16", "--max-len", "8", "--targets-per-batch", "128"]
 
@@ -89,6 +90,8 @@ def test_report_of_two_seeds(run, tmp_path, capsys):
     for seed, out in enumerate(seeds):
         command = ["train", str(run / "ring.inter"), "--out", str(out), "--epochs", "2", "--seed", str(seed), *SMALL]
         assert main(command) == 0
+    runs = [load_checkpoint(out / CHECKPOINT_FILE)[1]["run"] for out in seeds]
+    assert runs[0]["initial"] != runs[1]["initial"]
     assert main(["report", *map(str, seeds), "--out", str(tmp_path / "both")]) == 0
     assert (tmp_path / "both" / "curves.png").stat().st_size > 1000
     text = (tmp_path / "both" / "report.md").read_text()

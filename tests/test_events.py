@@ -4,10 +4,12 @@ import resource
 import sqlite3
 import threading
 
+import numpy as np
 import pytest
 
 from crash import fork, wait
 from online_data import MemoryEventLog, history
+from ttt4rec.recsys import events
 from ttt4rec.recsys.events import NOTHING, Event, Known, SQLiteEventLog, Tail
 
 
@@ -119,11 +121,13 @@ def run_threads(work, count):
         (("u", "\ud800"), "item_id must be a text"),
         (("u", "a", ""), "event_id must be a text"),
         (("u", "a", 5), "event_id must be a text"),
-        (("u", "a", None, float("nan")), "time must be a finite number of 64 bits; given nan"),
-        (("u", "a", None, float("inf")), "time must be a finite number"),
-        (("u", "a", None, 2**63), "time must be a finite number"),
-        (("u", "a", None, True), "time must be a finite number"),
-        (("u", "a", None, "3"), "time must be a finite number"),
+        (("u", "a", None, float("nan")), "time must be a finite int or float of 64 bits; given nan"),
+        (("u", "a", None, float("inf")), "time must be a finite int or float"),
+        (("u", "a", None, 2**63), "time must be a finite int or float"),
+        (("u", "a", None, -(2**63) - 1), "time must be a finite int or float"),
+        (("u", "a", None, np.int64(5)), r"time must be a finite int or float of 64 bits; given np\.int64\(5\)"),
+        (("u", "a", None, True), "time must be a finite int or float"),
+        (("u", "a", None, "3"), "time must be a finite int or float"),
     ],
 )
 def test_bad_events(arguments, message):
@@ -165,6 +169,47 @@ def test_processes_share_a_file(path):
     children = [fork(child) for _ in range(4)]
     assert [wait(c) for c in children] == [0] * 4
     assert history(SQLiteEventLog(path), "u") == ["a"] * 160
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_deleted_pages_are_zeroed_whatever_sqlite_would_do(path, monkeypatch, default):
+    connect = sqlite3.connect
+
+    def connect_by_default(*arguments, **options):
+        connection = connect(*arguments, **options)
+        connection.execute(f"PRAGMA secure_delete = {int(default)}")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", connect_by_default)
+    assert SQLiteEventLog(path)._writer.execute("PRAGMA secure_delete").fetchone() == (1,)
+
+
+def test_what_is_forgotten_while_another_process_reads_is_wiped_later(path, monkeypatch, caplog):
+    monkeypatch.setattr(events, "_PATIENCE_WIPING", 0.01)
+    log = SQLiteEventLog(path)
+    log.append([Event("secret person", "taken")])
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM users").fetchall()
+
+    def stands():
+        return b"secret person" in b"".join(file.read_bytes() for file in path.parent.iterdir())
+
+    log.forget(["secret person"])
+    assert "stands in" in caplog.text
+    assert stands()
+    log.append([Event("v", "a")])
+    assert stands()
+    reader.execute("COMMIT")
+    log.append([Event("v", "a")])
+    assert not stands()
+    assert log._writer.execute("PRAGMA busy_timeout").fetchone() == (30_000,)
+    assert history(log, "v") == ["a", "a"]
+
+
+def test_a_log_in_memory_is_refused():
+    with pytest.raises(ValueError, match="must be a file; given ':memory:'"):
+        SQLiteEventLog(":memory:")
 
 
 def test_what_is_forgotten_is_not_on_disk(path):

@@ -211,6 +211,7 @@ def test_more_users_than_slots_at_once():
     online = make_online(slots=2)
     assert online.observe(USERS, ITEMS[:5]) == [True] * 5
     assert online.stats() == {"users": 2, "slots": 2, "steps": 0, "prefills": 2, "evictions": 0}
+    assert online._states.users() == list(USERS[3:])
     together = online.recommend([*USERS, "u"], 3)
     assert together == [online.recommend([user], 3)[0] for user in (*USERS, "u")]
     for user, item in zip(USERS, ITEMS, strict=False):
@@ -235,8 +236,9 @@ def test_late_events_and_duplicates():
         ((["u"] * 9, [f"x{n}" for n in range(9)]), {}, "9 unknown: 'x0', 'x1', 'x2', 'x3', 'x4', ..."),
         ((["u", "v"], ["i1"]), {}, r"must be of one length; given \[2, 1, 2, 2\]"),
         ((["u"], ["i1"]), {"event_ids": []}, r"must be of one length; given \[1, 1, 0, 1\]"),
-        ((["u"], ["i1"]), {"times": [float("nan")]}, "time must be a finite number of 64 bits; given nan"),
+        ((["u"], ["i1"]), {"times": [float("nan")]}, "time must be a finite int or float of 64 bits; given nan"),
         ((["u", ""], ["i1", "i1"]), {}, "user_id must be a text of at least one character; given ''"),
+        ((["u"] * 2, ["i1"] * 2), {"event_ids": "ab"}, "event_ids must be a sequence of ids; given the text 'ab'"),
         (("u", ["i1"]), {}, "user_ids must be a sequence of ids; given the text 'u'"),
         ((["u", "v"], "i1"), {}, "item_ids must be a sequence of ids; given the text 'i1'"),
     ],
@@ -258,6 +260,8 @@ def test_bad_arguments():
     for method in (online.recommend, online.forget):
         with pytest.raises(ValueError, match="given the text 'u'"):
             method("u")
+        with pytest.raises(ValueError, match="user_ids must be texts of at least one character; given 5"):
+            method(["u", 5])
     with pytest.raises(ValueError, match="this recommender was made with None"):
         online.save_snapshot()
     model = MODELS[0]
@@ -269,6 +273,8 @@ def test_bad_arguments():
         ValueError, match=f"pool_bytes must be at least {slot_bytes(model)}, .*; given {slot_bytes(model) - 1}"
     ):
         OnlineRecommender(model, ITEMS, MemoryEventLog(), pool_bytes=slot_bytes(model) - 1)
+    with pytest.raises(ValueError, match=r"pool_bytes must be an integer of at least 1; given 1000000\.0"):
+        OnlineRecommender(model, ITEMS, MemoryEventLog(), pool_bytes=1e6)
     with pytest.raises(ValueError, match="a TTTLayer, is expected in every block; given GRUMixer"):
         OnlineRecommender(make_model(mixer="gru"), ITEMS, MemoryEventLog())
 
@@ -312,7 +318,7 @@ def test_what_is_logged_is_acknowledged_though_the_log_cannot_be_read(monkeypatc
 
 
 @pytest.mark.parametrize("broken", ["step", "forward"])
-def test_a_failure_half_way_leaves_no_wrong_state(monkeypatch, broken):
+def test_a_failure_half_way_leaves_no_wrong_state(monkeypatch, caplog, broken):
     """The events are logged; the states that were being changed are made anew."""
     online = make_online(slots=3)
     online.observe(["u", "u", "v", "w"], ["i1", "i2", "i3", "i4"])
@@ -323,8 +329,8 @@ def test_a_failure_half_way_leaves_no_wrong_state(monkeypatch, broken):
 
     monkeypatch.setattr(block, broken, fail)
     repeats = 1 if broken == "step" else 2
-    with pytest.raises(MemoryError):
-        online.observe(["u", "v"] * repeats, ["i5", "i6"] * repeats)
+    assert online.observe(["u", "v"] * repeats, ["i5", "i6"] * repeats) == [True] * 2 * repeats
+    assert "states will follow at the next request: no room" in caplog.text
     monkeypatch.undo()
     assert online.stats()["users"] == 1
     assert history(online.log, "u")[:3] == ["i1", "i2", "i5"]
@@ -380,6 +386,7 @@ def test_refresh_serves_the_old_model_until_the_new_one_is_ready(monkeypatch):
         if states is not online._states and not online.recommend(["x"])[0]:
             online.observe(["u", "x"], ["i5", "i6"])
             online.forget(["v"])
+            assert "v" not in states.users()
             assert_up_to_date(online, "u", ["i1", "i5"], old)
 
     monkeypatch.setattr("ttt4rec.recsys.online._REFRESHED_AT_ONCE", 1)
@@ -387,6 +394,35 @@ def test_refresh_serves_the_old_model_until_the_new_one_is_ready(monkeypatch):
     online.refresh(new)
     for user, taken in {"u": ["i1", "i5"], "v": [], "w": ["i3"], "x": ["i6"]}.items():
         assert_up_to_date(online, user, taken, new)
+
+
+def test_a_refresh_into_fewer_slots_keeps_the_most_recently_used():
+    online = make_online(slots=4)
+    online.observe(USERS[:4], ITEMS[:4])
+    wider = make_model(3, num_blocks=4)
+    online.refresh(wider)
+    kept = online.stats()["slots"]
+    assert 1 <= kept < 4
+    assert online._states.users() == list(USERS[4 - kept : 4])
+
+
+def test_a_refresh_that_fails_keeps_the_old_states_alone(monkeypatch):
+    online = make_online()
+    online.observe(["u"], ["i1"])
+
+    def fail(states, users):
+        raise OSError("cannot read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UserStates, "advance", fail)
+        with pytest.raises(OSError, match="cannot read"):
+            online.refresh(MODELS[1])
+    assert online._coming is online._states
+    assert_up_to_date(online, "u", ["i1"])
+    with pytest.raises(ValueError, match="item_ids must be 12 different ones"):
+        online.refresh(MODELS[0], [])
+    online.refresh(MODELS[1], np.array(ITEMS))
+    assert_up_to_date(online, "u", ["i1"], MODELS[1])
 
 
 def test_refresh_with_another_catalogue():

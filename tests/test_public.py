@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+import time
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,16 @@ def test_the_published_protocol():
     }
 
 
+@pytest.fixture(params=["UTC", "Asia/Tokyo"])
+def zone(request, monkeypatch):
+    """Where the machine stands; a time without a zone is UTC's all the same."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", request.param)
+        time.tzset()
+        yield
+    time.tzset()
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -206,8 +217,11 @@ def test_the_published_protocol():
         (" 1970-01-01 00:00:01.500 ", 1.5),
         ("1970-13-01", None),
         ("1970-01-01T99", None),
+        ("1970-01-01T00:00:01.123456000Z", 1.123456),
+        ("1970-01-01T00:00:01.1234561Z", None),
     ],
 )
+@pytest.mark.usefixtures("zone")
 def test_moments(tmp_path, text, expected):
     path = tmp_path / "a.csv"
     path.write_text(f"user_id,item_id,timestamp\nu,i,{text}\n")

@@ -1,5 +1,6 @@
 """Recommending to known and new users, and keeping a recommender in a folder."""
 
+import dataclasses
 import json
 
 import pytest
@@ -87,6 +88,22 @@ def test_a_batch_with_histories_that_hold_no_known_item(trained):
 def test_bad_requests(trained, arguments, message):
     with pytest.raises(ValueError, match=message):
         trained.recommend(**arguments)
+
+
+def test_recommending_leaves_the_models_mode(trained):
+    for training in (True, False):
+        trained.model.train(training)
+        trained.recommend(history=["i3"])
+        assert trained.model.training == trained.model.blocks[0].training == training
+
+
+def test_histories_with_items_that_have_no_name_are_refused(trained, tmp_path):
+    for item in (0, 25):
+        items = trained.histories.items.copy()
+        items[5] = item
+        Recommender(trained.model, dataclasses.replace(trained.histories, items=items)).save(tmp_path)
+        with pytest.raises(ValueError, match="do not belong together"):
+            Recommender.load(tmp_path)
 
 
 def test_save_and_load(trained, tmp_path):

@@ -1,10 +1,13 @@
 """Snapshots: a restart reads no history again, and no wrong, old or broken file makes a wrong state."""
 
+import copy
+import dataclasses
 import itertools
 import json
 import resource
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from safetensors import safe_open
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from checks import ROUNDING
 from crash import fork, wait
 from online_data import ITEMS, batch_scores, history, make_model, slot_bytes
+from ttt4rec import TTT4Rec
 from ttt4rec.recsys import snapshot
 from ttt4rec.recsys.events import Event, SQLiteEventLog
 from ttt4rec.recsys.online import OnlineRecommender
@@ -121,6 +125,42 @@ def test_histories_that_changed_since(saved):
     assert_right(online, [user for user in USERS if user != "u3"])
 
 
+@pytest.mark.parametrize("by", ["this process", "another one", "one before the restart"])
+def test_the_next_snapshot_holds_nobody_who_was_forgotten(saved, by):
+    online = start(saved)
+    if by == "this process":
+        online.forget(["u3"])
+    elif by == "another one":
+        SQLiteEventLog(saved / "log.db").forget(["u3"])
+    else:
+        online.forget(["u3"])
+        online = start(saved)  # from the snapshot of before
+        assert "u3" in online._states.users()
+    assert online.save_snapshot() == 6
+    assert "u3" not in json.loads(load_file(saved / "states.safetensors")["users"].numpy().tobytes())
+    assert "u3" not in online._states.users()
+    again = start(saved)
+    assert_right(again, [user for user in USERS if user != "u3"])
+    assert again.stats()["prefills"] == 0
+
+
+def test_snapshots_by_many_threads(saved):
+    online = start(saved)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: online.save_snapshot(), range(20))) == [7] * 20
+    assert start(saved).stats()["users"] == 7
+
+
+def test_what_a_killed_saver_left_is_removed(tmp_path):
+    online = OnlineRecommender(MODEL, ITEMS, SQLiteEventLog(tmp_path / "log.db"), snapshot=tmp_path / "s[1]")
+    left, other = (tmp_path / f"{name}.0123456789abcdef.part" for name in ("s[1]", "s1"))
+    left.touch()
+    other.touch()
+    online.save_snapshot()
+    assert not left.exists()
+    assert other.exists()
+
+
 def test_a_log_from_a_backup(saved):
     """The log is older than the snapshot and went on otherwise; versions and lengths may be the same."""
     shutil.copy(saved / "log.db", saved / "backup.db")
@@ -191,14 +231,22 @@ def test_a_damaged_snapshot_is_passed_over(saved, caplog, how):
 
 
 def test_a_foreign_snapshot_is_passed_over(saved, caplog):
-    """Of other weights, another configuration, and other items."""
+    """Of other weights, another configuration, other items, and other inner rates."""
+    settings = dataclasses.replace(MODEL.config, base_lr=0.5)
+    alike = TTT4Rec(settings).double().eval()
+    alike.load_state_dict(MODEL.state_dict())
+    frozen, slower = copy.deepcopy(MODEL), copy.deepcopy(MODEL)
+    frozen.blocks[1].mixer.adapt = False
+    slower.blocks[0].mixer.set_inner_lr_scale(0.1)
     other = make_model(1, inner="mlp", backbone="mamba", block_conv=True)
-    for model, items in ((other, ITEMS), (make_model(0, inner="linear"), ITEMS), (MODEL, (*ITEMS[1:], ITEMS[0]))):
+    others = (other, alike, frozen, slower, make_model(0, inner="linear"))
+    for model, items in (*((model, ITEMS) for model in others), (MODEL, (*ITEMS[1:], ITEMS[0]))):
         caplog.clear()
         online = start(saved, model, items)
         assert "it belongs to another model" in caplog.text
         assert online.stats()["users"] == 0
-    assert_right(start(saved, other))
+    for model in (other, alike, frozen, slower):
+        assert_right(start(saved, model))
 
 
 def test_a_state_layout_that_does_not_fit_is_passed_over(saved, caplog, monkeypatch):

@@ -126,10 +126,15 @@ def report(args: Namespace) -> None:
 
 def _recommend_file(recommender: Recommender, args: Namespace) -> None:
     """A line of JSON for each line of a file."""
-    with open(args.histories, encoding="utf-8-sig") as file:
-        while chunk := [_history(line) for line in islice(file, 4096)]:
-            for result in recommender.recommend_batch(chunk, k=args.k, exclude_seen=args.exclude_seen):
-                print(json.dumps(_as_json(result)))
+    try:
+        with open(args.histories, encoding="utf-8-sig") as file:
+            while chunk := [_history(line) for line in islice(file, 4096)]:
+                for result in recommender.recommend_batch(chunk, k=args.k, exclude_seen=args.exclude_seen):
+                    print(json.dumps(_as_json(result)))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{args.histories}: expected UTF-8 text, got the byte {error.object[error.start]:#04x}"
+        ) from error
 
 
 def _history(line: str) -> list[str]:

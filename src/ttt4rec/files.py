@@ -1,5 +1,6 @@
 """Files that are replaced in one step: whatever happens while one is written, the old one stays whole."""
 
+import glob
 import hashlib
 import json
 import os
@@ -50,7 +51,7 @@ def replacing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 def remove_partials(folder: Path, name: str = "*") -> None:
     """Remove what killed writers of a folder's files left; for one who knows that nobody writes them now."""
-    for partial in folder.glob(f"{name}.{'[0-9a-f]' * 16}.part"):
+    for partial in folder.glob(f"{name if name == '*' else glob.escape(name)}.{'[0-9a-f]' * 16}.part"):
         partial.unlink(missing_ok=True)
 
 

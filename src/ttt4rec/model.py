@@ -307,6 +307,7 @@ class TTT4Rec(nn.Module):
         larger.embedding.apply(_init_weights)
         with torch.no_grad():
             larger.embedding.weight[: len(old)] = old
+        larger.embedding.weight.requires_grad_(old.requires_grad)
         return larger
 
     def load_release_state_dict(self, state_dict: dict[str, Tensor], block: int = 0) -> None:

@@ -27,6 +27,7 @@ TimeArray: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
 
 _SEPARATORS = {".inter": "\t", ".tsv": "\t", ".csv": ","}
 _DATE = re.compile(r"\s*\d{4}-\d\d-\d\d")
+_FINER_THAN_MICROSECONDS = re.compile(r"\.\d{6}0*[1-9]")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what the error handler surrogateescape makes of bytes
 _ROWS_PER_CHUNK = 256  # few enough objects alive that the garbage collector stays out of the way
 
@@ -335,6 +336,8 @@ def _parse_times(column: Sequence[str]) -> TimeArray | NDArray[np.object_]:
 
 def _parse_time(text: str) -> int | float:
     if _DATE.match(text):
+        if _FINER_THAN_MICROSECONDS.search(text):
+            raise ValueError("a fraction that datetime cuts off")
         moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
         seconds = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
         return int(seconds) if seconds.is_integer() else seconds
@@ -361,7 +364,7 @@ def _problem(row: list[str], columns: _Columns) -> str | None:
     try:
         _parse_time(row[columns.time])
     except ValueError:
-        wanted = "a time (a 64-bit number, below 2**52 if it has a fraction, or a date)"
+        wanted = "a time (a 64-bit number, below 2**52 if it has a fraction, or a date, to microseconds)"
         return f"expected {wanted} in field {columns.time + 1}, got {row[columns.time]!r}"
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sqlite3
@@ -33,6 +34,10 @@ CREATE UNIQUE INDEX events_of_users ON events (user, event) WHERE event IS NOT N
 _NO_TIME = -math.inf
 _PATIENCE = 30
 """Seconds to wait for other processes."""
+_PATIENCE_WIPING = 0.5
+"""The same where others of this process wait meanwhile."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Event:
             that are there.
 
     Raises:
-        DataError: an id is not a text with a character, or the time not a finite number of 64 bits.
+        DataError: an id is not a text with a character, or the time not a finite int or float of 64 bits.
     """
 
     user_id: str
@@ -60,10 +65,10 @@ class Event:
         """Check every field."""
         for name in ("user_id", "item_id", "event_id"):
             value = getattr(self, name)
-            if not _is_text(value) and not (name == "event_id" and value is None):
+            if not is_text(value) and not (name == "event_id" and value is None):
                 raise DataError(f"{name} must be a text of at least one character; given {value!r}")
         if self.time is not None and not _is_time(self.time):
-            raise DataError(f"time must be a finite number of 64 bits; given {self.time!r}")
+            raise DataError(f"time must be a finite int or float of 64 bits; given {self.time!r}")
 
 
 def events_of(histories: Histories) -> list[Event]:
@@ -75,7 +80,8 @@ def events_of(histories: Histories) -> list[Event]:
     ]
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
+    """Whether something can be an id: a text with a character, and with none that no file can hold."""
     if not isinstance(value, str) or not value:
         return False
     return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
@@ -159,6 +165,9 @@ class SQLiteEventLog:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        if self.path.name == ":memory:":
+            raise ValueError("the event log must be a file; given ':memory:', which every connection has for itself")
+        self._unwiped = False
         self._locks = threading.Lock(), threading.Lock()
         self._writer, self._reader = self._connect(), self._connect()
         with self._transaction(writing=True) as database:
@@ -177,6 +186,8 @@ class SQLiteEventLog:
                 taken = _append(database, user, [events[number] for number in numbers])
                 for number, is_new in zip(numbers, taken, strict=True):
                     new[number] = is_new
+        if self._unwiped:
+            self._wipe(0)
         return new
 
     def read(self, user_ids: Sequence[str], known: Sequence[Known]) -> list[Tail]:
@@ -195,12 +206,17 @@ class SQLiteEventLog:
         return tails
 
     def forget(self, user_ids: Sequence[str]) -> None:
-        """See ``EventLog``."""
+        """See ``EventLog``.
+
+        While another process reads, what was deleted may still stand in the ``-wal`` file: a warning to ``logging``
+        says so, and one of the next calls wipes it.
+        """
         with self._transaction(writing=True) as database:
             for user in user_ids:
                 _delete(database, user)
-        with self._locks[0], suppress(sqlite3.OperationalError):  # a later one does it, should this one not succeed
-            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what was deleted still stands in the -wal file
+        self._wipe(_PATIENCE_WIPING)
+        if self._unwiped:
+            logger.warning("what was forgotten stands in %s-wal until no other process reads the log", self.path)
 
     def users(self) -> list[str]:
         """All users that have a history, in the order in which these began or were last rewritten."""
@@ -212,6 +228,17 @@ class SQLiteEventLog:
         for lock, connection in zip(self._locks, (self._writer, self._reader), strict=True):
             with lock:
                 connection.close()
+
+    def _wipe(self, patience: float) -> None:
+        """Empty the ``-wal`` file, in which what was deleted still stands; seconds to wait for those who read it."""
+        with self._locks[0], suppress(sqlite3.OperationalError):
+            self._unwiped = True
+            try:
+                self._writer.execute(f"PRAGMA busy_timeout = {round(1000 * patience)}")
+                (busy, *_) = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                self._unwiped = bool(busy)
+            finally:
+                self._writer.execute(f"PRAGMA busy_timeout = {1000 * _PATIENCE}")
 
     def _connect(self) -> sqlite3.Connection:
         try:

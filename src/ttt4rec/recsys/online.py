@@ -6,15 +6,17 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
+from typing import TypeVar
 
 from ttt4rec.model import TTT4Rec
 from ttt4rec.recsys.data import DataError
-from ttt4rec.recsys.events import Event, EventLog
+from ttt4rec.recsys.events import Event, EventLog, is_text
 from ttt4rec.recsys.recommend import best_items
 from ttt4rec.recsys.snapshot import load_snapshot, save_snapshot
 from ttt4rec.recsys.users import UserStates
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _REFRESHED_AT_ONCE = 256  # users; small enough that the requests served meanwhile get their turn
 
@@ -52,7 +54,7 @@ class OnlineRecommender:
         self.log = log
         self._snapshot = snapshot
         self._states = self._coming = UserStates(model, item_ids, log, pool_bytes)
-        self._refreshing = threading.Lock()
+        self._refreshing, self._saving = threading.Lock(), threading.Lock()
         if snapshot is not None:
             load_snapshot(snapshot, self._states)
 
@@ -80,8 +82,9 @@ class OnlineRecommender:
                 model's; the message names those. Nothing of the batch is logged.
             OSError: the log cannot take the batch, for a full disk perhaps. Nothing of it is logged.
         """
-        columns: list[Sequence[object]] = [_texts("user_ids", user_ids), _texts("item_ids", item_ids)]
-        columns += [[None] * len(user_ids) if x is None else x for x in (event_ids, times)]
+        columns: list[Sequence[object]] = [_ids("user_ids", user_ids), _ids("item_ids", item_ids)]
+        nothing = [None] * len(user_ids)
+        columns += [nothing if event_ids is None else _ids("event_ids", event_ids), nothing if times is None else times]
         lengths = [len(column) for column in columns]
         if len(set(lengths)) > 1:
             raise DataError(f"user_ids, item_ids, event_ids and times must be of one length; given {lengths}")
@@ -93,8 +96,8 @@ class OnlineRecommender:
         new = self.log.append(events)
         try:
             self._states.advance(list(dict.fromkeys(user_ids)))
-        except OSError as error:  # the events are logged, which is what the caller wants to know
-            logger.warning("events are logged, states will follow when the log can be read: %s", error)
+        except Exception as error:  # the events are logged, which is what the caller wants to know
+            logger.warning("events are logged, states will follow at the next request: %s", error, exc_info=True)
         return new
 
     def recommend(
@@ -108,14 +111,14 @@ class OnlineRecommender:
             exclude_seen: leave out every item of the history.
 
         Raises:
-            DataError: user_ids is a text, or k is below 1. ValueError: the model's scores are NaN.
+            DataError: user_ids is a text, one of them is none, or k is below 1. ValueError: the model's scores are NaN.
             OSError: the log cannot be read.
         """
         if k < 1:
             raise DataError(f"k must be at least 1; given {k}")
         states = self._states
         best: dict[str, list[tuple[str, float]]] = {}
-        everyone = list(dict.fromkeys(_texts("user_ids", user_ids)))
+        everyone = list(dict.fromkeys(_users(user_ids)))
         for users, hidden, histories in states.hidden(everyone, seen=exclude_seen):
             seen = histories if exclude_seen else None
             best |= zip(users, best_items(states.model, states.item_ids, hidden, k, seen), strict=True)
@@ -127,9 +130,10 @@ class OnlineRecommender:
         A snapshot that was saved before holds their states until the next one; it brings none of them back.
 
         Raises:
-            DataError: user_ids is a text. OSError: the log cannot delete, and everything is as before.
+            DataError: user_ids is a text, or one of them is none. OSError: the log cannot delete, and everything is as
+                before.
         """
-        user_ids = _texts("user_ids", user_ids)
+        user_ids = _users(user_ids)
         self.log.forget(user_ids)
         for states in {self._states, self._coming}:
             states.drop(user_ids)
@@ -138,11 +142,13 @@ class OnlineRecommender:
         """Replace the snapshot by one of now; others are served meanwhile. Returns how many users it holds.
 
         Raises:
-            ValueError: the recommender was made without one. OSError: it cannot be written; the old one stays whole.
+            ValueError: the recommender was made without one. OSError: it cannot be written, or the log not be read; the
+                old one stays whole.
         """
         if self._snapshot is None:
             raise ValueError("snapshot must be a file; this recommender was made with None")
-        return save_snapshot(self._snapshot, self._states)
+        with self._saving:
+            return save_snapshot(self._snapshot, self._states)
 
     def refresh(self, model: TTT4Rec, item_ids: Sequence[str] | None = None) -> None:
         """Go over to a retrained model: read the users' histories with it, then switch in one step.
@@ -155,12 +161,14 @@ class OnlineRecommender:
             item_ids: its items; None: the same as before. Items of a history that it does not know are passed over.
 
         Raises:
-            ValueError: as for the constructor; the old model stays.
+            ValueError: as for the constructor. OSError: the log cannot be read. The old model stays.
         """
         with self._refreshing:
             old = self._states
             try:
-                new = self._coming = UserStates(model, item_ids or old.item_ids, self.log, old.pool_bytes)
+                new = self._coming = UserStates(
+                    model, old.item_ids if item_ids is None else item_ids, self.log, old.pool_bytes
+                )
                 users = old.users()[-new.num_slots :]
                 for start in range(0, len(users), _REFRESHED_AT_ONCE):
                     new.advance(users[start : start + _REFRESHED_AT_ONCE])
@@ -171,10 +179,17 @@ class OnlineRecommender:
     def stats(self) -> dict[str, int]:
         """``users`` with a state, ``slots`` for them, and ``UserStates.counts`` since the start or the last refresh."""
         states = self._states
-        return {"users": len(states.users()), "slots": states.num_slots} | states.counts
+        return {"users": states.num_users, "slots": states.num_slots} | states.counts
 
 
-def _texts(name: str, values: Sequence[str]) -> Sequence[str]:
+def _ids(name: str, values: Sequence[T]) -> Sequence[T]:
     if isinstance(values, str):
         raise DataError(f"{name} must be a sequence of ids; given the text {values!r}")
     return values
+
+
+def _users(user_ids: Sequence[str]) -> Sequence[str]:
+    for user in _ids("user_ids", user_ids):
+        if not is_text(user):
+            raise DataError(f"user_ids must be texts of at least one character; given {user!r}")
+    return user_ids

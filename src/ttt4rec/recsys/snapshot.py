@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ttt4rec.files import checksum, remove_partials, write_tensors
+from ttt4rec.layer import TTTLayer
 from ttt4rec.recsys.users import UserStates
 
 _KIND = "ttt4rec states of users, version 1"
@@ -27,19 +28,24 @@ logger = logging.getLogger(__name__)
 def save_snapshot(path: str | os.PathLike[str], states: UserStates) -> int:
     """Replace a snapshot by one of the present states; others may use them meanwhile, but not save to the same path.
 
+    It holds no users that the log has forgotten.
+
     Returns:
         How many users it holds.
 
     Raises:
-        OSError: it cannot be written; the old one stays whole.
+        OSError: it cannot be written, or the log not be read; the old one stays whole.
     """
-    everyone, parts = [], []
+    everyone: list[str] = []
+    tensors: dict[str, Tensor] = {}
     users = states.users()
     for start in range(0, len(users), _USERS_AT_ONCE):
-        kept, tensors = states.export(users[start : start + _USERS_AT_ONCE])
+        kept, part = states.export(users[start : start + _USERS_AT_ONCE])
+        tensors = tensors or {name: torch.empty(len(users), *x.shape[1:], dtype=x.dtype) for name, x in part.items()}
+        for name, x in part.items():
+            tensors[name][len(everyone) : len(everyone) + len(kept)] = x
         everyone += kept
-        parts += [tensors] if kept else []
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+    tensors = {name: x[: len(everyone)] for name, x in tensors.items()}
     tensors[_USERS] = torch.from_numpy(np.frombuffer(json.dumps(everyone).encode(), np.uint8).copy())
     marks = {"kind": _KIND, "model": fingerprint(states), "checksum": checksum(tensors)}
     remove_partials(Path(path).parent, Path(path).name)  # of savers that were killed
@@ -73,9 +79,11 @@ def load_snapshot(path: str | os.PathLike[str], states: UserStates) -> int:
 
 
 def fingerprint(states: UserStates) -> str:
-    """Of weights, configuration and item ids: all that a state depends on beside the history."""
+    """Of weights, configuration, inner rates and item ids: all that a state depends on beside the history."""
     config, tensors = asdict(states.model.config), states.model.state_dict()
-    return hashlib.sha256(json.dumps([config, states.item_ids, checksum(tensors)]).encode()).hexdigest()
+    layers = [layer for layer in states.model.modules() if isinstance(layer, TTTLayer)]
+    rates = [float(layer.inner_lr_scale) * layer.adapt for layer in layers]
+    return hashlib.sha256(json.dumps([config, rates, states.item_ids, checksum(tensors)]).encode()).hexdigest()
 
 
 def _read(path: Path, model: str) -> tuple[list[str], dict[str, Tensor]]:

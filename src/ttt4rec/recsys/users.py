@@ -16,6 +16,7 @@ from ttt4rec.model import TTT4Rec
 from ttt4rec.recsys.data import IntArray
 from ttt4rec.recsys.events import NOTHING, EventLog, Known, Tail
 from ttt4rec.recsys.streams import Streams
+from ttt4rec.validation import check_integer
 
 USERS_AT_ONCE = 512
 """Users whose hidden states are handed out together."""
@@ -81,6 +82,7 @@ class UserStates:
 
     def __init__(self, model: TTT4Rec, item_ids: Sequence[str], log: EventLog, pool_bytes: int) -> None:
         self.model, self.item_ids, self.log, self.pool_bytes = model.eval(), tuple(item_ids), log, pool_bytes
+        check_integer("pool_bytes", pool_bytes, 1)
         self._codes = {item: code for code, item in enumerate(self.item_ids, start=1)}
         if not len(self._codes) == len(self.item_ids) == model.config.num_items:
             raise ValueError(
@@ -97,6 +99,11 @@ class UserStates:
     def num_slots(self) -> int:
         """How many users' states fit."""
         return self._streams.num_slots
+
+    @property
+    def num_users(self) -> int:
+        """How many users have a state now."""
+        return len(self._readings)
 
     def users(self) -> list[str]:
         """Users that have a state now, the least recently used first."""
@@ -146,8 +153,16 @@ class UserStates:
             self._drop([user for user in dict.fromkeys(users) if user in self._readings])
 
     def export(self, users: Sequence[str]) -> tuple[list[str], dict[str, Tensor]]:
-        """Those users that have a state, and copies of states and readings as tensors by name, if there are any."""
+        """Those users that have a state, and copies of states and readings as tensors by name, if there are any.
+
+        States whose history the log does not have any more, of users that were forgotten say, are dropped before.
+
+        Raises:
+            OSError: the log cannot be read.
+        """
         with self._lock:
+            users = [user for user in users if user in self._readings]
+            self._compare(users, *self._rests(users, whole=False))
             users = [user for user in users if user in self._readings]
             if not users:
                 return [], {}
@@ -181,14 +196,11 @@ class UserStates:
 
     def _advance(self, users: Sequence[str], *, whole: bool) -> list[list[int]]:
         """Bring at most ``num_slots`` users up to the log; codes of what was read there, histories or their rests."""
-        tails = self.log.read(users, [NOTHING if whole else self._known(user) for user in users])
-        found = [[self._codes.get(item, 0) for item in tail.items] for tail in tails]
+        tails, found = self._rests(users, whole=whole)
+        self._compare(users, tails, found)
         rest: dict[str, tuple[int, list[int]]] = {}  # the history's version, and what of it is yet to be read
         for user, tail, codes in zip(users, tails, found, strict=True):
             reading = self._readings.get(user)
-            if reading is not None and not reading.is_beginning_of(tail, codes):
-                self._drop([user])
-                reading = None
             if reading is not None:
                 self._readings.move_to_end(user)
                 rest[user] = tail.version, codes[reading.length - tail.start :]
@@ -197,6 +209,22 @@ class UserStates:
         self._make_room(sum(user not in self._readings for user in rest))
         self._read(rest)
         return found
+
+    def _rests(self, users: Sequence[str], *, whole: bool) -> tuple[list[Tail], list[list[int]]]:
+        """What the log has of users beyond what was read, or all of it; also the codes of these items."""
+        tails = self.log.read(users, [NOTHING if whole else self._known(user) for user in users])
+        return tails, [[self._codes.get(item, 0) for item in tail.items] for tail in tails]
+
+    def _compare(self, users: Sequence[str], tails: Sequence[Tail], found: Sequence[Sequence[int]]) -> None:
+        """Drop the states of which the log's histories are no continuation."""
+        for user, tail, codes in zip(users, tails, found, strict=True):
+            reading = self._readings.get(user)
+            if reading is None:
+                continue
+            if reading.is_beginning_of(tail, codes):
+                reading.version = tail.version
+            else:
+                self._drop([user])
 
     def _make_room(self, number: int) -> None:
         """Evict users until so many slots are free; those moved to the end by the caller stay."""
