@@ -322,6 +322,16 @@ def test_wrong_reduction():
         catalogue.nll(*case(), "average")
 
 
+@pytest.mark.parametrize("wrong", [11, 0, -1])
+def test_what_was_seen_must_be_items(wrong):
+    h, table, rows = torch.randn(2, 4), torch.randn(11, 4), torch.tensor([0, 1])
+    for seen in (torch.tensor([1, wrong]), torch.tensor([wrong, 1])):
+        with pytest.raises(ValueError, match=f"items must be from 1 to 10; given .*{wrong}"):
+            catalogue.top_k(h, table, 3, (rows, seen))
+        with pytest.raises(ValueError, match="items must be from 1 to 10"):
+            catalogue.ranks(h, table, torch.tensor([2, 3]), (rows, seen))
+
+
 def test_wrong_k():
     with pytest.raises(ValueError, match="k of at least 1, given 0"):
         catalogue.top_k(*case()[:2], 0)

@@ -217,3 +217,8 @@ def test_a_layer_calls_modules_that_something_was_done_to():
     assert_close(layer(x), layer.output[1](y), 1e-5)
     layer.norm = nn.Identity()
     assert layer(x).isfinite().all()
+    narrow = TTTLayer(16, 2, mini_batch_size=4)
+    narrow.norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert narrow(x).dtype == torch.bfloat16
+    assert seen[-1] == torch.float32  # of its weight

@@ -266,6 +266,70 @@ def test_autocast_keeps_rates_and_state_in_float32(inner, backbone):
     gradients([y], list(layer.parameters()))
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager", "native"])
+@all_layers
+def test_autocast_leaves_float64_alone(inner, backbone, backend):
+    layer, x = make_layer(inner, backbone, width=16, backend=backend), torch.randn(2, 9, 16, dtype=torch.float64)
+    plain = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.float64
+    if backend != "reference":  # whose products are torch's, which autocast narrows
+        assert torch.equal(y, plain)
+
+
+@pytest.mark.parametrize("where", ["mask", "cu_seqlens"])
+@pytest.mark.parametrize("inner", INNERS)
+def test_a_narrow_layers_convolutions_keep_a_float32_state(inner, where):
+    layer, x = make_layer(inner, "mamba").bfloat16(), sequence(10, batch=1).bfloat16()
+    given = {"mask": torch.arange(10)[None] < 7, "cu_seqlens": torch.tensor([0, 4, 10])}[where]
+    _, state = layer(x, **{where: given}, return_state=True)
+    assert float_dtypes(state) == {torch.float32}
+    layer(x, **{where: given}, state=state)
+
+
+def test_bounds_of_packed_sequences_may_be_of_32_bits():
+    layer, x = make_layer("linear", "mamba"), sequence(10, batch=1)
+    wide = torch.tensor([0, 4, 10])
+    y = layer(x, cu_seqlens=wide)
+    own, own_state = layer(x, cu_seqlens=wide.int(), return_state=True)
+    assert torch.equal(own, y)
+    assert own_state.position.dtype == torch.int64
+    layer(x, cu_seqlens=wide.int(), state=own_state)
+
+
+def test_a_narrow_layers_bound_is_taken_in_float32():
+    layer, x = make_layer("linear", "transformer", max_inner_step=0.01).bfloat16(), sequence(3, batch=2).bfloat16()
+    _, state = layer(x, return_state=True)
+    k = state.pending_k[:, -3:].float()
+    rates = state.pending_lr[:, -3:]
+    bound = 0.01 / (1 + k.square().sum(-1))
+    torch.testing.assert_close(rates, bound, rtol=1e-6, atol=0)  # every rate is at its bound here
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager", "native"])
+@pytest.mark.parametrize("backbone", ["transformer", "mamba"])
+def test_what_is_no_number_stays_in_its_packed_sequence(backbone, backend):
+    layer, x = make_layer("linear", backbone, width=16, backend=backend), torch.randn(1, 10, 16, dtype=torch.float64)
+    bounds = torch.tensor([0, 4, 10])
+    expected = layer(x, cu_seqlens=bounds)[:, 4:]
+    x[0, 3] = torch.nan
+    x.requires_grad_()
+    y = layer(x, cu_seqlens=bounds)[:, 4:]
+    assert torch.equal(y, expected)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert grad[:, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager", "native"])
+def test_functional_call_with_weights_of_ones_own(backend):
+    layer, x = make_layer("mlp", "mamba", width=16, backend=backend), torch.randn(2, 9, 16, dtype=torch.float64)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+    y = torch.func.functional_call(layer, weights, (x,))
+    assert torch.equal(y, layer(x))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), list(weights.values())))
+
+
 @all_layers
 def test_training_lowers_a_loss(inner, backbone):
     layer, x = make_layer(inner, backbone), sequence(12, batch=4)

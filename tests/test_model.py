@@ -91,6 +91,8 @@ def release_checkpoint(blocks, width, num_items=9):
 def test_a_checkpoint_of_the_release_loads():
     golden = load_golden("mlp_transformer_d16_k8_l50")
     saved = release_checkpoint([golden.part("param.")] * 2, 64)
+    for constant in ("token_idx", "rotary_emb.inv_freq"):
+        saved[f"ttt_layers.layers.1.seq_modeling_block.{constant}"] = torch.ones(3)
     model = TTT4Rec(TTT4RecConfig(num_items=9, num_blocks=2, dropout=0.0)).double()
     model.load_release_checkpoint(saved)
     ids = torch.randint(1, 10, (2, 11))
@@ -119,6 +121,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_whole():
         with pytest.raises(ValueError, match=message):
             model.load_release_checkpoint(wrong)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    other = TTT4Rec(TTT4RecConfig(num_items=9, norm="layer")).double()
+    before = {name: x.clone() for name, x in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"its own that no release has .*'norm\.bias'"):
+        other.load_release_checkpoint(saved)
+    assert all(torch.equal(x, before[name]) for name, x in other.state_dict().items())
 
 
 @pytest.mark.parametrize("options", MIXERS, ids=str)
@@ -175,6 +182,25 @@ def test_the_configuration_reaches_the_mixer(change):
         usual = make_mixer(dataclasses.replace(config, mixer=change.get("mixer", "ttt")))
         usual.load_state_dict(given.state_dict())
         assert not torch.allclose(given(x), usual(x))
+
+
+@pytest.mark.parametrize("mixer", ["ttt", "gru", "attention", "narm", "mamba"])
+def test_ids_with_gaps_and_wrong_bounds_are_refused(mixer):
+    model = make(mixer=mixer)
+    with pytest.raises(ValueError, match="row 1 has a gap"):
+        model(torch.tensor([[1, 2, 0], [1, 0, 2]]))
+    for bounds in ([0, 2], [0, 4], [1, 3], [0, 2, 1, 3]):
+        with pytest.raises(ValueError, match="cu_seqlens must ascend from 0 to the number of tokens, 3"):
+            model(torch.tensor([[1, 2, 3]]), cu_seqlens=torch.tensor(bounds))
+
+
+def test_a_row_of_padding_leaves_a_grus_stream_where_it_was():
+    model = make(mixer="gru")
+    _, states = model(torch.tensor([[1, 2], [3, 4]]), return_states=True)
+    _, after = model(torch.tensor([[0, 0], [5, 0]]), states=states, return_states=True)
+    for old, new in zip(states, after, strict=True):
+        assert torch.equal(old.mixer[0], new.mixer[0])
+        assert not torch.equal(old.mixer[1], new.mixer[1])
 
 
 def test_attention_refuses_a_state():

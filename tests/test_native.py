@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -122,6 +123,53 @@ def test_every_row_is_shared_out_once(monkeypatch):
         assert sorted(seen) == list(range(rows))
     with pytest.raises(MemoryError, match="no memory"):
         threads.share(lambda begin, _: int(begin == 2), 64)
+
+
+def test_after_an_interruption_nobody_works_on(monkeypatch):
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 3)
+    caller, begun = threading.current_thread(), []
+
+    def work(begin, end):
+        if threading.current_thread() is caller:
+            raise KeyboardInterrupt
+        begun.append(begin)
+        time.sleep(0.02)
+        return 0
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.share(work, 240)
+    count = len(begun)
+    time.sleep(0.1)
+    assert len(begun) == count < 23
+
+
+def test_a_compiled_step_does_not_write_beside_its_pool():
+    torch._dynamo.reset()
+    layer = make_layer("linear", "transformer", width=16, backend="native")
+    pool, x = layer.make_pool(4), torch.randn(2, 16, dtype=torch.float64)
+    around = torch.full((6, *pool.records.shape[1:]), 7.0, dtype=torch.float64)
+    around[1:5] = pool.records
+    pool.records = around[1:5]
+    before = around.clone()
+    step = torch.compile(layer.step, fullgraph=True, backend="eager")
+    for slots in ([-1, 1], [4, 1]):
+        # no_grad: after an error within, Dynamo leaves the mode as the step has it
+        with torch.no_grad(), pytest.raises((ValueError, IndexError), match=r"slots must be from 0 to 3|out of bounds"):
+            step(x, pool, torch.tensor(slots))
+        assert torch.equal(around, before)
+
+
+def test_a_step_in_low_precision_from_slots_with_strides():
+    layer = make_layer("mlp", "transformer", width=16, backend="native").bfloat16()
+    pools, x = [layer.make_pool(5) for _ in range(2)], torch.randn(3, 16, dtype=torch.bfloat16)
+    slots = torch.tensor([4, 9, 0, 9, 2, 9])[::2]
+    y = layer.step(x, pools[0], slots)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, layer.step(x, pools[1], slots.contiguous()))
+    assert torch.equal(pools[0].records, pools[1].records)
+    q, k, v, *rest, _ = step_arguments("mlp", torch.float32, D=8, K=4)
+    given = [*(t.bfloat16() for t in (q, k, v)), *rest]
+    assert ops.token_step(*given, "native").dtype == torch.bfloat16
 
 
 def test_a_forked_child_has_its_own_threads(monkeypatch):

@@ -380,8 +380,16 @@ def test_hooks_of_a_projection_fire(backbone: str) -> None:
     torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-6)
     assert len(seen) == 1
     hook.remove()
-    layer.query.register_forward_hook(lambda module, inputs, output: 2 * output)
+    hook = layer.query.register_forward_hook(lambda module, inputs, output: 2 * output)
     assert not torch.allclose(layer(x), plain)
+    hook.remove()
+    x.requires_grad_()
+    for name in ("forward_pre", "full_backward", "full_backward_pre"):
+        seen.clear()
+        hook = getattr(layer.query, f"register_{name}_hook")(lambda *given: seen.append(given))
+        layer(x).sum().backward()
+        assert len(seen) == 1, name
+        hook.remove()
 
 
 def test_a_projection_whose_forward_was_replaced_is_called() -> None:

@@ -1,5 +1,6 @@
 """TTTState: selecting, joining, moving and saving streams."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,8 @@ def test_a_mini_batch_of_one_has_nothing_pending():
     [
         (0, [3]),
         (-1, [4]),
+        (np.int64(1), [1]),
+        (torch.tensor(2), [6]),
         (slice(1, 3), [1, 6]),
         (slice(None, None, 2), [3, 6]),
         ([2, 0, 2], [6, 3, 6]),
@@ -65,6 +68,14 @@ def test_indexing_selects_streams(index, expected):
     x = torch.randn(len(expected), 3, WIDTH, dtype=torch.float64)
     rows = [layer(x[i : i + 1], state=state[state.position.tolist().index(p)]) for i, p in enumerate(expected)]
     torch.testing.assert_close(layer(x, state=chosen), torch.cat(rows))
+
+
+@pytest.mark.parametrize("index", [[], (), slice(0), torch.zeros(0, dtype=torch.int64)])
+def test_no_streams_are_a_state_of_none(index):
+    _, state = four_streams()
+    chosen = state[index]
+    assert chosen.batch_size == 0
+    assert [x.shape[1:] for x in chosen.tensors().values()] == [x.shape[1:] for x in state.tensors().values()]
 
 
 @pytest.mark.parametrize("index", [4, -5])

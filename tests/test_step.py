@@ -1,5 +1,7 @@
 """One token at a time: streams in a pool against the whole forward, on the eager path and the kernels."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -180,6 +182,13 @@ def test_pool_size():
     assert layer.make_pool(3).nbytes == 3 * (4 * 4 * (2 * 16 * 64 + 64 + 16 + 8 * 184) + 8)
 
 
+def test_every_tensor_of_a_pool_counts():
+    for pool in TTT4Rec(TTT4RecConfig(num_items=5, backbone="mamba", block_conv=True)).make_pools(3):
+        inner = pool.mixer
+        assert inner.nbytes == inner.records.nbytes + inner.position.nbytes + inner.conv.nbytes
+        assert pool.nbytes == inner.nbytes + pool.conv.nbytes
+
+
 @pytest.mark.parametrize(
     ("slots", "error", "message"),
     [
@@ -239,7 +248,34 @@ def test_bad_arguments_of_the_model():
         model.step(torch.ones(2, dtype=torch.int64), pools[:1], slots)
     with pytest.raises(ValueError, match="0 is given twice"):
         model.step(torch.ones(2, dtype=torch.int64), pools, torch.zeros_like(slots))
-    assert not pools[0].conv.any()  # nothing has changed
+    others, longer = TTT4Rec(model.config).make_pools(2), model.make_pools(3)
+    for foreign in ([pools[0], others[1]], [others[0], pools[1]], [pools[0], longer[1]], pools[::-1]):
+        with pytest.raises(ValueError, match="pools must be those of one make_pools"):
+            model.step(torch.ones(2, dtype=torch.int64), foreign, slots)
+    with pytest.raises(ValueError, match="ids must be of items, from 1; given a 0"):
+        model.step(torch.tensor([3, 0]), pools, slots)
+    with pytest.raises(ValueError, match="the pool belongs to another layer"):
+        model.blocks[0].step(torch.ones(2, 64), others[0], slots)
+    for pool in (*pools, *others, *longer):  # nothing has changed
+        assert not pool.conv.any()
+        assert not pool.mixer.position.any()
+
+
+def test_a_convolutions_state_belongs_to_a_block_with_one():
+    config = TTT4RecConfig(num_items=5, block_conv=True)
+    with_conv, without = TTT4Rec(config), TTT4Rec(dataclasses.replace(config, block_conv=False))
+    ids, slots = torch.tensor([[1, 2], [3, 4]]), torch.arange(2)
+    states = {model: model(ids, return_states=True)[1] for model in (with_conv, without)}
+    for model, other in ((with_conv, without), (without, with_conv)):
+        (pool,) = model.make_pools(2)
+        with pytest.raises(ValueError, match=r"state must be of a block with(out)? a convolution; given one with"):
+            pool.write(slots, states[other][0])
+        assert not pool.mixer.position.any()
+        with pytest.raises(ValueError, match=r"state must be of a block with(out)? a convolution; given one with"):
+            model(ids, states=states[other])
+    (state,) = states[with_conv]
+    with pytest.raises(ValueError, match=r"state's conv must have shape .*\[2, 3, 64\]; given \[1, 3, 64\]"):
+        with_conv(ids, states=[state._replace(conv=state.conv[:1])])
 
 
 @all_layers

@@ -1,6 +1,6 @@
 """Residual blocks: a sequence mixer and a feed-forward network, each behind a norm."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from .functional import choose_backend, make_spans
 from .pool import StatePool
 from .reference import rotate, rotation
 from .spans import Spans
-from .validation import check_slots
+from .validation import check_shape, check_slots
 
 
 class BlockState(NamedTuple):
@@ -40,6 +40,7 @@ class BlockPool(NamedTuple):
 
     def write(self, slots: Tensor, state: BlockState) -> None:
         """Replace some streams."""
+        check_block_state(state, slots.numel(), None if self.conv is None else self.conv.shape[1:])
         self.mixer.write(slots, state.mixer)
         if self.conv is not None and state.conv is not None:
             self.conv.index_copy_(0, slots, state.conv.detach())
@@ -233,6 +234,9 @@ class Block(nn.Module):
     ) -> Tensor | tuple[Tensor, BlockState]:
         """h ``[B, L, width]`` to the same shape, or (h, state); mask and cu_seqlens as in ``TTTLayer``."""
         conv_state = None
+        if state is not None:
+            N = h.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+            check_block_state(state, N, self._context)
         if self.has_conv:
             spans = make_spans(mask, cu_seqlens, h.shape[1])
             context = None if state is None else state.conv
@@ -246,6 +250,11 @@ class Block(nn.Module):
         h = h + mixed
         h = h + self.ffn(self.ffn_norm(h))
         return (h, BlockState(mixer_state, conv_state)) if return_state else h
+
+    @property
+    def _context(self) -> tuple[int, ...] | None:
+        """Shape of the convolution's last inputs for a stream, if there is a convolution."""
+        return (self.conv.weight.shape[1] - 1, self.conv.weight.shape[0]) if self.has_conv else None
 
     def _convolve(self, h: Tensor, spans: Spans | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``h + conv(norm(h))``, and the convolution's last inputs."""
@@ -266,23 +275,37 @@ class Block(nn.Module):
             raise ValueError(f"a mixer with steps and pools, a TTTLayer, is expected in every block; given {mixer}")
         if not self.has_conv:
             return BlockPool(make_pool(num_slots), None)
-        weight = self.conv.weight
+        weight, shape = self.conv.weight, self._context or ()
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        context = torch.zeros(num_slots, weight.shape[1] - 1, weight.shape[0], dtype=dtype, device=weight.device)
-        return BlockPool(make_pool(num_slots), context)
+        return BlockPool(make_pool(num_slots), torch.zeros(num_slots, *shape, dtype=dtype, device=weight.device))
 
     @torch.no_grad()
     def step(self, h: Tensor, pool: BlockPool, slots: Tensor) -> Tensor:
         """Advance B streams of a pool by one token each: h ``[B, width]`` to the same; as ``TTTLayer.step``."""
+        context = None
         if pool.conv is not None:
             check_slots(slots, pool.mixer.num_slots, pool.conv.device)
             with_context, context = self._convolve(h[:, None], None, pool.conv[slots])
-            pool.conv.index_copy_(0, slots, context)
             h = with_context.squeeze(1)
         step: Callable[..., Tensor] = self.mixer.step  # type: ignore[assignment]
         h = h + step(self.mixer_norm(h), pool.mixer, slots)
+        if pool.conv is not None and context is not None:  # not before the mixer has accepted what it was given
+            pool.conv.index_copy_(0, slots, context)
         result: Tensor = h + self.ffn(self.ffn_norm(h))
         return result
+
+
+def check_block_state(state: BlockState, N: int, context: Sequence[int] | None) -> None:
+    """Check the convolution's part of a state of N streams; context is its shape, None without a convolution.
+
+    Raises:
+        ValueError: it is there and should not, the other way round, or of another shape.
+    """
+    if (state.conv is None) != (context is None):
+        there, wanted = ("without", "with") if state.conv is None else ("with", "without")
+        raise ValueError(f"state must be of a block {wanted} a convolution; given one {there}")
+    if state.conv is not None and context is not None:
+        check_shape("state's conv", state.conv, (N, *context), "[N, conv_kernel - 1, width]")
 
 
 def by_length(cu_seqlens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

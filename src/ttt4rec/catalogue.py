@@ -187,6 +187,7 @@ def _blocks(h: Tensor, table: Tensor, seen: tuple[Tensor, Tensor] | None = None)
         size -= size % COLUMNS if size > COLUMNS else 0
     bounds: list[int] = []
     if seen is not None:
+        check_range(seen[1], table)
         order = seen[1].argsort()
         seen = (seen[0][order], seen[1][order])
         edges = torch.arange(1, table.shape[0] + size, size, device=h.device)

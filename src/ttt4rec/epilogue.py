@@ -38,7 +38,7 @@ def finish(
     """
     result: Tensor
     if backend != "reference" and isinstance(norm, nn.LayerNorm) and plain(norm) and plain(output):
-        parameters = [norm.weight, norm.bias, output.get_parameter("weight")]
+        parameters = [norm.weight, norm.bias, output.weight]
         result = epilogue(o, gate, mask, parameters, norm.eps, backend == "triton")
         return result
     of_norm = next(norm.parameters(), None)  # what stands in its place may have none

@@ -19,7 +19,7 @@ from .files import check_together, write_together
 from .layer import TTTLayer
 from .masked import hide_next, hide_some
 from .release import load_release_block, load_release_model
-from .validation import check_choice, check_integer, check_positive, is_number
+from .validation import check_choice, check_cu_seqlens, check_integer, check_mask, check_positive, is_number
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MIXERS = ("ttt", "attention", "gru", "narm", "mamba", "bidirectional")
@@ -184,13 +184,18 @@ class TTT4Rec(nn.Module):
             Hidden states ``[B, L, width]``, or (hidden states, states).
 
         Raises:
-            ValueError: a wrong shape or number of states. TypeError: ids are not int64.
+            ValueError: a wrong shape or number of states, a gap between a row's items, or cu_seqlens that are no bounds
+                of sequences. TypeError: ids are not int64.
         """
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise TypeError(f"ids must be int64 [B, L]; given {ids.dtype} {list(ids.shape)}")
         if states is not None and len(states) != len(self.blocks):
             raise ValueError(f"states must hold one entry per block, {len(self.blocks)}; given {len(states)}")
         mask = ids != 0 if cu_seqlens is None else None
+        if mask is not None:
+            check_mask(mask, *ids.shape)
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, *ids.shape)
         h = self._embed(ids)
         new_states = []
         for i, block in enumerate(self.blocks):
@@ -255,13 +260,20 @@ class TTT4Rec(nn.Module):
             Hidden states ``[B, width]``.
 
         Raises:
-            ValueError: a wrong shape or number of pools, a slot out of range or given twice.
+            ValueError: a wrong shape or number of pools, another model's, a slot out of range or given twice, or, on a
+                CPU, an id of 0. The pools are as before.
             TypeError: ids or slots are not int64.
         """
         if ids.dim() != 1 or ids.dtype != torch.int64:
             raise TypeError(f"ids must be int64 [B]; given {ids.dtype} {list(ids.shape)}")
         if len(pools) != len(self.blocks):
             raise ValueError(f"pools must hold one entry per block, {len(self.blocks)}; given {len(pools)}")
+        for block, pool in zip(self.blocks, pools, strict=True):  # all of them, before the first one changes
+            foreign = isinstance(block.mixer, TTTLayer) and not pool.mixer.belongs_to(block.mixer.W1)
+            if foreign or pool.mixer.num_slots != pools[0].mixer.num_slots:
+                raise ValueError("pools must be those of one make_pools; given one of another model, block or size")
+        if ids.is_cpu and not torch.compiler.is_compiling() and not bool(ids.all()):
+            raise ValueError("ids must be of items, from 1; given a 0, which pads")
         h = self._embed(ids)
         for block, pool in zip(self.blocks, pools, strict=True):
             h = block.step(h, pool, slots)  # type: ignore[operator]

@@ -63,7 +63,7 @@ def project(
         with torch.autocast(device, enabled=False):
             inner_lr = reference.inner_learning_rate(x, lr_weight, lr_bias, base_lr)
         return [view.unflatten(-1, (lr_weight.shape[0], -1)) for view in views], inner_lr
-    weights = [linear.get_parameter("weight") for linear in linears]
+    weights: list[Tensor] = [linear.weight for linear in linears]  # type: ignore[misc]
     check_device("x's", x.device, weight=weights[0], lr_weight=lr_weight, lr_bias=lr_bias)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)

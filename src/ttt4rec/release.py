@@ -70,10 +70,11 @@ def _load(module: nn.Module, state_dict: Mapping[str, Tensor], names: Mapping[st
     own = module.state_dict()
     missing = sorted(theirs for theirs, ours in names.items() if ours in own and theirs not in given)
     extra = sorted(key for key in given if key in names and names[key] not in own)
-    if unknown or missing or extra:
+    foreign = sorted(own.keys() - set(names.values()))
+    if unknown or missing or extra or foreign:
         raise ValueError(
             f"release weights do not fit this module: unknown {unknown}, missing {missing}, "
-            f"for parts it does not have {extra}"
+            f"for parts it does not have {extra}, its own that no release has {foreign}"
         )
     renamed = {}
     for theirs, x in given.items():

@@ -1,5 +1,6 @@
 """TTTState: what a TTT layer remembers of a stream."""
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -71,10 +72,13 @@ class TTTState:
         Raises:
             IndexError: an integer out of range.
         """
-        if isinstance(index, int):
+        if hasattr(index, "__index__") and not (isinstance(index, Tensor) and index.dim()):
+            index = operator.index(index)
             if not -self.batch_size <= index < self.batch_size:
                 raise IndexError(f"stream {index} is out of range for a state of {self.batch_size} streams")
             index = [index % self.batch_size]
+        if isinstance(index, list | tuple) and not index:
+            index = slice(0)
         chosen = index if isinstance(index, slice | Tensor) else torch.tensor(index, device=self.position.device)
         return self._map(lambda x: x[chosen])
 

@@ -40,7 +40,7 @@ def convolution_forward(
         taps = weight.to(wide.dtype).t().contiguous()
         y = torch.addcmul(bias.to(wide.dtype), wide[:, lead:], taps[-1])
         for tap, source, target, kept in _shifts(taps, wide, y, offsets, lead):
-            target.addcmul_(source if kept is None else source * kept, tap)
+            target.addcmul_(_only(source, kept), tap)
         outputs.append((y if table is None else turn(y, table)).to(x.dtype))
     return outputs
 
@@ -67,10 +67,9 @@ def convolution_backward(
         d_taps = torch.zeros_like(taps)
         d_taps[-1] = (g * wide[:, lead:]).sum((0, 1))
         for tap, d_source, part, kept in _shifts(taps, dx, g, offsets, lead):
-            d_source.addcmul_(part if kept is None else part * kept, tap)
+            d_source.addcmul_(_only(part, kept), tap)
         for d_tap, source, part, kept in _shifts(d_taps, wide, g, offsets, lead):
-            product = part * source
-            d_tap.copy_((product if kept is None else product.mul_(kept)).sum((0, 1)))
+            d_tap.copy_(_only(part * source, kept).sum((0, 1)))
         d_weights.append(d_taps.t().to(weight.dtype).contiguous())
         d_biases.append(g.sum((0, 1)).to(bias.dtype))
     return [dx.to(x.dtype), *d_weights, *d_biases]
@@ -88,6 +87,11 @@ def _shifts(
         if first < y.shape[1]:
             kept = None if offsets is None else (offsets[:, first:] >= back).unsqueeze(-1)
             yield taps[-1 - back], x[:, lead + first - back : x.shape[1] - back], y[:, first:], kept
+
+
+def _only(x: Tensor, kept: Tensor | None) -> Tensor:
+    """x where it is kept, zeros elsewhere: also in place of another sequence's infinities and NaN."""
+    return x if kept is None else torch.where(kept, x, 0)
 
 
 def _table(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None) -> Tensor | None:

@@ -166,6 +166,9 @@ def token_step(
 ) -> Tensor:
     """As ``eager.token_step``."""
     (B, H, D), dtype = q.shape, records.dtype
+    least, most = slots.aminmax()
+    if least < 0 or most >= len(records):  # a compiled program has not looked
+        raise ValueError(f"slots must be from 0 to {len(records) - 1}; given {int(least)} to {int(most)}")
     o = torch.empty(B, H, D, dtype=dtype)
     floats = (q, k, v, inner_lr, token_scale, ln_weight, ln_bias)
     given = [slots.contiguous(), offset.contiguous(), *(x.to(dtype).contiguous() for x in floats), records, o]

@@ -8,7 +8,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -49,7 +49,13 @@ def share(work: Callable[[int, int], int], rows: int) -> None:
             failed |= work(*part)
 
     others = [_executor(threads).submit(take) for _ in range(threads - 1)]
-    if take() | sum(0 if other.cancel() else other.result() for other in others):
+    try:
+        failed = take() | sum(0 if other.cancel() else other.result() for other in others)
+    except BaseException:  # an interruption, say: the caller frees the memory that the others still work on
+        parts.clear()
+        wait([other for other in others if not other.cancel()])
+        raise
+    if failed:
         raise MemoryError("the compiled inner loop found no memory for its tiles")
 
 
