@@ -202,8 +202,9 @@ def test_compiled_layers_do_not_read_beyond_their_tokens():
     """Values are not looked at while tracing; the compiled inner loop does."""
     layer = TTTLayer(16, 2, mini_batch_size=4, backend="native")
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    with torch.no_grad(), pytest.raises(ValueError, match="among the 9 tokens"):
-        compiled(torch.randn(1, 9, 16), cu_seqlens=torch.tensor([0, 100_000_000]))
+    for bounds in ([0, 100_000_000], [0, 8, 2, 9], [-4, 2, 9]):
+        with torch.no_grad(), pytest.raises(ValueError, match="among the 9 tokens"):
+            compiled(torch.randn(1, 9, 16), cu_seqlens=torch.tensor(bounds))
 
 
 FUNCTIONAL = {

@@ -84,6 +84,16 @@ def test_packed_sequences_of_any_lengths_are_read_alone(make):
     assert mixer(nothing, cu_seqlens=torch.tensor([0, 0])).shape == nothing.shape
 
 
+def test_narrow_attention_turns_in_float32():
+    """300 angles of 8 bits would be far off, beside which stands what weights, products and results are rounded to."""
+    mixer = AttentionMixer(16, 2)
+    with torch.no_grad():
+        mixer.qkv.weight[:32] *= 6  # so that it matters where a token stands
+    mixer, x = mixer.bfloat16(), torch.randn(1, 300, 16).bfloat16()
+    given, expected = mixer(x).double(), mixer.double()(x.double())
+    assert (given - expected).norm() <= 6 * torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
 def test_mamba_begins_as_in_mamba4rec():
     mixer = MambaMixer(64)
     assert not mixer.rate_bias.any()

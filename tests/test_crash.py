@@ -56,6 +56,13 @@ def limited(size, function):
     return wait(fork(child)) == 0
 
 
+def test_a_checksum_is_of_names_types_and_shapes_too():
+    x = torch.arange(4, dtype=torch.int32)
+    alike = [{"x": x}, {"y": x}, {"x": x.view(torch.float32)}, {"x": x.view(2, 2)}, {"x": x[:2], "y": x[2:]}]
+    assert len({files.checksum(tensors) for tensors in alike}) == 5
+    assert files.checksum({"a": x, "b": x + 1}) == files.checksum({"b": x + 1, "a": x})
+
+
 def test_a_full_disk_loses_nothing(tmp_path):
     split = make_split(tmp_path)
     run = tmp_path / "run"

@@ -323,8 +323,17 @@ def test_compiled_once_and_kept(fresh, monkeypatch):
     build.library(8, 0, "float")
     assert len(list(fresh.glob("*"))) == 1  # nothing beside it
     build.library.cache_clear()
-    monkeypatch.setattr(build, "_compile", None)
+    made = []
+    monkeypatch.setattr(build, "_compile", lambda command, path: made.append(path))
     build.library(8, 0, "float")
+    assert made == []
+    for name in ("_version", "_processor"):  # a library of another compiler or for another processor is not taken
+        build.library.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(build, name, lambda *_: "another")
+            with pytest.raises(build.BuildError, match="cannot be loaded"):
+                build.library(8, 0, "float")
+    assert len(set(made)) == 2
 
 
 def test_a_library_that_cannot_be_loaded(fresh, monkeypatch):
