@@ -79,7 +79,7 @@ class Metrics:
         self.events = Counter("ttt4rec_events", "Events taken", ["new"], registry=self.registry)
         self.recommended = Counter("ttt4rec_recommendations", "Users recommended to", registry=self.registry)
         self.seconds = Histogram("ttt4rec_request_seconds", "By route", ["route", "status"], registry=self.registry)
-        self.saved = Gauge("ttt4rec_snapshot_seconds", "When the last one was written", registry=self.registry)
+        self.saved = Gauge("ttt4rec_snapshot_timestamp_seconds", "Of the last one", registry=self.registry)
         for name in online.stats():
             gauge = Gauge(f"ttt4rec_{name}", "See OnlineRecommender.stats", registry=self.registry)
             gauge.set_function(lambda name=name: online.stats()[name])

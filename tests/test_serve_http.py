@@ -193,3 +193,9 @@ def test_killed_and_ended(folder, tmp_path):
     assert (tmp_path / "states.safetensors").is_file()
     log = SQLiteEventLog(tmp_path / "events.db")
     assert len(log.users()) == 61
+    log.forget(log.users())
+    with served(tmp_path) as (client, process):  # all are gone, and do not come back from the training data
+        assert recommended(client, "anna", k=24) == [[]]
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    assert log.users() == []
