@@ -16,10 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 JSON_FILE, REPORT_FILE, NOTES_FILE = "benchmark.json", "report.md", "notes.md"
-LOGS = {
-    "parity.log": "The kernels against the reference, `pytest -m gpu`",
-    "tuner.log": "The best cut of some kernels by their machine code, `python -m ttt4rec.kernels.tune`",
-}
+LOGS = {"parity.log": "The kernels against the reference, `pytest -m gpu`"}
 PLOTS = ("time", "memory", "roofline")
 
 

@@ -147,17 +147,21 @@ def test_one_compilation_serves_all_lengths() -> None:
     script = """
 import torch
 from ttt4rec.kernels import aot
-ops = "linear_forward", "linear_backward", "mlp_forward", "mlp_backward"
-for op in ops:
+around = [f"{part}_{way}" for part in ("projection", "convolution", "epilogue") for way in ("forward", "backward")]
+for op in ("linear_forward", "linear_backward", "mlp_forward", "mlp_backward", *around):
     for length in (1, 7, 16, 50, 4096):
         aot.compile_for("sm_90", op, 16, 8, torch.bfloat16, length)
 import sys
-from itertools import product
-for op in ops:
-    kernel = getattr(sys.modules[f"ttt4rec.kernels.{op}"], f"{op}_kernel")
-    print(sum(len(caches[0]) for caches in kernel.device_caches.values()))
+for name, module in sorted(sys.modules.items()):
+    if name.startswith("ttt4rec.kernels."):
+        for kernel in (x for x in vars(module).values() if getattr(x, "__module__", "") == name):
+            caches = getattr(kernel, "device_caches", {}).values()
+            if compiled := sum(len(cache[0]) for cache in caches):
+                print(compiled, kernel.__name__)
 """
-    assert in_a_process("-c", script).split() == ["1"] * 4
+    printed = in_a_process("-c", script).splitlines()
+    assert len(printed) == 10
+    assert {line.split()[0] for line in printed} == {"1"}, printed
 
 
 def state_shape(kernel: str) -> str | None:

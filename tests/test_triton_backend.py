@@ -1,9 +1,11 @@
 """``backend="triton"`` as users call it: layers and inner loops on the kernels, interpreted where there is no GPU."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from checks import INNERS, assert_close, golden_cases, gradients, inner_inputs, load_golden, run_inner
 from test_golden import layer_of
@@ -193,3 +195,21 @@ def test_auto_takes_no_kernel_whose_backward_would_be_refused(monkeypatch, caplo
         choose_backend("triton", q, 64, "mlp")
     with torch.no_grad():
         assert choose_backend("auto", q, 64, "mlp") == "triton"
+
+
+def test_the_tensors_gpu_is_the_current_one_for_a_call(monkeypatch):
+    """Triton launches on the current device, whatever the tensors' is."""
+    current = []
+
+    @contextmanager
+    def device(of):
+        current.append(of)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    call = launch.on_its_device(lambda *arguments: list(current))
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda:1")
+    assert call(x, 3) == call([x, x], 3) == [torch.device("cuda:1")]
+    assert call(torch.empty(2)) == current == []

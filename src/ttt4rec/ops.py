@@ -224,7 +224,7 @@ def _save(num_weights: int) -> Any:
 
 
 def _zeros(x: Tensor) -> Tensor:
-    """What stands for a gradient that nobody gave: one sequence's and head's, which is in the cache for all others."""
+    """What stands for a gradient that nobody gave: one sequence's and head's; tokens' a kernel makes whole."""
     return x.new_zeros(1, 1, *x.shape[2:]).expand(x.shape)
 
 

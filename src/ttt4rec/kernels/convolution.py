@@ -41,7 +41,7 @@ def program_tile(sizes: tl.constexpr):
     return block.to(tl.int64), rows, (tl.program_id(0) % columns) * sizes.features
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_positions", "L", "lead"])
 def convolution_forward_kernel(
     x,  # [B, lead + L, C]
     weights,  # each [C, taps]
@@ -82,7 +82,7 @@ def convolution_forward_kernel(
         tl.store(target, y.to(outputs[i].dtype.element_ty), mask=exists[:, None] & own[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_inputs", "num_positions", "L", "lead"])
 def convolution_backward_kernel(
     grads,  # each [B, L, C]
     x,  # [B, lead + L, C]
@@ -135,6 +135,7 @@ def convolution_backward_kernel(
     tl.store(dx + offsets, d_x.to(dx.dtype.element_ty), mask=mask)
 
 
+@launch.on_its_device
 def convolution_forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -200,6 +201,7 @@ def prepare_convolution_forward(
     return outputs, _launch(convolution_forward_kernel, num_tokens, arguments, sizes)
 
 
+@launch.on_its_device
 def convolution_backward(
     grads: Sequence[Tensor],
     x: Tensor,

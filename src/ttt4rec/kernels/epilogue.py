@@ -119,7 +119,7 @@ def load_gated(o, gate, norm, offsets, wanted, eps, sizes: tl.constexpr):
     return tl.where(wanted, h, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def fused_forward_kernel(
     o,  # [T, C], the heads side by side
     gate,  # [T, C]
@@ -145,7 +145,7 @@ def fused_forward_kernel(
         tl.store(target, dot(h, tl.trans(W), sizes).to(sizes.operand), mask=target_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def norm_forward_kernel(o, gate, mask, norm, h, num_tokens, eps, sizes: tl.constexpr):
     """One program: R tokens of h = gelu(gate) ∘ LN(o), zero at padding; the rest is a product."""
     rows = tl.program_id(0).to(tl.int64) * sizes.rows + tl.arange(0, sizes.rows)
@@ -179,7 +179,7 @@ def store_norm_sums(d_norm, d_gamma, d_beta, sizes: tl.constexpr):
     tl.store(d_norm[1] + target, tl.sum(d_beta, 0), mask=features < sizes.head_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def fused_backward_kernel(
     dy,  # [T, C]
     o,  # [T, C]
@@ -219,7 +219,7 @@ def fused_backward_kernel(
     store_norm_sums(d_norm, d_gamma, d_beta, sizes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def norm_backward_kernel(dh, o, gate, mask, norm, d_o, d_gate, d_norm, num_tokens, eps, sizes: tl.constexpr):
     """One program of P: every P-th block of R tokens; h takes the place of its gradient."""
     R: tl.constexpr = sizes.rows
@@ -238,6 +238,7 @@ def norm_backward_kernel(dh, o, gate, mask, norm, d_o, d_gate, d_norm, num_token
     store_norm_sums(d_norm, d_gamma, d_beta, sizes)
 
 
+@launch.on_its_device
 def epilogue_forward(
     o: Tensor, gate: Tensor | None, mask: Tensor | None, parameters: Sequence[Tensor], eps: float
 ) -> Tensor:
@@ -283,6 +284,7 @@ def prepare_epilogue_forward(
     return result, launch.Launch(kernel, (triton.cdiv(tokens.shape[0], sizes.rows),), arguments, blocks)
 
 
+@launch.on_its_device
 def epilogue_backward(
     dy: Tensor, o: Tensor, gate: Tensor | None, mask: Tensor | None, parameters: Sequence[Tensor], eps: float
 ) -> list[Tensor]:

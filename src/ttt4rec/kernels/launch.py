@@ -4,7 +4,9 @@ The table was filled from machine code, not from timings, by ``python -m ttt4rec
 in its loop, if any choice has none, and then the fewest instructions per head.
 """
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -58,7 +60,7 @@ SINGLE = {  # the same for float32, whose products are three tensor-core product
     ("mlp_forward", 32): {64: Blocks(8, 1)},
     ("mlp_forward", 64): {64: Blocks(8, 1, chunks=8)},
     ("mlp_forward", 128): {64: Blocks(8, 1, chunks=16)},
-    ("mlp_backward", 16): {8: Blocks(4, 1, heads=2), 64: Blocks(4, 1)},
+    ("mlp_backward", 16): {8: Blocks(4, 1), 16: Blocks(4, 1, chunks=2), 64: Blocks(4, 1)},
     ("mlp_backward", 32): {64: Blocks(8, 1, chunks=2)},
     ("mlp_backward", 64): {64: Blocks(8, 1, chunks=8)},
     ("mlp_backward", 128): {64: Blocks(8, 1, chunks=16)},
@@ -95,6 +97,25 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice than sm_9
 
 NEAREST = {"sm_8": "sm_80", "sm_10": "sm_100", "sm_12": "sm_80", "gfx9": "gfx942"}
 """By the beginnings of names; what is not here takes the cuts of sm_90."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Make the GPU of the first tensor the current one for a call, as Triton launches there and tables are for it."""
+
+    @functools.wraps(function)
+    def run(*arguments: P.args, **options: P.kwargs) -> R:
+        first: Any = arguments[0]
+        x: Tensor = first if isinstance(first, Tensor) else first[0]
+        if not x.is_cuda:
+            return function(*arguments, **options)
+        with torch.cuda.device(x.device):
+            return function(*arguments, **options)
+
+    return run
 
 
 class Launch(NamedTuple):

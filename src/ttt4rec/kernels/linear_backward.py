@@ -171,6 +171,7 @@ def linear_backward_kernel(
     store_token_sums(partial_sums[3], d_last_scale, sequence, head, H, tile)
 
 
+@launch.on_its_device
 def linear_backward(
     grad_o: Tensor,
     grad_W1: Tensor,

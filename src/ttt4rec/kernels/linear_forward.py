@@ -119,6 +119,7 @@ def linear_forward_kernel(
     tl.store(b1_out + parameter_offsets((H * D, D, 1), sequence, head, tile), b, mask=once)
 
 
+@launch.on_its_device
 def linear_forward(
     q: Tensor,
     k: Tensor,

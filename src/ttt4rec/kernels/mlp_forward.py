@@ -181,6 +181,7 @@ def mlp_forward_kernel(
     tl.store(outputs[4] + parameter_offsets((H * D, D, 1), sequence, head, tile), b2, mask=once)
 
 
+@launch.on_its_device
 def mlp_forward(
     q: Tensor,
     k: Tensor,

@@ -29,7 +29,7 @@ from .projection import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_positions"])
 def fused_backward_kernel(
     grads,  # of the three views [T, C]
     rates,  # the gradient of the rates, and the rates [T, H]
@@ -95,7 +95,7 @@ def fused_backward_kernel(
     tl.store(d_bias + program * sizes.heads + heads, db, mask=heads < sizes.heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_positions"])
 def packing_kernel(
     grads,  # of the three views [T, C]
     rates,  # the gradient of the rates, and the rates [T, H]
@@ -125,6 +125,7 @@ def packing_kernel(
     tl.store(target + 3 * sizes.width + tl.arange(0, sizes.head_columns)[None, :], dz, mask=exists)
 
 
+@launch.on_its_device
 def projection_backward(
     grads: Sequence[Tensor],
     grad_lr: Tensor,

@@ -15,7 +15,7 @@ from .primitives import dot
 from .projection import columns, contiguous, exact_product, flat, fused, load_angles, prepare, turned
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_positions"])
 def fused_forward_kernel(
     x,  # [T, C]
     weights,  # three of [C, C], output features first
@@ -55,7 +55,7 @@ def fused_forward_kernel(
             tl.store(target, view.to(sizes.operand), mask=exists[:, None] & (outputs < sizes.width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_positions"])
 def rotation_kernel(
     x,  # [T, C]
     rates,  # w_lr [H, C], b_lr [H]
@@ -102,6 +102,7 @@ def store_rates(logits, bias, inner_lr, rows, num_tokens, base_lr, sizes: tl.con
     tl.store(inner_lr + rows[:, None] * sizes.heads + heads[None, :], rate, mask=mask)
 
 
+@launch.on_its_device
 def projection_forward(
     x: Tensor,
     weights: Sequence[Tensor],

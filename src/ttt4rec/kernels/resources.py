@@ -24,11 +24,11 @@ INTRODUCTION = """# What the kernels cost
 
 Read from machine code that was compiled without a GPU, for 4 heads, by `python -m ttt4rec.kernels.resources
 docs/resources.md`; nothing here is a timing. A row stands for all mini-batch sizes down to the next smaller one, and
-bf16 for fp16 too; of float32, a path for checking, only small shapes are listed. Cut: warps × stages of the software
-pipeline × heads in a program × chunks of TTT-MLP's hidden features, 1 where registers hold the state. Registers are a
-thread's; spills, instructions and tensor-core instructions a warp's in one mini-batch (in brackets: all spills in the
-code, in the loop or not; a loop over chunks counts once for each chunk); programs is how many fit a multiprocessor at
-once.
+bf16 for fp16 too; of float32, which training takes without autocast, only small shapes are listed. Cut: warps × stages of
+the software pipeline × heads in a program × chunks of TTT-MLP's hidden features, 1 where registers hold the state.
+Registers are a thread's; spills, instructions and tensor-core instructions a warp's in one mini-batch (in brackets: all
+spills in the code, in the loop or not; a loop over chunks counts once for each chunk); programs is how many fit a
+multiprocessor at once.
 """
 HEADER = "| kernel | D | K | dtype | cut | registers | spills | shared memory | programs | instructions | tensor core |"
 ROW = re.compile(
@@ -84,8 +84,8 @@ class Row(NamedTuple):
 def configurations(architecture: str) -> Iterator[str]:
     """Every configuration the launch table can choose, as ``op:head_dim:mini_batch_size:dtype``.
 
-    Not what ``launch.check_compiler`` refuses under any Triton. Of float32, a path for checking, only those of at most
-    16 tokens and 64 features (TTT-MLP: 16): the compiler takes minutes over larger ones, which spill by the thousand.
+    Not what ``launch.check_compiler`` refuses under any Triton. Of float32 only those of at most 16 tokens and 64
+    features (TTT-MLP: 16): the compiler takes minutes over larger ones, which spill by the thousand.
     """
     for op, head_dim in launch.HALF:
         longest = 32 if (op, architecture) == ("mlp_backward", "sm_100") else launch.MAX_MINI_BATCH_SIZE

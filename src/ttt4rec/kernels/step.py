@@ -264,6 +264,7 @@ def load_hidden(M1, M2, c, D: tl.constexpr, F: tl.constexpr, tile: tl.constexpr)
     return W1, load(M1, D * F + hidden, hidden < F), W2
 
 
+@launch.on_its_device
 def token_step(
     q: Tensor,
     k: Tensor,
