@@ -13,6 +13,7 @@ from checks import INNERS
 from ttt4rec import kernels, reference
 from ttt4rec.kernels import launch
 from ttt4rec.kernels.hidden_layer import gelu
+from ttt4rec.kernels.primitives import program_place
 
 pytestmark = pytest.mark.gpu
 both = pytest.mark.parametrize("inner", INNERS)
@@ -327,16 +328,22 @@ def test_weights_are_rebuilt_over_a_long_sequence(inner: str) -> None:
         assert mean <= 2 * max(FP32_TOLERANCE, usual_mean), f"{name}: {pairs}"
 
 
-@both
-def test_offsets_beyond_32_bits(inner: str) -> None:
-    """The second sequence lies more than 2³¹ elements behind the first; few pages of that memory are ever touched."""
-    inputs = make_inputs(inner, 2, 9, 2, 16, 8, dtype=torch.float16)
-    gradients = make_gradients(inner, inputs)
-    near = run_kernels(inner, inputs, gradients)
-    far = torch.empty_strided(inputs["k"].shape, (2**31, 32, 16, 1), dtype=torch.float16, device=DEVICE)
-    far.copy_(inputs["k"])
-    results = run_kernels(inner, {**inputs, "k": far}, gradients)
-    assert all(torch.equal(results[name], near[name]) for name in near)
+@triton.jit
+def first_elements_kernel(starts, lengths, elements, L, H, tile: tl.constexpr):
+    """Where every program's sequence begins among the elements of ``[B, L, H, D]``."""
+    first = program_place((starts, lengths), L, H, tile)[2]
+    tl.store(elements + tl.program_id(0), first * H * tile.head_dim)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_offsets_beyond_32_bits(packed: bool) -> None:
+    """Sequences begin more than 2³¹ elements behind the first token, by their number or by their starts."""
+    tile = launch.plan("linear_forward", torch.empty(1, 1, 2, 16, dtype=torch.float16), 16)[1]
+    L, elements = 1 << 30, torch.empty(6, dtype=torch.int64, device=DEVICE)
+    starts = torch.tensor([0, 7, 2**31 - 1], dtype=torch.int32, device=DEVICE) if packed else None
+    first_elements_kernel[(6,)](starts, starts, elements, L, 2, tile)
+    expected = starts.long().tolist() if starts is not None else [0, L, 2 * L]
+    assert elements.tolist() == [first * 2 * 16 for first in expected for _ in range(2)]
 
 
 @both

@@ -24,8 +24,8 @@ INTRODUCTION = """# What the kernels cost
 
 Read from machine code that was compiled without a GPU, for 4 heads, by `python -m ttt4rec.kernels.resources
 docs/resources.md`; nothing here is a timing. A row stands for all mini-batch sizes down to the next smaller one, and
-bf16 for fp16 too; of float32, which training takes without autocast, only small shapes are listed. Cut: warps × stages of
-the software pipeline × heads in a program × chunks of TTT-MLP's hidden features, 1 where registers hold the state.
+bf16 for fp16 too; of float32, which training takes without autocast, only small shapes are listed. Cut: warps × stages
+of the software pipeline × heads in a program × chunks of TTT-MLP's hidden features, 1 where registers hold the state.
 Registers are a thread's; spills, instructions and tensor-core instructions a warp's in one mini-batch (in brackets: all
 spills in the code, in the loop or not; a loop over chunks counts once for each chunk); programs is how many fit a
 multiprocessor at once.
