@@ -60,7 +60,7 @@ SINGLE = {  # the same for float32, whose products are three tensor-core product
     ("mlp_forward", 32): {64: Blocks(8, 1)},
     ("mlp_forward", 64): {64: Blocks(8, 1, chunks=8)},
     ("mlp_forward", 128): {64: Blocks(8, 1, chunks=16)},
-    ("mlp_backward", 16): {8: Blocks(4, 1), 16: Blocks(4, 1, chunks=2), 64: Blocks(4, 1)},
+    ("mlp_backward", 16): {16: Blocks(4, 1, chunks=2), 64: Blocks(4, 1)},  # in one chunk ptxas leaves 32 registers
     ("mlp_backward", 32): {64: Blocks(8, 1, chunks=2)},
     ("mlp_backward", 64): {64: Blocks(8, 1, chunks=8)},
     ("mlp_backward", 128): {64: Blocks(8, 1, chunks=16)},
