@@ -178,7 +178,7 @@ def _detail(run: Run, column: Column, result: Result) -> list[str]:
         "unknown" if peak is None else f"{peak / 2**20:,.1f}",
         f"{info['bytes'] / run.seconds / roofs['copy']:.1%}" if "bytes" in info else "not counted",
         f"{info['flops'] / run.seconds / roofs['matmul']:.1%}" if "flops" in info else "not counted",
-        f"{info['parameters']:,}",
+        f"{info['parameters']:,}" if "parameters" in info else "none",
     ]
 
 

@@ -214,6 +214,11 @@ def test_report_names_winners_losers_and_the_absent(tmp_path):
     assert "Shared." in text
     assert "since it is short" in text
     assert "4 passed" in text
+    for run in result.runs:  # as of a loss, which has no model
+        del run.info["parameters"]
+    assert "| attention | 20.0 | 10.0 to 40.0 | 3 | 1.00 × | 5,000 | 1.0 | 5.0% | 0.5% | none |" in report.report(
+        result
+    )
 
 
 def test_readme_section_says_what_was_not_measured(tmp_path, monkeypatch):
