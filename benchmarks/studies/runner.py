@@ -50,20 +50,21 @@ def load_split(folder: Path, data: Data) -> Split:
 
 def read_results(path: Path) -> list[Result]:
     """The results that a file holds so far, none if there is no file; a line that a kill left unfinished is none."""
-    return [json.loads(line) for line in path.read_bytes()[: _end(path)].splitlines()] if path.exists() else []
+    return [json.loads(line) for line in _finished(path).splitlines()] if path.exists() else []
 
 
 def keep(path: Path, result: Result) -> None:
     """Add a result to a file's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        file.truncate(_end(path))
+        file.truncate(len(_finished(path)))
         file.write(f"{json.dumps(result)}\n".encode())
 
 
-def _end(path: Path) -> int:
-    """Where the last finished line of a file ends."""
-    return path.read_bytes().rfind(b"\n") + 1
+def _finished(path: Path) -> bytes:
+    """A file's finished lines."""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
 
 
 def find(results: Iterable[Result], run: Run) -> Result | None:

@@ -95,7 +95,7 @@ def ranks(h: Tensor, table: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] |
     passes: list[Iterable[Block]] = [_blocks(h, table, seen) for _ in range(2)]
     if _is_one_block(h, table):
         passes = [list(passes[0])] * 2
-    target = torch.zeros(h.shape[0], 1, dtype=_dtype(h, table), device=h.device)
+    target = torch.zeros(h.shape[0], 1, dtype=score_dtype(h, table), device=h.device)
     nan = torch.zeros((), dtype=torch.bool, device=h.device)
     for first, _, scores in passes[0]:
         column, inside = _columns(items, first, scores)
@@ -151,7 +151,8 @@ def _is_compiled(device: torch.device, dtype: torch.dtype) -> bool:
     return native.softmax_refusal(device, dtype) is None
 
 
-def _dtype(h: Tensor, table: Tensor) -> torch.dtype:
+def score_dtype(h: Tensor, table: Tensor) -> torch.dtype:
+    """Of the scores of hidden states: float32 at least."""
     return torch.promote_types(torch.promote_types(h.dtype, table.dtype), torch.float32)
 
 
@@ -180,7 +181,7 @@ def _blocks(h: Tensor, table: Tensor, seen: tuple[Tensor, Tensor] | None = None)
     Every product has the same shape, the last one overlapping the one before it: a narrow one could be summed in
     another order, and equal items would no longer score the same.
     """
-    dtype = _dtype(h, table)
+    dtype = score_dtype(h, table)
     size = max(1, table.shape[0] - 1)
     if not _is_one_block(h, table):
         size = max(1, SCORES_PER_BLOCK // h.shape[0])
@@ -245,7 +246,7 @@ def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tens
     """Negative log-likelihoods ``[N]``, and the logarithms of the softmax's denominators, float64 ``[N]``."""
     check_range(items, table)
     lse = torch.full((h.shape[0],), -torch.inf, dtype=torch.float64, device=h.device)
-    target = torch.zeros(h.shape[0], 1, dtype=_dtype(h, table), device=h.device)
+    target = torch.zeros(h.shape[0], 1, dtype=score_dtype(h, table), device=h.device)
     for first, _, scores in _blocks(h, table):
         column, inside = _columns(items, first, scores)
         target = torch.where(inside, scores.gather(1, column), target)
@@ -256,7 +257,7 @@ def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tens
 @torch.library.custom_op("ttt4rec::catalogue_nll_backward", mutates_args=())
 def catalogue_nll_backward(grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of h and table; the scores are computed again, block by block."""
-    dtype = _dtype(h, table)
+    dtype = score_dtype(h, table)
     grad_h = torch.zeros(h.shape, dtype=dtype, device=h.device)
     grad_table = table.new_empty(table.shape)
     grad_table[0] = 0
@@ -276,7 +277,7 @@ def catalogue_total_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor
     Some hidden states at a time, whose scores are computed once and become their gradients in place.
     """
     check_range(items, table)
-    dtype = _dtype(h, table)
+    dtype = score_dtype(h, table)
     wide, rows, columns = h.to(dtype), table[1:].to(dtype), items - 1
     total = torch.zeros((), dtype=torch.float64, device=h.device)
     grad_h, grad_table = wide.new_empty(wide.shape), wide.new_zeros(table.shape)
@@ -332,7 +333,7 @@ def _to_gradient(scores: Tensor, lse: Tensor, column: Tensor, grad: Tensor) -> N
 
 @catalogue_nll.register_fake
 def _(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape[0], dtype=_dtype(h, table)), h.new_empty(h.shape[0], dtype=torch.float64)
+    return h.new_empty(h.shape[0], dtype=score_dtype(h, table)), h.new_empty(h.shape[0], dtype=torch.float64)
 
 
 @catalogue_nll_backward.register_fake
@@ -342,7 +343,7 @@ def _(grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor) -> tup
 
 @catalogue_total_nll.register_fake
 def _(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _dtype(h, table)
+    dtype = score_dtype(h, table)
     return h.new_empty((), dtype=dtype), h.new_empty(h.shape, dtype=dtype), h.new_empty(table.shape, dtype=dtype)
 
 

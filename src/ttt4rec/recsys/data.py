@@ -98,6 +98,12 @@ class Histories:
             raise IndexError(f"expected a user code from 0 to {self.num_users - 1}, got {user_code}")
         return self.items[self.offsets[user_code] : self.offsets[user_code + 1]]
 
+    def first_places(self) -> IntArray:
+        """Where a user has an item for the first time: indices into items, int64."""
+        users = np.repeat(np.arange(self.num_users), np.diff(self.offsets))
+        places: IntArray = np.unique(users * (self.num_items + 1) + self.items, return_index=True)[1]
+        return places
+
     def user_code(self, user_id: str) -> int:
         """Code of an original user id; DataError when the data has no such user."""
         code = self._user_codes.get(user_id)

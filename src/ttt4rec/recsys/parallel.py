@@ -188,7 +188,7 @@ class ShardedItems(nn.Module):
 
         catalogue.check_range(items, self.weight)
         with torch.autocast(h.device.type, enabled=False):
-            dtype = torch.promote_types(torch.promote_types(h.dtype, self.weight.dtype), torch.float32)
+            dtype = catalogue.score_dtype(h, self.weight)
             wide, table, no_padding = self._of_all(h.to(dtype), 0), self.weight.to(dtype), self.no_padding.to(dtype)
             scores = F.linear(wide, table, no_padding)  # of all targets with this process's items
             losses = F.cross_entropy(scores, self._of_all(items, _IGNORED), reduction="none", ignore_index=_IGNORED)

@@ -68,8 +68,6 @@ def describe_data(split: Split) -> dict[str, float]:
     histories = split.histories
     lengths = np.diff(histories.offsets)
     first, end = split.bounds("test")
-    users = np.repeat(np.arange(histories.num_users), lengths)
-    distinct = len(np.unique(users * (histories.num_items + 1) + histories.items))
     return {
         "users": histories.num_users,
         "items": histories.num_items,
@@ -77,7 +75,7 @@ def describe_data(split: Split) -> dict[str, float]:
         "mean history": round(float(lengths.mean()), 1),
         "median history": float(np.median(lengths)),
         "longest history": int(lengths.max()),
-        "share of repeats": round(1 - distinct / len(histories.items), 4),
+        "share of repeats": round(1 - len(histories.first_places()) / len(histories.items), 4),
         "test targets of new users": int((end - first)[split.train_begin == split.train_end].sum()),
     } | {f"{part} targets": split.num_targets(part) for part in PARTS}
 

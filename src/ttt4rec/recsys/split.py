@@ -57,11 +57,11 @@ class Split:
 
     def num_new_targets(self, part: Part) -> int:
         """Number of targets of one part that are not in their user's history before."""
-        histories, lengths = self.histories, np.diff(self.histories.offsets)
-        users = np.repeat(np.arange(histories.num_users), lengths)
-        _, first_time = np.unique(users * (histories.num_items + 1) + histories.items, return_index=True)
-        position, (first, end) = first_time - histories.offsets[users[first_time]], self.bounds(part)
-        return int(((position >= first[users[first_time]]) & (position < end[users[first_time]])).sum())
+        places, offsets = self.histories.first_places(), self.histories.offsets
+        users = np.searchsorted(offsets, places, side="right") - 1
+        first, end = (edge[users] for edge in self.bounds(part))
+        position = places - offsets[users]
+        return int(((position >= first) & (position < end)).sum())
 
     def train_counts(self) -> IntArray:
         """How often each item occurs in the training part, int64 [num_items]; item code j + 1 at j."""
