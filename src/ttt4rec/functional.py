@@ -175,8 +175,20 @@ def _scan(
     if backend == "reference":
         return _reference_scan(tokens, token_scale, weights, layer_norm, spans, eps)
     operator = ops.linear_scan if len(weights) == 2 else ops.mlp_scan
-    outputs: tuple[Tensor, ...] = operator(*tokens, token_scale, *weights, *layer_norm, *spans, eps, backend)
+    segment = segment_length(token_scale.numel(), weights)
+    outputs: tuple[Tensor, ...] = operator(*tokens, token_scale, *weights, *layer_norm, *spans, eps, segment, backend)
     return outputs[: 1 + len(weights)]
+
+
+def segment_length(mini_batch_size: int, weights: tuple[Tensor, ...]) -> int:
+    """How many mini-batches lie between two copies of the weights ``[N, H, ...]`` that the forward keeps.
+
+    A copy is as large as an eighth, at most, of what is kept of the tokens between: q, k, v and the inner gradients, and
+    Z1 of TTT-MLP. Sixteen at least: more copies would make the way back no faster.
+    """
+    D, hidden = weights[0].shape[2], weights[0].shape[3] if len(weights) == 4 else 0
+    numbers = sum(w.shape[2:].numel() for w in weights)
+    return max(16, -(-8 * numbers // (mini_batch_size * (4 * D + hidden))))
 
 
 def _reference_scan(

@@ -48,13 +48,14 @@ def linear_scan(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    segment: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """TTT-Linear's inner loop: o, W1, b1 after the last complete mini-batch, and what the backward keeps."""
-    o, W1_out, b1_out, G = _path(backend, q, W1, 0).linear_forward(
-        q, k, v, inner_lr, token_scale, W1, b1, ln_weight, ln_bias, starts, lengths, eps
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """TTT-Linear's inner loop: o, W1, b1 after the last complete mini-batch, and what is kept: G and checkpoints."""
+    o, W1_out, b1_out, G, checkpoints = _path(backend, q, W1, 0).linear_forward(
+        q, k, v, inner_lr, token_scale, W1, b1, ln_weight, ln_bias, starts, lengths, eps, segment
     )
-    return o, W1_out, b1_out, G
+    return o, W1_out, b1_out, G, checkpoints
 
 
 @torch.library.custom_op("ttt4rec::linear_scan_backward", mutates_args=())
@@ -67,21 +68,23 @@ def linear_scan_backward(
     v: Tensor,
     inner_lr: Tensor,
     token_scale: Tensor,
-    W1_out: Tensor,
-    b1_out: Tensor,
+    W1: Tensor,
+    b1: Tensor,
     G: Tensor,
+    checkpoints: Tensor,
     ln_weight: Tensor,
     ln_bias: Tensor,
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    segment: int,
     backend: str,
 ) -> list[Tensor]:
     """Gradients of ``linear_scan``'s first nine arguments."""
     return list(
-        _path(backend, q, W1_out, 0).linear_backward(
-            grad_o, grad_W1, grad_b1, q, k, v, inner_lr, token_scale, W1_out, b1_out, G, ln_weight, ln_bias,
-            starts, lengths, eps,
+        _path(backend, q, W1, 0).linear_backward(
+            grad_o, grad_W1, grad_b1, q, k, v, inner_lr, token_scale, W1, b1, G, checkpoints, ln_weight, ln_bias,
+            starts, lengths, eps, segment,
         )
     )  # fmt: skip
 
@@ -102,13 +105,14 @@ def mlp_scan(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    segment: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """TTT-MLP's inner loop: o, the four weights after the last complete mini-batch, Z1 and G2 kept."""
-    o, W1_out, b1_out, W2_out, b2_out, Z1, G2 = _path(backend, q, W1, W1.shape[-1]).mlp_forward(
-        q, k, v, inner_lr, token_scale, W1, b1, W2, b2, ln_weight, ln_bias, starts, lengths, eps
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """TTT-MLP's inner loop: o, the four weights after the last complete mini-batch; Z1, G2 and checkpoints kept."""
+    o, W1_out, b1_out, W2_out, b2_out, Z1, G2, checkpoints = _path(backend, q, W1, W1.shape[-1]).mlp_forward(
+        q, k, v, inner_lr, token_scale, W1, b1, W2, b2, ln_weight, ln_bias, starts, lengths, eps, segment
     )
-    return o, W1_out, b1_out, W2_out, b2_out, Z1, G2
+    return o, W1_out, b1_out, W2_out, b2_out, Z1, G2, checkpoints
 
 
 @torch.library.custom_op("ttt4rec::mlp_scan_backward", mutates_args=())
@@ -123,24 +127,26 @@ def mlp_scan_backward(
     v: Tensor,
     inner_lr: Tensor,
     token_scale: Tensor,
-    W1_out: Tensor,
-    b1_out: Tensor,
-    W2_out: Tensor,
-    b2_out: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    W2: Tensor,
+    b2: Tensor,
     Z1: Tensor,
     G2: Tensor,
+    checkpoints: Tensor,
     ln_weight: Tensor,
     ln_bias: Tensor,
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    segment: int,
     backend: str,
 ) -> list[Tensor]:
     """Gradients of ``mlp_scan``'s first eleven arguments."""
     return list(
-        _path(backend, q, W1_out, W1_out.shape[-1]).mlp_backward(
-            grad_o, grad_W1, grad_b1, grad_W2, grad_b2, q, k, v, inner_lr, token_scale, W1_out, b1_out, W2_out,
-            b2_out, Z1, G2, ln_weight, ln_bias, starts, lengths, eps,
+        _path(backend, q, W1, W1.shape[-1]).mlp_backward(
+            grad_o, grad_W1, grad_b1, grad_W2, grad_b2, q, k, v, inner_lr, token_scale, W1, b1, W2, b2, Z1, G2,
+            checkpoints, ln_weight, ln_bias, starts, lengths, eps, segment,
         )
     )  # fmt: skip
 
@@ -175,8 +181,9 @@ def _(q: Tensor, *rest: Any) -> Tensor:
 
 @linear_scan.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    q, W1, b1, backend = args[0], args[5], args[6], args[-1]
-    return _like(q), _like(W1), _like(b1), _like(q, dtype=_kept_dtype(q, W1, backend))
+    q, weights, backend = args[0], args[5:7], args[-1]
+    G = _like(q, dtype=_kept_dtype(q, weights[0], backend))
+    return _like(q), *map(_like, weights), G, _fake_checkpoints(q, args[4], weights, args[-2])
 
 
 @mlp_scan.register_fake
@@ -184,17 +191,22 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     q, weights, backend = args[0], args[5:9], args[-1]
     dtype = _kept_dtype(q, weights[0], backend)
     Z1 = q.new_empty(*q.shape[:3], weights[0].shape[-1], dtype=dtype)
-    return _like(q), *map(_like, weights), Z1, _like(q, dtype=dtype)
+    return _like(q), *map(_like, weights), Z1, _like(q, dtype=dtype), _fake_checkpoints(q, args[4], weights, args[-2])
 
 
 @linear_scan_backward.register_fake
 def _(*args: Any) -> list[Tensor]:
-    return _fake_gradients(args[3:8], args[8:10], args[11:13])
+    return _fake_gradients(args[3:8], args[8:10], args[12:14])
 
 
 @mlp_scan_backward.register_fake
 def _(*args: Any) -> list[Tensor]:
-    return _fake_gradients(args[5:10], args[10:14], args[16:18])
+    return _fake_gradients(args[5:10], args[10:14], args[17:19])
+
+
+def _fake_checkpoints(q: Tensor, token_scale: Tensor, weights: tuple[Tensor, ...], segment: int) -> Tensor:
+    number = q.shape[0] * q.shape[1] // (segment * token_scale.shape[0])
+    return weights[0].new_empty(number, q.shape[2], sum(w.shape[2:].numel() for w in weights))
 
 
 def _kept_dtype(q: Tensor, W: Tensor, backend: str) -> torch.dtype:
@@ -215,10 +227,9 @@ def _fake_gradients(tokens: Any, weights: Any, layer_norm: Any) -> list[Tensor]:
 def _save(num_weights: int) -> Any:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        num_inputs = 5 + num_weights
-        tokens, layer_norm = inputs[:5], inputs[num_inputs : num_inputs + 2]
-        starts, lengths, ctx.eps, ctx.backend = inputs[num_inputs + 2 :]
-        ctx.save_for_backward(*tokens, *output[1:], *layer_norm, starts, lengths)
+        tokens_and_weights, (*layer_norm, starts, lengths) = inputs[: 5 + num_weights], inputs[5 + num_weights : -3]
+        ctx.eps, ctx.segment, ctx.backend = inputs[-3:]
+        ctx.save_for_backward(*tokens_and_weights, *output[1 + num_weights :], *layer_norm, starts, lengths)
 
     return setup_context
 
@@ -234,9 +245,9 @@ def _backward(operator: Any, num_weights: int) -> Any:
         weights = saved[5 : 5 + num_weights]
         d_weights = [_zeros(w) if g is None else g for w, g in zip(weights, grads, strict=False)]
         d_out = _zeros(saved[0]) if grad_o is None else grad_o
-        gradients = operator(d_out, *d_weights, *saved, ctx.eps, ctx.backend)
+        gradients = operator(d_out, *d_weights, *saved, ctx.eps, ctx.segment, ctx.backend)
         inputs = (*saved[:5], *weights, *saved[-4:-2])
-        return *(g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)), None, None, None, None
+        return *(g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)), *[None] * 5
 
     return backward
 

@@ -21,6 +21,7 @@ CACHE_BYTES = 1 << 19
 class MiniBatch:
     """The ``[n, r]`` tokens of one mini-batch, of those n sequences of a chunk that have any; r = K but in the last."""
 
+    place: int  # among the mini-batches of a sequence
     index: tuple[slice, slice] | Tensor  # of the tokens, in what ``by_token`` returned
     padding: Tensor | None  # [n, r] True where there is no token; None: there is one everywhere
     length: int  # r
@@ -54,7 +55,7 @@ class RowChunk:
     """A set of sequences walked together; rows are (sequence, head) pairs, ``R`` of them."""
 
     sequences: slice | Tensor  # which, longest first
-    count: int  # of them
+    starts: Tensor  # their first tokens in the flattened tokens
     mini_batches: list[MiniBatch]
 
     def affine(self, W: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,7 +64,7 @@ class RowChunk:
 
     def per_head(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """[H, D] to [R, 1, D]."""
-        return parameter.to(dtype).repeat(self.count, 1).unsqueeze(1)
+        return parameter.to(dtype).repeat(self.starts.numel(), 1).unsqueeze(1)
 
     def write_affine(self, rows: Tensor, W: Tensor, b: Tensor) -> None:
         """The inverse of ``affine``."""
@@ -93,18 +94,19 @@ def row_chunks(
     if starts is None or lengths is None:
         for first in range(0, B, per_chunk):
             sequences = slice(first, min(first + per_chunk, B))
-            yield RowChunk(sequences, sequences.stop - first, _dense(sequences, L, H, mini_batch_size))
+            own = L * torch.arange(first, sequences.stop, device=x.device)
+            yield RowChunk(sequences, own, _dense(sequences, L, H, mini_batch_size))
     else:
-        for sequences in torch.argsort(lengths, descending=True, stable=True).split(per_chunk):
-            yield RowChunk(
-                sequences, sequences.numel(), _ragged(starts[sequences], lengths[sequences], H, mini_batch_size)
-            )
+        for chosen in torch.argsort(lengths, descending=True, stable=True).split(per_chunk):
+            yield RowChunk(chosen, starts[chosen], _ragged(starts[chosen], lengths[chosen], H, mini_batch_size))
 
 
 def _dense(sequences: slice, L: int, H: int, K: int) -> list[MiniBatch]:
     rows = (sequences.stop - sequences.start) * H
     ends = ((t, min(t + K, L)) for t in range(0, L, K))
-    return [MiniBatch((sequences, slice(*t)), None, t[1] - t[0], rows, rows * (t[1] - t[0] == K)) for t in ends]
+    return [
+        MiniBatch(t // K, (sequences, slice(t, end)), None, end - t, rows, rows * (end - t == K)) for t, end in ends
+    ]
 
 
 def _ragged(starts: Tensor, lengths: Tensor, H: int, K: int) -> list[MiniBatch]:
@@ -116,5 +118,5 @@ def _ragged(starts: Tensor, lengths: Tensor, H: int, K: int) -> list[MiniBatch]:
         valid = slots < lengths[:alive, None]
         index = torch.where(valid, starts[:alive, None] + slots, 0)
         padding = None if bool(valid.all()) else ~valid
-        mini_batches.append(MiniBatch(index, padding, slots.numel(), alive * H, complete * H))
+        mini_batches.append(MiniBatch(t // K, index, padding, slots.numel(), alive * H, complete * H))
     return mini_batches

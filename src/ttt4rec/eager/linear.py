@@ -22,6 +22,7 @@ def linear_forward(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    segment: int,
 ) -> tuple[Tensor, ...]:
     """Run the inner loop. Tokens outside every sequence get zero outputs.
 
@@ -38,14 +39,15 @@ def linear_forward(
         starts: first token of each sequence in the flattened tokens ``[N]``, or None: every batch row is one.
         lengths: their lengths ``[N]``, or None.
         eps: added to the layer norm's variance.
+        segment: mini-batches between two checkpoints.
 
     Returns:
-        Outputs ``[B, L, H, D]``, W1 and b1 after each sequence's last complete mini-batch, and the inner gradients
-        G ``[B, L, H, D]`` that the backward needs.
+        Outputs ``[B, L, H, D]``, W1 and b1 after each sequence's last complete mini-batch, and what the backward needs:
+        the inner gradients G ``[B, L, H, D]`` and the checkpoints (see ``walk``).
     """
     return walk_forward(
         _forward_step, [q.shape[-1]], (q, k, v), inner_lr, token_scale, (W1, b1), (ln_weight, ln_bias),
-        (starts, lengths), eps,
+        (starts, lengths), eps, segment,
     )  # fmt: skip
 
 
@@ -61,19 +63,21 @@ def linear_backward(
     W1: Tensor,
     b1: Tensor,
     G: Tensor,
+    checkpoints: Tensor,
     ln_weight: Tensor,
     ln_bias: Tensor,
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    segment: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``linear_forward``, in the order of its first nine arguments; dW1 and db1 per sequence.
 
-    W1 and b1 are the outgoing weights, from which the walk starts, and grad_W1 and grad_b1 belong to them.
+    W1 and b1 are the incoming weights; grad_W1 and grad_b1 are the gradients of the outgoing ones.
     """
     return walk_backward(
-        _backward_step, grad_o, (grad_W1, grad_b1), (q, k, v), inner_lr, token_scale, (W1, b1), (G,),
-        (ln_weight, ln_bias), (starts, lengths), eps,
+        _replay_step, _backward_step, grad_o, (grad_W1, grad_b1), (q, k, v), inner_lr, token_scale, (W1, b1), (G,), checkpoints,
+        (ln_weight, ln_bias), (starts, lengths), eps, segment,
     )  # fmt: skip
 
 
@@ -91,8 +95,12 @@ def _forward_step(
     G = InnerGradient(torch.bmm(k, W), k[..., :-1], v, gamma, beta, eps).value()
     layer = DualLayer(k, G, W, rates)
     P = layer.output(q)
-    layer.update(1)
+    layer.update()
     return P, (G,)
+
+
+def _replay_step(k: Tensor, G: Tensor, weights: Sequence[Tensor], rates: Rates) -> None:
+    DualLayer(k, G, weights[0], rates).update()
 
 
 def _backward_step(
@@ -109,14 +117,13 @@ def _backward_step(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (W,), (dW,) = weights, d_weights
-    # Rebuild the weights before the mini-batch, and the forward's values at them.
+    # The forward's values.
     layer = DualLayer(k, G, W, rates)
-    layer.update(-1)
     inner = InnerGradient(torch.bmm(k, W), k[..., :-1], v, gamma, beta, eps)
     norm = Normalised(layer.output(q), eps)
     # Output and update, then G, then Z.
     dq, dk, dG = layer.backward(norm.jacobian_product(dO * gamma), dW)
     dZ, de, dgamma = inner.backward(dG, G)
-    dW.baddbmm_(k.mT, dZ)
+    dW += torch.bmm(k.mT, dZ)
     dk.add_(de).baddbmm_(dZ, W[:, :-1].mT)
     return dq.add_(dO), dk, de.neg(), dgamma.addcmul_(dO, norm.x_hat), de.add_(dO)

@@ -1,4 +1,4 @@
-"""TTT-MLP: forward and reversible backward over all mini-batches of all sequences.
+"""TTT-MLP: one mini-batch forwards, replayed and back, and the walk over all of them.
 
 The closed form, per mini-batch, with U = G2 W2ᵀ. Forward::
 
@@ -7,7 +7,7 @@ The closed form, per mini-batch, with U = G2 W2ᵀ. Forward::
     P2 = dual output of (X̄2, X2, G2; W2, b2)                     O = Q + LN(P2)
 
 Backward: through P2 and the update of (W2, b2), through P1 and the update of (W1, b1), through G1 and G2, and last
-through Z2 and Z1. Z1 and G2 are kept by the forward; they suffice to rebuild, in this order, W2, G1 and W1.
+through Z2 and Z1. Z1 and G2 are kept by the forward; with the weights they suffice to replay an update.
 """
 
 from collections.abc import Sequence
@@ -35,16 +35,17 @@ def mlp_forward(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    segment: int,
 ) -> tuple[Tensor, ...]:
     """Run the inner loop; arguments as in ``linear_forward``, with W1 ``[N, H, D, F]`` and W2 ``[N, H, F, D]``.
 
     Returns:
         Outputs ``[B, L, H, D]``, the four weights after each sequence's last complete mini-batch, and what the
-        backward needs: Z1 ``[B, L, H, F]`` and G2 ``[B, L, H, D]``.
+        backward needs: Z1 ``[B, L, H, F]``, G2 ``[B, L, H, D]`` and the checkpoints (see ``walk``).
     """
     return walk_forward(
         _forward_step, [W1.shape[-1], q.shape[-1]], (q, k, v), inner_lr, token_scale, (W1, b1, W2, b2),
-        (ln_weight, ln_bias), (starts, lengths), eps,
+        (ln_weight, ln_bias), (starts, lengths), eps, segment,
     )  # fmt: skip
 
 
@@ -65,16 +66,18 @@ def mlp_backward(
     b2: Tensor,
     Z1: Tensor,
     G2: Tensor,
+    checkpoints: Tensor,
     ln_weight: Tensor,
     ln_bias: Tensor,
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    segment: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``mlp_forward``, in the order of its first eleven arguments; those of the weights per sequence."""
     return walk_backward(
-        _backward_step, grad_o, (grad_W1, grad_b1, grad_W2, grad_b2), (q, k, v), inner_lr, token_scale,
-        (W1, b1, W2, b2), (Z1, G2), (ln_weight, ln_bias), (starts, lengths), eps,
+        _replay_step, _backward_step, grad_o, (grad_W1, grad_b1, grad_W2, grad_b2), (q, k, v), inner_lr, token_scale,
+        (W1, b1, W2, b2), (Z1, G2), checkpoints, (ln_weight, ln_bias), (starts, lengths), eps, segment,
     )  # fmt: skip
 
 
@@ -96,9 +99,18 @@ def _forward_step(
     G1 = torch.bmm(G2, W2[:, :-1].mT).mul_(gelu.slope())
     first, second = DualLayer(k, G1, W1, rates), DualLayer(X2, G2, W2, rates)
     P2 = second.output(Gelu(first.output(q)).value_with_one())
-    first.update(1)
-    second.update(1)
+    first.update()
+    second.update()
     return P2, (Z1, G2)
+
+
+def _replay_step(k: Tensor, Z1: Tensor, G2: Tensor, weights: Sequence[Tensor], rates: Rates) -> None:
+    W1, W2 = weights
+    gelu = Gelu(Z1)
+    X2 = gelu.value_with_one()
+    G1 = torch.bmm(G2, W2[:, :-1].mT).mul_(gelu.slope())
+    DualLayer(k, G1, W1, rates).update()
+    DualLayer(X2, G2, W2, rates).update()
 
 
 def _backward_step(
@@ -115,16 +127,13 @@ def _backward_step(
     rates: Rates,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One step of the walk back; weights and d_weights are moved, in place, to before the mini-batch."""
+    """One step of the walk back; d_weights are moved, in place, to before the mini-batch."""
     (W1, W2), (dW1, dW2) = weights, d_weights
-    # Rebuild the weights before the mini-batch, and the forward's values at them.
+    # The forward's values.
     gelu = Gelu(Z1)
     X2, slope = gelu.value_with_one(), gelu.slope()
-    second = DualLayer(X2, G2, W2, rates)
-    second.update(-1)
     U = torch.bmm(G2, W2[:, :-1].mT)
-    first = DualLayer(k, U * slope, W1, rates)
-    first.update(-1)
+    first, second = DualLayer(k, U * slope, W1, rates), DualLayer(X2, G2, W2, rates)
     inner = InnerGradient(torch.bmm(X2, W2), k[..., :-1], v, gamma, beta, eps)
     gelu_bar = Gelu(first.output(q))
     norm = Normalised(second.output(gelu_bar.value_with_one()), eps)
@@ -137,9 +146,8 @@ def _backward_step(
     dG2.baddbmm_(dU[..., :-1], W2[:, :-1])
     # G2, then Z2 and Z1.
     dZ2, de, dgamma = inner.backward(dG2, G2)
-    dW2.baddbmm_(X2.mT, dZ2)
-    dW2.baddbmm_(dU.mT, G2)
+    dW2 += torch.bmm(X2.mT, dZ2).baddbmm_(dU.mT, G2)
     dZ1 = dX2.baddbmm_(dZ2, W2[:, :-1].mT).mul_(slope).addcmul_(dG1.mul_(U), gelu.curvature())
-    dW1.baddbmm_(k.mT, dZ1)
+    dW1 += torch.bmm(k.mT, dZ1)
     dk.add_(de).baddbmm_(dZ1, W1[:, :-1].mT)
     return dq.add_(dO), dk, de.neg(), dgamma.addcmul_(dO, norm.x_hat), de.add_(dO)

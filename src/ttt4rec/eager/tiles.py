@@ -98,17 +98,17 @@ class DualLayer:
         self._keys, self._G, self._W, self._rates = keys, G, W, rates
         self._step = G[: rates.complete] * rates.last
 
-    def update(self, sign: int) -> None:
-        """In place ``W -= sign keysᵀ (η_last ∘ G)``: 1 walks forward, -1 back."""
+    def update(self) -> None:
+        """In place ``W -= keysᵀ (η_last ∘ G)``, the product summed by itself: W, which may be larger, rounds once."""
         c = self._rates.complete
-        self._W[:c].baddbmm_(self._keys[:c].mT, self._step, alpha=sign)
+        self._W[:c] += torch.bmm(self._keys[:c].mT, self._step)
 
     def output(self, queries: Tensor) -> Tensor:
         """Queries W - (tril(η) ∘ queries keysᵀ) G."""
         self._queries = queries
         self._S = torch.baddbmm(queries.new_ones(1), queries[..., :-1], self._keys[..., :-1].mT)
         self._A = self._S * self._rates.eta
-        return torch.bmm(queries, self._W).baddbmm_(self._A, self._G)
+        return torch.bmm(queries, self._W).add_(torch.bmm(self._A, self._G))
 
     def backward(self, d_out: Tensor, dW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Backward of ``output`` and ``update`` together; returns d queries and d keys, without their ones, and dG.
@@ -125,5 +125,5 @@ class DualLayer:
         d_keys = torch.bmm(dS.mT, queries[..., :-1])
         d_keys[:c].baddbmm_(self._step, dW[:c, :-1].mT)
         d_queries = torch.bmm(d_out, self._W[:, :-1].mT).baddbmm_(dS, keys[..., :-1])
-        dW.baddbmm_(queries.mT, d_out)
+        dW += torch.bmm(queries.mT, d_out)
         return d_queries, d_keys, dG

@@ -1,14 +1,23 @@
-"""The walk over mini-batches, forwards and back, that both inner models share."""
+"""The walk over mini-batches, forwards and back, that both inner models share.
+
+Of every ``segment`` mini-batches but a sequence's first the forward writes down the weights before them: a checkpoint.
+The walk back takes one segment after the other, from the last. It replays the updates, forwards, from the checkpoint, and
+goes back over the segment with the weights before each of its mini-batches at hand. So it works at the forward's own
+weights, whatever the updates' size. Checkpoints are ``[B L // (segment K), H, numbers]``, W and b of all layers in a
+row. That of a segment which begins at token t of the flattened tokens is number t // (segment K) - 1: such a segment
+comes after a whole one, so no two begin among the same segment K tokens.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .layout import RowChunk, by_token, row_chunks
+from .layout import MiniBatch, RowChunk, by_token, row_chunks
 from .tiles import Normalised, Rates
 
 ForwardStep = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+ReplayStep = Callable[..., None]
 BackwardStep = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 
 
@@ -22,12 +31,14 @@ def walk_forward(
     layer_norm: tuple[Tensor, Tensor],
     spans: tuple[Tensor | None, Tensor | None],
     eps: float,
+    segment: int,
 ) -> tuple[Tensor, ...]:
     """Run ``step`` over every mini-batch of every sequence.
 
     ``step(q, k, v, gamma, beta, weights, rates, eps)`` returns the inner model's outputs at the queries and the
     tensors ``[R, r, width]`` to keep, and updates the weights, one ``[R, in + 1, out]`` a layer, in place; q and k
-    have the one for the bias. Returns o, the outgoing weights, the kept.
+    have the one for the bias. Returns o, the outgoing weights, the kept,
+    the checkpoints.
     """
     dtype, scale = weights[0].dtype, _causal_scale(token_scale, weights[0].dtype)
     o = _for_tokens(tokens[0].shape, tokens[0].dtype, inner_lr.device, spans)
@@ -35,11 +46,14 @@ def walk_forward(
     outgoing = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in weights]
     q_all, k_all, v_all, lr_all = (by_token(x, spans[0]) for x in (*tokens, inner_lr))
     results = [by_token(x, spans[0]) for x in (o, *kept)]
+    checkpoints = _Checkpoints.empty(o.shape[0] * o.shape[1], token_scale.numel(), segment, weights)
     for chunk in _chunks(tokens[0], spans, token_scale, weights):
         rows = [chunk.affine(W, b, dtype) for W, b in _layers(weights)]
         gamma, beta = (chunk.per_head(p, dtype) for p in layer_norm)
         for part in chunk.mini_batches:
             n, r = part.rows, part.length
+            if part.place and part.place % segment == 0:
+                checkpoints.write(chunk, part, rows)
             q, k = part.read_with_one(q_all, dtype), part.read_with_one(k_all, dtype)
             rates = Rates(part.read(lr_all, dtype), scale[:r, :r], part.complete)
             P, keep = step(q, k, part.read(v_all, dtype), gamma[:n], beta[:n], [W[:n] for W in rows], rates, eps)
@@ -48,10 +62,11 @@ def walk_forward(
                 part.write(source, out)
         for source, (W, b) in zip(rows, _layers(outgoing), strict=True):
             chunk.write_affine(source, W, b)
-    return o, *outgoing, *kept
+    return o, *outgoing, *kept, checkpoints.memory
 
 
 def walk_backward(
+    replay: ReplayStep,
     step: BackwardStep,
     grad_o: Tensor,
     grad_weights: Sequence[Tensor],
@@ -60,32 +75,45 @@ def walk_backward(
     token_scale: Tensor,
     weights: Sequence[Tensor],
     kept: Sequence[Tensor],
+    checkpoints: Tensor,
     layer_norm: tuple[Tensor, Tensor],
     spans: tuple[Tensor | None, Tensor | None],
     eps: float,
+    segment: int,
 ) -> tuple[Tensor, ...]:
-    """Run ``step`` from the last mini-batch to the first, starting at the outgoing weights.
+    """Run ``step`` from the last mini-batch to the first, at the weights before each.
 
-    ``step(dO, q, k, v, *kept, gamma, beta, weights, d_weights, rates, eps)`` moves weights and d_weights, in place,
-    to before the mini-batch and returns dq, dk, dv, and dγ, dβ of every token. Returns dq, dk, dv, d lr, d s, the
-    weights' gradients per sequence, dγ, dβ.
+    ``replay(k, *kept, weights, rates)`` updates the weights in place, as the forward did. ``step(dO, q, k, v, *kept,
+    gamma, beta, weights, d_weights, rates, eps)`` moves d_weights, in place, to before the mini-batch and returns dq, dk,
+    dv, and dγ, dβ of every token. Returns dq, dk, dv, d lr, d s, the weights' gradients per sequence, dγ, dβ.
     """
     dtype, scale = weights[0].dtype, _causal_scale(token_scale, weights[0].dtype)
     d_tokens = [_for_tokens(x.shape, x.dtype, x.device, spans) for x in (*tokens, inner_lr)]
     d_scale = torch.zeros(token_scale.shape, dtype=dtype, device=inner_lr.device)
     d_layer_norm = [torch.zeros(p.shape, dtype=dtype, device=p.device) for p in layer_norm]
     incoming = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in weights]
-    dO_all, q_all, k_all, *others, lr_all = (by_token(x, spans[0]) for x in (grad_o, *tokens, *kept, inner_lr))
+    dO_all, q_all, k_all, v_all, *kept_all, lr_all = (by_token(x, spans[0]) for x in (grad_o, *tokens, *kept, inner_lr))
     results = [by_token(x, spans[0]) for x in d_tokens]
+    kept_weights = _Checkpoints(checkpoints, token_scale.numel(), segment)
     for chunk in _chunks(tokens[0], spans, token_scale, weights):
-        rows, d_rows = ([chunk.affine(W, b, dtype) for W, b in _layers(side)] for side in (weights, grad_weights))
+        d_rows = [chunk.affine(W, b, dtype) for W, b in _layers(grad_weights)]
         gamma, beta = (chunk.per_head(p, dtype) for p in layer_norm)
+        before: list[list[Tensor]] = []  # the weights before each mini-batch of a segment, those done with taken away
         for part in reversed(chunk.mini_batches):
             n, r = part.rows, part.length
+            if not before:
+                first = part.place // segment * segment
+                rows = kept_weights.read(chunk, chunk.mini_batches[first], weights)
+                for past in chunk.mini_batches[first : part.place]:
+                    before.append([W[: past.rows].clone() for W in rows])
+                    k, *kept_parts = past.read_with_one(k_all, dtype), *(past.read(x, dtype) for x in kept_all)
+                    rates = Rates(past.read(lr_all, dtype), scale, past.complete)
+                    replay(k, *kept_parts, [W[: past.rows] for W in rows], rates)
+                before.append([W[:n] for W in rows])
             rates = Rates(part.read(lr_all, dtype), scale[:r, :r], part.complete)
             q, k = part.read_with_one(q_all, dtype), part.read_with_one(k_all, dtype)
-            own = (part.read(dO_all, dtype), q, k, *(part.read(x, dtype) for x in others), gamma[:n], beta[:n])
-            *d_qkv, dgamma, dbeta = step(*own, [W[:n] for W in rows], [W[:n] for W in d_rows], rates, eps)
+            own = (part.read(dO_all, dtype), q, k, *(part.read(x, dtype) for x in (v_all, *kept_all)))
+            *d_qkv, dgamma, dbeta = step(*own, gamma[:n], beta[:n], before.pop(), [W[:n] for W in d_rows], rates, eps)
             d_lr, d_scale_part = rates.backward()
             for source, out in zip((*d_qkv, d_lr), results, strict=True):
                 part.write(source, out)
@@ -95,6 +123,38 @@ def walk_backward(
         for source, (W, b) in zip(d_rows, _layers(incoming), strict=True):
             chunk.write_affine(source, W, b)
     return *d_tokens, d_scale, *incoming, *d_layer_norm
+
+
+class _Checkpoints:
+    """The weights before every ``segment``-th mini-batch; see the top of this file."""
+
+    def __init__(self, memory: Tensor, mini_batch_size: int, segment: int) -> None:
+        self.memory, self._K, self._segment = memory, mini_batch_size, segment
+
+    @classmethod
+    def empty(cls, tokens: int, mini_batch_size: int, segment: int, weights: Sequence[Tensor]) -> "_Checkpoints":
+        """For that many tokens in all sequences together."""
+        shape = tokens // (segment * mini_batch_size), weights[0].shape[1], sum(w.shape[2:].numel() for w in weights)
+        return cls(weights[0].new_empty(shape), mini_batch_size, segment)
+
+    def write(self, chunk: RowChunk, part: MiniBatch, rows: Sequence[Tensor]) -> None:
+        """Keep the weights, ``[R, in + 1, out]`` a layer, of the sequences that have this mini-batch."""
+        flat = torch.cat([W[: part.rows].flatten(1) for W in rows], 1)
+        self.memory[self._slots(chunk, part)] = flat.unflatten(0, (-1, self.memory.shape[1]))
+
+    def read(self, chunk: RowChunk, part: MiniBatch, initial: Sequence[Tensor]) -> list[Tensor]:
+        """Fresh weights before this mini-batch, the first of a segment."""
+        if part.place == 0:
+            return [chunk.affine(W, b, W.dtype) for W, b in _layers(initial)]
+        flat = self.memory[self._slots(chunk, part)].flatten(0, 1)
+        layers = flat.split([W.shape[2:].numel() + b.shape[2:].numel() for W, b in _layers(initial)], 1)
+        return [
+            x.unflatten(1, (-1, b.shape[2])).contiguous() for x, (_, b) in zip(layers, _layers(initial), strict=True)
+        ]
+
+    def _slots(self, chunk: RowChunk, part: MiniBatch) -> Tensor:
+        starts = chunk.starts[: part.rows // self.memory.shape[1]]
+        return (starts + part.place * self._K) // (self._segment * self._K) - 1
 
 
 def _causal_scale(token_scale: Tensor, dtype: torch.dtype) -> Tensor:

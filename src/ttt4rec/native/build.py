@@ -22,7 +22,10 @@ import torch
 SCALARS = {torch.float32: "float", torch.float64: "double"}
 INNER_LOOP, SOFTMAX = ("inner_loop.cpp", "step.cpp"), ("softmax.cpp",)
 _SOURCES = Path(__file__).parent
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-fvisibility=hidden",  # or libraries of different shapes share what has the same name in both
+)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 

@@ -23,14 +23,14 @@ class _ScanCall(ctypes.Structure):
     """``Call`` of inner_loop.cpp."""
 
     _fields_ = (
-        *_fields(_Integer, "H", "K"),
+        *_fields(_Integer, "H", "K", "segment"),
         *_fields(_Pointer, "starts", "lengths"),
         ("eps", ctypes.c_double),
         *_fields(_Pointer, *_TOKENS, *_NORM),
         ("weights", _Pointer * 4),
         ("strides", _Integer * 4),
         ("kept", _Pointer * 2),
-        ("o", _Pointer),
+        *_fields(_Pointer, "checkpoints", "o"),
         ("outgoing", _Pointer * 4),
         ("grad_o", _Pointer),
         ("grad_weights", _Pointer * 4),
@@ -63,6 +63,7 @@ class _Scan:
         norm: Sequence[Tensor],
         spans: Sequence[Tensor | None],
         eps: float,
+        segment: int,
     ) -> None:
         self._call, self._alive, self._dtype = _ScanCall(), list[Tensor](), weights[0].dtype
         B, L, H, self.head_dim = tokens[0].shape
@@ -74,7 +75,7 @@ class _Scan:
         elif min(starts.min(), lengths.min()) < 0 or (starts + lengths).max() > B * L:
             raise ValueError(f"sequences must lie among the {B * L} tokens; given {starts} and {lengths}")
         self._rows = starts.numel() * H
-        self._call.H, self._call.K, self._call.eps = H, token_scale.numel(), eps
+        self._call.H, self._call.K, self._call.segment, self._call.eps = H, token_scale.numel(), segment, eps
         self._call.starts, self._call.lengths = self._pointer(starts.long()), self._pointer(lengths.long())
         for name, x in zip((*_TOKENS, *_NORM), (*tokens, token_scale, *norm), strict=True):
             self.set(name, x)
@@ -112,27 +113,32 @@ class _Scan:
 
 def _forward(num_weights: int, *given: Any) -> tuple[Tensor, ...]:
     tokens, token_scale, weights = given[:4], given[4], given[5 : 5 + num_weights]
-    gamma, beta, starts, lengths, eps = given[5 + num_weights :]
-    scan = _Scan(tokens, token_scale, weights, (gamma, beta), (starts, lengths), eps)
+    gamma, beta, starts, lengths, eps, segment = given[5 + num_weights :]
+    scan = _Scan(tokens, token_scale, weights, (gamma, beta), (starts, lengths), eps, segment)
     o = scan.results(*tokens[0].shape)
     widths = (scan.hidden, scan.head_dim) if scan.hidden else (scan.head_dim,)
     kept = [scan.results(*tokens[0].shape[:3], width) for width in widths]
     outgoing = [w.new_empty(w.shape) for w in weights]
+    B, L, H = o.shape[:3]
+    num_checkpoints = B * L // (segment * token_scale.numel())
+    checkpoints = weights[0].new_empty(num_checkpoints, H, sum(w.shape[2:].numel() for w in weights))
     scan.set("o", o)
     scan.set_all("kept", kept)
+    scan.set("checkpoints", checkpoints)
     scan.set_all("outgoing", outgoing)
     scan.run("ttt_forward")
-    return o.to(tokens[0].dtype), *outgoing, *kept
+    return o.to(tokens[0].dtype), *outgoing, *kept, checkpoints
 
 
 def _backward(num_weights: int, grad_o: Tensor, *given: Any) -> tuple[Tensor, ...]:
     grad_weights, given = given[:num_weights], given[num_weights:]
     tokens, token_scale, weights = given[:4], given[4], given[5 : 5 + num_weights]
-    kept, (gamma, beta, starts, lengths, eps) = given[5 + num_weights : -5], given[-5:]
-    scan = _Scan(tokens, token_scale, weights, (gamma, beta), (starts, lengths), eps)
+    (*kept, checkpoints), (gamma, beta, starts, lengths, eps, segment) = given[5 + num_weights : -6], given[-6:]
+    scan = _Scan(tokens, token_scale, weights, (gamma, beta), (starts, lengths), eps, segment)
     scan.set("grad_o", grad_o)
     scan.set_weights("grad_weights", "grad_strides", grad_weights)
     scan.set_all("kept", kept)
+    scan.set("checkpoints", checkpoints)
     d_tokens = [scan.results(*x.shape) for x in tokens]
     (H, D), K = gamma.shape, token_scale.numel()
     d_scale, *d_norm = (weights[0].new_zeros(weights[0].shape[0], H, width) for width in (K, D, D))

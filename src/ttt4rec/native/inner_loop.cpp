@@ -1,29 +1,35 @@
 // The walk over the mini-batches of every (sequence, head), forwards and back: what calls.py calls.
 //
-// A walk reads each token once and keeps the weights in cache. Rows are independent of each other: which of them a
-// thread takes changes no number.
+// The forward reads each token once and keeps the weights in cache. Of every `segment` mini-batches but the first it
+// writes down the weights before them. The walk back takes one segment after the other, from the last: it replays the
+// updates, forwards, from the weights written down, keeps the weights before each mini-batch of the segment in cache,
+// and goes back over them. So it works at the forward's very weights. Rows are independent of each other: which of them
+// a thread takes changes no number.
 
 #include <algorithm>
+#include <vector>
 
 #include "inner_models.h"
 
 namespace {
 
 using Model = InnerModel<F>;
-constexpr int WEIGHTS = 2 * Model::LAYERS, KEPT = Model::LAYERS;
+using State = Model::State;
+constexpr int WEIGHTS = Model::WEIGHTS, KEPT = WEIGHTS / 2;
 
 // Tokens are [total, H, D], rates [total, H]; weights [N, H, ...], of which strides[i] numbers lie between sequences.
 struct Call {
-  int64_t H, K;
+  int64_t H, K, segment;  // segment: mini-batches between two checkpoints
   const int64_t *starts, *lengths;  // of each sequence
   double eps;
   const T *q, *k, *v, *lr, *scale, *gamma, *beta;
   const T* weights[4];
   int64_t strides[4];
   T* kept[2];
+  T* checkpoints;  // [total / (segment K), H, all weights], of the segment that begins in that many tokens and is not a first one
   // forward
   T *o, *outgoing[4];
-  // backward: weights are the outgoing ones
+  // backward
   const T *grad_o, *grad_weights[4];
   int64_t grad_strides[4];
   T *dq, *dk, *dv, *d_lr, *d_scale, *d_weights[4], *d_gamma, *d_beta;  // d_scale [N, H, K], d_gamma [N, H, D]
@@ -45,47 +51,42 @@ struct Place {
 
 class Row {
  public:
-  explicit Row(const Call& call)
-      : call_(call), K_(call.K), arena_(numbers(call.K)), model_(arena_, call.K) {
+  Row(const Call& call, int64_t states)
+      : call_(call), K_(call.K), arena_(numbers(call.K, states)), model_(arena_, call.K) {
     for (T** tile : {&t_.q, &t_.k, &t_.v, &t_.o, &t_.dq, &t_.dk, &t_.dv}) *tile = arena_.take(K_ * D);
     for (int i = 0; i < KEPT; ++i) kept_[i] = arena_.take(K_ * Model::KEPT[i]);
     lr_ = arena_.take(K_);
     d_lr_ = arena_.take(K_);
+    d_scale_ = arena_.take(K_);
+    t_.d_gamma = arena_.take(D);
+    t_.d_beta = arena_.take(D);
     t_.eps = call.eps;
+    for (int64_t i = 0; i < states; ++i) states_.emplace_back(arena_, K_);
   }
 
   void forward(int64_t n, int64_t head) {
     start(n, head);
-    for (int64_t first = 0; first < call_.lengths[n]; first += K_) {
-      const Rates rates = read(n, head, first);
-      model_.forward(rates, t_, kept_);
+    for (int64_t m = 0; m < mini_batches(n); ++m) {
+      if (m % call_.segment == 0 && m > 0) copy_weights(states_[0].weights, checkpoint(n, head, m));
+      const Rates rates = read(n, head, m);
+      place_.read(call_.q, D, t_.q);
+      place_.read(call_.v, D, t_.v);
+      model_.forward(rates, t_, kept_, states_[0]);
       place_.write(t_.o, D, call_.o);
       for (int i = 0; i < KEPT; ++i) place_.write(kept_[i], Model::KEPT[i], call_.kept[i]);
     }
-    for (int i = 0; i < WEIGHTS; ++i) write_weights(i, n, head, model_.weights(i), call_.outgoing[i]);
+    for (int i = 0; i < WEIGHTS; ++i) write_weights(i, n, head, states_[0].weights[i], call_.outgoing[i]);
   }
 
   void backward(int64_t n, int64_t head) {
-    start(n, head);
-    const int64_t at = n * call_.H + head;
-    t_.d_gamma = call_.d_gamma + at * D;
-    t_.d_beta = call_.d_beta + at * D;
     for (int i = 0; i < WEIGHTS; ++i) {
       const T* given = call_.grad_weights[i] + n * call_.grad_strides[i] + head * Model::SIZES[i];
       std::copy_n(given, Model::SIZES[i], model_.gradients(i));
     }
-    const int64_t length = call_.lengths[n];
-    for (int64_t first = (length - 1) / K_ * K_; length > 0 && first >= 0; first -= K_) {
-      Rates rates = read(n, head, first);
-      rates.d_scale = call_.d_scale + at * K_;
-      place_.read(call_.grad_o, D, t_.o);
-      for (int i = 0; i < KEPT; ++i) place_.read(call_.kept[i], Model::KEPT[i], kept_[i]);
-      std::fill_n(d_lr_, rates.r, T(0));
-      model_.backward(rates, t_, kept_);
-      place_.write(t_.dq, D, call_.dq);
-      place_.write(t_.dk, D, call_.dk);
-      place_.write(t_.dv, D, call_.dv);
-      place_.write(d_lr_, 1, call_.d_lr);
+    for (int64_t end = mini_batches(n), first; end > 0; end = first) {
+      first = (end - 1) / call_.segment * call_.segment;
+      replay(n, head, first, end);
+      for (int64_t m = end - 1; m >= first; --m) backward(n, head, m, states_[m - first]);
     }
     for (int i = 0; i < WEIGHTS; ++i) write_weights(i, n, head, model_.gradients(i), call_.d_weights[i]);
   }
@@ -95,29 +96,81 @@ class Row {
   const int K_;
   Arena arena_;
   Model model_;
+  std::vector<State> states_;
   Tokens t_{};
   Place place_{};
-  T *kept_[KEPT], *lr_, *d_lr_;
+  T *kept_[KEPT], *lr_, *d_lr_, *d_scale_;  // t_.d_gamma, t_.d_beta and d_scale_ are sums of one mini-batch
 
-  static size_t numbers(int K) {
-    return Model::numbers(K) + 8 * Arena::rounded(K * D) + Arena::rounded(K * F) + 2 * Arena::rounded(K);
+  static size_t numbers(int K, int64_t states) {
+    return Model::numbers(K) + states * State::numbers(K) + 8 * Arena::rounded(K * D) + Arena::rounded(K * F) +
+           3 * Arena::rounded(K) + 2 * Arena::rounded(D);
+  }
+
+  int64_t mini_batches(int64_t n) const { return (call_.lengths[n] + K_ - 1) / K_; }
+
+  // Of mini-batch m, the first of a segment. A segment that is not its sequence's first comes after a whole one, so no
+  // two of them begin among the same `segment K` tokens.
+  T* checkpoint(int64_t n, int64_t head, int64_t m) const {
+    int64_t size = 0;
+    for (int each : Model::SIZES) size += each;
+    const int64_t slot = (call_.starts[n] + m * K_) / (call_.segment * K_) - 1;
+    return call_.checkpoints + (slot * call_.H + head) * size;
+  }
+
+  static void copy_weights(T* const* weights, T* to) {
+    for (int i = 0; i < WEIGHTS; to += Model::SIZES[i++]) std::copy_n(weights[i], Model::SIZES[i], to);
   }
 
   void start(int64_t n, int64_t head) {
-    t_.gamma = call_.gamma + head * D;
-    t_.beta = call_.beta + head * D;
     for (int i = 0; i < WEIGHTS; ++i) {
       const T* given = call_.weights[i] + n * call_.strides[i] + head * Model::SIZES[i];
-      std::copy_n(given, Model::SIZES[i], model_.weights(i));
+      std::copy_n(given, Model::SIZES[i], states_[0].weights[i]);
     }
   }
 
-  Rates read(int64_t n, int64_t head, int64_t first) {
-    const int r = std::min<int64_t>(K_, call_.lengths[n] - first);
-    place_ = {call_.H, call_.starts[n] + first, head, r};
+  // The states before mini-batches first to end - 1, a segment.
+  void replay(int64_t n, int64_t head, int64_t first, int64_t end) {
+    if (first == 0) {
+      start(n, head);
+    } else {
+      const T* from = checkpoint(n, head, first);
+      for (int i = 0; i < WEIGHTS; from += Model::SIZES[i++]) std::copy_n(from, Model::SIZES[i], states_[0].weights[i]);
+    }
+    for (int64_t m = first; m < end; ++m) {
+      const Rates rates = read(n, head, m);
+      for (int i = 0; i < KEPT; ++i) place_.read(call_.kept[i], Model::KEPT[i], kept_[i]);
+      model_.replay(rates, t_.k, kept_, states_[m - first], m + 1 < end ? &states_[m - first + 1] : nullptr);
+    }
+  }
+
+  void backward(int64_t n, int64_t head, int64_t m, const State& state) {
+    Rates rates = read(n, head, m);
+    rates.d_scale = d_scale_;
     place_.read(call_.q, D, t_.q);
-    place_.read(call_.k, D, t_.k);
     place_.read(call_.v, D, t_.v);
+    place_.read(call_.grad_o, D, t_.o);
+    place_.read(call_.kept[KEPT - 1], D, kept_[KEPT - 1]);
+    std::fill_n(d_lr_, rates.r, T(0));
+    for (T* sum : {t_.d_gamma, t_.d_beta}) std::fill_n(sum, D, T(0));
+    std::fill_n(d_scale_, K_, T(0));
+    model_.backward(rates, t_, kept_, state);
+    place_.write(t_.dq, D, call_.dq);
+    place_.write(t_.dk, D, call_.dk);
+    place_.write(t_.dv, D, call_.dv);
+    place_.write(d_lr_, 1, call_.d_lr);
+    const int64_t at = n * call_.H + head;
+    add<D>(call_.d_gamma + at * D, t_.d_gamma);
+    add<D>(call_.d_beta + at * D, t_.d_beta);
+    for (int i = 0; i < rates.r; ++i) call_.d_scale[at * K_ + i] += d_scale_[i];
+  }
+
+  // k and the rates of mini-batch m.
+  Rates read(int64_t n, int64_t head, int64_t m) {
+    const int r = std::min<int64_t>(K_, call_.lengths[n] - m * K_);
+    place_ = {call_.H, call_.starts[n] + m * K_, head, r};
+    t_.gamma = call_.gamma + head * D;
+    t_.beta = call_.beta + head * D;
+    place_.read(call_.k, D, t_.k);
     place_.read(call_.lr, 1, lr_);
     return {K_, r, call_.scale, lr_, nullptr, d_lr_};
   }
@@ -130,16 +183,18 @@ class Row {
 }  // namespace
 
 // Rows begin to end - 1 of the N · H (sequence, head) pairs. Returns 1 if there is no memory.
-extern "C" int ttt_forward(const Call* call, int64_t begin, int64_t end) try {
-  Row row(*call);
+TTT_EXPORT int ttt_forward(const Call* call, int64_t begin, int64_t end) try {
+  Row row(*call, 1);
   for (int64_t i = begin; i < end; ++i) row.forward(i / call->H, i % call->H);
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;
 }
 
-extern "C" int ttt_backward(const Call* call, int64_t begin, int64_t end) try {
-  Row row(*call);
+TTT_EXPORT int ttt_backward(const Call* call, int64_t begin, int64_t end) try {
+  int64_t longest = 0;
+  for (int64_t i = begin; i < end; ++i) longest = std::max(longest, call->lengths[i / call->H]);
+  Row row(*call, std::min((longest + call->K - 1) / call->K, call->segment));
   for (int64_t i = begin; i < end; ++i) row.backward(i / call->H, i % call->H);
   return 0;
 } catch (const std::bad_alloc&) {

@@ -1,4 +1,4 @@
-// One mini-batch of TTT-Linear or TTT-MLP, forwards and back. The formulas stand in docs/kernels.md.
+// One mini-batch of TTT-Linear or TTT-MLP, forwards, replayed and back. The formulas stand in docs/kernels.md.
 
 #pragma once
 
@@ -41,151 +41,194 @@ inline void add_error_and_residual(int r, const T* de, const Tokens& t) {
 template <int HIDDEN>
 class InnerModel {  // TTT-MLP
  public:
-  static constexpr int LAYERS = 2, KEPT[] = {HIDDEN, D};
+  static constexpr int WEIGHTS = 4, SIZES[] = {D * HIDDEN, HIDDEN, HIDDEN * D, D}, KEPT[] = {HIDDEN, D};
+
+  // W1, b1, W2 and b2 before a mini-batch, and what they and the kept Z1 and G2 give at its keys.
+  struct State {
+    T *weights[WEIGHTS], *X2, *slope, *curvature, *U;
+
+    static size_t numbers(int K) {
+      size_t total = 4 * Arena::rounded(K * HIDDEN);
+      for (int size : SIZES) total += Arena::rounded(size);
+      return total;
+    }
+
+    State(Arena& arena, int K) {
+      for (int i = 0; i < WEIGHTS; ++i) weights[i] = arena.take(SIZES[i]);
+      for (T** tile : {&X2, &slope, &curvature, &U}) *tile = arena.take(K * HIDDEN);
+    }
+  };
 
   static size_t numbers(int K) {
-    return DualLayer<D, HIDDEN>::numbers(K) + DualLayer<HIDDEN, D>::numbers(K) + 12 * Arena::rounded(K * HIDDEN) +
+    return DualLayer<D, HIDDEN>::numbers(K) + DualLayer<HIDDEN, D>::numbers(K) + 8 * Arena::rounded(K * HIDDEN) +
            12 * Arena::rounded(K * D) + 2 * Arena::rounded(K);
   }
 
   InnerModel(Arena& arena, int K)
-      : first(arena, K), second(arena, K), inner_(arena, K), norm_(arena, K) {
-    for (T** tile : {&X2_, &slope_, &curvature_, &U_, &G1_, &X2_bar_, &bar_slope_, &dX2_, &dX2_bar_, &dG1_, &dU_, &P1_}) {
+      : first_(arena, K), second_(arena, K), inner_(arena, K), norm_(arena, K) {
+    for (T** tile : {&G1_, &X2_bar_, &bar_slope_, &dX2_, &dX2_bar_, &dG1_, &dU_, &P1_}) {
       *tile = arena.take(K * HIDDEN);
     }
     for (T** tile : {&Z2_, &P2_, &dP2_, &dG2_, &dZ2_, &de_}) *tile = arena.take(K * D);
   }
 
-  DualLayer<D, HIDDEN> first;
-  DualLayer<HIDDEN, D> second;
+  T* gradients(int i) { return i < 2 ? (i ? first_.db : first_.dW) : (i == 3 ? second_.db : second_.dW); }
 
-  T* weights(int i) { return i < 2 ? (i ? first.b : first.W) : (i == 3 ? second.b : second.W); }
-  T* gradients(int i) { return i < 2 ? (i ? first.db : first.dW) : (i == 3 ? second.db : second.dW); }
-  static constexpr int SIZES[] = {D * HIDDEN, HIDDEN, HIDDEN * D, D};
-
-  void forward(const Rates& rates, const Tokens& t, T* const* kept) {
+  // A mini-batch forwards; the weights are updated where they are.
+  void forward(const Rates& rates, const Tokens& t, T* const* kept, State& state) {
     const int r = rates.r;
     T *Z1 = kept[0], *G2 = kept[1];
-    first.affine(r, t.k, Z1);
-    gelu<true, false>(r * HIDDEN, Z1, X2_, slope_);
-    second.affine(r, X2_, Z2_);
+    use(state);
+    first_.affine(r, t.k, Z1);
+    gelu<true, false>(r * HIDDEN, Z1, state.X2, state.slope);
+    second_.affine(r, state.X2, Z2_);
     inner_.set(r, Z2_, t.k, t.v, t.gamma, t.beta, t.eps);
     inner_.value(r, G2);
-    set_G1(r, G2);
-    first.output(rates, t.q, t.k, G1_, P1_);
+    set_G1(r, G2, state);
+    first_.output(rates, t.q, t.k, G1_, P1_);
     gelu<false, false>(r * HIDDEN, P1_, X2_bar_);
-    second.output(rates, X2_bar_, X2_, G2, P2_);
-    if (rates.complete()) {
-      first.update(rates, t.k, G1_, 1);
-      second.update(rates, X2_, G2, 1);
-    }
+    second_.output(rates, X2_bar_, state.X2, G2, P2_);
+    if (rates.complete()) update(rates, t.k, G2, state, state);
     norm_.set(r, P2_, t.eps);
     norm_.write_output(r, t.q, t.gamma, t.beta, t.o);
   }
 
-  void backward(const Rates& rates, const Tokens& t, T* const* kept) {
-    const int r = rates.r;
+  // The same once more, from what was kept: the state's values, and the weights of the next one if there is one.
+  void replay(const Rates& rates, const T* k, T* const* kept, State& state, State* next) {
     const T *Z1 = kept[0], *G2 = kept[1];
-    // Rebuild the weights before the mini-batch, and the forward's values at them.
-    gelu<true, true>(r * HIDDEN, Z1, X2_, slope_, curvature_);
-    if (rates.complete()) second.update(rates, X2_, G2, -1);
-    set_G1(r, G2);
-    if (rates.complete()) first.update(rates, t.k, G1_, -1);
-    first.transpose_weights();
-    second.affine(r, X2_, Z2_);
+    use(state);
+    gelu<true, true>(rates.r * HIDDEN, Z1, state.X2, state.slope, state.curvature);
+    set_G1(rates.r, G2, state);
+    if (next != nullptr) update(rates, k, G2, state, *next);
+  }
+
+  void backward(const Rates& rates, const Tokens& t, T* const* kept, const State& state) {
+    const int r = rates.r;
+    const T* G2 = kept[1];
+    // The forward's values.
+    use(state);
+    first_.transpose_weights();
+    second_.transpose_weights();
+    multiply(r, state.U, state.slope, G1_);
+    second_.affine(r, state.X2, Z2_);
     inner_.set(r, Z2_, t.k, t.v, t.gamma, t.beta, t.eps);
-    first.output(rates, t.q, t.k, G1_, P1_);
+    first_.output(rates, t.q, t.k, G1_, P1_);
     gelu<true, false>(r * HIDDEN, P1_, X2_bar_, bar_slope_);
-    second.output(rates, X2_bar_, X2_, G2, P2_);
+    second_.output(rates, X2_bar_, state.X2, G2, P2_);
     norm_.set(r, P2_, t.eps);
     // Outputs and updates.
     backward_of_output(r, norm_, t, dP2_);
-    second.backward(rates, X2_bar_, X2_, G2, dP2_, dX2_bar_, dX2_, dG2_);
+    second_.backward(rates, X2_bar_, state.X2, G2, dP2_, dX2_bar_, dX2_, dG2_);
     multiply(r, dX2_bar_, bar_slope_, dX2_bar_);
-    first.backward(rates, t.q, t.k, G1_, dX2_bar_, t.dq, t.dk, dG1_);
+    first_.backward(rates, t.q, t.k, G1_, dX2_bar_, t.dq, t.dk, dG1_);
     // G1 = U ∘ gelu'(Z1) and U = G2 W2ᵀ.
-    multiply(r, dG1_, slope_, dU_);
-    product<From::itself, D>(r, HIDDEN, dU_, HIDDEN, 1, second.W, dG2_);
-    product<From::itself, D>(HIDDEN, r, dU_, 1, HIDDEN, G2, second.dW);
+    multiply(r, dG1_, state.slope, dU_);
+    add_product<D>(r, HIDDEN, dU_, HIDDEN, 1, second_.W, dG2_);
+    add_product<D>(HIDDEN, r, dU_, 1, HIDDEN, G2, second_.dW);
     // G2, then Z2 and Z1.
     inner_.backward(r, dG2_, G2, t.gamma, dZ2_, de_, t.d_gamma);
-    second.backward_of_affine(r, X2_, dZ2_, dX2_);
+    second_.backward_of_affine(r, state.X2, dZ2_, dX2_);
     for (int i = 0; i < r * HIDDEN; i += LANES) {
-      const V curved = load(dG1_ + i) * load(U_ + i) * load(curvature_ + i);
-      store(dX2_ + i, load(dX2_ + i) * load(slope_ + i) + curved);  // dZ1
+      const V curved = load(dG1_ + i) * load(state.U + i) * load(state.curvature + i);
+      store(dX2_ + i, load(dX2_ + i) * load(state.slope + i) + curved);  // dZ1
     }
-    first.backward_of_affine(r, t.k, dX2_, t.dk);
+    first_.backward_of_affine(r, t.k, dX2_, t.dk);
     add_error_and_residual(r, de_, t);
   }
 
  private:
+  DualLayer<D, HIDDEN> first_;
+  DualLayer<HIDDEN, D> second_;
   InnerGradient inner_;
   Normalised norm_;
-  T *X2_, *slope_, *curvature_, *U_, *G1_, *X2_bar_, *bar_slope_, *dX2_, *dX2_bar_, *dG1_, *dU_, *P1_;
+  T *G1_, *X2_bar_, *bar_slope_, *dX2_, *dX2_bar_, *dG1_, *dU_, *P1_;
   T *Z2_, *P2_, *dP2_, *dG2_, *dZ2_, *de_;
+
+  void use(const State& state) {
+    first_.W = state.weights[0], first_.b = state.weights[1];
+    second_.W = state.weights[2], second_.b = state.weights[3];
+  }
 
   static void multiply(int r, const T* a, const T* b, T* out) {
     for (int i = 0; i < r * HIDDEN; i += LANES) store(out + i, load(a + i) * load(b + i));
   }
 
   // G1 = U ∘ gelu'(Z1), U = G2 W2ᵀ
-  void set_G1(int r, const T* G2) {
-    product<From::nothing, HIDDEN>(r, D, G2, D, 1, second.transpose_weights(), U_);
-    multiply(r, U_, slope_, G1_);
+  void set_G1(int r, const T* G2, State& state) {
+    set_product<HIDDEN>(r, D, G2, D, 1, second_.transpose_weights(), state.U);
+    multiply(r, state.U, state.slope, G1_);
+  }
+
+  void update(const Rates& rates, const T* k, const T* G2, const State& state, const State& next) {
+    first_.update(rates, k, G1_, next.weights[0], next.weights[1]);
+    second_.update(rates, state.X2, G2, next.weights[2], next.weights[3]);
   }
 };
 
 template <>
 class InnerModel<0> {  // TTT-Linear
  public:
-  static constexpr int LAYERS = 1, KEPT[] = {D};
+  static constexpr int WEIGHTS = 2, SIZES[] = {D * D, D}, KEPT[] = {D};
+
+  struct State {  // W1 and b1 before a mini-batch
+    T* weights[WEIGHTS];
+
+    static size_t numbers(int) { return Arena::rounded(D * D) + Arena::rounded(D); }
+
+    State(Arena& arena, int) : weights{arena.take(D * D), arena.take(D)} {}
+  };
 
   static size_t numbers(int K) {
     return DualLayer<D, D>::numbers(K) + 10 * Arena::rounded(K * D) + 2 * Arena::rounded(K);
   }
 
-  InnerModel(Arena& arena, int K) : layer(arena, K), inner_(arena, K), norm_(arena, K) {
+  InnerModel(Arena& arena, int K) : layer_(arena, K), inner_(arena, K), norm_(arena, K) {
     for (T** tile : {&Z_, &P_, &dP_, &dG_, &dZ_, &de_}) *tile = arena.take(K * D);
   }
 
-  DualLayer<D, D> layer;
+  T* gradients(int i) { return i ? layer_.db : layer_.dW; }
 
-  T* weights(int i) { return i ? layer.b : layer.W; }
-  T* gradients(int i) { return i ? layer.db : layer.dW; }
-  static constexpr int SIZES[] = {D * D, D};
-
-  void forward(const Rates& rates, const Tokens& t, T* const* kept) {
+  void forward(const Rates& rates, const Tokens& t, T* const* kept, State& state) {
     const int r = rates.r;
     T* G = kept[0];
-    layer.affine(r, t.k, Z_);
+    use(state);
+    layer_.affine(r, t.k, Z_);
     inner_.set(r, Z_, t.k, t.v, t.gamma, t.beta, t.eps);
     inner_.value(r, G);
-    layer.output(rates, t.q, t.k, G, P_);
-    if (rates.complete()) layer.update(rates, t.k, G, 1);
+    layer_.output(rates, t.q, t.k, G, P_);
+    if (rates.complete()) layer_.update(rates, t.k, G, layer_.W, layer_.b);
     norm_.set(r, P_, t.eps);
     norm_.write_output(r, t.q, t.gamma, t.beta, t.o);
   }
 
-  void backward(const Rates& rates, const Tokens& t, T* const* kept) {
+  void replay(const Rates& rates, const T* k, T* const* kept, State& state, State* next) {
+    use(state);
+    if (next != nullptr) layer_.update(rates, k, kept[0], next->weights[0], next->weights[1]);
+  }
+
+  void backward(const Rates& rates, const Tokens& t, T* const* kept, const State& state) {
     const int r = rates.r;
     const T* G = kept[0];
-    // Rebuild the weights before the mini-batch, and the forward's values at them.
-    if (rates.complete()) layer.update(rates, t.k, G, -1);
-    layer.transpose_weights();
-    layer.affine(r, t.k, Z_);
+    // The forward's values.
+    use(state);
+    layer_.transpose_weights();
+    layer_.affine(r, t.k, Z_);
     inner_.set(r, Z_, t.k, t.v, t.gamma, t.beta, t.eps);
-    layer.output(rates, t.q, t.k, G, P_);
+    layer_.output(rates, t.q, t.k, G, P_);
     norm_.set(r, P_, t.eps);
     // Output and update, then G, then Z.
     backward_of_output(r, norm_, t, dP_);
-    layer.backward(rates, t.q, t.k, G, dP_, t.dq, t.dk, dG_);
+    layer_.backward(rates, t.q, t.k, G, dP_, t.dq, t.dk, dG_);
     inner_.backward(r, dG_, G, t.gamma, dZ_, de_, t.d_gamma);
-    layer.backward_of_affine(r, t.k, dZ_, t.dk);
+    layer_.backward_of_affine(r, t.k, dZ_, t.dk);
     add_error_and_residual(r, de_, t);
   }
 
  private:
+  DualLayer<D, D> layer_;
   InnerGradient inner_;
   Normalised norm_;
   T *Z_, *P_, *dP_, *dG_, *dZ_, *de_;
+
+  void use(const State& state) { layer_.W = state.weights[0], layer_.b = state.weights[1]; }
 };

@@ -62,12 +62,12 @@ void to_gradient(T* x, int64_t columns, T lse, int64_t column, T grad) {
 }  // namespace
 
 // Rows begin to end - 1. Both return 0: there is nothing to fail.
-extern "C" int softmax_forward(const Call* call, int64_t begin, int64_t end) {
+TTT_EXPORT int softmax_forward(const Call* call, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) call->lse[i] = log_sum_exp(call->scores + i * call->stride, call->columns);
   return 0;
 }
 
-extern "C" int softmax_backward(const Call* call, int64_t begin, int64_t end) {
+TTT_EXPORT int softmax_backward(const Call* call, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     to_gradient(call->scores + i * call->stride, call->columns, T(call->lse[i]), call->column[i], call->grad[i]);
   }

@@ -60,9 +60,9 @@ struct Layer {
   void update(int K, T s_last, T* scaled) const {
     for (int j = 0; j < K; ++j) {
       for (int n = 0; n < OUT; n += LANES) store(scaled + j * OUT + n, -s_last * load(U + j * ROW + n));
-      add<OUT>(b, scaled + j * OUT);
     }
-    product<From::itself, OUT>(IN, K, X, 1, ROW, scaled, W);
+    add_rows<OUT>(K, scaled, b, b);
+    add_product<OUT>(IN, K, X, 1, ROW, scaled, W);
   }
 };
 
@@ -143,7 +143,7 @@ class Step {
     write_token(row, 2 * D + 2 * F);
     inner_gradient(Z2, U2);
     transpose<HIDDEN, D>(second.W, transposed_);
-    product<From::nothing, HIDDEN>(1, D, U2, D, 1, transposed_, U1);
+    set_product<HIDDEN>(1, D, U2, D, 1, transposed_, U1);
     for (int n = 0; n < F; n += LANES) store(U1 + n, load(U1 + n) * load(slope + n));
     first.output(place_, s_, q_, Z1);
     gelu<false, false>(F, Z1, X2_bar);
@@ -158,7 +158,7 @@ class Step {
 }  // namespace
 
 // Tokens begin to end - 1 of the B · H. Returns 1 if there is no memory.
-extern "C" int ttt_step(const Call* call, int64_t begin, int64_t end) try {
+TTT_EXPORT int ttt_step(const Call* call, int64_t begin, int64_t end) try {
   Step step(*call);
   for (int64_t i = begin; i < end; ++i) step.run(i);
   return 0;

@@ -31,21 +31,13 @@ class Arena {
   T *begin_, *next_;
 };
 
-enum class From { nothing, itself, bias };
+enum class From { nothing, matrix, bias };  // a matrix [rows, N], often C itself; one row for all
 
-// Rows of C = (nothing, C or the bias) + A B for ROWS rows and VECTORS vectors of columns; A[i][m] = a[i * row + m * column].
+// Rows of C = FROM + A B for ROWS rows and VECTORS vectors of columns; A[i][m] = a[i * row + m * column]. The sum is formed
+// first, so that what it is added to, which may be larger by far, is rounded once.
 template <From FROM, int ROWS, int VECTORS, int N>
-inline void block(int M, const T* a, long row, long column, const T* b, T* c, const T* bias) {
-  V total[ROWS][VECTORS];
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 16
-    for (int n = 0; n < VECTORS; ++n) {
-      if constexpr (FROM == From::nothing) total[i][n] = V{};
-      if constexpr (FROM == From::itself) total[i][n] = load(c + i * N + n * LANES);
-      if constexpr (FROM == From::bias) total[i][n] = load(bias + n * LANES);
-    }
-  }
+inline void block(int M, const T* a, long row, long column, const T* b, T* c, const T* from) {
+  V total[ROWS][VECTORS] = {};
   for (int m = 0; m < M; ++m) {
     V b_row[VECTORS];
 #pragma GCC unroll 16
@@ -60,32 +52,49 @@ inline void block(int M, const T* a, long row, long column, const T* b, T* c, co
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 16
-    for (int n = 0; n < VECTORS; ++n) store(c + i * N + n * LANES, total[i][n]);
-  }
-}
-
-template <From FROM, int ROWS, int VECTORS, int N>
-inline void blocks(int rows, int M, const T* a, long row, long column, const T* b, T* c, const T* bias) {
-  int i = 0;
-  for (; i + ROWS <= rows; i += ROWS) {
-    block<FROM, ROWS, VECTORS, N>(M, a + i * row, row, column, b, c + i * N, bias);
-  }
-  if constexpr (ROWS > 1) {
-    if (i < rows) {
-      blocks<FROM, ROWS / 2, VECTORS, N>(rows - i, M, a + i * row, row, column, b, c + i * N, bias);
+    for (int n = 0; n < VECTORS; ++n) {
+      if constexpr (FROM == From::matrix) total[i][n] += load(from + i * N + n * LANES);
+      if constexpr (FROM == From::bias) total[i][n] += load(from + n * LANES);
+      store(c + i * N + n * LANES, total[i][n]);
     }
   }
 }
 
-// C [rows, N] = (nothing, C or the bias) + A B, A [rows, M] with any strides, B [M, N]: the sums of a block stay in registers.
+template <From FROM, int ROWS, int VECTORS, int N>
+inline void blocks(int rows, int M, const T* a, long row, long column, const T* b, T* c, const T* from) {
+  constexpr long FROM_ROW = FROM == From::matrix ? N : 0;
+  int i = 0;
+  for (; i + ROWS <= rows; i += ROWS) {
+    block<FROM, ROWS, VECTORS, N>(M, a + i * row, row, column, b, c + i * N, from + i * FROM_ROW);
+  }
+  if constexpr (ROWS > 1) {
+    if (i < rows) {
+      blocks<FROM, ROWS / 2, VECTORS, N>(rows - i, M, a + i * row, row, column, b, c + i * N, from + i * FROM_ROW);
+    }
+  }
+}
+
+// C [rows, N] = FROM + A B, A [rows, M] with any strides, B [M, N]: the sums of a block stay in registers.
 template <From FROM, int N>
-inline void product(int rows, int M, const T* a, long row, long column, const T* b, T* c, const T* bias = nullptr) {
+inline void product(int rows, int M, const T* a, long row, long column, const T* b, T* c, const T* from) {
   constexpr int WIDTH = N / LANES, MOST = REGISTERS / 8;
   constexpr int VECTORS = WIDTH % MOST == 0 ? MOST : WIDTH % 2 == 0 ? 2 : 1;
   constexpr int ROWS = REGISTERS / 2 / VECTORS > 8 ? 8 : REGISTERS / 2 / VECTORS;
   for (int n = 0; n < N; n += VECTORS * LANES) {
-    blocks<FROM, ROWS, VECTORS, N>(rows, M, a, row, column, b + n, c + n, bias == nullptr ? nullptr : bias + n);
+    blocks<FROM, ROWS, VECTORS, N>(rows, M, a, row, column, b + n, c + n, FROM == From::nothing ? c : from + n);
   }
+}
+
+// C = A B
+template <int N>
+inline void set_product(int rows, int M, const T* a, long row, long column, const T* b, T* c) {
+  product<From::nothing, N>(rows, M, a, row, column, b, c, c);
+}
+
+// C += A B
+template <int N>
+inline void add_product(int rows, int M, const T* a, long row, long column, const T* b, T* c) {
+  product<From::matrix, N>(rows, M, a, row, column, b, c, c);
 }
 
 template <int N>
@@ -98,6 +107,16 @@ inline V lanes_of_dot(const T* a, const T* b) {
 template <int N>
 inline T dot(const T* a, const T* b) {
   return sum(lanes_of_dot<N>(a, b));
+}
+
+// out = from + the sum of r rows of x.
+template <int N>
+inline void add_rows(int r, const T* x, const T* from, T* out) {
+  for (int n = 0; n < N; n += LANES) {
+    V total{};
+    for (int i = 0; i < r; ++i) total += load(x + i * N + n);
+    store(out + n, load(from + n) + total);
+  }
 }
 
 // total[n] += scale * x[n]
@@ -197,13 +216,14 @@ struct InnerGradient {
 
 // The tanh form of gelu from one sigmoid s = σ(v), v = 2c (z + a z³), with w = v' and q = s (1 - s) w:
 //   gelu = z s,   gelu' = s + z q,   gelu'' = 4 (q - c s (1 - s)) + (1 - 2s) w z q
+// Beyond ±10 the sigmoid has no more digits to give, and what is left of s (1 - s) must not meet the cubes of a large z.
 template <bool SLOPE, bool CURVATURE>
 inline void gelu(int n, const T* z, T* value, T* slope = nullptr, T* curvature = nullptr) {
   constexpr T c = 0.7978845608028654, a = 0.044715;  // sqrt(2/π) and the cubic coefficient
   for (int i = 0; i < n; i += LANES) {
-    const V x = load(z + i), square = x * x;
+    const V given = load(z + i), low = given < -10 ? all(-10) : given, x = low > 10 ? all(10) : low, square = x * x;
     const V e = exponential(-2 * c * x * (1 + a * square)), s = 1 / (1 + e);
-    store(value + i, x * s);
+    store(value + i, low * s);
     if constexpr (SLOPE) {
       const V w = 2 * c * (1 + 3 * a * square), p = e * s * s, q = p * w;  // 1 - s would cancel
       store(slope + i, s + x * q);
@@ -228,18 +248,18 @@ struct Rates {
 };
 
 // One inner layer, W [IN, OUT] and b [OUT], in one mini-batch: its output at queries in the dual form, and its update.
+// W and b are the weights before the mini-batch, whose memory somebody else has; dW and db are the layer's own.
 template <int IN, int OUT>
 class DualLayer {
  public:
   T *W, *b, *dW, *db;
 
   static size_t numbers(int K) {
-    return 4 * Arena::rounded(IN * OUT) + 2 * Arena::rounded(OUT) + 3 * Arena::rounded(K * K) +
-           2 * Arena::rounded(K * OUT);
+    return 3 * Arena::rounded(IN * OUT) + Arena::rounded(OUT) + 3 * Arena::rounded(K * K) + 2 * Arena::rounded(K * OUT);
   }
 
   DualLayer(Arena& arena, int K)
-      : W(arena.take(IN * OUT)), b(arena.take(OUT)), dW(arena.take(IN * OUT)), db(arena.take(OUT)),
+      : W(nullptr), b(nullptr), dW(arena.take(IN * OUT)), db(arena.take(OUT)),
         W_transposed_(arena.take(IN * OUT)), dW_transposed_(arena.take(IN * OUT)), S_(arena.take(K * K)),
         minus_A_(arena.take(K * K)), dS_(arena.take(K * K)), minus_eta_G_(arena.take(K * OUT)),
         X_dW_(arena.take(K * OUT)) {}
@@ -263,14 +283,14 @@ class DualLayer {
       }
     }
     affine(r, Q, P);
-    product<From::itself, OUT>(r, r, minus_A_, r, 1, G, P);
+    add_product<OUT>(r, r, minus_A_, r, 1, G, P);
   }
 
-  // W -= Xᵀ (η_last ∘ G) and b likewise, or the same added back.
-  void update(const Rates& rates, const T* X, const T* G, T sign) {
-    scale_by_minus_eta(rates, G, sign);
-    for (int j = 0; j < rates.r; ++j) add<OUT>(b, minus_eta_G_ + j * OUT);
-    product<From::itself, OUT>(IN, rates.r, X, 1, IN, minus_eta_G_, W);
+  // next = W - Xᵀ (η_last ∘ G) and b likewise; next may be where W and b are.
+  void update(const Rates& rates, const T* X, const T* G, T* next_W, T* next_b) {
+    set_minus_eta_G(rates, G);
+    add_rows<OUT>(rates.r, minus_eta_G_, b, next_b);
+    product<From::matrix, OUT>(IN, rates.r, X, 1, IN, minus_eta_G_, next_W, W);
   }
 
   // Backward of output and update together: dQ, dX and dG from dP and from dW and db, which come as gradients of the
@@ -284,35 +304,35 @@ class DualLayer {
         if (j <= i) rates.accumulate(i, j, dA * S_[i * r + j]);
       }
     }
-    product<From::nothing, IN>(r, OUT, dP, OUT, 1, W_transposed_, dQ);
-    product<From::itself, IN>(r, r, dS_, r, 1, X, dQ);
-    product<From::nothing, IN>(r, r, dS_, 1, r, Q, dX);
-    product<From::nothing, OUT>(r, r, minus_A_, 1, r, dP, dG);
+    set_product<IN>(r, OUT, dP, OUT, 1, W_transposed_, dQ);
+    add_product<IN>(r, r, dS_, r, 1, X, dQ);
+    set_product<IN>(r, r, dS_, 1, r, Q, dX);
+    set_product<OUT>(r, r, minus_A_, 1, r, dP, dG);
     if (rates.complete()) backward_of_update(rates, X, G, dX, dG);
     add_outer(r, Q, dP);
   }
 
   // Backward of Z = X W + b: dX += dZ Wᵀ, dW += Xᵀ dZ, db += Σ dZ.
   void backward_of_affine(int r, const T* X, const T* dZ, T* dX) {
-    product<From::itself, IN>(r, OUT, dZ, OUT, 1, W_transposed_, dX);
+    add_product<IN>(r, OUT, dZ, OUT, 1, W_transposed_, dX);
     add_outer(r, X, dZ);
   }
 
  private:
   T *W_transposed_, *dW_transposed_, *S_, *minus_A_, *dS_, *minus_eta_G_, *X_dW_;
 
-  void scale_by_minus_eta(const Rates& rates, const T* G, T sign) {
+  void set_minus_eta_G(const Rates& rates, const T* G) {
     for (int j = 0; j < rates.r; ++j) {
-      const T minus_eta = -sign * rates.last(j);
+      const T minus_eta = -rates.last(j);
       for (int n = 0; n < OUT; n += LANES) store(minus_eta_G_ + j * OUT + n, minus_eta * load(G + j * OUT + n));
     }
   }
 
   void backward_of_update(const Rates& rates, const T* X, const T* G, T* dX, T* dG) {
     product<From::bias, OUT>(rates.r, IN, X, IN, 1, dW, X_dW_, db);
-    scale_by_minus_eta(rates, G, 1);
+    set_minus_eta_G(rates, G);
     transpose<IN, OUT>(dW, dW_transposed_);
-    product<From::itself, IN>(rates.r, OUT, minus_eta_G_, OUT, 1, dW_transposed_, dX);
+    add_product<IN>(rates.r, OUT, minus_eta_G_, OUT, 1, dW_transposed_, dX);
     for (int j = 0; j < rates.r; ++j) {
       rates.accumulate(rates.r - 1, j, -dot<OUT>(X_dW_ + j * OUT, G + j * OUT));
       add<OUT>(dG + j * OUT, X_dW_ + j * OUT, -rates.last(j));
@@ -320,7 +340,7 @@ class DualLayer {
   }
 
   void add_outer(int r, const T* X, const T* dZ) {
-    product<From::itself, OUT>(IN, r, X, 1, IN, dZ, dW);
-    for (int i = 0; i < r; ++i) add<OUT>(db, dZ + i * OUT);
+    add_product<OUT>(IN, r, X, 1, IN, dZ, dW);
+    add_rows<OUT>(r, dZ, db, db);
   }
 };

@@ -10,6 +10,8 @@
 #include <cstring>
 #include <utility>
 
+#define TTT_EXPORT extern "C" __attribute__((visibility("default")))
+
 using T = TTT_SCALAR;
 constexpr int D = TTT_HEAD_DIM, F = TTT_HIDDEN;
 
