@@ -75,6 +75,15 @@ def test_large_heads_in_float32(inner, head_dim):
         assert_close(actual, exact[name], FP32, name)
 
 
+def test_libraries_of_different_shapes_share_nothing():
+    """Both have 32 hidden features: names that the loader takes for one would give the second the sizes of the first."""
+    for head_dim in (16, 8):
+        inputs = inner_inputs("mlp", B=1, L=9, H=2, D=head_dim, K=4, hidden=32)
+        expected = flat(inner_results("mlp", inputs, backend="reference"))
+        for name, actual in flat(inner_results("mlp", inputs, backend="native")).items():
+            assert_close(actual, expected[name], name=name)
+
+
 @pytest.mark.parametrize("inner", INNERS)
 def test_threads_change_no_number(inner, monkeypatch):
     inputs = inner_inputs(inner, B=5, L=11, H=3, D=8, K=4, dtype=torch.float32)

@@ -183,8 +183,8 @@ def _scan(
 def segment_length(mini_batch_size: int, weights: tuple[Tensor, ...]) -> int:
     """How many mini-batches lie between two copies of the weights ``[N, H, ...]`` that the forward keeps.
 
-    A copy is as large as an eighth, at most, of what is kept of the tokens between: q, k, v and the inner gradients, and
-    Z1 of TTT-MLP. Sixteen at least: more copies would make the way back no faster.
+    A copy is at most an eighth of what is kept of the tokens between two of them: q, k, v and the inner gradients, and
+    Z1 of TTT-MLP. Shorter segments than sixteen mini-batches would save no time.
     """
     D, hidden = weights[0].shape[2], weights[0].shape[3] if len(weights) == 4 else 0
     numbers = sum(w.shape[2:].numel() for w in weights)

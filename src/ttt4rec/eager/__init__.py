@@ -1,8 +1,8 @@
 """The inner loops for machines without a GPU: the algorithm of the fused kernels in eager PyTorch.
 
-Like the kernels, a forward keeps only the inner gradients (and, for TTT-MLP, the hidden pre-activations); the backward
-walks from the last mini-batch to the first and rebuilds the weights before each one by adding its update back.
-Nothing is stored per mini-batch and no graph is recorded. The specification these follow is ``ttt4rec.reference``.
+Like the kernels, a forward keeps the inner gradients (and, for TTT-MLP, the hidden pre-activations), and the weights
+before every segment of mini-batches. The backward walks from the last segment to the first and replays each from its
+weights. No graph is recorded. The specification these follow is ``ttt4rec.reference``.
 """
 
 from .convolution import convolution_backward, convolution_forward

@@ -43,7 +43,7 @@ def linear_forward(
 
     Returns:
         Outputs ``[B, L, H, D]``, W1 and b1 after each sequence's last complete mini-batch, and what the backward needs:
-        the inner gradients G ``[B, L, H, D]`` and the checkpoints (see ``walk``).
+        the inner gradients G ``[B, L, H, D]`` and the checkpoints (see ``checkpoints``).
     """
     return walk_forward(
         _forward_step, [q.shape[-1]], (q, k, v), inner_lr, token_scale, (W1, b1), (ln_weight, ln_bias),
@@ -76,8 +76,8 @@ def linear_backward(
     W1 and b1 are the incoming weights; grad_W1 and grad_b1 are the gradients of the outgoing ones.
     """
     return walk_backward(
-        _replay_step, _backward_step, grad_o, (grad_W1, grad_b1), (q, k, v), inner_lr, token_scale, (W1, b1), (G,), checkpoints,
-        (ln_weight, ln_bias), (starts, lengths), eps, segment,
+        _replay_step, _backward_step, grad_o, (grad_W1, grad_b1), (q, k, v), inner_lr, token_scale, (W1, b1), (G,),
+        checkpoints, (ln_weight, ln_bias), (starts, lengths), eps, segment,
     )  # fmt: skip
 
 

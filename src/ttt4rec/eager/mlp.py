@@ -41,7 +41,7 @@ def mlp_forward(
 
     Returns:
         Outputs ``[B, L, H, D]``, the four weights after each sequence's last complete mini-batch, and what the
-        backward needs: Z1 ``[B, L, H, F]``, G2 ``[B, L, H, D]`` and the checkpoints (see ``walk``).
+        backward needs: Z1 ``[B, L, H, F]``, G2 ``[B, L, H, D]`` and the checkpoints (see ``checkpoints``).
     """
     return walk_forward(
         _forward_step, [W1.shape[-1], q.shape[-1]], (q, k, v), inner_lr, token_scale, (W1, b1, W2, b2),

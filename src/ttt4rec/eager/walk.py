@@ -1,11 +1,8 @@
 """The walk over mini-batches, forwards and back, that both inner models share.
 
-Of every ``segment`` mini-batches but a sequence's first the forward writes down the weights before them: a checkpoint.
-The walk back takes one segment after the other, from the last. It replays the updates, forwards, from the checkpoint, and
-goes back over the segment with the weights before each of its mini-batches at hand. So it works at the forward's own
-weights, whatever the updates' size. Checkpoints are ``[B L // (segment K), H, numbers]``, W and b of all layers in a
-row. That of a segment which begins at token t of the flattened tokens is number t // (segment K) - 1: such a segment
-comes after a whole one, so no two begin among the same segment K tokens.
+The forward keeps the weights before every segment of mini-batches. The walk back takes one segment after the other,
+from the last. It replays the segment's updates, forwards, and then goes back over it with the weights before each of
+its mini-batches at hand. They are the forward's, to the last bit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .checkpoints import Checkpoints, layers
 from .layout import MiniBatch, RowChunk, by_token, row_chunks
 from .tiles import Normalised, Rates
 
@@ -46,9 +44,9 @@ def walk_forward(
     outgoing = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in weights]
     q_all, k_all, v_all, lr_all = (by_token(x, spans[0]) for x in (*tokens, inner_lr))
     results = [by_token(x, spans[0]) for x in (o, *kept)]
-    checkpoints = _Checkpoints.empty(o.shape[0] * o.shape[1], token_scale.numel(), segment, weights)
+    checkpoints = Checkpoints.empty(o.shape[0] * o.shape[1], token_scale.numel(), segment, weights)
     for chunk in _chunks(tokens[0], spans, token_scale, weights):
-        rows = [chunk.affine(W, b, dtype) for W, b in _layers(weights)]
+        rows = [chunk.affine(W, b, dtype) for W, b in layers(weights)]
         gamma, beta = (chunk.per_head(p, dtype) for p in layer_norm)
         for part in chunk.mini_batches:
             n, r = part.rows, part.length
@@ -60,7 +58,7 @@ def walk_forward(
             o_part = torch.addcmul(beta[:n], gamma[:n], Normalised(P, eps).x_hat).add_(q[..., :-1])
             for source, out in zip((o_part, *keep), results, strict=True):
                 part.write(source, out)
-        for source, (W, b) in zip(rows, _layers(outgoing), strict=True):
+        for source, (W, b) in zip(rows, layers(outgoing), strict=True):
             chunk.write_affine(source, W, b)
     return o, *outgoing, *kept, checkpoints.memory
 
@@ -84,8 +82,8 @@ def walk_backward(
     """Run ``step`` from the last mini-batch to the first, at the weights before each.
 
     ``replay(k, *kept, weights, rates)`` updates the weights in place, as the forward did. ``step(dO, q, k, v, *kept,
-    gamma, beta, weights, d_weights, rates, eps)`` moves d_weights, in place, to before the mini-batch and returns dq, dk,
-    dv, and dγ, dβ of every token. Returns dq, dk, dv, d lr, d s, the weights' gradients per sequence, dγ, dβ.
+    gamma, beta, weights, d_weights, rates, eps)`` moves d_weights, in place, to before the mini-batch. It returns dq,
+    dk, dv, and dγ, dβ of every token. Returns dq, dk, dv, d lr, d s, the weights' gradients per sequence, dγ, dβ.
     """
     dtype, scale = weights[0].dtype, _causal_scale(token_scale, weights[0].dtype)
     d_tokens = [_for_tokens(x.shape, x.dtype, x.device, spans) for x in (*tokens, inner_lr)]
@@ -94,22 +92,17 @@ def walk_backward(
     incoming = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in weights]
     dO_all, q_all, k_all, v_all, *kept_all, lr_all = (by_token(x, spans[0]) for x in (grad_o, *tokens, *kept, inner_lr))
     results = [by_token(x, spans[0]) for x in d_tokens]
-    kept_weights = _Checkpoints(checkpoints, token_scale.numel(), segment)
+    kept_weights = Checkpoints(checkpoints, token_scale.numel(), segment)
     for chunk in _chunks(tokens[0], spans, token_scale, weights):
-        d_rows = [chunk.affine(W, b, dtype) for W, b in _layers(grad_weights)]
+        d_rows = [chunk.affine(W, b, dtype) for W, b in layers(grad_weights)]
         gamma, beta = (chunk.per_head(p, dtype) for p in layer_norm)
         before: list[list[Tensor]] = []  # the weights before each mini-batch of a segment, those done with taken away
         for part in reversed(chunk.mini_batches):
             n, r = part.rows, part.length
             if not before:
-                first = part.place // segment * segment
-                rows = kept_weights.read(chunk, chunk.mini_batches[first], weights)
-                for past in chunk.mini_batches[first : part.place]:
-                    before.append([W[: past.rows].clone() for W in rows])
-                    k, *kept_parts = past.read_with_one(k_all, dtype), *(past.read(x, dtype) for x in kept_all)
-                    rates = Rates(past.read(lr_all, dtype), scale, past.complete)
-                    replay(k, *kept_parts, [W[: past.rows] for W in rows], rates)
-                before.append([W[:n] for W in rows])
+                parts = chunk.mini_batches[part.place // segment * segment : part.place + 1]
+                rows = kept_weights.read(chunk, parts[0], weights)
+                before = _replayed(replay, parts, rows, k_all, kept_all, lr_all, scale)
             rates = Rates(part.read(lr_all, dtype), scale[:r, :r], part.complete)
             q, k = part.read_with_one(q_all, dtype), part.read_with_one(k_all, dtype)
             own = (part.read(dO_all, dtype), q, k, *(part.read(x, dtype) for x in (v_all, *kept_all)))
@@ -120,41 +113,28 @@ def walk_backward(
             d_scale[:r] += d_scale_part
             for source, out in zip((dgamma, dbeta), d_layer_norm, strict=True):
                 out += source.unflatten(0, (-1, out.shape[0])).sum((0, 2))
-        for source, (W, b) in zip(d_rows, _layers(incoming), strict=True):
+        for source, (W, b) in zip(d_rows, layers(incoming), strict=True):
             chunk.write_affine(source, W, b)
     return *d_tokens, d_scale, *incoming, *d_layer_norm
 
 
-class _Checkpoints:
-    """The weights before every ``segment``-th mini-batch; see the top of this file."""
-
-    def __init__(self, memory: Tensor, mini_batch_size: int, segment: int) -> None:
-        self.memory, self._K, self._segment = memory, mini_batch_size, segment
-
-    @classmethod
-    def empty(cls, tokens: int, mini_batch_size: int, segment: int, weights: Sequence[Tensor]) -> "_Checkpoints":
-        """For that many tokens in all sequences together."""
-        shape = tokens // (segment * mini_batch_size), weights[0].shape[1], sum(w.shape[2:].numel() for w in weights)
-        return cls(weights[0].new_empty(shape), mini_batch_size, segment)
-
-    def write(self, chunk: RowChunk, part: MiniBatch, rows: Sequence[Tensor]) -> None:
-        """Keep the weights, ``[R, in + 1, out]`` a layer, of the sequences that have this mini-batch."""
-        flat = torch.cat([W[: part.rows].flatten(1) for W in rows], 1)
-        self.memory[self._slots(chunk, part)] = flat.unflatten(0, (-1, self.memory.shape[1]))
-
-    def read(self, chunk: RowChunk, part: MiniBatch, initial: Sequence[Tensor]) -> list[Tensor]:
-        """Fresh weights before this mini-batch, the first of a segment."""
-        if part.place == 0:
-            return [chunk.affine(W, b, W.dtype) for W, b in _layers(initial)]
-        flat = self.memory[self._slots(chunk, part)].flatten(0, 1)
-        layers = flat.split([W.shape[2:].numel() + b.shape[2:].numel() for W, b in _layers(initial)], 1)
-        return [
-            x.unflatten(1, (-1, b.shape[2])).contiguous() for x, (_, b) in zip(layers, _layers(initial), strict=True)
-        ]
-
-    def _slots(self, chunk: RowChunk, part: MiniBatch) -> Tensor:
-        starts = chunk.starts[: part.rows // self.memory.shape[1]]
-        return (starts + part.place * self._K) // (self._segment * self._K) - 1
+def _replayed(
+    replay: ReplayStep,
+    parts: Sequence[MiniBatch],
+    rows: list[Tensor],
+    k: Tensor,
+    kept: Sequence[Tensor],
+    inner_lr: Tensor,
+    scale: Tensor,
+) -> list[list[Tensor]]:
+    """The weights before each mini-batch of a segment; rows are those before the first, and are overwritten."""
+    dtype, before = rows[0].dtype, []
+    for part in parts[:-1]:
+        before.append([W[: part.rows].clone() for W in rows])
+        rates = Rates(part.read(inner_lr, dtype), scale, part.complete)
+        own = (part.read_with_one(k, dtype), *(part.read(x, dtype) for x in kept))
+        replay(*own, [W[: part.rows] for W in rows], rates)
+    return [*before, [W[: parts[-1].rows] for W in rows]]
 
 
 def _causal_scale(token_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,11 +149,6 @@ def _for_tokens(
     """Memory for results, zeros where tokens may lie outside every sequence."""
     make = torch.empty if spans[0] is None else torch.zeros
     return make(tuple(shape), dtype=dtype, device=device)
-
-
-def _layers(weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(W, b) of every inner layer."""
-    return zip(weights[::2], weights[1::2], strict=True)
 
 
 def _chunks(

@@ -9,33 +9,32 @@ struct Tokens {
   T *q, *k, *v, *o;              // o, the outputs, or dO, their gradient
   T *dq, *dk, *dv;
   const T *gamma, *beta;
-  T *d_gamma, *d_beta;
+  T *d_gamma, *d_beta;           // summed over the mini-batch's tokens
   T eps;
 };
 
-// dP, and dγ, dβ of the output.
+// dP of the output.
 inline void backward_of_output(int r, const Normalised& norm, const Tokens& t, T* dP) {
   for (int i = 0; i < r; ++i) {
     T scaled[D];
-    for (int n = 0; n < D; n += LANES) {
-      const int at = i * D + n;
-      const V dO = load(t.o + at);
-      store(scaled + n, dO * load(t.gamma + n));
-      store(t.d_gamma + n, load(t.d_gamma + n) + dO * load(norm.x_hat + at));
-      store(t.d_beta + n, load(t.d_beta + n) + dO);
-    }
+    for (int n = 0; n < D; n += LANES) store(scaled + n, load(t.o + i * D + n) * load(t.gamma + n));
     norm.jacobian_product(i, scaled, dP + i * D);
   }
 }
 
-// What d(LN(Z) - (v - k)) gives k, v and β, and dO gives q.
-inline void add_error_and_residual(int r, const T* de, const Tokens& t) {
+// What d(LN(Z) - (v - k)) gives k, v and β, and dO gives q, β and γ. d_gamma, the inner gradient's by row, is overwritten.
+inline void add_error_and_residual(int r, const Normalised& norm, const T* de, T* d_gamma, const Tokens& t) {
   for (int i = 0; i < r; ++i) {
     add<D>(t.dk + i * D, de + i * D);
-    add<D>(t.d_beta, de + i * D);
     add<D>(t.dq + i * D, t.o + i * D);
-    for (int n = 0; n < D; n += LANES) store(t.dv + i * D + n, -load(de + i * D + n));
+    for (int n = i * D; n < (i + 1) * D; n += LANES) {
+      store(t.dv + n, -load(de + n));
+      store(d_gamma + n, load(d_gamma + n) + load(t.o + n) * load(norm.x_hat + n));
+    }
   }
+  add_rows<D>(r, d_gamma, t.d_gamma, t.d_gamma);
+  add_rows<D>(r, t.o, t.d_beta, t.d_beta);
+  add_rows<D>(r, de, t.d_beta, t.d_beta);
 }
 
 template <int HIDDEN>
@@ -61,7 +60,7 @@ class InnerModel {  // TTT-MLP
 
   static size_t numbers(int K) {
     return DualLayer<D, HIDDEN>::numbers(K) + DualLayer<HIDDEN, D>::numbers(K) + 8 * Arena::rounded(K * HIDDEN) +
-           12 * Arena::rounded(K * D) + 2 * Arena::rounded(K);
+           13 * Arena::rounded(K * D) + 2 * Arena::rounded(K);
   }
 
   InnerModel(Arena& arena, int K)
@@ -69,7 +68,7 @@ class InnerModel {  // TTT-MLP
     for (T** tile : {&G1_, &X2_bar_, &bar_slope_, &dX2_, &dX2_bar_, &dG1_, &dU_, &P1_}) {
       *tile = arena.take(K * HIDDEN);
     }
-    for (T** tile : {&Z2_, &P2_, &dP2_, &dG2_, &dZ2_, &de_}) *tile = arena.take(K * D);
+    for (T** tile : {&Z2_, &P2_, &dP2_, &dG2_, &dZ2_, &de_, &d_gamma_}) *tile = arena.take(K * D);
   }
 
   T* gradients(int i) { return i < 2 ? (i ? first_.db : first_.dW) : (i == 3 ? second_.db : second_.dW); }
@@ -126,14 +125,14 @@ class InnerModel {  // TTT-MLP
     add_product<D>(r, HIDDEN, dU_, HIDDEN, 1, second_.W, dG2_);
     add_product<D>(HIDDEN, r, dU_, 1, HIDDEN, G2, second_.dW);
     // G2, then Z2 and Z1.
-    inner_.backward(r, dG2_, G2, t.gamma, dZ2_, de_, t.d_gamma);
+    inner_.backward(r, dG2_, G2, t.gamma, dZ2_, de_, d_gamma_);
     second_.backward_of_affine(r, state.X2, dZ2_, dX2_);
     for (int i = 0; i < r * HIDDEN; i += LANES) {
       const V curved = load(dG1_ + i) * load(state.U + i) * load(state.curvature + i);
       store(dX2_ + i, load(dX2_ + i) * load(state.slope + i) + curved);  // dZ1
     }
     first_.backward_of_affine(r, t.k, dX2_, t.dk);
-    add_error_and_residual(r, de_, t);
+    add_error_and_residual(r, norm_, de_, d_gamma_, t);
   }
 
  private:
@@ -142,7 +141,7 @@ class InnerModel {  // TTT-MLP
   InnerGradient inner_;
   Normalised norm_;
   T *G1_, *X2_bar_, *bar_slope_, *dX2_, *dX2_bar_, *dG1_, *dU_, *P1_;
-  T *Z2_, *P2_, *dP2_, *dG2_, *dZ2_, *de_;
+  T *Z2_, *P2_, *dP2_, *dG2_, *dZ2_, *de_, *d_gamma_;
 
   void use(const State& state) {
     first_.W = state.weights[0], first_.b = state.weights[1];
@@ -179,11 +178,11 @@ class InnerModel<0> {  // TTT-Linear
   };
 
   static size_t numbers(int K) {
-    return DualLayer<D, D>::numbers(K) + 10 * Arena::rounded(K * D) + 2 * Arena::rounded(K);
+    return DualLayer<D, D>::numbers(K) + 11 * Arena::rounded(K * D) + 2 * Arena::rounded(K);
   }
 
   InnerModel(Arena& arena, int K) : layer_(arena, K), inner_(arena, K), norm_(arena, K) {
-    for (T** tile : {&Z_, &P_, &dP_, &dG_, &dZ_, &de_}) *tile = arena.take(K * D);
+    for (T** tile : {&Z_, &P_, &dP_, &dG_, &dZ_, &de_, &d_gamma_}) *tile = arena.take(K * D);
   }
 
   T* gradients(int i) { return i ? layer_.db : layer_.dW; }
@@ -219,16 +218,16 @@ class InnerModel<0> {  // TTT-Linear
     // Output and update, then G, then Z.
     backward_of_output(r, norm_, t, dP_);
     layer_.backward(rates, t.q, t.k, G, dP_, t.dq, t.dk, dG_);
-    inner_.backward(r, dG_, G, t.gamma, dZ_, de_, t.d_gamma);
+    inner_.backward(r, dG_, G, t.gamma, dZ_, de_, d_gamma_);
     layer_.backward_of_affine(r, t.k, dZ_, t.dk);
-    add_error_and_residual(r, de_, t);
+    add_error_and_residual(r, norm_, de_, d_gamma_, t);
   }
 
  private:
   DualLayer<D, D> layer_;
   InnerGradient inner_;
   Normalised norm_;
-  T *Z_, *P_, *dP_, *dG_, *dZ_, *de_;
+  T *Z_, *P_, *dP_, *dG_, *dZ_, *de_, *d_gamma_;
 
   void use(const State& state) { layer_.W = state.weights[0], layer_.b = state.weights[1]; }
 };

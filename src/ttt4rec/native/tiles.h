@@ -109,12 +109,19 @@ inline T dot(const T* a, const T* b) {
   return sum(lanes_of_dot<N>(a, b));
 }
 
+// Rows whose sum is formed by itself before it is added to that of the others: roundings of long sums add up.
+constexpr int GROUP = 8;
+
 // out = from + the sum of r rows of x.
 template <int N>
 inline void add_rows(int r, const T* x, const T* from, T* out) {
   for (int n = 0; n < N; n += LANES) {
     V total{};
-    for (int i = 0; i < r; ++i) total += load(x + i * N + n);
+    for (int begin = 0; begin < r; begin += GROUP) {
+      V group{};
+      for (int i = begin; i < r && i < begin + GROUP; ++i) group += load(x + i * N + n);
+      total += group;
+    }
     store(out + n, load(from + n) + total);
   }
 }
@@ -190,11 +197,11 @@ struct InnerGradient {
     for (int i = 0; i < r; ++i) norm.jacobian_product(i, y + i * D, G + i * D);
   }
 
-  // dZ and d(LN(Z) - (v - k)) from dG; adds to dγ.
+  // dZ, d(LN(Z) - (v - k)) and each row's dγ from dG.
   //   dy = J dG, de = γ ∘ dy                                  J the Jacobian of the layer norm
   //   dx̂ = γ ∘ de - r (dG mean(y ∘ x̂) + y mean(dG ∘ x̂))
   //   dZ = J dx̂ - r x̂ mean(dG ∘ G)                            the last term through r
-  void backward(int r, const T* dG, const T* G, const T* gamma, T* dZ, T* de, T* dgamma) const {
+  void backward(int r, const T* dG, const T* G, const T* gamma, T* dZ, T* de, T* d_gamma) const {
     for (int i = 0; i < r; ++i) {
       const long at = long(i) * D;
       const T *x_hat = norm.x_hat + at, *own_y = y + at, *own_dG = dG + at;
@@ -206,7 +213,7 @@ struct InnerGradient {
         const V g = load(gamma + n), e = g * load(dy + n);
         store(de + at + n, e);
         store(dx_hat + n, g * e - inverse * (mean_y * load(own_dG + n) + mean_dG * load(own_y + n)));
-        store(dgamma + n, load(dgamma + n) + load(dy + n) * load(error + at + n) + e * load(x_hat + n));
+        store(d_gamma + at + n, load(dy + n) * load(error + at + n) + e * load(x_hat + n));
       }
       norm.jacobian_product(i, dx_hat, dZ + at);
       add<D>(dZ + at, x_hat, -inverse * dot<D>(own_dG, G + at) / D);
