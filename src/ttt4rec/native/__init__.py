@@ -6,7 +6,6 @@ the first cache, and only tokens, inner gradients and the weights at either end 
 """
 
 import functools
-import logging
 
 import torch
 
@@ -27,7 +26,6 @@ __all__ = [
 ]
 
 _MULTIPLE = 8  # of features: the lanes of a vector
-_log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -47,6 +45,5 @@ def refusal(device: torch.device, head_dim: int, hidden: int, dtype: torch.dtype
     try:
         build.library(head_dim, hidden, build.SCALARS[dtype])
     except build.BuildError as error:
-        _log.warning("the slower eager path runs instead of the compiled one: %s", error)
-        return f"cannot be compiled: {error}"
+        return build.refusal(error)
     return None

@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import logging
 
 import torch
 from torch import Tensor
@@ -10,7 +9,6 @@ from torch import Tensor
 from . import build
 from .threads import share
 
-_log = logging.getLogger(__name__)
 _SHAPE = (16, 0, "float", build.SOFTMAX)  # of a head only in name: so many lanes has any vector of float32
 
 
@@ -35,8 +33,7 @@ def softmax_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         build.library(*_SHAPE)
     except build.BuildError as error:
-        _log.warning("the loss is computed by torch's own operators instead of compiled ones: %s", error)
-        return f"cannot be compiled: {error}"
+        return build.refusal(error)
     return None
 
 

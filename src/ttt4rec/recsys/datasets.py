@@ -67,9 +67,14 @@ def load_interactions(source: str | os.PathLike[str], **fields: str) -> Interact
 
 
 def cache_directory() -> Path:
-    """Where fetched datasets are kept."""
+    """Where fetched datasets are kept; DataError where nothing says so and nobody knows the user's home folder."""
     configured = os.environ.get("TTT4REC_DATA")
-    return Path(configured) if configured else Path.home() / ".cache" / "ttt4rec"
+    try:
+        return Path(configured) if configured else Path.home() / ".cache" / "ttt4rec"
+    except RuntimeError as error:
+        raise DataError(
+            "expected a folder for data sets in $TTT4REC_DATA, as $HOME is not set and the system knows no home folder"
+        ) from error
 
 
 def download_wheel(folder: Path) -> bytes:
