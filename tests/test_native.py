@@ -446,14 +446,16 @@ def test_commands_that_are_no_compiler(case, fresh, monkeypatch, caplog, tmp_pat
     assert reason in auto_runs_eagerly(caplog)
 
 
-@pytest.mark.parametrize("command", ["no-such-compiler", "false"])
-def test_a_filled_cache_serves_without_a_compiler(command, fresh, monkeypatch, caplog):
+@pytest.mark.parametrize("command", ["no-such-compiler", "false", "{script}"])
+def test_a_filled_cache_serves_without_a_compiler(command, fresh, monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("CXX", "c++")
     inputs = inner_inputs("linear", B=1, L=5, H=1, D=8, K=2, dtype=torch.float32)
     expected, _ = run("linear", inputs)
     kept = sorted(fresh.iterdir())
     forget_libraries()
-    monkeypatch.setenv("CXX", command)
+    (tmp_path / "script").write_bytes(b"\x00\x01")
+    (tmp_path / "script").chmod(0o755)
+    monkeypatch.setenv("CXX", command.format(script=tmp_path / "script"))
     with caplog.at_level(logging.WARNING, "ttt4rec"):
         assert torch.equal(run("linear", inputs)[0], expected)
     assert not caplog.records

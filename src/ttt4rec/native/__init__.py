@@ -10,6 +10,7 @@ import functools
 import torch
 
 from . import build
+from .cache import BuildError
 from .calls import linear_backward, linear_forward, mlp_backward, mlp_forward, token_step
 from .softmax import log_sum_exp, softmax_gradient, softmax_refusal
 
@@ -44,6 +45,6 @@ def refusal(device: torch.device, head_dim: int, hidden: int, dtype: torch.dtype
         return f"takes head and hidden dimensions that are multiples of {_MULTIPLE}; given {head_dim} and {hidden}"
     try:
         build.library(head_dim, hidden, build.SCALARS[dtype])
-    except build.BuildError as error:
+    except BuildError as error:
         return build.refusal(error)
     return None

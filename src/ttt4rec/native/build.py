@@ -135,7 +135,10 @@ def _sources() -> str:
 @functools.cache
 def _version(command: tuple[str, ...]) -> str:
     """The compiler's command and what it says of itself."""
-    return "\n".join([*command, _run(command[0], "--version").stdout])
+    try:
+        return "\n".join([*command, _run(command[0], "--version").stdout])
+    except OSError as error:
+        raise BuildError(f"the compiler {command[0]} cannot be run: {error}") from error
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import build
+from .cache import BuildError
 from .threads import share
 
 _SHAPE = (16, 0, "float", build.SOFTMAX)  # of a head only in name: so many lanes has any vector of float32
@@ -32,7 +33,7 @@ def softmax_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"takes float32 on a CPU; given {dtype} on {device}"
     try:
         build.library(*_SHAPE)
-    except build.BuildError as error:
+    except BuildError as error:
         return build.refusal(error)
     return None
 
