@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ttt4rec.extras import MissingPackageError
+
 _EPILOG = """\
 examples:
   ttt4rec train ml-100k --out runs/ml-100k
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
         return 128 + 13  # as a shell reports a program that SIGPIPE ended
-    except (ValueError, OSError, RuntimeError, OverflowError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, OverflowError, MemoryError, MissingPackageError) as error:
         message = " ".join(str(error).split()) or type(error).__name__  # MemoryError may say nothing
         print(f"ttt4rec: error: {message}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ttt4rec.files import write_json
+from ttt4rec.files import read_json, write_json
 from ttt4rec.heap import keep_freed_memory
 from ttt4rec.model import TTT4Rec, TTT4RecConfig
 from ttt4rec.recsys import parallel
@@ -22,7 +22,7 @@ from ttt4rec.recsys.evaluate import evaluate as evaluate_windows
 from ttt4rec.recsys.recommend import Recommendations, Recommender
 from ttt4rec.recsys.report import RUN_FILE, describe_data, write_card, write_report
 from ttt4rec.recsys.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
-from ttt4rec.recsys.train import CHECKPOINT_FILE, EpochReport, TrainOptions, fit
+from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
 
 _MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
@@ -78,7 +78,7 @@ def _train(args: Namespace, device: str) -> None:
     settings |= {name: getattr(model.config, name) for name in _chosen(args, TTT4RecConfig)}
     about = {"settings": settings, "processes": parallel.world_size(), "data": describe_data(split), "cuts": cuts}
     about |= {"test": metrics}
-    write_json(folder / RUN_FILE, about)
+    write_json(folder / RUN_FILE, about, [METRICS_FILE])
     write_report([folder], folder)
     write_card(folder, recommender, about)
     print(f"test  {_format(metrics)}")
@@ -206,11 +206,11 @@ def _trained(folder: Path) -> tuple[str, tuple[int, int, int], tuple[float, floa
     if not path.is_file():
         raise DataError(f"{folder} holds no finished training run: {RUN_FILE} is missing")
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = read_json(path)
         cuts = run["cuts"] and (run["cuts"][0], run["cuts"][1])
         return run["settings"]["split_by"], _ratios(run["settings"]["split"]), cuts
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise DataError(f"{path} is damaged; expected the settings of a training run") from error
+        raise DataError(f"{path} is damaged; expected the settings of a training run ({error})") from error
 
 
 def _machine(args: Namespace) -> str:

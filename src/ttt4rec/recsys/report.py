@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ttt4rec.files import replacing
+from ttt4rec.files import check_digest, read_json, replacing
 from ttt4rec.recsys.data import DataError
 from ttt4rec.recsys.plot import plot_curves
 from ttt4rec.recsys.recommend import Recommender
@@ -146,13 +146,14 @@ def write_card(folder: Path, recommender: Recommender, about: dict[str, Any]) ->
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        run = read_json(folder / RUN_FILE)
+        check_digest(folder / METRICS_FILE, run)
         with (folder / METRICS_FILE).open(newline="", encoding="utf-8") as file:
             epochs = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
         found = {"epochs": epochs} | {part: dict(run[part]) for part in ("settings", "data", "test")}
     except FileNotFoundError as error:
         raise DataError(f"{folder} holds no finished training run: {Path(error.filename).name} is missing") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise DataError(f"{folder}: expected the files of a training run, got damaged ones ({error})") from error
     if not epochs:
         raise DataError(f"{folder / METRICS_FILE}: expected at least one epoch, got none")
