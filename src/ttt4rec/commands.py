@@ -6,7 +6,6 @@ import dataclasses
 import json
 import sys
 from argparse import Namespace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from ttt4rec.recsys.evaluate import evaluate as evaluate_windows
 from ttt4rec.recsys.recommend import Recommendations, Recommender
 from ttt4rec.recsys.report import RUN_FILE, describe_data, write_card, write_report
 from ttt4rec.recsys.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
+from ttt4rec.recsys.text import TextFile
 from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
 
@@ -127,8 +127,8 @@ def report(args: Namespace) -> None:
 def _recommend_file(recommender: Recommender, args: Namespace) -> None:
     """A line of JSON for each line of a file."""
     try:
-        with open(args.histories, encoding="utf-8-sig") as file:
-            while chunk := [_history(line) for line in islice(file, 4096)]:
+        with TextFile(Path(args.histories)) as text:
+            while chunk := [_history(line) for line in text.some(text.lines, 4096)]:
                 for result in recommender.recommend_batch(chunk, k=args.k, exclude_seen=args.exclude_seen):
                     print(json.dumps(_as_json(result)))
     except UnicodeDecodeError as error:
@@ -141,7 +141,7 @@ def _history(line: str) -> list[str]:
     """Item ids, separated by blanks or, where they hold blanks themselves, a JSON array of strings or whole numbers."""
     try:
         ids = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of brackets in brackets in brackets
         return line.split()
     if not isinstance(ids, list):  # one id that looks like JSON, such as 5
         return line.split()
