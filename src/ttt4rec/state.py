@@ -38,6 +38,12 @@ class TTTState:
     position: Tensor
     conv: Tensor | None = None
 
+    def __repr__(self) -> str:
+        W = self.weights[0]
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in self.tensors().items())
+        kind = f"{str(W.dtype).removeprefix('torch.')} on {W.device}"
+        return f"TTTState({self.batch_size:,} streams: {shapes}; {kind}, {self.nbytes:,} bytes)"
+
     @property
     def batch_size(self) -> int:
         """Number of streams N."""

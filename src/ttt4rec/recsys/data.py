@@ -54,6 +54,11 @@ class Interactions:
     def __len__(self) -> int:
         return len(self.users)
 
+    def __repr__(self) -> str:
+        arrays = (self.users, self.items, self.times)
+        counts = f"{len(self):,} of {len(self.user_ids):,} users with {len(self.item_ids):,} items"
+        return f"Interactions({counts}, times {self.times.dtype}, {sum(x.nbytes for x in arrays):,} bytes)"
+
     def take(self, rows: IntArray) -> Interactions:
         """Some of the rows, with codes closed up in their old order."""
         users, user_ids = _close_up(self.users[rows], self.user_ids)
@@ -78,6 +83,11 @@ class Histories:
     times: TimeArray
     user_ids: tuple[str, ...]
     item_ids: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        arrays = (self.items, self.offsets, self.times)
+        counts = f"{self.num_users:,} users, {self.num_items:,} items, {len(self.items):,} interactions"
+        return f"Histories({counts}, times {self.times.dtype}, {sum(x.nbytes for x in arrays):,} bytes)"
 
     @property
     def num_users(self) -> int:
