@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ttt4rec.extras import MissingPackageError
+from ttt4rec.validation import printable
 
 _EPILOG = """\
 examples:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
         return 128 + 13  # as a shell reports a program that SIGPIPE ended
     except (ValueError, OSError, RuntimeError, OverflowError, MemoryError, MissingPackageError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__  # MemoryError may say nothing
+        message = printable(" ".join(str(error).split())) or type(error).__name__  # MemoryError may say nothing
         print(f"ttt4rec: error: {message}", file=sys.stderr)
         return 2
     return 0

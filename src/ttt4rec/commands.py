@@ -24,6 +24,7 @@ from ttt4rec.recsys.split import Split, split_at, split_by_ratio, split_by_time,
 from ttt4rec.recsys.text import TextFile
 from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
+from ttt4rec.validation import printable
 
 _MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
 _NO_SETTINGS = ("command", "device", "threads", "shape_given")  # arguments that say nothing of what was trained
@@ -114,9 +115,9 @@ def recommend(args: Namespace) -> None:
         print(json.dumps(_as_json(result), indent=2))
     else:
         for rank, (item, score) in enumerate(result.items, start=1):
-            print(f"{rank:3d}  {item}  {score:.4f}")
+            print(f"{rank:3d}  {printable(item)}  {score:.4f}")
     if result.unknown:
-        print(f"not in the catalogue, left out: {', '.join(result.unknown)}", file=sys.stderr)
+        print(f"not in the catalogue, left out: {', '.join(map(printable, result.unknown))}", file=sys.stderr)
 
 
 def report(args: Namespace) -> None:
@@ -244,9 +245,9 @@ def _print_epoch(report: EpochReport) -> None:
 def _show_example(recommender: Recommender) -> None:
     histories = recommender.histories
     user = histories.user_ids[0]
-    last = ", ".join(histories.item_ids[code - 1] for code in histories.history(0)[-5:])
-    best = ", ".join(item for item, _ in recommender.recommend(user, k=5, exclude_seen=True).items)
-    print(f"user {user}, whose last items are {last}: next {best}")
+    last = ", ".join(printable(histories.item_ids[code - 1]) for code in histories.history(0)[-5:])
+    best = ", ".join(printable(item) for item, _ in recommender.recommend(user, k=5, exclude_seen=True).items)
+    print(f"user {printable(user)}, whose last items are {last}: next {best}")
 
 
 def _format(metrics: dict[str, float]) -> str:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ttt4rec.recsys.text import DataError as DataError
 from ttt4rec.recsys.text import TextFile, is_packed, long_fields
-from ttt4rec.validation import check_integer
+from ttt4rec.validation import check_integer, printable
 
 IntArray: TypeAlias = NDArray[np.int64]
 TimeArray: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
@@ -30,6 +30,7 @@ _SEPARATORS = {".inter": "\t", ".tsv": "\t", ".csv": ","}
 _DATE = re.compile(r"\s*\d{4}-\d\d-\d\d")
 _FINER_THAN_MICROSECONDS = re.compile(r"\.\d{6}0*[1-9]")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what the error handler surrogateescape makes of bytes
+_SHOWN = 200  # characters of what a file holds in an error message
 _ROWS_PER_CHUNK = 256  # few enough objects alive that the garbage collector stays out of the way
 
 
@@ -233,7 +234,7 @@ def _find_columns(path: Path, header: list[str], user_field: str, item_field: st
     def find(field: str) -> int:
         names = header if field in header else bare
         if names.count(field) != 1:
-            given = ", ".join(header)
+            given = printable(", ".join(header), _SHOWN)
             raise DataError(f"{path} line 1: expected one column {field!r}, got {names.count(field)} among {given}")
         return names.index(field)
 
@@ -369,12 +370,12 @@ def _problem(row: list[str], columns: _Columns) -> str | None:
         return f"expected {columns.width} fields, got {len(row)}"
     for position, what in ((columns.user, "a user"), (columns.item, "an item")):
         if not row[position].strip():
-            return f"expected {what} id in field {position + 1}, got {row[position]!r}"
+            return f"expected {what} id in field {position + 1}, got {row[position][:_SHOWN]!r}"
     try:
         _parse_time(row[columns.time])
     except ValueError:
         wanted = "a time (a 64-bit number, below 2**52 if it has a fraction, or a date, to microseconds)"
-        return f"expected {wanted} in field {columns.time + 1}, got {row[columns.time]!r}"
+        return f"expected {wanted} in field {columns.time + 1}, got {row[columns.time][:_SHOWN]!r}"
     return None
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttt4rec.recsys.data import Codes, DataError, IntArray, Interactions, TimeArray, report_problems
+from ttt4rec.validation import printable
 
 _ROWS_PER_BATCH, _BYTES_PER_BATCH = 1 << 17, 1 << 26
 
@@ -38,7 +39,7 @@ def read_parquet(path: Path, user_field: str, item_field: str, time_field: str) 
         with parquet.ParquetFile(path, read_dictionary=[user_field, item_field]) as file:
             return _read(path, file, fields, size)
     except (arrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:  # whatever damaged bytes lead to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = printable(str(error).splitlines()[0], 200) if str(error) else type(error).__name__
         raise DataError(f"{path}: expected a readable Parquet file, got: {reason}") from error
 
 
@@ -47,7 +48,7 @@ def _check_columns(path: Path, schema: Any, fields: dict[str, str]) -> None:
 
     for what, field in fields.items():
         if schema.names.count(field) != 1:
-            given = ", ".join(schema.names)
+            given = printable(", ".join(schema.names), 200)
             raise DataError(f"{path}: expected one column {field!r}, got {schema.names.count(field)} among {given}")
         kind = schema.field(field).type
         plain = kind.value_type if types.is_dictionary(kind) else kind

@@ -22,6 +22,7 @@ from ttt4rec.recsys.plot import plot_curves
 from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.split import PARTS, Split
 from ttt4rec.recsys.train import METRICS_FILE
+from ttt4rec.validation import printable
 
 RUN_FILE, REPORT_FILE, CURVES_FILE, CARD_FILE = "run.json", "report.md", "curves.png", "model_card.md"
 
@@ -134,7 +135,7 @@ def write_card(folder: Path, recommender: Recommender, about: dict[str, Any]) ->
         mixer=config.mixer,
         width=config.width,
         parameters=sum(p.numel() for p in recommender.model.parameters()),
-        item=json.dumps(recommender.histories.item_ids[0], ensure_ascii=False),
+        item=printable(json.dumps(recommender.histories.item_ids[0], ensure_ascii=False)),
         data=_table(["", "count"], _side_by_side([about["data"]])),
         seen=", but for those the user had before" if settings["exclude_seen"] else "",
         metrics=_table(["metric", "value"], [[name, f"{value:.4f}"] for name, value in about["test"].items()]),
