@@ -146,6 +146,32 @@ def test_after_an_interruption_nobody_works_on(monkeypatch):
     assert len(begun) == count < 23
 
 
+def test_after_a_thread_that_cannot_be_started_nobody_works_on(monkeypatch):
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(threads, "_executors", {})
+    start, begun, ended = threading.Thread.start, [], []
+
+    def starts_one(self):
+        if threads._executor(3)._threads:
+            begun[0].wait(10)
+            raise RuntimeError("can't start new thread")
+        begun.append(threading.Event())
+        start(self)
+
+    def work(begin, end):
+        begun[0].set()
+        time.sleep(0.05)
+        ended.append(begin)
+        return 0
+
+    monkeypatch.setattr(threading.Thread, "start", starts_one)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        threads.share(work, 240)
+    count = len(ended)
+    time.sleep(0.2)
+    assert len(ended) == count < 20
+
+
 def test_a_compiled_step_does_not_write_beside_its_pool():
     torch._dynamo.reset()
     layer = make_layer("linear", "transformer", width=16, backend="native")
