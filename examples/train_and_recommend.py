@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("test", "  ".join(f"{name} {metrics[name]:.4f}" for name in ("HR@10", "HR@50", "NDCG@10", "NDCG@50")))
 
     user = histories.user_ids[0]
-    print(f"for user {user}, items not yet seen:")
+    print(f"for user {user!r}, items not yet seen:")
     for item, score in Recommender(model, histories).recommend(user_id=user, k=5, exclude_seen=True).items:
-        print(f"  {item}  {score:.3f}")
+        print(f"  {item!r}  {score:.3f}")  # an id may hold what moves a cursor
 
 
 if __name__ == "__main__":

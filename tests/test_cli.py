@@ -14,6 +14,7 @@ import torch
 from recsys_data import write_events
 from ttt4rec import TTT4Rec
 from ttt4rec.cli import main, make_parser
+from ttt4rec.files import write_json
 from ttt4rec.model import MIXERS, TTT4RecConfig
 from ttt4rec.recsys.checkpoint import load_checkpoint
 from ttt4rec.recsys.losses import LOSSES
@@ -103,13 +104,14 @@ def test_report_of_two_seeds(run, tmp_path, capsys):
     other = tmp_path / "other" / "0"  # of the first one's name, and with another setting: no mean of the two
     shutil.copytree(seeds[0], other)
     about = json.loads((other / "run.json").read_text())
-    (other / "run.json").write_text(json.dumps(about | {"settings": about["settings"] | {"dropout": 0.9}}))
+    about = {name: about[name] for name in ("settings", "data", "test")}
+    write_json(other / "run.json", about | {"settings": about["settings"] | {"dropout": 0.9}}, ["metrics.csv"])
     assert main(["report", str(seeds[0]), str(other), "--out", str(tmp_path / "both")]) == 0
     text = (tmp_path / "both" / "report.md").read_text()
     assert "| metric | seeds/0 | other/0 |\n" in text
     assert f"| HR@10 | {values[0]:.4f} | {values[0]:.4f} |\n" in text
     for change in ({}, {"data": {**about["data"], "users": 59}, "settings": about["settings"] | {"seed": 7}}):
-        (other / "run.json").write_text(json.dumps(about | change))  # the same seed again, other data
+        write_json(other / "run.json", about | change, ["metrics.csv"])  # the same seed again, other data
         assert main(["report", str(seeds[0]), str(other), "--out", str(tmp_path / "both")]) == 0
         assert "standard deviation" not in (tmp_path / "both" / "report.md").read_text()
     (seeds[1] / "run.json").write_text("{}")

@@ -131,7 +131,7 @@ def test_what_is_renamed_is_on_disk(tmp_path, monkeypatch):
     calls, sync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(files.os, "fsync", lambda h: (calls.append(os.readlink(f"/proc/self/fd/{h}")), sync(h)))
     monkeypatch.setattr(files.os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
-    files.write_json(tmp_path / "a.json", 1)
+    files.write_json(tmp_path / "a.json", {"a": 1})
     partial, rename, folder = calls
     assert partial.startswith(f"{tmp_path}/a.json.")
     assert (rename, folder) == ("rename", str(tmp_path))

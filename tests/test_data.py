@@ -372,3 +372,14 @@ def test_loading_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_cache_directory_is_in_the_home_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TTT4REC_DATA", raising=False)
     assert datasets.cache_directory() == Path.home() / ".cache" / "ttt4rec"
+
+
+def test_without_a_home_the_cache_directory_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.delenv("TTT4REC_DATA", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(DataError, match=r"\$TTT4REC_DATA"):
+        datasets.load_interactions("ml-100k")

@@ -2,10 +2,13 @@
 
 import logging
 import os
+import pwd
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +29,7 @@ from test_functional import batches, check_gradients, flat
 from test_step import read_on, step_arguments
 from ttt4rec import TTTState, native, ops, ttt_linear
 from ttt4rec.eager import record_parts, row_parts
-from ttt4rec.native import build, threads
+from ttt4rec.native import build, cache, threads
 
 FP32 = 3e-6  # a few roundings of 6e-8, summed over features, tokens and mini-batches
 
@@ -152,6 +155,32 @@ def test_after_an_interruption_nobody_works_on(monkeypatch):
     assert len(begun) == count < 23
 
 
+def test_after_a_thread_that_cannot_be_started_nobody_works_on(monkeypatch):
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(threads, "_executors", {})
+    start, begun, ended = threading.Thread.start, [], []
+
+    def starts_one(self):
+        if threads._executor(3)._threads:
+            begun[0].wait(10)
+            raise RuntimeError("can't start new thread")
+        begun.append(threading.Event())
+        start(self)
+
+    def work(begin, end):
+        begun[0].set()
+        time.sleep(0.05)
+        ended.append(begin)
+        return 0
+
+    monkeypatch.setattr(threading.Thread, "start", starts_one)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        threads.share(work, 240)
+    count = len(ended)
+    time.sleep(0.2)
+    assert len(ended) == count < 20
+
+
 def test_a_compiled_step_does_not_write_beside_its_pool():
     torch._dynamo.reset()
     layer = make_layer("linear", "transformer", width=16, backend="native")
@@ -247,15 +276,33 @@ def test_what_it_does_not_take():
     assert meta == "runs on CPU tensors; given meta"
 
 
+def forget_libraries():
+    """What a new process knows of libraries: nothing."""
+    build._warned.clear()
+    for function in (build.library, native.refusal, native.softmax_refusal):
+        function.cache_clear()
+
+
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """An empty cache, and a process that remembers no library."""
     monkeypatch.setenv("TTT4REC_CACHE", str(tmp_path / "cache"))
-    for function in (build.library, native.refusal, native.softmax_refusal):
-        function.cache_clear()
+    forget_libraries()
     yield tmp_path / "cache"
-    for function in (build.library, native.refusal, native.softmax_refusal):
-        function.cache_clear()
+    forget_libraries()
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A cache with what the tests below need."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TTT4REC_CACHE", str(folder))
+        forget_libraries()
+        build.library(8, 0, "float")
+        build.library(16, 0, "float", build.SOFTMAX)
+        forget_libraries()
+    return folder
 
 
 BROKEN = {
@@ -332,24 +379,199 @@ def test_compiled_once_and_kept(fresh, monkeypatch):
     build.library(8, 0, "float")
     assert len(list(fresh.glob("*"))) == 1  # nothing beside it
     build.library.cache_clear()
-    made = []
-    monkeypatch.setattr(build, "_compile", lambda command, path: made.append(path))
+    made, compile_ = [], build._compile
+    monkeypatch.setattr(build, "_compile", lambda *given: (made.append(given), compile_(*given)))
     build.library(8, 0, "float")
     assert made == []
     for name in ("_version", "_processor"):  # a library of another compiler or for another processor is not taken
         build.library.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(build, name, lambda *_: "another")
-            with pytest.raises(build.BuildError, match="cannot be loaded"):
-                build.library(8, 0, "float")
-    assert len(set(made)) == 2
+            build.library(8, 0, "float")
+    assert len(made) == 2
+    assert len({place.name.rpartition("-")[0] for place in fresh.iterdir()}) == 3
 
 
-def test_a_library_that_cannot_be_loaded(fresh, monkeypatch):
-    fresh.mkdir()
-    monkeypatch.setattr(build, "_compile", lambda _, path: path.write_bytes(b"not a library"))
-    with pytest.raises(build.BuildError, match="cannot be loaded"):
+def plant(content):
+    """In place of the compiler, something that puts its own library into the cache."""
+
+    def compile_(command, place, name):
+        place.mkdir(exist_ok=True)
+        (place / "made").write_bytes(content)
+        cache.keep(place / "made", place, name)
+
+    return compile_
+
+
+def auto_runs_eagerly(caplog):
+    """Run with ``backend="auto"`` twice, and the loss; the one warning that says why all of it was slow."""
+    inputs = inner_inputs("linear", B=1, L=5, H=1, D=8, K=2, dtype=torch.float32)
+    with caplog.at_level(logging.WARNING, "ttt4rec"):
+        o, _ = ttt_linear(**inputs, mini_batch_size=2)
+        ttt_linear(**inputs, mini_batch_size=2)
+        assert native.softmax_refusal(torch.device("cpu"), torch.float32)
+    assert torch.equal(o, ttt_linear(**inputs, mini_batch_size=2, backend="eager")[0])
+    (record,) = caplog.records
+    assert "the slower eager path runs" in record.message
+    with pytest.raises(RuntimeError, match="'native' cannot be compiled"):
+        run("linear", inputs)
+    return record.message
+
+
+def test_a_library_that_cannot_be_loaded(fresh, monkeypatch, caplog):
+    monkeypatch.setattr(build, "_compile", plant(b"not a library"))
+    with pytest.raises(build.BuildError, match=r"made no library that works; .* cannot be loaded"):
         build.library(8, 0, "float")
+    assert "cannot be loaded" in auto_runs_eagerly(caplog)
+
+
+def test_a_library_that_lacks_a_function(fresh, monkeypatch, caplog):
+    softmax = Path(build.library(16, 0, "float", build.SOFTMAX)._name).read_bytes()
+    native.softmax_refusal.cache_clear()
+    monkeypatch.setattr(build, "_compile", plant(softmax))
+    inputs = inner_inputs("linear", B=1, L=5, H=1, D=8, K=2)
+    with caplog.at_level(logging.WARNING, "ttt4rec"):
+        o, _ = ttt_linear(**inputs, mini_batch_size=2)
+    assert torch.equal(o, ttt_linear(**inputs, mini_batch_size=2, backend="eager")[0])
+    (record,) = caplog.records
+    assert "ttt_forward" in record.message
+
+
+def test_without_a_home(fresh, monkeypatch, caplog):
+    monkeypatch.delenv("TTT4REC_CACHE")
+    monkeypatch.delenv("HOME")
+
+    def nobody(_):
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    message = auto_runs_eagerly(caplog)
+    assert "$HOME is not set" in message
+    assert "set $TTT4REC_CACHE" in message
+
+
+@pytest.mark.parametrize("case", ["read-only", "unreadable"])
+def test_a_cache_that_refuses(case, fresh, monkeypatch, caplog):
+    """Of permissions, which do not bind the user root, who may run this test."""
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir" if case == "read-only" else "exists", refuse)
+    assert "Permission denied" in auto_runs_eagerly(caplog)
+
+
+COMPILERS = {
+    "no words": ("c++ '", "No closing quotation"),
+    "no program": ("{script}", "Exec format error"),
+    "odd bytes": ("{odd}", "the compiler failed"),
+}
+
+
+@pytest.mark.parametrize("case", COMPILERS)
+def test_commands_that_are_no_compiler(case, fresh, monkeypatch, caplog, tmp_path):
+    command, reason = COMPILERS[case]
+    for name, content in {
+        "script": b"\x00\x01",
+        "odd": b"#!/bin/sh\nprintf '\\377\\376'; printf '\\377' >&2; exit 1\n",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("CXX", command.format(script=tmp_path / "script", odd=tmp_path / "odd"))
+    assert reason in auto_runs_eagerly(caplog)
+
+
+@pytest.mark.parametrize("command", ["no-such-compiler", "false", "{script}"])
+def test_a_filled_cache_serves_without_a_compiler(command, fresh, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CXX", "c++")
+    inputs = inner_inputs("linear", B=1, L=5, H=1, D=8, K=2, dtype=torch.float32)
+    expected, _ = run("linear", inputs)
+    kept = sorted(fresh.iterdir())
+    forget_libraries()
+    (tmp_path / "script").write_bytes(b"\x00\x01")
+    (tmp_path / "script").chmod(0o755)
+    monkeypatch.setenv("CXX", command.format(script=tmp_path / "script"))
+    with caplog.at_level(logging.WARNING, "ttt4rec"):
+        assert torch.equal(run("linear", inputs)[0], expected)
+    assert not caplog.records
+    assert sorted(fresh.iterdir()) == kept
+
+
+def flip(path, place=-100):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.unlink()  # the old file is in use
+    path.write_bytes(content)
+
+
+def test_a_damaged_library_is_compiled_anew_or_not_used(fresh, monkeypatch, caplog):
+    build.library(8, 0, "float")
+    (path,) = fresh.iterdir()
+    whole = path.read_bytes()
+    flip(path)
+    forget_libraries()
+    build.library(8, 0, "float")
+    assert path.read_bytes() == whole
+    flip(path)
+    forget_libraries()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    message = auto_runs_eagerly(caplog)
+    assert "no-such-compiler" in message
+    assert f"{path} cannot be loaded: its bytes are not those that were written" in message
+
+
+STRANGER = 54321
+
+
+def give_away(path, monkeypatch):
+    """Have a file or folder belong to somebody else than who runs the test."""
+    if os.geteuid() == 0:
+        os.chown(path, STRANGER, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+@pytest.mark.parametrize("change", ["owner", 0o757, 0o775])
+def test_what_others_may_have_put_there_is_not_loaded(what, change, filled, fresh, monkeypatch, caplog):
+    shutil.copytree(filled, fresh)
+    for path in [fresh] if what == "folder" else list(fresh.iterdir()):
+        give_away(path, monkeypatch) if change == "owner" else path.chmod(change)
+    kept = sorted(fresh.iterdir())
+    forget_libraries()
+    message = auto_runs_eagerly(caplog)
+    assert str(fresh) in message
+    assert ("belongs to the user number" if change == "owner" else f"has the mode {change:o}") in message
+    assert sorted(fresh.iterdir()) == kept
+
+
+@pytest.mark.parametrize(
+    ("mode", "owned", "taken"),
+    [(0o777, True, False), (0o1777, True, True), (0o755, True, True), (0o755, False, False), (0o1777, False, False)],
+)
+def test_the_folder_of_the_cache_cannot_be_exchanged(mode, owned, taken, fresh, monkeypatch, caplog):
+    parent = fresh.parent / "parent"
+    parent.mkdir()
+    parent.chmod(mode)
+    if not owned:
+        give_away(parent, monkeypatch)
+    monkeypatch.setenv("TTT4REC_CACHE", str(parent / "cache"))
+    if taken:
+        build.library(8, 0, "float")
+        assert (parent / "cache").stat().st_mode & 0o022 == 0
+    else:
+        assert f"they can exchange what is in {parent};" in auto_runs_eagerly(caplog)
+
+
+def test_libraries_are_written_by_nobody_else(fresh):
+    before = os.umask(0)
+    try:
+        build.library(8, 0, "float")
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o022 for path in (fresh, *fresh.iterdir())] == [0, 0]
+    forget_libraries()
+    build.library(8, 0, "float")
 
 
 def test_processes_that_compile_at_once(fresh):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ttt4rec import TTT4Rec
+from ttt4rec.files import json_checksum
 from ttt4rec.recsys import build_histories, filter_k_core, load_interactions
 from ttt4rec.recsys.data import DataError
 from ttt4rec.recsys.evaluate import evaluate
@@ -49,8 +50,25 @@ def load_split(folder: Path, data: Data) -> Split:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results that a file holds so far, none if there is no file; a line that a kill left unfinished is none."""
-    return [json.loads(line) for line in _finished(path).splitlines()] if path.exists() else []
+    """The results that a file holds so far, none if there is no file; a line that a kill left unfinished is none.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
+    lines = _finished(path).splitlines() if path.exists() else []
+    return [_result(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _result(path: Path, number: int, line: bytes) -> Result:
+    """What stands in a line; those of older versions have no checksum."""
+    try:
+        result = json.loads(line)
+        checksum = result.pop("checksum", None)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} line {number} is damaged: {error}") from error
+    if checksum is not None and checksum != json_checksum(result):
+        raise ValueError(f"{path} line {number} is damaged: its checksum is wrong; delete it to run it again")
+    return result
 
 
 def keep(path: Path, result: Result) -> None:
@@ -58,7 +76,8 @@ def keep(path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         file.truncate(len(_finished(path)))
-        file.write(f"{json.dumps(result)}\n".encode())
+        marked = result | {"checksum": json_checksum(result)}
+        file.write(f"{json.dumps(marked)}\n".encode())
 
 
 def _finished(path: Path) -> bytes:

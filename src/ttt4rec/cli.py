@@ -9,6 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ttt4rec.extras import MissingPackageError
+from ttt4rec.validation import printable
+
 _EPILOG = """\
 examples:
   ttt4rec train ml-100k --out runs/ml-100k
@@ -41,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
         return 128 + 13  # as a shell reports a program that SIGPIPE ended
-    except (ValueError, OSError, RuntimeError, OverflowError, MemoryError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__  # MemoryError may say nothing
+    except (ValueError, OSError, RuntimeError, OverflowError, MemoryError, MissingPackageError) as error:
+        message = printable(" ".join(str(error).split())) or type(error).__name__  # MemoryError may say nothing
         print(f"ttt4rec: error: {message}", file=sys.stderr)
         return 2
     return 0

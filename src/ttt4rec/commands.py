@@ -6,13 +6,12 @@ import dataclasses
 import json
 import sys
 from argparse import Namespace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ttt4rec.files import write_json
+from ttt4rec.files import read_json, write_json
 from ttt4rec.heap import keep_freed_memory
 from ttt4rec.model import TTT4Rec, TTT4RecConfig
 from ttt4rec.recsys import parallel
@@ -22,8 +21,10 @@ from ttt4rec.recsys.evaluate import evaluate as evaluate_windows
 from ttt4rec.recsys.recommend import Recommendations, Recommender
 from ttt4rec.recsys.report import RUN_FILE, describe_data, write_card, write_report
 from ttt4rec.recsys.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
-from ttt4rec.recsys.train import CHECKPOINT_FILE, EpochReport, TrainOptions, fit
+from ttt4rec.recsys.text import TextFile
+from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
 from ttt4rec.recsys.windows import evaluation_prefixes
+from ttt4rec.validation import printable
 
 _MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
 _NO_SETTINGS = ("command", "device", "threads", "shape_given")  # arguments that say nothing of what was trained
@@ -78,7 +79,7 @@ def _train(args: Namespace, device: str) -> None:
     settings |= {name: getattr(model.config, name) for name in _chosen(args, TTT4RecConfig)}
     about = {"settings": settings, "processes": parallel.world_size(), "data": describe_data(split), "cuts": cuts}
     about |= {"test": metrics}
-    write_json(folder / RUN_FILE, about)
+    write_json(folder / RUN_FILE, about, [METRICS_FILE])
     write_report([folder], folder)
     write_card(folder, recommender, about)
     print(f"test  {_format(metrics)}")
@@ -114,9 +115,9 @@ def recommend(args: Namespace) -> None:
         print(json.dumps(_as_json(result), indent=2))
     else:
         for rank, (item, score) in enumerate(result.items, start=1):
-            print(f"{rank:3d}  {item}  {score:.4f}")
+            print(f"{rank:3d}  {printable(item)}  {score:.4f}")
     if result.unknown:
-        print(f"not in the catalogue, left out: {', '.join(result.unknown)}", file=sys.stderr)
+        print(f"not in the catalogue, left out: {', '.join(map(printable, result.unknown))}", file=sys.stderr)
 
 
 def report(args: Namespace) -> None:
@@ -127,8 +128,8 @@ def report(args: Namespace) -> None:
 def _recommend_file(recommender: Recommender, args: Namespace) -> None:
     """A line of JSON for each line of a file."""
     try:
-        with open(args.histories, encoding="utf-8-sig") as file:
-            while chunk := [_history(line) for line in islice(file, 4096)]:
+        with TextFile(Path(args.histories)) as text:
+            while chunk := [_history(line) for line in text.some(text.lines, 4096)]:
                 for result in recommender.recommend_batch(chunk, k=args.k, exclude_seen=args.exclude_seen):
                     print(json.dumps(_as_json(result)))
     except UnicodeDecodeError as error:
@@ -141,7 +142,7 @@ def _history(line: str) -> list[str]:
     """Item ids, separated by blanks or, where they hold blanks themselves, a JSON array of strings or whole numbers."""
     try:
         ids = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of brackets in brackets in brackets
         return line.split()
     if not isinstance(ids, list):  # one id that looks like JSON, such as 5
         return line.split()
@@ -206,11 +207,11 @@ def _trained(folder: Path) -> tuple[str, tuple[int, int, int], tuple[float, floa
     if not path.is_file():
         raise DataError(f"{folder} holds no finished training run: {RUN_FILE} is missing")
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = read_json(path)
         cuts = run["cuts"] and (run["cuts"][0], run["cuts"][1])
         return run["settings"]["split_by"], _ratios(run["settings"]["split"]), cuts
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise DataError(f"{path} is damaged; expected the settings of a training run") from error
+        raise DataError(f"{path} is damaged; expected the settings of a training run ({error})") from error
 
 
 def _machine(args: Namespace) -> str:
@@ -244,9 +245,9 @@ def _print_epoch(report: EpochReport) -> None:
 def _show_example(recommender: Recommender) -> None:
     histories = recommender.histories
     user = histories.user_ids[0]
-    last = ", ".join(histories.item_ids[code - 1] for code in histories.history(0)[-5:])
-    best = ", ".join(item for item, _ in recommender.recommend(user, k=5, exclude_seen=True).items)
-    print(f"user {user}, whose last items are {last}: next {best}")
+    last = ", ".join(printable(histories.item_ids[code - 1]) for code in histories.history(0)[-5:])
+    best = ", ".join(printable(item) for item, _ in recommender.recommend(user, k=5, exclude_seen=True).items)
+    print(f"user {printable(user)}, whose last items are {last}: next {best}")
 
 
 def _format(metrics: dict[str, float]) -> str:

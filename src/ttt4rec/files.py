@@ -1,11 +1,15 @@
-"""Files that are replaced in one step: whatever happens while one is written, the old one stays whole."""
+"""Files that are replaced in one step: whatever happens while one is written, the old one stays whole.
+
+And files that know their checksum: what is read is what was written, or an error.
+"""
 
 import glob
 import hashlib
 import json
+import logging
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .extras import require
+
 try:
     import fcntl
 except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
-_SAVED_WITH = "saved_with"  # in a safetensors header: sha256 of the files that were written together with it
+_DIGESTS = "digests"  # sha256 of the files that were written together with this one
+_CHECKSUM = "checksum"  # of the content and of these digests
+_SEAL = "seal"  # of a safetensors header: both of them; one entry, since the order of several differs by chance
+_SAVED_WITH = "saved_with"  # in its place before there were checksums: the digests
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -78,16 +89,75 @@ def locked(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file."""
+def write_json(path: Path, content: dict[str, Any], others: Sequence[str] = ()) -> None:
+    """Replace a JSON file, which ``read_json`` checks.
+
+    Args:
+        path: the file.
+        content: what JSON can hold, by name.
+        others: files of the same folder that belong to it; ``check_digest`` tells whether they are still the same.
+    """
+    marked = content | {_DIGESTS: {name: file_digest(path.parent / name) for name in others}}
     with replacing(path) as partial:
-        _put_json(partial, content)
+        _put_json(partial, marked | {_CHECKSUM: json_checksum(marked)})
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what ``write_json`` wrote. A file without a checksum, of an older version, is read with a warning.
+
+    Raises:
+        ValueError: the file is damaged. FileNotFoundError: it is missing.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected an object, got {type(content).__name__}")
+    rest = {name: value for name, value in content.items() if name != _CHECKSUM}
+    _check_seal(path, content, lambda: json_checksum(rest))
+    return content
+
+
+def check_digest(path: Path, content: dict[str, Any]) -> None:
+    """Compare a file with what the content of a JSON file knows of it, if it does.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if path.name in content.get(_DIGESTS, {}) and file_digest(path) != content[_DIGESTS][path.name]:
+        raise ValueError(f"{path} is damaged, or of another run than what lies beside it")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Replace a safetensors file (needs the package ``safetensors``); OSError when it cannot be written."""
     with replacing(path) as partial:
         _put_tensors(partial, tensors, metadata)
+
+
+def write_sealed(path: Path, tensors: dict[str, Tensor]) -> None:
+    """As ``write_tensors``, with a checksum in the header, which ``read_sealed`` checks."""
+    require("saving", "numpy", "safetensors")
+    with replacing(path) as partial:
+        _put_sealed(partial, tensors, {})
+
+
+def read_sealed(path: Path) -> dict[str, Tensor]:
+    """Read what ``write_sealed`` wrote, or the weights of ``write_together``.
+
+    A file without a checksum, of an older version or another program, is read with a warning.
+
+    Raises:
+        ValueError: the file is damaged. FileNotFoundError: it is missing.
+    """
+    require("loading", "numpy", "safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            seal = _seal_of(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {str(error).splitlines()[0]}") from error
+    _check_seal(path, seal, lambda: header_checksum(tensors, json.dumps(seal.get(_DIGESTS))))
+    return tensors
 
 
 def write_together(folder: Path, weights: str, tensors: dict[str, Tensor], others: dict[str, Any]) -> None:
@@ -95,21 +165,24 @@ def write_together(folder: Path, weights: str, tensors: dict[str, Tensor], other
 
     Args:
         folder: created if missing.
-        weights: the file's name; it keeps the sha256 of the others.
+        weights: the file's name; it keeps its own checksum and the sha256 of the others.
         tensors: its content.
         others: contents by name: tensors for a ``.safetensors``, otherwise what JSON can hold.
 
     Raises:
         OSError: one cannot be written; if the disk is full, all are as they were before.
     """
+    require("saving", "numpy", "safetensors")
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_all([folder / name for name in (weights, *others)]) as (first, *partials):
         digests = {}
         for (name, content), partial in zip(others.items(), partials, strict=True):
-            put = _put_tensors if name.endswith(".safetensors") else _put_json
-            put(partial, content)
+            if name.endswith(".safetensors"):
+                _put_tensors(partial, content, None)
+            else:
+                _put_json(partial, content)
             digests[name] = file_digest(partial)
-        _put_tensors(first, tensors, {_SAVED_WITH: json.dumps(digests)})
+        _put_sealed(first, tensors, digests)
 
 
 def check_together(folder: Path, weights: str, others: Sequence[str]) -> None:
@@ -121,7 +194,8 @@ def check_together(folder: Path, weights: str, others: Sequence[str]) -> None:
     from safetensors import safe_open
 
     with safe_open(folder / weights, "pt") as file:
-        digests = json.loads((file.metadata() or {}).get(_SAVED_WITH, "{}"))
+        marks = file.metadata() or {}
+    digests = _seal_of(marks).get(_DIGESTS) or json.loads(marks.get(_SAVED_WITH, "{}"))
     for name in others:
         if name in digests and file_digest(folder / name) != digests[name]:
             raise ValueError(
@@ -148,11 +222,43 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def header_checksum(tensors: dict[str, Tensor], text: str) -> str:
+    """A digest of tensors and of a text that stands with them in a file's header."""
+    return hashlib.sha256(f"{checksum(tensors)} {text}".encode()).hexdigest()
+
+
+def json_checksum(content: dict[str, Any]) -> str:
+    """A digest of what a JSON file holds, in whatever order and layout."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _seal_of(marks: dict[str, str]) -> dict[str, Any]:
+    """The seal in a safetensors header, empty if there is none; it fits nothing if its name is damaged."""
+    if _SEAL in marks:
+        seal: dict[str, Any] = json.loads(marks[_SEAL])
+        return seal
+    lost = any(value.startswith(f'{{"{_DIGESTS}"') for value in marks.values())
+    return {_CHECKSUM: None} if lost else {}
+
+
+def _check_seal(path: Path, seal: dict[str, Any], expected: Callable[[], str]) -> None:
+    """ValueError if a file has a wrong checksum; it has lost it if there are digests without one."""
+    if not seal.keys() & {_DIGESTS, _CHECKSUM}:
+        _log.warning("%s has no checksum: damage to it cannot be noticed until it is saved again", path)
+    elif seal.get(_CHECKSUM) != expected():
+        raise ValueError(f"{path} is damaged: its checksum is wrong; expected the file as it was saved")
+
+
 def _put_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _put_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def _put_sealed(path: Path, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
+    seal = {_DIGESTS: digests, _CHECKSUM: header_checksum(tensors, json.dumps(digests))}
+    _put_tensors(path, tensors, {_SEAL: json.dumps(seal)})
+
+
+def _put_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

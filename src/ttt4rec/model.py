@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import catalogue
 from .baselines import MambaMixer, NARMMixer
 from .blocks import AttentionMixer, Block, BlockPool, BlockState, GRUMixer, make_norm
-from .files import check_together, write_together
+from .files import check_together, read_sealed, write_together
 from .layer import TTTLayer
 from .masked import hide_next, hide_some
 from .release import load_release_block, load_release_model
@@ -345,31 +345,30 @@ class TTT4Rec(nn.Module):
             self.embedding.weight[0] = 0
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``model.safetensors`` (needs the package ``safetensors``)."""
+        """Write ``config.json`` and ``model.safetensors``, with checksums (needs the extra ``ttt4rec[recsys]``)."""
         write_together(Path(folder), WEIGHTS_FILE, self.state_dict(), {CONFIG_FILE: dataclasses.asdict(self.config)})
 
     @staticmethod
     def load(folder: str | os.PathLike[str], device: str = "cpu") -> "TTT4Rec":
         """Read what ``save`` wrote, in evaluation mode and in the type that it was saved in.
 
+        Weights without a checksum, of an older version or another program, are read with a warning.
+
         Raises:
             FileNotFoundError: there is no saved model in the folder.
             ValueError: its files are damaged, belong to something else, or are not of one save.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         folder = Path(folder)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no saved model: {name} is missing")
         try:
+            weights = read_sealed(folder / WEIGHTS_FILE)
             check_together(folder, WEIGHTS_FILE, [CONFIG_FILE])
             settings: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            weights = load_file(folder / WEIGHTS_FILE)
             model = TTT4Rec(TTT4RecConfig(**settings)).to(weights["embedding.weight"].dtype)
             model.load_state_dict(weights)
-        except (SafetensorError, RuntimeError, TypeError, KeyError, json.JSONDecodeError) as error:
+        except (RuntimeError, TypeError, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{folder} does not hold a TTT4Rec model that this version can read: {reason}") from error
         return model.to(device).eval()

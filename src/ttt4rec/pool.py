@@ -55,6 +55,13 @@ class StatePool:
         self.conv = None if context is None else like.new_zeros(num_slots, *context)
         self.reset(torch.arange(num_slots, device=like.device))
 
+    def __repr__(self) -> str:
+        x = self.records
+        conv = "" if self.conv is None else f", conv {list(self.conv.shape)}"
+        kind = f"{str(x.dtype).removeprefix('torch.')} on {x.device}"
+        shapes = f"records {list(x.shape)}{conv}; mini-batches of {self.mini_batch_size}"
+        return f"StatePool({self.num_slots:,} slots: {shapes}; {kind}, {self.nbytes:,} bytes)"
+
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""

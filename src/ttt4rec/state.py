@@ -4,10 +4,13 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .files import read_sealed, write_sealed
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,12 @@ class TTTState:
     pending_lr: Tensor
     position: Tensor
     conv: Tensor | None = None
+
+    def __repr__(self) -> str:
+        W = self.weights[0]
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in self.tensors().items())
+        kind = f"{str(W.dtype).removeprefix('torch.')} on {W.device}"
+        return f"TTTState({self.batch_size:,} streams: {shapes}; {kind}, {self.nbytes:,} bytes)"
 
     @property
     def batch_size(self) -> int:
@@ -101,21 +110,21 @@ class TTTState:
         return TTTState.from_tensors({name: torch.cat([t[name] for t in tensors]) for name in tensors[0]})
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write to a safetensors file (needs the package ``safetensors``)."""
-        from safetensors.torch import save_file
+        """Write to a safetensors file, with a checksum (needs the extra ``ttt4rec[recsys]``).
 
-        save_file({name: x.detach().contiguous() for name, x in self.tensors().items()}, path)
+        Raises:
+            OSError: it cannot be written; a file that was there is as before.
+        """
+        write_sealed(Path(path), self.tensors())
 
     @staticmethod
     def load(path: str | PathLike[str], device: str = "cpu") -> "TTTState":
-        """Read what ``save`` wrote.
+        """Read what ``save`` wrote. A file without a checksum, of an older version, is read with a warning.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file is damaged or holds something else. FileNotFoundError: it is missing.
         """
-        from safetensors.torch import load_file
-
-        tensors = load_file(path, device=device)
+        tensors = read_sealed(Path(path))
         missing = {
             "weights.0",
             "weights.1",
@@ -126,7 +135,7 @@ class TTTState:
         } - tensors.keys()
         if missing:
             raise ValueError(f"{path} is not a saved TTTState: it lacks {', '.join(sorted(missing))}")
-        return TTTState.from_tensors(tensors)
+        return TTTState.from_tensors(tensors).to(device)
 
     def _matrices(self) -> tuple[Tensor, ...]:
         return tuple(w.unsqueeze(-1) if w.dim() == 3 else w for w in self.weights)

@@ -269,3 +269,19 @@ def check_integer(name: str, value: int, least: int = 1) -> None:
 def is_number(value: object) -> bool:
     """Whether value is an int or a float."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """A text as a terminal, a log or an error message may show it: no character of it does anything but appear.
+
+    Others, such as those that move a cursor, end a line or turn the direction of writing, are escaped.
+
+    Args:
+        text: any.
+        most: of its characters are shown; all of them if None.
+    """
+    if most is not None and len(text) > most:
+        text = f"{text[:most]}..."
+    if text.isprintable():
+        return text
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)

@@ -6,11 +6,11 @@ the first cache, and only tokens, inner gradients and the weights at either end 
 """
 
 import functools
-import logging
 
 import torch
 
 from . import build
+from .cache import BuildError
 from .calls import linear_backward, linear_forward, mlp_backward, mlp_forward, token_step
 from .softmax import log_sum_exp, softmax_gradient, softmax_refusal
 
@@ -27,7 +27,6 @@ __all__ = [
 ]
 
 _MULTIPLE = 8  # of features: the lanes of a vector
-_log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -46,7 +45,6 @@ def refusal(device: torch.device, head_dim: int, hidden: int, dtype: torch.dtype
         return f"takes head and hidden dimensions that are multiples of {_MULTIPLE}; given {head_dim} and {hidden}"
     try:
         build.library(head_dim, hidden, build.SCALARS[dtype])
-    except build.BuildError as error:
-        _log.warning("the slower eager path runs instead of the compiled one: %s", error)
-        return f"cannot be compiled: {error}"
+    except BuildError as error:
+        return build.refusal(error)
     return None

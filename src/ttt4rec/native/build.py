@@ -1,13 +1,13 @@
 """Compiling the C++ sources at their first use, and keeping the result.
 
 A library is made for one shape (head dimension, inner model, scalar type), for the very processor it runs on, with the
-system's compiler: ``$CXX``, ``c++``, ``g++`` or ``clang++``. It is kept under ``$TTT4REC_CACHE``, by default
-``~/.cache/ttt4rec``, by a key of sources, compiler and processor, so that only the first process ever waits.
+system's compiler: ``$CXX``, ``c++``, ``g++`` or ``clang++``. It is kept in the folder of ``cache``, so that only the
+first process ever waits. Its name has a key of shape, sources and processor, and behind it a mark of the compiler:
+where there is no compiler, or where it fails, a library that any other one made serves.
 """
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import platform
@@ -19,18 +19,27 @@ from pathlib import Path
 
 import torch
 
+from . import cache
+from .cache import BuildError, UntrustedError
+
 SCALARS = {torch.float32: "float", torch.float64: "double"}
 INNER_LOOP, SOFTMAX = ("inner_loop.cpp", "step.cpp"), ("softmax.cpp",)
+_FUNCTIONS = {INNER_LOOP: ("ttt_forward", "ttt_backward", "ttt_step"), SOFTMAX: ("softmax_forward", "softmax_backward")}
 _SOURCES = Path(__file__).parent
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
     "-fvisibility=hidden",  # or libraries of different shapes share what has the same name in both
 )  # fmt: skip
 _log = logging.getLogger(__name__)
+_warned = set[str]()
 
 
-class BuildError(RuntimeError):
-    """There is no compiler, or it failed, or its result cannot be kept."""
+def refusal(error: BuildError) -> str:
+    """What one is told who insists on compiled code; all others are warned in the log, once for each reason."""
+    if error.reason not in _warned:
+        _warned.add(error.reason)
+        _log.warning("the slower eager path runs instead of the compiled one: %s", error)
+    return f"cannot be compiled: {error}"
 
 
 @functools.cache
@@ -44,20 +53,37 @@ def library(head_dim: int, hidden: int, scalar: str, sources: tuple[str, ...] = 
         sources: ``INNER_LOOP`` or ``SOFTMAX``.
 
     Raises:
-        BuildError: it cannot be compiled here.
+        BuildError: there is none and it cannot be compiled here, or others could have put one into the cache.
     """
-    command = (
-        *compiler(), *_FLAGS, "-shared", "-fPIC", f"-DTTT_HEAD_DIM={head_dim}", f"-DTTT_HIDDEN={hidden}",
-        f"-DTTT_SCALAR={scalar}", *(str(_SOURCES / source) for source in sources),
+    options = (
+        *_FLAGS, "-shared", "-fPIC", f"-DTTT_HEAD_DIM={head_dim}", f"-DTTT_HIDDEN={hidden}", f"-DTTT_SCALAR={scalar}",
     )  # fmt: skip
-    key = hashlib.sha256("\n".join([*command, _sources(), _version(command[0]), _processor()]).encode()).hexdigest()
-    path = _cache() / f"{Path(sources[0]).stem}-d{head_dim}-f{hidden}-{scalar}-{key[:16]}.so"
-    if not path.exists():
-        _compile(command, path)
     try:
-        return ctypes.CDLL(str(path))
+        key = cache.digest("\n".join([*options, *sources, _sources(), _processor()]).encode())
+        return _library(f"{Path(sources[0]).stem}-d{head_dim}-f{hidden}-{scalar}-{key}", options, sources)
     except OSError as error:
-        raise BuildError(f"the compiled library {path} cannot be loaded: {error}") from error
+        raise BuildError(f"the cache of compiled libraries cannot be used: {error}") from error
+
+
+def _library(name: str, options: tuple[str, ...], sources: tuple[str, ...]) -> ctypes.CDLL:
+    """The library of a name: this compiler's, made if need be, or else another's."""
+    place, functions = cache.folder(), _FUNCTIONS[sources]
+    try:
+        command = compiler()
+        ours = f"{name}-{cache.digest(_version(tuple(command)).encode())}"
+        found, _ = cache.load(place, ours, functions)
+        if found is None:
+            _compile((*command, *options, *(str(_SOURCES / source) for source in sources)), place, ours)
+            found, _ = cache.load(place, ours, functions)
+        if found is None:
+            raise BuildError("the compiler made no library that works")
+    except UntrustedError:
+        raise
+    except BuildError as error:
+        found, wrong = cache.load(place, name, functions)
+        if found is None:
+            raise BuildError(error.reason, error.details + wrong) from error
+    return found
 
 
 def compiler() -> list[str]:
@@ -68,7 +94,10 @@ def compiler() -> list[str]:
     """
     chosen = os.environ.get("CXX")
     if chosen is not None:
-        command = shlex.split(chosen)
+        try:
+            command = shlex.split(chosen)
+        except ValueError as error:
+            raise BuildError(f"$CXX expects the command of a C++ compiler, given {chosen!r}: {error}") from error
         if command and shutil.which(command[0]):
             return command
         raise BuildError(f"$CXX names the C++ compiler {chosen!r}, which is not there")
@@ -78,24 +107,25 @@ def compiler() -> list[str]:
     return [found]
 
 
-def _compile(command: tuple[str, ...], path: Path) -> None:
-    """Make the library beside its place and move it there at once, so that nobody loads half of one."""
-    _log.info("compiling %s", path)
+def _compile(command: tuple[str, ...], place: Path, name: str) -> None:
+    """Make a library and put it into the cache."""
+    _log.info("compiling %s in %s", name, place)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            result = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
+        place.mkdir(mode=0o755, parents=True, exist_ok=True)
+        cache.folder()  # what was just made is ours alone
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            made = Path(folder) / "made.so"
+            result = _run(*command, "-o", str(made))
             if result.returncode:
-                raise BuildError(f"the compiler failed: {shlex.join(command)}\n{result.stderr.strip()[-2000:]}")
-            os.replace(made, path)
+                rest = f"{shlex.join(command[1:])}\n{result.stderr.strip()[-2000:]}"
+                raise BuildError(f"the compiler failed: {command[0]}", f" {rest}")
+            cache.keep(made, place, name)
     except OSError as error:
-        raise BuildError(f"the library cannot be compiled to {path}: {error}") from error
+        raise BuildError(f"a library cannot be compiled to {place}: {error}") from error
 
 
-def _cache() -> Path:
-    chosen = os.environ.get("TTT4REC_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "ttt4rec"
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
 
 
 @functools.cache
@@ -106,9 +136,12 @@ def _sources() -> str:
 
 
 @functools.cache
-def _version(command: str) -> str:
-    result = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
-    return result.stdout
+def _version(command: tuple[str, ...]) -> str:
+    """The compiler's command and what it says of itself."""
+    try:
+        return "\n".join([*command, _run(command[0], "--version").stdout])
+    except OSError as error:
+        raise BuildError(f"the compiler {command[0]} cannot be run: {error}") from error
 
 
 @functools.cache

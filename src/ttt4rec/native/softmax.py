@@ -2,15 +2,14 @@
 
 import ctypes
 import functools
-import logging
 
 import torch
 from torch import Tensor
 
 from . import build
+from .cache import BuildError
 from .threads import share
 
-_log = logging.getLogger(__name__)
 _SHAPE = (16, 0, "float", build.SOFTMAX)  # of a head only in name: so many lanes has any vector of float32
 
 
@@ -34,9 +33,8 @@ def softmax_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"takes float32 on a CPU; given {dtype} on {device}"
     try:
         build.library(*_SHAPE)
-    except build.BuildError as error:
-        _log.warning("the loss is computed by torch's own operators instead of compiled ones: %s", error)
-        return f"cannot be compiled: {error}"
+    except BuildError as error:
+        return build.refusal(error)
     return None
 
 

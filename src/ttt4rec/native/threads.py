@@ -8,7 +8,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
@@ -48,10 +48,12 @@ def share(work: Callable[[int, int], int], rows: int) -> None:
                 return failed
             failed |= work(*part)
 
-    others = [_executor(threads).submit(take) for _ in range(threads - 1)]
+    others: list[Future[int]] = []
     try:
+        for _ in range(threads - 1):
+            others.append(_executor(threads).submit(take))
         failed = take() | sum(0 if other.cancel() else other.result() for other in others)
-    except BaseException:  # an interruption, say: the caller frees the memory that the others still work on
+    except BaseException:  # an interruption, or a thread that cannot start: the caller frees what the others work on
         parts.clear()
         wait([other for other in others if not other.cancel()])
         raise

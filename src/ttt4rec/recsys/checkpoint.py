@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ttt4rec.files import checksum, write_tensors
+from ttt4rec.files import header_checksum, write_tensors
 
 _KIND = "ttt4rec training checkpoint, version 3"
 
@@ -18,7 +17,7 @@ _KIND = "ttt4rec training checkpoint, version 3"
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
     """Put a checkpoint in the place of the old one; OSError, and the old one stays, when it cannot be written."""
     text = json.dumps(progress)
-    write_tensors(path, tensors, {"kind": _KIND, "progress": text, "checksum": _checksum(tensors, text)})
+    write_tensors(path, tensors, {"kind": _KIND, "progress": text, "checksum": header_checksum(tensors, text)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -36,10 +35,6 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         text, expected = metadata["progress"], metadata["checksum"]
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if _checksum(tensors, text) != expected:
+    if header_checksum(tensors, text) != expected:
         raise ValueError(f"{path} is damaged: its checksum is wrong")
     return tensors, json.loads(text)
-
-
-def _checksum(tensors: dict[str, Tensor], progress: str) -> str:
-    return hashlib.sha256(f"{checksum(tensors)} {progress}".encode()).hexdigest()

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol, TextIO, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ttt4rec.validation import check_integer
+from ttt4rec.recsys.text import DataError as DataError
+from ttt4rec.recsys.text import TextFile, is_packed, long_fields
+from ttt4rec.validation import check_integer, printable
 
 IntArray: TypeAlias = NDArray[np.int64]
 TimeArray: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
@@ -29,11 +30,8 @@ _SEPARATORS = {".inter": "\t", ".tsv": "\t", ".csv": ","}
 _DATE = re.compile(r"\s*\d{4}-\d\d-\d\d")
 _FINER_THAN_MICROSECONDS = re.compile(r"\.\d{6}0*[1-9]")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what the error handler surrogateescape makes of bytes
+_SHOWN = 200  # characters of what a file holds in an error message
 _ROWS_PER_CHUNK = 256  # few enough objects alive that the garbage collector stays out of the way
-
-
-class DataError(ValueError):
-    """A mistake in the user's data or its location, told in one line."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +54,11 @@ class Interactions:
 
     def __len__(self) -> int:
         return len(self.users)
+
+    def __repr__(self) -> str:
+        arrays = (self.users, self.items, self.times)
+        counts = f"{len(self):,} of {len(self.user_ids):,} users with {len(self.item_ids):,} items"
+        return f"Interactions({counts}, times {self.times.dtype}, {sum(x.nbytes for x in arrays):,} bytes)"
 
     def take(self, rows: IntArray) -> Interactions:
         """Some of the rows, with codes closed up in their old order."""
@@ -81,6 +84,11 @@ class Histories:
     times: TimeArray
     user_ids: tuple[str, ...]
     item_ids: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        arrays = (self.items, self.offsets, self.times)
+        counts = f"{self.num_users:,} users, {self.num_items:,} items, {len(self.items):,} interactions"
+        return f"Histories({counts}, times {self.times.dtype}, {sum(x.nbytes for x in arrays):,} bytes)"
 
     @property
     def num_users(self) -> int:
@@ -159,7 +167,8 @@ def read_interactions(
 
     Raises:
         DataError: no such file, no such column, no rows, rows that cannot be understood (it names the file, the first
-            bad line, how many there are and where), or a whole time that float64, beside fractions, would round.
+            bad line, how many there are and where), a row of more than 4 MiB, or a whole time that float64, beside
+            fractions, would round.
     """
     path = Path(path)
     if path.suffix.lower() == ".parquet":
@@ -180,15 +189,15 @@ def read_interactions(
 
 
 def _read_text(path: Path, separator: str, columns: Sequence[str] | None, fields: tuple[str, str, str]) -> Interactions:
-    with open_text(path) as file:
+    with TextFile(path) as text, long_fields:
         quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-        reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
+        reader = csv.reader(text.lines, delimiter=separator, quoting=quoting, strict=True)
         try:
             header = next(reader, None) if columns is None else list(columns)
             if not header:
                 given = "an empty file" if header is None else "an empty line"
                 raise DataError(f"{path} line 1: expected a header line, got {given}")
-            return _read_rows(path, reader, _find_columns(path, header, *fields))
+            return _read_rows(path, text, reader, _find_columns(path, header, *fields))
         except UnicodeDecodeError as error:
             place, given = f"line {_line_of_undecodable(path)}", f"byte {error.object[error.start]:#04x}"
             raise DataError(f"{path} {place}: expected UTF-8 text, got {given}") from error
@@ -197,22 +206,11 @@ def _read_text(path: Path, separator: str, columns: Sequence[str] | None, fields
 
 
 def _separator_of(path: Path) -> str:
-    plain = path.with_suffix("") if _is_packed(path) else path
+    plain = path.with_suffix("") if is_packed(path) else path
     if plain.suffix.lower() not in _SEPARATORS:
         known = ", ".join(_SEPARATORS)
         raise DataError(f"{path}: expected a suffix out of {known} (or a separator), got {plain.suffix!r}")
     return _SEPARATORS[plain.suffix.lower()]
-
-
-def _is_packed(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
-
-
-def open_text(path: Path, errors: str = "strict") -> TextIO:
-    """A text file, unpacked if it is packed."""
-    if _is_packed(path):
-        return gzip.open(path, "rt", encoding="utf-8-sig", errors=errors, newline="")
-    return path.open(encoding="utf-8-sig", errors=errors, newline="")
 
 
 def _line_of_undecodable(path: Path) -> int:
@@ -220,8 +218,14 @@ def _line_of_undecodable(path: Path) -> int:
 
     Read again for it: the text layer decodes whole blocks, so that when it fails, the lines before are not yet counted.
     """
-    with open_text(path, errors="surrogateescape") as file:
-        return next(number for number, line in enumerate(file, start=1) if _ESCAPED_BYTE.search(line))
+    number = 0
+    with TextFile(path, errors="surrogateescape") as text:
+        while lines := list(text.some(text.lines, _ROWS_PER_CHUNK)):
+            bad = [place for place, line in enumerate(lines, start=1) if _ESCAPED_BYTE.search(line)]
+            if bad:
+                return number + bad[0]
+            number += len(lines)
+    raise AssertionError("a line is not UTF-8")
 
 
 def _find_columns(path: Path, header: list[str], user_field: str, item_field: str, time_field: str) -> _Columns:
@@ -230,7 +234,7 @@ def _find_columns(path: Path, header: list[str], user_field: str, item_field: st
     def find(field: str) -> int:
         names = header if field in header else bare
         if names.count(field) != 1:
-            given = ", ".join(header)
+            given = printable(", ".join(header), _SHOWN)
             raise DataError(f"{path} line 1: expected one column {field!r}, got {names.count(field)} among {given}")
         return names.index(field)
 
@@ -258,13 +262,13 @@ class Codes(dict[str, int]):
         return np.fromiter(map(self.__getitem__, ids), dtype=np.int64, count=len(ids))
 
 
-def _read_rows(path: Path, reader: _Reader, columns: _Columns) -> Interactions:
+def _read_rows(path: Path, text: TextFile, reader: _Reader, columns: _Columns) -> Interactions:
     user_codes, item_codes = Codes(), Codes()
     users: list[IntArray] = []
     items: list[IntArray] = []
     times: list[TimeArray | NDArray[np.object_]] = []
     problems: list[tuple[int, str]] = []
-    while chunk := [(reader.line_num, row) for row in islice(reader, _ROWS_PER_CHUNK)]:
+    while chunk := [(reader.line_num, row) for row in text.some(reader, _ROWS_PER_CHUNK)]:
         rows = [row for _, row in chunk if row]
         if not rows:
             continue
@@ -366,12 +370,12 @@ def _problem(row: list[str], columns: _Columns) -> str | None:
         return f"expected {columns.width} fields, got {len(row)}"
     for position, what in ((columns.user, "a user"), (columns.item, "an item")):
         if not row[position].strip():
-            return f"expected {what} id in field {position + 1}, got {row[position]!r}"
+            return f"expected {what} id in field {position + 1}, got {row[position][:_SHOWN]!r}"
     try:
         _parse_time(row[columns.time])
     except ValueError:
         wanted = "a time (a 64-bit number, below 2**52 if it has a fraction, or a date, to microseconds)"
-        return f"expected {wanted} in field {columns.time + 1}, got {row[columns.time]!r}"
+        return f"expected {wanted} in field {columns.time + 1}, got {row[columns.time][:_SHOWN]!r}"
     return None
 
 

@@ -30,6 +30,7 @@ RECBOLE_REQUIREMENT = "recbole==1.2.1"
 GROUPLENS_URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 
 _WHEEL_MEMBER = "recbole/dataset_example/ml-100k/ml-100k.inter"
+_LARGEST_MEMBER = 1 << 24  # of ml-100k's 2 MB; the checksum can be compared only when it is unpacked
 _ZIP_MEMBER = "ml-100k/u.data"
 _HEADER = b"user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 _FAILURES = (
@@ -67,9 +68,14 @@ def load_interactions(source: str | os.PathLike[str], **fields: str) -> Interact
 
 
 def cache_directory() -> Path:
-    """Where fetched datasets are kept."""
+    """Where fetched datasets are kept; DataError where nothing says so and nobody knows the user's home folder."""
     configured = os.environ.get("TTT4REC_DATA")
-    return Path(configured) if configured else Path.home() / ".cache" / "ttt4rec"
+    try:
+        return Path(configured) if configured else Path.home() / ".cache" / "ttt4rec"
+    except RuntimeError as error:
+        raise DataError(
+            "expected a folder for data sets in $TTT4REC_DATA, as $HOME is not set and the system knows no home folder"
+        ) from error
 
 
 def download_wheel(folder: Path) -> bytes:
@@ -147,6 +153,9 @@ def _from_archive(archive: bytes) -> bytes:
 
 def _member(archive: bytes, name: str) -> bytes:
     with zipfile.ZipFile(io.BytesIO(archive)) as unpacked:
+        size = unpacked.getinfo(name).file_size  # no more is unpacked than an archive says
+        if size > _LARGEST_MEMBER:
+            raise DataError(f"expected {name} of at most {_LARGEST_MEMBER:,} bytes, got {size:,}")
         return unpacked.read(name)
 
 

@@ -71,7 +71,7 @@ class Loss:
     """
 
     name: LossName
-    log_probability: Tensor
+    log_probability: Tensor = dataclasses.field(repr=False)
     num_negatives: int
     calibration: float
 

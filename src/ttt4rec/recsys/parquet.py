@@ -9,15 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttt4rec.recsys.data import Codes, DataError, IntArray, Interactions, TimeArray, report_problems
+from ttt4rec.validation import printable
 
-_ROWS_PER_BATCH = 1 << 17
+_ROWS_PER_BATCH, _BYTES_PER_BATCH = 1 << 17, 1 << 26
 
 
 def read_parquet(path: Path, user_field: str, item_field: str, time_field: str) -> Interactions:
     """Read three columns of a file, batch by batch.
 
     Ids are strings or integers, times integers, floats, dates or timestamps (in the file's unit). Memory is taken
-    for 24 bytes a row (at the end 9 more where times are floats), for every id, and for a few batches in pyarrow.
+    for 24 bytes a row (at the end 9 more where times are floats), for every id, and for a few batches in pyarrow. Ids
+    that repeat are unpacked once, so that a small file with long ids stays small.
 
     Raises:
         DataError: pyarrow is missing, the file is no Parquet file, or its columns or rows cannot be understood.
@@ -33,9 +35,11 @@ def read_parquet(path: Path, user_field: str, item_field: str, time_field: str) 
     try:
         with parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow, fields)
-            return _read(path, file, fields)
+            size = _rows_per_batch(file.metadata)
+        with parquet.ParquetFile(path, read_dictionary=[user_field, item_field]) as file:
+            return _read(path, file, fields, size)
     except (arrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:  # whatever damaged bytes lead to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = printable(str(error).splitlines()[0], 200) if str(error) else type(error).__name__
         raise DataError(f"{path}: expected a readable Parquet file, got: {reason}") from error
 
 
@@ -44,7 +48,7 @@ def _check_columns(path: Path, schema: Any, fields: dict[str, str]) -> None:
 
     for what, field in fields.items():
         if schema.names.count(field) != 1:
-            given = ", ".join(schema.names)
+            given = printable(", ".join(schema.names), 200)
             raise DataError(f"{path}: expected one column {field!r}, got {schema.names.count(field)} among {given}")
         kind = schema.field(field).type
         plain = kind.value_type if types.is_dictionary(kind) else kind
@@ -55,7 +59,18 @@ def _check_columns(path: Path, schema: Any, fields: dict[str, str]) -> None:
             raise DataError(f"{path}: expected {wanted} in column {field!r}, got {kind}")
 
 
-def _read(path: Path, file: Any, fields: dict[str, str]) -> Interactions:
+def _rows_per_batch(metadata: Any) -> int:
+    """So many rows that a batch of them, before what repeats is packed, has a bounded number of bytes.
+
+    It goes by the sizes of all columns: asked for one column's, pyarrow ends the process if the file is damaged.
+    """
+    most = _ROWS_PER_BATCH
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        most = min(most, _BYTES_PER_BATCH * group.num_rows // max(1, group.total_byte_size))
+    return max(1, most)
+
+
+def _read(path: Path, file: Any, fields: dict[str, str], size: int) -> Interactions:
     from pyarrow import types
 
     rows = file.metadata.num_rows
@@ -67,7 +82,7 @@ def _read(path: Path, file: Any, fields: dict[str, str]) -> Interactions:
     times: TimeArray = np.empty(rows, dtype=np.float64 if floating else np.int64)
     problems: list[tuple[int, str]] = []
     start = 0
-    for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=list(fields.values())):
+    for batch in file.iter_batches(batch_size=size, columns=list(fields.values())):
         here = slice(start, start + batch.num_rows)
         if here.stop > rows:
             raise DataError(f"{path}: expected {rows} rows, as its metadata says, got more")
@@ -97,13 +112,18 @@ def _read(path: Path, file: Any, fields: dict[str, str]) -> Interactions:
 
 def _encode(column: Any, codes: Codes) -> tuple[IntArray, NDArray[np.bool_]]:
     """Codes of a batch's ids, and where an id is missing or blank; UnicodeDecodeError if one is not UTF-8."""
-    from pyarrow import string
+    from pyarrow import string, types
 
-    encoded = column.cast(string()).dictionary_encode()
-    names = encoded.dictionary.to_pylist()
-    lookup = np.append(codes.encode(names), 0)  # the last stands for a missing id
-    blank = np.array([not name.strip() for name in names] + [True], dtype=bool)
-    places = encoded.indices.fill_null(len(names)).to_numpy(zero_copy_only=False).astype(np.int64)
+    if not types.is_dictionary(column.type):
+        column = column.cast(string()).dictionary_encode()
+    used = column.indices.drop_null().unique()  # in the order of their first appearance
+    names = [name or "" for name in column.dictionary.take(used).cast(string()).to_pylist()]
+    numbers = used.to_numpy(zero_copy_only=False)
+    lookup = np.zeros(len(column.dictionary) + 1, dtype=np.int64)  # the last stands for a missing id
+    lookup[numbers] = codes.encode(names)
+    blank = np.ones(len(lookup), dtype=bool)
+    blank[numbers] = [not name.strip() for name in names]
+    places = column.indices.fill_null(len(column.dictionary)).to_numpy(zero_copy_only=False).astype(np.int64)
     return lookup[places], blank[places]
 
 

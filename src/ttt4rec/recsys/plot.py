@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ttt4rec.extras import require
+
 
 def plot_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """Draw loss and validation NDCG@10 by epoch into a PNG file (needs the package ``matplotlib``).
+    """Draw loss and validation NDCG@10 by epoch into a PNG file (needs the extra ``ttt4rec[plot]``).
 
     Args:
         runs: rows of ``metrics.csv`` by the name of the run.
         path: the file.
     """
+    require("a picture of training runs", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ttt4rec.files import file_digest, replacing
-from ttt4rec.recsys.data import DataError, Interactions, open_text, read_interactions
+from ttt4rec.recsys.data import DataError, Interactions, read_interactions
+from ttt4rec.recsys.text import TextFile
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,8 @@ def _present(folder: Path, names: Iterable[str]) -> Path | None:
 def _time_of(atomic: Path, dataset: PublicDataset) -> str:
     """The name of the column of times; the usual one if the file cannot be read, which its reading will say better."""
     header: list[str] = []
-    with suppress(OSError, EOFError, zlib.error), open_text(atomic, errors="replace") as file:
-        header = [field.partition(":")[0].strip() for field in file.readline().split("\t")]
+    with suppress(OSError, EOFError, zlib.error), TextFile(atomic, errors="replace") as text:
+        header = [field.partition(":")[0].strip() for field in text.lines.readline().split("\t")]
     if "num_repeat" in header:
         raise DataError(
             f"{atomic}: expected every interaction on its own, as in the paper's data, got a file whose repeats are "

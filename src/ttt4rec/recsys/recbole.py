@@ -15,11 +15,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from recbole.model.abstract_recommender import SequentialRecommender
-from recbole.utils import InputType
 from torch import Tensor
 
 from ttt4rec import model as models
+from ttt4rec.extras import missing
+
+try:
+    from recbole.model.abstract_recommender import SequentialRecommender
+    from recbole.utils import InputType
+except ModuleNotFoundError as error:
+    raise missing("ttt4rec.recsys.recbole", error) from error
 
 RECBOLE_DEFAULTS: dict[str, Any] = {
     "train_neg_sample_args": None,  # the loss is the softmax over all items

@@ -15,12 +15,17 @@ module.
 import copy
 from typing import Any
 
-from rectools.models.nn.transformers.lightning import TransformerLightningModule
-from rectools.models.nn.transformers.net_blocks import TransformerLayersBase
 from torch import Tensor, nn
 
 from ttt4rec.blocks import Block, make_norm
+from ttt4rec.extras import missing
 from ttt4rec.layer import TTTLayer
+
+try:
+    from rectools.models.nn.transformers.lightning import TransformerLightningModule
+    from rectools.models.nn.transformers.net_blocks import TransformerLayersBase
+except ModuleNotFoundError as error:
+    raise missing("ttt4rec.recsys.rectools", error) from error
 
 
 class TTTLayers(TransformerLayersBase):  # type: ignore[misc]

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from ttt4rec.files import replacing
+from ttt4rec.files import check_digest, read_json, replacing
 from ttt4rec.recsys.data import DataError
 from ttt4rec.recsys.plot import plot_curves
 from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.split import PARTS, Split
 from ttt4rec.recsys.train import METRICS_FILE
+from ttt4rec.validation import printable
 
 RUN_FILE, REPORT_FILE, CURVES_FILE, CARD_FILE = "run.json", "report.md", "curves.png", "model_card.md"
 
@@ -134,7 +135,7 @@ def write_card(folder: Path, recommender: Recommender, about: dict[str, Any]) ->
         mixer=config.mixer,
         width=config.width,
         parameters=sum(p.numel() for p in recommender.model.parameters()),
-        item=json.dumps(recommender.histories.item_ids[0], ensure_ascii=False),
+        item=printable(json.dumps(recommender.histories.item_ids[0], ensure_ascii=False)),
         data=_table(["", "count"], _side_by_side([about["data"]])),
         seen=", but for those the user had before" if settings["exclude_seen"] else "",
         metrics=_table(["metric", "value"], [[name, f"{value:.4f}"] for name, value in about["test"].items()]),
@@ -146,13 +147,14 @@ def write_card(folder: Path, recommender: Recommender, about: dict[str, Any]) ->
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        run = read_json(folder / RUN_FILE)
+        check_digest(folder / METRICS_FILE, run)
         with (folder / METRICS_FILE).open(newline="", encoding="utf-8") as file:
             epochs = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
         found = {"epochs": epochs} | {part: dict(run[part]) for part in ("settings", "data", "test")}
     except FileNotFoundError as error:
         raise DataError(f"{folder} holds no finished training run: {Path(error.filename).name} is missing") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise DataError(f"{folder}: expected the files of a training run, got damaged ones ({error})") from error
     if not epochs:
         raise DataError(f"{folder / METRICS_FILE}: expected at least one epoch, got none")

@@ -42,6 +42,10 @@ class Split:
     train_end: IntArray
     valid_end: IntArray
 
+    def __repr__(self) -> str:
+        targets = " / ".join(f"{self.num_targets(part):,}" for part in PARTS)
+        return f"Split({targets} {' / '.join(PARTS)} targets of {self.histories!r})"
+
     def bounds(self, part: Part) -> tuple[IntArray, IntArray]:
         """First target position and the one after the last, int64 [num_users] each; ValueError if unknown."""
         if part in PARTS:

@@ -38,6 +38,13 @@ class Windows:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def __repr__(self) -> str:
+        tensors = (self.starts, self.lengths, self.leading, self.begins)
+        size = sum(x.nbytes for x in (self.items, *tensors))
+        return (
+            f"Windows({len(self):,} with {self.num_targets:,} targets among {len(self.items):,} items, {size:,} bytes)"
+        )
+
     def take(self, indices: Tensor) -> Windows:
         """Some of the windows."""
         return Windows(self.items, *(x[indices] for x in (self.starts, self.lengths, self.leading, self.begins)))
