@@ -79,7 +79,7 @@ def test_large_heads_in_float32(inner, head_dim):
 
 
 def test_libraries_of_different_shapes_share_nothing():
-    """Both have 32 hidden features: names that the loader takes for one would give the second the sizes of the first."""
+    """Both have 32 hidden features: if the loader takes their names for one, the second has the sizes of the first."""
     for head_dim in (16, 8):
         inputs = inner_inputs("mlp", B=1, L=9, H=2, D=head_dim, K=4, hidden=32)
         expected = flat(inner_results("mlp", inputs, backend="reference"))
