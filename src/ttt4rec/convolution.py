@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .initialisation import Device
 from .projection import Rope, causal_convolutions
 from .spans import Spans, last_tokens
 
@@ -13,10 +14,17 @@ from .spans import Spans, last_tokens
 class CausalConv(nn.Module):
     """The parameters of a depthwise causal convolution, ``y_t = b + Σ_j w_j x_{t - (kernel - 1) + j}``."""
 
-    def __init__(self, width: int, kernel: int) -> None:
+    def __init__(self, width: int, kernel: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, kernel).uniform_(-(kernel**-0.5), kernel**-0.5))
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.empty(width, kernel, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights from U(-1/√kernel, 1/√kernel); the bias zero."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.bias)
 
 
 def convolve(

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from . import catalogue
 from .baselines import MambaMixer, NARMMixer
 from .blocks import AttentionMixer, Block, BlockPool, BlockState, GRUMixer, make_norm
 from .files import check_together, write_together
+from .initialisation import STD, Device, draw
 from .layer import TTTLayer
 from .masked import hide_next, hide_some
 from .release import load_release_block, load_release_model
@@ -140,29 +142,46 @@ class TTT4Rec(nn.Module):
         config: the shape.
         mixer: makes a block's mixer from the configuration; replace it to run another sequence layer in the same
             model. It must take ``(x, mask=, cu_seqlens=, state=, return_state=)`` as ``TTTLayer`` does.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
-    def __init__(self, config: TTT4RecConfig, mixer: Callable[[TTT4RecConfig], nn.Module] = make_mixer) -> None:
+    def __init__(
+        self,
+        config: TTT4RecConfig,
+        mixer: Callable[[TTT4RecConfig], nn.Module] = make_mixer,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        factory: Any = {"device": device, "dtype": dtype}
         self.config = config
-        self.embedding: Any = nn.Embedding(config.num_items + 1, config.width, padding_idx=0)
+        self.embedding: Any = nn.Embedding(config.num_items + 1, config.width, padding_idx=0, **factory)
         self.dropout = nn.Dropout(config.dropout)
-        self.embedding_norm = nn.LayerNorm(config.width, eps=1e-12)  # the release's
-        self.blocks = nn.ModuleList(
-            Block(
-                config.width,
-                mixer(config),
-                norm=config.norm,
-                ffn=config.ffn,
-                ffn_width=config.ffn_width,
-                conv_kernel=config.conv_kernel if config.block_conv else None,
+        self.embedding_norm = nn.LayerNorm(config.width, eps=1e-12, **factory)  # the release's
+        with nullcontext() if device is None else torch.device(device):  # also mixers that know of no device
+            self.blocks = nn.ModuleList(
+                Block(
+                    config.width,
+                    mixer(config).to(**factory),
+                    norm=config.norm,
+                    ffn=config.ffn,
+                    ffn_width=config.ffn_width,
+                    conv_kernel=config.conv_kernel if config.block_conv else None,
+                    **factory,
+                )
+                for _ in range(config.num_blocks)
             )
-            for _ in range(config.num_blocks)
-        )
-        self.norm = make_norm(config.norm, config.width)
+        self.norm = make_norm(config.norm, config.width, **factory)
         hides = config.mixer == "bidirectional"
-        self.hidden_item = nn.Parameter(torch.empty(config.width).normal_(std=0.02)) if hides else None
-        self.apply(_init_weights)
+        self.hidden_item = nn.Parameter(torch.empty(config.width, **factory)) if hides else None
+        self.reset_parameters()
+        self.apply(draw)
+
+    def reset_parameters(self) -> None:
+        """Draw what is the model's own, BERT4Rec's hidden item, from N(0, 0.02); its modules have their own."""
+        if self.hidden_item is not None:
+            nn.init.normal_(self.hidden_item, std=STD)
 
     def forward(
         self,
@@ -316,7 +335,7 @@ class TTT4Rec(nn.Module):
         larger.embedding = nn.Embedding(
             num_items + 1, self.config.width, padding_idx=0, device=old.device, dtype=old.dtype
         )
-        larger.embedding.apply(_init_weights)
+        draw(larger.embedding)
         with torch.no_grad():
             larger.embedding.weight[: len(old)] = old
         larger.embedding.weight.requires_grad_(old.requires_grad)
@@ -373,12 +392,3 @@ class TTT4Rec(nn.Module):
             reason = str(error).splitlines()[0]
             raise ValueError(f"{folder} does not hold a TTT4Rec model that this version can read: {reason}") from error
         return model.to(device).eval()
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        nn.init.zeros_(module.weight[module.padding_idx])

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt4rec import catalogue
+from ttt4rec.initialisation import draw
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -200,6 +201,7 @@ class ShardedItems(nn.Module):
         """The table as it was before it was split, in every process."""
         table = whole(self.weight.detach())
         items = nn.Embedding(table.shape[0], table.shape[1], padding_idx=0, device="meta")
+        draw(items)  # on meta that is to say: when it is to be drawn anew, as the rest of the model
         items.weight = nn.Parameter(table, requires_grad=self.weight.requires_grad)
         return items
 
