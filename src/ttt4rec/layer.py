@@ -197,9 +197,12 @@ class TTTLayer(nn.Module):
 
     def make_pool(self, num_slots: int) -> StatePool:
         """A pool of new streams on the layer's device, for ``step``."""
+        return StatePool(num_slots, self, self._context)
+
+    def initial_state(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+        """What a stream starts with: ``(W1, b1)`` or ``(W1, b1, W2, b2)``, and γ and β of the inner norm."""
         initial = (self.W1, self.b1) if self.inner == "linear" else (self.W1, self.b1, self.W2, self.b2)
-        norm = self.inner_norm_weight, self.inner_norm_bias
-        return StatePool(num_slots, initial, norm, self.mini_batch_size, self._context)
+        return initial, (self.inner_norm_weight, self.inner_norm_bias)
 
     @torch.no_grad()
     def step(self, x: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
@@ -222,7 +225,7 @@ class TTTLayer(nn.Module):
             TypeError: a wrong dtype.
         """
         check_step_input(x, self.width, slots, pool.num_slots, pool.records)
-        if not pool.belongs_to(self.W1):
+        if pool.layer is not self:
             raise ValueError("the pool belongs to another layer; a layer steps the pools that its make_pool made")
         x = x.unsqueeze(1)
         if self.backend == "reference":
@@ -249,12 +252,10 @@ class TTTLayer(nn.Module):
         return None if self.backbone == "transformer" else (self.conv_kernel - 1, self.width)
 
     def _inner_loop(self, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, **where: Any) -> tuple[Tensor, TTTState]:
-        scale = token_scale(self.token_offset.to(lr.dtype))
-        norm = (self.inner_norm_weight, self.inner_norm_bias)
+        scale, (initial, norm) = token_scale(self.token_offset.to(lr.dtype)), self.initial_state()
         where["mini_batch_size"] = self.mini_batch_size
-        if self.inner == "linear":
-            return ttt_linear(q, k, v, lr, scale, self.W1, self.b1, *norm, **where)
-        return ttt_mlp(q, k, v, lr, scale, self.W1, self.b1, self.W2, self.b2, *norm, **where)
+        inner_loop: Callable[..., tuple[Tensor, TTTState]] = ttt_linear if self.inner == "linear" else ttt_mlp
+        return inner_loop(q, k, v, lr, scale, *initial, *norm, **where)
 
     def _views(
         self, x: Tensor, spans: Spans | None, position: Tensor | None, context: Tensor | None, backend: Backend

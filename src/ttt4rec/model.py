@@ -288,7 +288,7 @@ class TTT4Rec(nn.Module):
         if len(pools) != len(self.blocks):
             raise ValueError(f"pools must hold one entry per block, {len(self.blocks)}; given {len(pools)}")
         for block, pool in zip(self.blocks, pools, strict=True):  # all of them, before the first one changes
-            foreign = isinstance(block.mixer, TTTLayer) and not pool.mixer.belongs_to(block.mixer.W1)
+            foreign = isinstance(block.mixer, TTTLayer) and pool.mixer.layer is not block.mixer
             if foreign or pool.mixer.num_slots != pools[0].mixer.num_slots:
                 raise ValueError("pools must be those of one make_pools; given one of another model, block or size")
         if ids.is_cpu and not torch.compiler.is_compiling() and not bool(ids.all()):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from . import eager, reference
 from .validation import check_device
@@ -78,6 +79,8 @@ def project(
 def plain(module: nn.Module) -> bool:
     """Whether calling the module would do no more than multiply by its weight, or normalise with weight and bias."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    hooks = hooks or modules._global_forward_hooks or modules._global_forward_pre_hooks  # of all modules there are
+    hooks = hooks or modules._global_backward_hooks or modules._global_backward_pre_hooks
     biased = {nn.Linear: False, nn.LayerNorm: True}.get(type(module))
     if hooks or biased is None or "forward" in module.__dict__ or biased != (module.bias is not None):
         return False
