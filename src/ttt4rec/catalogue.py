@@ -52,7 +52,9 @@ def nll(h: Tensor, table: Tensor, items: Tensor, reduction: Reduction = "none") 
     if reduction not in get_args(Reduction):
         raise ValueError(f"expected a reduction out of 'none', 'sum' and 'mean', given {reduction!r}")
     differentiable = torch.is_grad_enabled() and (h.requires_grad or table.requires_grad)
-    if reduction != "none" and differentiable and _rows_at_once(table) >= min(FEW_ROWS, h.shape[0]):
+    rows = _rows_at_once(table)  # while tracing, the number of hidden states may be open, and does not decide
+    pays = rows >= FEW_ROWS or (not torch.compiler.is_compiling() and rows >= h.shape[0])
+    if reduction != "none" and differentiable and pays:
         total: Tensor = catalogue_total_nll(h, table, items)[0]
         return total / h.shape[0] if reduction == "mean" else total
     losses: Tensor = catalogue_nll(h, table, items)[0]

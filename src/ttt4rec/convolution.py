@@ -55,7 +55,7 @@ def convolve(
         L = x.shape[1]
         if context is None:
             outputs = causal_convolutions(x, weights, biases, rope, None, 0, backend)
-            return outputs, F.pad(x[:, max(0, L - size) :], (0, 0, max(0, size - L), 0)).to(float_dtype)
+            return outputs, F.pad(x, (0, 0, size - L, 0)).to(float_dtype)
         joined = torch.cat((context.to(x.dtype), x), dim=1)
         return causal_convolutions(joined, weights, biases, rope, None, size, backend), joined[:, L:].to(float_dtype)
     if context is None:

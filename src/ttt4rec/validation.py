@@ -97,7 +97,7 @@ def check_inner_loop_arguments(
         check_shape(name, x, (B, L, H, D), "[B, L, H, D] of q")
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}; given {x.dtype}")
-    if min(B, L, H, D) < 1:
+    if 0 in (B, L, H, D):  # each alone: of sizes that are symbols no order is known
         raise ValueError(f"q must have at least one sequence, token, head and feature; given {list(q.shape)}")
     if not isinstance(K, int) or K < 1:
         raise ValueError(f"mini_batch_size must be an integer of at least 1; given {K!r}")
@@ -164,7 +164,7 @@ def check_layer_input(x: Tensor, width: int, mask: Tensor | None, cu_seqlens: Te
     """Check what ``TTTLayer`` is called with."""
     if x.dim() != 3 or x.shape[-1] != width:
         raise ValueError(f"x must have shape [B, L, width] with width {width}; given {list(x.shape)}")
-    if min(x.shape) < 1:
+    if 0 in x.shape:  # each alone: of sizes that are symbols no order is known
         raise ValueError(f"x must have at least one sequence and one token; given {list(x.shape)}")
     if x.dtype not in _FLOATS:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64; given {x.dtype}")
