@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ttt4rec import native
+from ttt4rec.transforms import operator, transformed
 
 SCORES_PER_BLOCK = (1 << 23) - (1 << 16)
 """Scores held at once: just below the 32 MiB of float32 from which on glibc asks for fresh pages every time."""
@@ -25,6 +27,8 @@ FEW_ROWS, CACHED_ROWS = 64, 256
 COLUMNS = 16
 """Widths of blocks are multiples of this: products with odd ones take a CPU twice the time."""
 
+PLAIN_SCORES = "use torch.nn.functional.cross_entropy of all scores, which is plain PyTorch and has them"
+
 Reduction: TypeAlias = Literal["none", "sum", "mean"]
 
 Block: TypeAlias = tuple[int, Tensor, Tensor]
@@ -34,7 +38,8 @@ Block: TypeAlias = tuple[int, Tensor, Tensor]
 def nll(h: Tensor, table: Tensor, items: Tensor, reduction: Reduction = "none") -> Tensor:
     """Negative log-likelihood of items under the softmax over the catalogue.
 
-    A sum or mean is faster to differentiate than as many losses, for which scores are computed twice.
+    A sum or mean is faster to differentiate than as many losses, for which scores are computed twice. Within transforms
+    of ``torch.func`` and forward-mode differentiation the matrix of all scores is held.
 
     Args:
         h: hidden states ``[N, C]``, any float dtype.
@@ -52,6 +57,8 @@ def nll(h: Tensor, table: Tensor, items: Tensor, reduction: Reduction = "none") 
     if reduction not in get_args(Reduction):
         raise ValueError(f"expected a reduction out of 'none', 'sum' and 'mean', given {reduction!r}")
     differentiable = torch.is_grad_enabled() and (h.requires_grad or table.requires_grad)
+    if transformed():
+        return reduced(_plain_nll(h, table, items), reduction)
     rows = _rows_at_once(table)  # while tracing, the number of hidden states may be open, and does not decide
     pays = rows >= FEW_ROWS or (not torch.compiler.is_compiling() and rows >= h.shape[0])
     if reduction != "none" and differentiable and pays:
@@ -59,6 +66,13 @@ def nll(h: Tensor, table: Tensor, items: Tensor, reduction: Reduction = "none") 
         return total / h.shape[0] if reduction == "mean" else total
     losses: Tensor = catalogue_nll(h, table, items)[0]
     return reduced(losses, reduction)
+
+
+def _plain_nll(h: Tensor, table: Tensor, items: Tensor) -> Tensor:
+    """The losses from the matrix of all scores, in PyTorch alone."""
+    dtype = score_dtype(h, table)
+    with torch.autocast(h.device.type, enabled=False):
+        return F.cross_entropy(F.linear(h.to(dtype), table[1:].to(dtype)), items - 1, reduction="none")
 
 
 def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
@@ -243,7 +257,7 @@ def _scores_of(keys: Tensor) -> Tensor:
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
-@torch.library.custom_op("ttt4rec::catalogue_nll", mutates_args=())
+@operator("catalogue_nll", instead=PLAIN_SCORES)
 def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihoods ``[N]``, and the logarithms of the softmax's denominators, float64 ``[N]``."""
     check_range(items, table)
@@ -256,7 +270,7 @@ def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tens
     return (lse - target.squeeze(1)).to(target.dtype), lse
 
 
-@torch.library.custom_op("ttt4rec::catalogue_nll_backward", mutates_args=())
+@operator("catalogue_nll_backward", instead=PLAIN_SCORES)
 def catalogue_nll_backward(grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of h and table; the scores are computed again, block by block."""
     dtype = score_dtype(h, table)
@@ -272,7 +286,7 @@ def catalogue_nll_backward(grad: Tensor, h: Tensor, table: Tensor, items: Tensor
     return grad_h.to(h.dtype), grad_table
 
 
-@torch.library.custom_op("ttt4rec::catalogue_total_nll", mutates_args=())
+@operator("catalogue_total_nll", instead=PLAIN_SCORES)
 def catalogue_total_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the negative log-likelihoods, and its gradients with respect to h and table, float32 (float64).
 
@@ -296,7 +310,7 @@ def catalogue_total_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor
     return total.to(dtype), grad_h, grad_table
 
 
-@torch.library.custom_op("ttt4rec::catalogue_total_nll_backward", mutates_args=())
+@operator("catalogue_total_nll_backward", instead=PLAIN_SCORES)
 def catalogue_total_nll_backward(
     grad: Tensor, grad_h: Tensor, grad_table: Tensor, h_dtype: torch.dtype, table_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,8 @@ def convolve(
     spans: Spans | None,
     context: Tensor | None,
     rope: Rope | None = None,
-    backend: str = "auto",
+    *,
+    backend: str,
 ) -> tuple[list[Tensor], Tensor]:
     """Run several convolutions of one kernel size over the same tokens.
 

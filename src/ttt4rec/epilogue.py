@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .projection import path_of, plain
+from .transforms import operator
 
 
 def finish(
@@ -49,7 +50,7 @@ def finish(
     return result if mask is None else result.masked_fill(~mask.unsqueeze(-1), 0)
 
 
-@torch.library.custom_op("ttt4rec::epilogue", mutates_args=())
+@operator("epilogue")
 def epilogue(
     o: Tensor, gate: Tensor | None, mask: Tensor | None, parameters: Sequence[Tensor], eps: float, kernel: bool
 ) -> Tensor:
@@ -60,7 +61,7 @@ def epilogue(
         )
 
 
-@torch.library.custom_op("ttt4rec::epilogue_backward", mutates_args=())
+@operator("epilogue_backward")
 def epilogue_backward(
     dy: Tensor,
     o: Tensor,

@@ -271,7 +271,8 @@ class TTTLayer(nn.Module):
             return q, k, v, self._inner_lr(lr, k), None, None
         linears = [self.query, self.value, self.gate]
         (shared, v, gate), lr = project(x, linears, *rates, rope, 0, self.base_lr, backend)
-        views, conv = convolve((self.query_conv, self.key_conv), shared.flatten(-2), spans, context, rope, backend)
+        convs, shared = (self.query_conv, self.key_conv), shared.flatten(-2)
+        views, conv = convolve(convs, shared, spans, context, rope, backend=backend)
         q, k = (view.unflatten(-1, (self.num_heads, -1)) for view in views)
         return q, k, v, self._inner_lr(lr, k), gate.flatten(-2), conv
 

@@ -21,7 +21,7 @@ from .initialisation import STD, Device, draw
 from .layer import TTTLayer
 from .masked import hide_next, hide_some
 from .release import load_release_block, load_release_model
-from .validation import check_choice, check_cu_seqlens, check_integer, check_mask, check_positive, is_number
+from .validation import check_choice, check_cu_seqlens, check_integer, check_mask, check_positive, has_values, is_number
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MIXERS = ("ttt", "attention", "gru", "narm", "mamba", "bidirectional")
@@ -291,7 +291,7 @@ class TTT4Rec(nn.Module):
             foreign = isinstance(block.mixer, TTTLayer) and pool.mixer.layer is not block.mixer
             if foreign or pool.mixer.num_slots != pools[0].mixer.num_slots:
                 raise ValueError("pools must be those of one make_pools; given one of another model, block or size")
-        if ids.is_cpu and not torch.compiler.is_compiling() and not bool(ids.all()):
+        if ids.is_cpu and has_values(ids) and not bool(ids.all()):
             raise ValueError("ids must be of items, from 1; given a 0, which pads")
         h = self._embed(ids)
         for block, pool in zip(self.blocks, pools, strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import eager, native
 from .projection import path_of
+from .transforms import operator
 
 
 def _path(backend: str, q: Tensor, weights: Tensor, hidden: int) -> ModuleType:
@@ -34,7 +35,7 @@ def _path(backend: str, q: Tensor, weights: Tensor, hidden: int) -> ModuleType:
     return eager
 
 
-@torch.library.custom_op("ttt4rec::linear_scan", mutates_args=())
+@operator("linear_scan")
 def linear_scan(
     q: Tensor,
     k: Tensor,
@@ -57,7 +58,7 @@ def linear_scan(
     return o, W1_out, b1_out, G
 
 
-@torch.library.custom_op("ttt4rec::linear_scan_backward", mutates_args=())
+@operator("linear_scan_backward")
 def linear_scan_backward(
     grad_o: Tensor,
     grad_W1: Tensor,
@@ -86,7 +87,7 @@ def linear_scan_backward(
     )  # fmt: skip
 
 
-@torch.library.custom_op("ttt4rec::mlp_scan", mutates_args=())
+@operator("mlp_scan")
 def mlp_scan(
     q: Tensor,
     k: Tensor,
@@ -111,7 +112,7 @@ def mlp_scan(
     return o, W1_out, b1_out, W2_out, b2_out, Z1, G2
 
 
-@torch.library.custom_op("ttt4rec::mlp_scan_backward", mutates_args=())
+@operator("mlp_scan_backward")
 def mlp_scan_backward(
     grad_o: Tensor,
     grad_W1: Tensor,
@@ -145,7 +146,7 @@ def mlp_scan_backward(
     )  # fmt: skip
 
 
-@torch.library.custom_op("ttt4rec::token_step", mutates_args=("records",))
+@operator("token_step", mutates_args=("records",))
 def token_step(
     q: Tensor,
     k: Tensor,

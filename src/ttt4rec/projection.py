@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from . import eager, reference
+from .transforms import operator
 from .validation import check_device
 
 
@@ -128,7 +129,7 @@ def path_of(kernel: bool) -> ModuleType:
     return kernels
 
 
-@torch.library.custom_op("ttt4rec::rope_projection", mutates_args=())
+@operator("rope_projection")
 def rope_projection(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -150,7 +151,7 @@ def rope_projection(
         )
 
 
-@torch.library.custom_op("ttt4rec::rope_projection_backward", mutates_args=())
+@operator("rope_projection_backward")
 def rope_projection_backward(
     grads: Sequence[Tensor],
     grad_lr: Tensor,
@@ -213,7 +214,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 rope_projection.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("ttt4rec::rope_convolution", mutates_args=())
+@operator("rope_convolution")
 def rope_convolution(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -231,7 +232,7 @@ def rope_convolution(
     )
 
 
-@torch.library.custom_op("ttt4rec::rope_convolution_backward", mutates_args=())
+@operator("rope_convolution_backward")
 def rope_convolution_backward(
     grads: Sequence[Tensor],
     x: Tensor,
