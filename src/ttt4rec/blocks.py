@@ -14,7 +14,7 @@ from .initialisation import Device
 from .pool import StatePool
 from .reference import rotate, rotation
 from .spans import Spans
-from .validation import check_shape, check_slots
+from .validation import check_has_values, check_shape, check_slots
 
 
 class BlockState(NamedTuple):
@@ -76,6 +76,8 @@ class HistoryMixer(nn.Module):
         """
         if state is not None or return_state:
             raise ValueError(f"{type(self).__name__} keeps no state; give it the whole history instead")
+        if mask is not None or cu_seqlens is not None:
+            check_has_values(f"{type(self).__name__}, which puts histories of like lengths together,", x)
         if mask is not None:
             packed: Tensor = self(x[mask][None], cu_seqlens=F.pad(mask.sum(1).cumsum(0), (1, 0)))
             return packed.new_zeros(x.shape).masked_scatter(mask.unsqueeze(-1), packed)
@@ -154,6 +156,7 @@ class GRUMixer(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x ``[B, L, width]`` to the same shape; the rest as in ``TTTLayer``; the state is ``[B, width]``."""
         if cu_seqlens is not None:
+            check_has_values(f"{type(self).__name__}, which pads packed histories,", x)
             padded, real = pad_packed(x, cu_seqlens)
             result = self(padded, mask=real, state=state, return_state=True)
             y = result[0][real][None]

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt4rec import native
+from ttt4rec.precision import without_autocast
 from ttt4rec.transforms import operator, transformed
+from ttt4rec.validation import check_has_values
 
 SCORES_PER_BLOCK = (1 << 23) - (1 << 16)
 """Scores held at once: just below the 32 MiB of float32 from which on glibc asks for fresh pages every time."""
@@ -71,7 +73,7 @@ def nll(h: Tensor, table: Tensor, items: Tensor, reduction: Reduction = "none") 
 def _plain_nll(h: Tensor, table: Tensor, items: Tensor) -> Tensor:
     """The losses from the matrix of all scores, in PyTorch alone."""
     dtype = score_dtype(h, table)
-    with torch.autocast(h.device.type, enabled=False):
+    with without_autocast(h.device.type):
         return F.cross_entropy(F.linear(h.to(dtype), table[1:].to(dtype)), items - 1, reduction="none")
 
 
@@ -101,6 +103,7 @@ def ranks(h: Tensor, table: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] |
         ValueError: shapes do not fit, an item does not exist, or a score is NaN. TypeError: items are not int64.
     """
     _check(h, table, items)
+    check_has_values("ranks", h)
     check_range(items, table)
     if not len(items):
         return torch.zeros(0, dtype=torch.float64, device=h.device)
@@ -146,6 +149,7 @@ def top_k(h: Tensor, table: Tensor, k: int, seen: tuple[Tensor, Tensor] | None =
         ValueError: shapes do not fit, k is below 1, or a score is NaN.
     """
     _check(h, table)
+    check_has_values("top_k", h)
     if k < 1:
         raise ValueError(f"expected k of at least 1, given {k}")
     best = torch.empty(h.shape[0], 0, dtype=torch.int64, device=h.device)
@@ -280,7 +284,7 @@ def catalogue_nll_backward(grad: Tensor, h: Tensor, table: Tensor, items: Tensor
     wide, grad = h.to(dtype), grad.to(dtype)
     for first, rows, scores in _blocks(h, table):
         _to_gradient(scores, lse, items - first, grad)
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h.device.type):
             grad_table[first : first + rows.shape[0]] = scores.T @ wide
             grad_h.addmm_(scores, rows)
     return grad_h.to(h.dtype), grad_table
@@ -304,7 +308,7 @@ def catalogue_total_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor
         lse = _log_sum_exp(scores)
         total += (lse - scores.gather(1, columns[part, None]).squeeze(1)).sum()
         _to_gradient(scores, lse, columns[part], ones[: len(scores)])
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h.device.type):
             torch.mm(scores, rows, out=grad_h[part])
             grad_table[1:].addmm_(scores.T, wide[part])
     return total.to(dtype), grad_h, grad_table
@@ -326,7 +330,7 @@ def _rows_at_once(table: Tensor) -> int:
 
 def _scores(h: Tensor, rows: Tensor, memory: Tensor) -> Tensor:
     """Hidden states times rows of the table ``[N, c]``, in memory ``[N or more, c]``; float32 also under autocast."""
-    with torch.autocast(h.device.type, enabled=False):
+    with without_autocast(h.device.type):
         return torch.mm(h, rows.T, out=memory[: len(h)])
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .precision import without_autocast
 from .projection import path_of, plain
 from .transforms import operator
 
@@ -55,7 +55,7 @@ def epilogue(
     o: Tensor, gate: Tensor | None, mask: Tensor | None, parameters: Sequence[Tensor], eps: float, kernel: bool
 ) -> Tensor:
     """``(gelu(gate) ∘ LN(o)) Wᵀ`` ``[B, L, C]`` of o ``[B, L, H, D]`` and gate ``[B, L, C]``, zero at padding."""
-    with torch.autocast(o.device.type, enabled=False):
+    with without_autocast(o.device.type):
         return path_of(kernel).epilogue_forward(  # type: ignore[no-any-return]
             o, gate, mask, parameters, eps
         )
@@ -72,7 +72,7 @@ def epilogue_backward(
     kernel: bool,
 ) -> list[Tensor]:
     """Gradients of o and the parameters, and of the gate if there is one."""
-    with torch.autocast(o.device.type, enabled=False):
+    with without_autocast(o.device.type):
         return path_of(kernel).epilogue_backward(  # type: ignore[no-any-return]
             dy, o, gate, mask, parameters, eps
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .precision import autocast_dtype, without_autocast
 from .spans import Spans, dense_spans, last_tokens
 from .state import TTTState
 from .transforms import transformed
@@ -147,7 +148,7 @@ def _inner_loop(
         starts, lengths = extended.first - pending, extended.lengths + pending
         seen = state.position + extended.lengths
     scan_spans = (None, None) if spans is None and state is None else (starts, lengths)
-    with torch.autocast(tokens[0].device.type, enabled=False):  # the inner loop chooses its own precision
+    with without_autocast(tokens[0].device.type):  # the inner loop chooses its own precision
         o, *outgoing = _scan(sequence_tokens, token_scale, weights, layer_norm, scan_spans, eps, backend)
     _, k, v, lr = sequence_tokens
     pending_k, pending_v, pending_lr = (last_tokens(x.to(dtype), starts, lengths, K - 1, seen % K) for x in (k, v, lr))
@@ -158,9 +159,7 @@ def _inner_loop(
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast does to the arguments of ``scaled_dot_product_attention``."""
-    device, dtype = q.device.type, q.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(q.dtype, q.device.type) or q.dtype
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +110,18 @@ class TTT4RecConfig:
             raise ValueError(f"hide_rate must be from 0 to 1; given {self.hide_rate!r}")
 
 
-def make_mixer(config: TTT4RecConfig) -> nn.Module:
+def make_mixer(config: TTT4RecConfig, device: Device = None, dtype: torch.dtype | None = None) -> nn.Module:
     """The sequence mixer that the configuration names."""
+    factory: Any = {"device": device, "dtype": dtype}
     if config.mixer in ("attention", "bidirectional"):
         causal = config.mixer == "attention"
-        return AttentionMixer(config.width, config.num_heads, config.rope_theta, causal=causal)
+        return AttentionMixer(config.width, config.num_heads, config.rope_theta, causal=causal, **factory)
     if config.mixer == "gru":
-        return GRUMixer(config.width)
+        return GRUMixer(config.width, **factory)
     if config.mixer == "narm":
-        return NARMMixer(config.width)
+        return NARMMixer(config.width, **factory)
     if config.mixer == "mamba":
-        return MambaMixer(config.width, conv_kernel=config.conv_kernel)
+        return MambaMixer(config.width, conv_kernel=config.conv_kernel, **factory)
     return TTTLayer(
         config.width,
         config.num_heads,
@@ -132,6 +132,7 @@ def make_mixer(config: TTT4RecConfig) -> nn.Module:
         base_lr=config.base_lr,
         conv_kernel=config.conv_kernel,
         max_inner_step=config.max_inner_step,
+        **factory,
     )
 
 
@@ -149,7 +150,7 @@ class TTT4Rec(nn.Module):
     def __init__(
         self,
         config: TTT4RecConfig,
-        mixer: Callable[[TTT4RecConfig], nn.Module] = make_mixer,
+        mixer: Callable[..., nn.Module] = make_mixer,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -159,19 +160,18 @@ class TTT4Rec(nn.Module):
         self.embedding: Any = nn.Embedding(config.num_items + 1, config.width, padding_idx=0, **factory)
         self.dropout = nn.Dropout(config.dropout)
         self.embedding_norm = nn.LayerNorm(config.width, eps=1e-12, **factory)  # the release's
-        with nullcontext() if device is None else torch.device(device):  # also mixers that know of no device
-            self.blocks = nn.ModuleList(
-                Block(
-                    config.width,
-                    mixer(config).to(**factory),
-                    norm=config.norm,
-                    ffn=config.ffn,
-                    ffn_width=config.ffn_width,
-                    conv_kernel=config.conv_kernel if config.block_conv else None,
-                    **factory,
-                )
-                for _ in range(config.num_blocks)
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width,
+                mixer(config, **factory) if mixer is make_mixer else mixer(config).to(**factory),
+                norm=config.norm,
+                ffn=config.ffn,
+                ffn_width=config.ffn_width,
+                conv_kernel=config.conv_kernel if config.block_conv else None,
+                **factory,
             )
+            for _ in range(config.num_blocks)
+        )
         self.norm = make_norm(config.norm, config.width, **factory)
         hides = config.mixer == "bidirectional"
         self.hidden_item = nn.Parameter(torch.empty(config.width, **factory)) if hides else None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import eager, native
+from .precision import without_autocast
 from .projection import path_of
 from .transforms import operator
 
@@ -163,7 +164,7 @@ def token_step(
     backend: str,
 ) -> Tensor:
     """One token ``[B, H, D]`` of each of B streams whose states are among the records; see ``eager.token_step``."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         return _path(backend, q, records, hidden).token_step(  # type: ignore[no-any-return]
             q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, records, hidden, eps
         )

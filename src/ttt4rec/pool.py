@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import eager
+from .precision import without_autocast
 from .state import TTTState
 from .validation import check_conv_state, check_slots, check_state
 
@@ -123,7 +124,7 @@ class StatePool:
         k, v, lr, *weights = (x.flatten(0, 1) for x in (k, v, lr, *weights))
         for target, W in zip(targets, weights, strict=True):
             target.copy_(W)
-        with torch.autocast(k.device.type, enabled=False):
+        with without_autocast(k.device.type):
             eager.write_rows(rows[:, :-1], k, v, lr, gamma, beta, weights, 1e-6)
         self.records.index_copy_(0, slots, records)
         self.position.index_copy_(0, slots, state.position)

@@ -69,7 +69,17 @@ def _need_no_look(x: Tensor, total: int) -> bool:
 
 def has_values(x: Tensor) -> bool:
     """Whether there are values that may be looked at: not in tracing and transforms, nor on meta and fake tensors."""
-    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor) or transformed())
+    return not (torch.compiler.is_compiling() or _is_empty(x) or transformed())
+
+
+def check_has_values(what: str, x: Tensor) -> None:
+    """Raise ValueError if x is a meta or fake tensor, and what is to be done depends on values."""
+    if _is_empty(x):
+        raise ValueError(f"{what} depends on values, which meta and fake tensors do not have; give it real ones")
+
+
+def _is_empty(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def _remember(x: Tensor, total: int) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ttt4rec import catalogue
 from ttt4rec.initialisation import draw
+from ttt4rec.precision import without_autocast
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -188,7 +189,7 @@ class ShardedItems(nn.Module):
         from torch.distributed.tensor import Partial
 
         catalogue.check_range(items, self.weight)
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h.device.type):
             dtype = catalogue.score_dtype(h, self.weight)
             wide, table, no_padding = self._of_all(h.to(dtype), 0), self.weight.to(dtype), self.no_padding.to(dtype)
             scores = F.linear(wide, table, no_padding)  # of all targets with this process's items
