@@ -392,6 +392,24 @@ def test_hooks_of_a_projection_fire(backbone: str) -> None:
         hook.remove()
 
 
+@pytest.mark.parametrize("backbone", ["transformer", "mamba"])
+@pytest.mark.parametrize("name", ["forward_pre", "forward", "full_backward", "full_backward_pre"])
+def test_hooks_of_all_modules_see_every_projection(backbone: str, name: str) -> None:
+    """And the norm and the output projection."""
+    layer, x = TTTLayer(16, 2, mini_batch_size=4, backbone=backbone), torch.randn(2, 9, 16, requires_grad=True)
+    plain, seen = layer(x), set()
+    hook = getattr(nn.modules.module, f"register_module_{name}_hook")(lambda module, *given: seen.add(module))
+    try:
+        y = layer(x)
+        y.sum().backward()
+    finally:
+        hook.remove()
+    torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-6)
+    called = {module for module in layer.modules() if isinstance(module, nn.Linear | nn.LayerNorm)}
+    assert called <= seen
+    assert torch.equal(layer(x), plain)
+
+
 def test_a_projection_whose_forward_was_replaced_is_called() -> None:
     """As accelerate puts its hooks, which fetch weights from elsewhere."""
     layer, x = TTTLayer(16, 2, mini_batch_size=4), torch.randn(2, 9, 16)

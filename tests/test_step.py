@@ -1,6 +1,7 @@
 """One token at a time: streams in a pool against the whole forward, on the eager path and the kernels."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -226,6 +227,52 @@ def test_bad_arguments():
             layer.make_pool(number)
 
 
+class Halved(torch.nn.Module):
+    """A parametrisation."""
+
+    def forward(self, w):
+        return w / 2
+
+
+@all_layers
+def test_a_parametrised_layer_steps_the_pool_it_made(inner, backbone):
+    """Its parameters are other tensors whenever they are looked at; streams start with what they are now."""
+    layer = make_layer(inner, backbone)
+    for name in ("W1", "b1", "inner_norm_weight"):
+        torch.nn.utils.parametrize.register_parametrization(layer, name, Halved())
+    x, slots = tokens(2), torch.arange(2)
+    pool = layer.make_pool(3)
+    assert_close(read_on(layer, x, pool, slots), layer(x))
+    with torch.no_grad():
+        layer.parametrizations.W1.original.mul_(-1.5)
+    pool.reset(slots)
+    assert_close(read_on(layer, x, pool, slots), layer(x))
+    pool.write(slots, layer(x[:, :6], return_state=True)[1])
+    assert_close(read_on(layer, x[:, 6:], pool, slots), layer(x)[:, 6:])
+
+
+@all_layers
+def test_a_pool_is_its_layers_whatever_tensors_that_has(inner, backbone):
+    """Weights that were assigned, and not another layer with the same tensors."""
+    layer, other = make_layer(inner, backbone), make_layer(inner, backbone)
+    x, slots, pool = tokens(2), torch.arange(2), layer.make_pool(3)
+    layer.load_state_dict(other.state_dict(), assign=True)
+    pool.reset(slots)
+    assert_close(read_on(layer, x, pool, slots), other(x))
+    other.W1 = layer.W1
+    with pytest.raises(ValueError, match="the pool belongs to another layer"):
+        other.step(x[:, 0], pool, slots)
+
+
+def test_a_parametrised_model_steps_its_pools():
+    model = TTT4Rec(TTT4RecConfig(num_items=5, num_blocks=2, dropout=0.0)).eval()
+    for block in model.blocks:
+        torch.nn.utils.parametrize.register_parametrization(block.mixer, "W1", Halved())
+    pools, ids = model.make_pools(2), torch.tensor([[1, 2, 3]])
+    stepped = torch.stack([model.step(item, pools, torch.tensor([1])) for item in ids.T], 1)
+    assert_close(stepped, model(ids), 1e-5)
+
+
 def test_states_of_other_layers_are_refused():
     layer = make_layer("linear", "transformer")
     pool, slots = layer.make_pool(3), torch.arange(2)
@@ -323,7 +370,8 @@ def step_arguments(inner, dtype, *, B=3, H=2, D=6, K=4):
     inputs = inner_inputs(inner, B, 1, H, D, K, dtype=dtype)
     q, k, v, lr = (inputs.pop(name).squeeze(1) for name in ("q", "k", "v", "inner_lr"))
     scale, gamma, beta = (inputs.pop(name) for name in ("token_scale", "ln_weight", "ln_bias"))
-    pool = StatePool(5, tuple(inputs.values()), (gamma, beta), K)
+    layer = SimpleNamespace(mini_batch_size=K, initial_state=lambda: (tuple(inputs.values()), (gamma, beta)))
+    pool = StatePool(5, layer)
     pool.records += 0.1 * torch.randn_like(pool.records)
     where = torch.tensor([4, 0, 2]), torch.tensor([0, K // 2, K - 1])
     return q, k, v, lr, scale, gamma, beta, *where, pool.records, pool.hidden, 1e-6, "eager"

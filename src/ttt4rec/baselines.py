@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from .blocks import HistoryMixer
 from .convolution import CausalConv, convolve
+from .functional import choose_backend
+from .initialisation import STD, Device
 
 ELEMENTS_AT_ONCE = 1 << 24
 """NARM's pairs of positions times features held at once when no gradient is wanted: 64 MiB of float32."""
@@ -29,15 +32,18 @@ class NARMMixer(HistoryMixer):
 
     Args:
         width: feature size.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.gru = nn.GRU(width, width, batch_first=True)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.energy = nn.Linear(width, 1, bias=False)
-        self.output = nn.Linear(2 * width, width, bias=False)
+        factory: Any = {"device": device, "dtype": dtype}
+        self.gru = nn.GRU(width, width, batch_first=True, **factory)
+        self.query = nn.Linear(width, width, bias=False, **factory)
+        self.key = nn.Linear(width, width, bias=False, **factory)
+        self.energy = nn.Linear(width, 1, bias=False, **factory)
+        self.output = nn.Linear(2 * width, width, bias=False, **factory)
 
     def read(self, x: Tensor, real: Tensor | None) -> Tensor:
         """x ``[N, L, width]`` to the same shape."""
@@ -63,25 +69,45 @@ class MambaMixer(HistoryMixer):
         state_size: of each feature's state; Mamba4Rec's 32.
         conv_kernel: taps of the convolution.
         expand: features of the scan, as a multiple of width.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
-    def __init__(self, width: int, state_size: int = 32, conv_kernel: int = 4, expand: int = 2) -> None:
+    def __init__(
+        self,
+        width: int,
+        state_size: int = 32,
+        conv_kernel: int = 4,
+        expand: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        factory: Any = {"device": device, "dtype": dtype}
         inner, self.rank, self.state_size = expand * width, math.ceil(width / 16), state_size
-        self.input = nn.Linear(width, 2 * inner, bias=False)
-        self.conv = CausalConv(inner, conv_kernel)
-        self.selection = nn.Linear(inner, self.rank + 2 * state_size, bias=False)
+        self.input = nn.Linear(width, 2 * inner, bias=False, **factory)
+        self.conv = CausalConv(inner, conv_kernel, **factory)
+        self.selection = nn.Linear(inner, self.rank + 2 * state_size, bias=False, **factory)
+        self.rate = nn.Parameter(torch.empty(inner, self.rank, **factory))
+        self.rate_bias = nn.Parameter(torch.empty(inner, **factory))
+        self.log_decay = nn.Parameter(torch.empty(inner, state_size, **factory))
+        self.skip = nn.Parameter(torch.empty(inner, **factory))
+        self.reset_parameters()
+        self.output = nn.Linear(inner, width, bias=False, **factory)
+
+    def reset_parameters(self) -> None:
+        """Rates from N(0, 0.02), A = -1, -2, .. for every feature, D one."""
         # Mamba4Rec draws every linear map anew, this one with them, so that Δ begins at softplus(0), not as in Mamba
-        self.rate = nn.Parameter(torch.empty(inner, self.rank).normal_(std=0.02))
-        self.rate_bias = nn.Parameter(torch.zeros(inner))
-        self.log_decay = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(inner, 1))
-        self.skip = nn.Parameter(torch.ones(inner))
-        self.output = nn.Linear(inner, width, bias=False)
+        nn.init.normal_(self.rate, std=STD)
+        nn.init.zeros_(self.rate_bias)
+        nn.init.ones_(self.skip)
+        with torch.no_grad():
+            self.log_decay.copy_(torch.arange(1.0, self.state_size + 1, device=self.log_decay.device).log())
 
     def read(self, x: Tensor, real: Tensor | None) -> Tensor:
         """x ``[N, L, width]`` to the same shape."""
         u, z = self.input(x).chunk(2, -1)
-        (u,), _ = convolve((self.conv,), u, None, None)
+        (u,), _ = convolve((self.conv,), u, None, None, backend=choose_backend("auto", u.unsqueeze(-1), 1))
         u = F.silu(u)
         rank, B, C = self.selection(u).split((self.rank, self.state_size, self.state_size), -1)
         rate = rank @ self.rate.T

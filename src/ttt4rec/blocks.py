@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from .convolution import CausalConv, convolve
 from .functional import choose_backend, make_spans
+from .initialisation import Device
 from .pool import StatePool
 from .reference import rotate, rotation
 from .spans import Spans
-from .validation import check_shape, check_slots
+from .validation import check_has_values, check_shape, check_slots
 
 
 class BlockState(NamedTuple):
@@ -75,6 +76,8 @@ class HistoryMixer(nn.Module):
         """
         if state is not None or return_state:
             raise ValueError(f"{type(self).__name__} keeps no state; give it the whole history instead")
+        if mask is not None or cu_seqlens is not None:
+            check_has_values(f"{type(self).__name__}, which puts histories of like lengths together,", x)
         if mask is not None:
             packed: Tensor = self(x[mask][None], cu_seqlens=F.pad(mask.sum(1).cumsum(0), (1, 0)))
             return packed.new_zeros(x.shape).masked_scatter(mask.unsqueeze(-1), packed)
@@ -96,13 +99,24 @@ class AttentionMixer(HistoryMixer):
         num_heads: number of heads; width / num_heads must be even.
         rope_theta: base of the rotary frequencies.
         causal: whether a token attends only to itself and those before it.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
-    def __init__(self, width: int, num_heads: int, rope_theta: float = 10000.0, *, causal: bool = True) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        rope_theta: float = 10000.0,
+        *,
+        causal: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.num_heads, self.rope_theta, self.causal = num_heads, rope_theta, causal
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False, device=device, dtype=dtype)
+        self.output = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
 
     def read(self, x: Tensor, real: Tensor | None) -> Tensor:
         """x ``[N, L, width]`` to the same shape."""
@@ -123,11 +137,13 @@ class GRUMixer(nn.Module):
 
     Args:
         width: feature size.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.gru = nn.GRU(width, width, batch_first=True)
+        self.gru = nn.GRU(width, width, batch_first=True, device=device, dtype=dtype)
 
     def forward(
         self,
@@ -140,6 +156,7 @@ class GRUMixer(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x ``[B, L, width]`` to the same shape; the rest as in ``TTTLayer``; the state is ``[B, width]``."""
         if cu_seqlens is not None:
+            check_has_values(f"{type(self).__name__}, which pads packed histories,", x)
             padded, real = pad_packed(x, cu_seqlens)
             result = self(padded, mask=real, state=state, return_state=True)
             y = result[0][real][None]
@@ -165,11 +182,11 @@ class GRUMixer(nn.Module):
 class SwiGLU(nn.Module):
     """Feed-forward network ``down(silu(gate(x)) ∘ up(x))`` without biases."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate = nn.Linear(width, hidden, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(width, hidden, bias=False, device=device, dtype=dtype)
+        self.down = nn.Linear(hidden, width, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., width]`` to the same shape."""
@@ -180,10 +197,10 @@ class SwiGLU(nn.Module):
 class GELUFeedForward(nn.Module):
     """Feed-forward network ``down(gelu(up(x)))`` with biases."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.up = nn.Linear(width, hidden, device=device, dtype=dtype)
+        self.down = nn.Linear(hidden, width, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., width]`` to the same shape."""
@@ -212,16 +229,19 @@ class Block(nn.Module):
         ffn: str = "swiglu",
         ffn_width: int = 256,
         conv_kernel: int | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        factory: Any = {"device": device, "dtype": dtype}
         self.has_conv = conv_kernel is not None
         if conv_kernel is not None:
-            self.conv_norm = make_norm(norm, width)
-            self.conv = CausalConv(width, conv_kernel)
-        self.mixer_norm = make_norm(norm, width)
+            self.conv_norm = make_norm(norm, width, **factory)
+            self.conv = CausalConv(width, conv_kernel, **factory)
+        self.mixer_norm = make_norm(norm, width, **factory)
         self.mixer = mixer
-        self.ffn_norm = make_norm(norm, width)
-        self.ffn = SwiGLU(width, ffn_width) if ffn == "swiglu" else GELUFeedForward(width, ffn_width)
+        self.ffn_norm = make_norm(norm, width, **factory)
+        self.ffn = (SwiGLU if ffn == "swiglu" else GELUFeedForward)(width, ffn_width, **factory)
 
     def forward(
         self,
@@ -333,6 +353,6 @@ def pad_packed(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return padded.masked_scatter(real.unsqueeze(-1), x), real
 
 
-def make_norm(kind: str, width: int) -> nn.Module:
+def make_norm(kind: str, width: int, device: Device = None, dtype: torch.dtype | None = None) -> nn.Module:
     """An RMSNorm (``"rms"``) or LayerNorm (``"layer"``) with eps 1e-6."""
-    return nn.RMSNorm(width, eps=1e-6) if kind == "rms" else nn.LayerNorm(width, eps=1e-6)
+    return (nn.RMSNorm if kind == "rms" else nn.LayerNorm)(width, eps=1e-6, device=device, dtype=dtype)

@@ -12,9 +12,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ttt4rec import native
+from ttt4rec.precision import without_autocast
+from ttt4rec.transforms import operator, transformed
+from ttt4rec.validation import check_has_values
 
 SCORES_PER_BLOCK = (1 << 23) - (1 << 16)
 """Scores held at once: just below the 32 MiB of float32 from which on glibc asks for fresh pages every time."""
@@ -25,6 +29,8 @@ FEW_ROWS, CACHED_ROWS = 64, 256
 COLUMNS = 16
 """Widths of blocks are multiples of this: products with odd ones take a CPU twice the time."""
 
+PLAIN_SCORES = "use torch.nn.functional.cross_entropy of all scores, which is plain PyTorch and has them"
+
 Reduction: TypeAlias = Literal["none", "sum", "mean"]
 
 Block: TypeAlias = tuple[int, Tensor, Tensor]
@@ -34,7 +40,8 @@ Block: TypeAlias = tuple[int, Tensor, Tensor]
 def nll(h: Tensor, table: Tensor, items: Tensor, reduction: Reduction = "none") -> Tensor:
     """Negative log-likelihood of items under the softmax over the catalogue.
 
-    A sum or mean is faster to differentiate than as many losses, for which scores are computed twice.
+    A sum or mean is faster to differentiate than as many losses, for which scores are computed twice. Within transforms
+    of ``torch.func`` and forward-mode differentiation the matrix of all scores is held.
 
     Args:
         h: hidden states ``[N, C]``, any float dtype.
@@ -52,11 +59,22 @@ def nll(h: Tensor, table: Tensor, items: Tensor, reduction: Reduction = "none") 
     if reduction not in get_args(Reduction):
         raise ValueError(f"expected a reduction out of 'none', 'sum' and 'mean', given {reduction!r}")
     differentiable = torch.is_grad_enabled() and (h.requires_grad or table.requires_grad)
-    if reduction != "none" and differentiable and _rows_at_once(table) >= min(FEW_ROWS, h.shape[0]):
+    if transformed():
+        return reduced(_plain_nll(h, table, items), reduction)
+    rows = _rows_at_once(table)  # while tracing, the number of hidden states may be open, and does not decide
+    pays = rows >= FEW_ROWS or (not torch.compiler.is_compiling() and rows >= h.shape[0])
+    if reduction != "none" and differentiable and pays:
         total: Tensor = catalogue_total_nll(h, table, items)[0]
         return total / h.shape[0] if reduction == "mean" else total
     losses: Tensor = catalogue_nll(h, table, items)[0]
     return reduced(losses, reduction)
+
+
+def _plain_nll(h: Tensor, table: Tensor, items: Tensor) -> Tensor:
+    """The losses from the matrix of all scores, in PyTorch alone."""
+    dtype = score_dtype(h, table)
+    with without_autocast(h.device.type):
+        return F.cross_entropy(F.linear(h.to(dtype), table[1:].to(dtype)), items - 1, reduction="none")
 
 
 def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
@@ -85,6 +103,7 @@ def ranks(h: Tensor, table: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] |
         ValueError: shapes do not fit, an item does not exist, or a score is NaN. TypeError: items are not int64.
     """
     _check(h, table, items)
+    check_has_values("ranks", h)
     check_range(items, table)
     if not len(items):
         return torch.zeros(0, dtype=torch.float64, device=h.device)
@@ -130,6 +149,7 @@ def top_k(h: Tensor, table: Tensor, k: int, seen: tuple[Tensor, Tensor] | None =
         ValueError: shapes do not fit, k is below 1, or a score is NaN.
     """
     _check(h, table)
+    check_has_values("top_k", h)
     if k < 1:
         raise ValueError(f"expected k of at least 1, given {k}")
     best = torch.empty(h.shape[0], 0, dtype=torch.int64, device=h.device)
@@ -241,7 +261,7 @@ def _scores_of(keys: Tensor) -> Tensor:
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
-@torch.library.custom_op("ttt4rec::catalogue_nll", mutates_args=())
+@operator("catalogue_nll", instead=PLAIN_SCORES)
 def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihoods ``[N]``, and the logarithms of the softmax's denominators, float64 ``[N]``."""
     check_range(items, table)
@@ -254,7 +274,7 @@ def catalogue_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tens
     return (lse - target.squeeze(1)).to(target.dtype), lse
 
 
-@torch.library.custom_op("ttt4rec::catalogue_nll_backward", mutates_args=())
+@operator("catalogue_nll_backward", instead=PLAIN_SCORES)
 def catalogue_nll_backward(grad: Tensor, h: Tensor, table: Tensor, items: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of h and table; the scores are computed again, block by block."""
     dtype = score_dtype(h, table)
@@ -264,13 +284,13 @@ def catalogue_nll_backward(grad: Tensor, h: Tensor, table: Tensor, items: Tensor
     wide, grad = h.to(dtype), grad.to(dtype)
     for first, rows, scores in _blocks(h, table):
         _to_gradient(scores, lse, items - first, grad)
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h.device.type):
             grad_table[first : first + rows.shape[0]] = scores.T @ wide
             grad_h.addmm_(scores, rows)
     return grad_h.to(h.dtype), grad_table
 
 
-@torch.library.custom_op("ttt4rec::catalogue_total_nll", mutates_args=())
+@operator("catalogue_total_nll", instead=PLAIN_SCORES)
 def catalogue_total_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the negative log-likelihoods, and its gradients with respect to h and table, float32 (float64).
 
@@ -288,13 +308,13 @@ def catalogue_total_nll(h: Tensor, table: Tensor, items: Tensor) -> tuple[Tensor
         lse = _log_sum_exp(scores)
         total += (lse - scores.gather(1, columns[part, None]).squeeze(1)).sum()
         _to_gradient(scores, lse, columns[part], ones[: len(scores)])
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h.device.type):
             torch.mm(scores, rows, out=grad_h[part])
             grad_table[1:].addmm_(scores.T, wide[part])
     return total.to(dtype), grad_h, grad_table
 
 
-@torch.library.custom_op("ttt4rec::catalogue_total_nll_backward", mutates_args=())
+@operator("catalogue_total_nll_backward", instead=PLAIN_SCORES)
 def catalogue_total_nll_backward(
     grad: Tensor, grad_h: Tensor, grad_table: Tensor, h_dtype: torch.dtype, table_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -310,7 +330,7 @@ def _rows_at_once(table: Tensor) -> int:
 
 def _scores(h: Tensor, rows: Tensor, memory: Tensor) -> Tensor:
     """Hidden states times rows of the table ``[N, c]``, in memory ``[N or more, c]``; float32 also under autocast."""
-    with torch.autocast(h.device.type, enabled=False):
+    with without_autocast(h.device.type):
         return torch.mm(h, rows.T, out=memory[: len(h)])
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .initialisation import Device
 from .projection import Rope, causal_convolutions
 from .spans import Spans, last_tokens
 
@@ -13,10 +14,17 @@ from .spans import Spans, last_tokens
 class CausalConv(nn.Module):
     """The parameters of a depthwise causal convolution, ``y_t = b + Σ_j w_j x_{t - (kernel - 1) + j}``."""
 
-    def __init__(self, width: int, kernel: int) -> None:
+    def __init__(self, width: int, kernel: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, kernel).uniform_(-(kernel**-0.5), kernel**-0.5))
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.empty(width, kernel, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights from U(-1/√kernel, 1/√kernel); the bias zero."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.bias)
 
 
 def convolve(
@@ -25,7 +33,8 @@ def convolve(
     spans: Spans | None,
     context: Tensor | None,
     rope: Rope | None = None,
-    backend: str = "auto",
+    *,
+    backend: str,
 ) -> tuple[list[Tensor], Tensor]:
     """Run several convolutions of one kernel size over the same tokens.
 
@@ -47,7 +56,7 @@ def convolve(
         L = x.shape[1]
         if context is None:
             outputs = causal_convolutions(x, weights, biases, rope, None, 0, backend)
-            return outputs, F.pad(x[:, max(0, L - size) :], (0, 0, max(0, size - L), 0)).to(float_dtype)
+            return outputs, F.pad(x, (0, 0, size - L, 0)).to(float_dtype)
         joined = torch.cat((context.to(x.dtype), x), dim=1)
         return causal_convolutions(joined, weights, biases, rope, None, size, backend), joined[:, L:].to(float_dtype)
     if context is None:

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .precision import without_autocast
 from .projection import path_of, plain
+from .transforms import operator
 
 
 def finish(
@@ -49,18 +50,18 @@ def finish(
     return result if mask is None else result.masked_fill(~mask.unsqueeze(-1), 0)
 
 
-@torch.library.custom_op("ttt4rec::epilogue", mutates_args=())
+@operator("epilogue")
 def epilogue(
     o: Tensor, gate: Tensor | None, mask: Tensor | None, parameters: Sequence[Tensor], eps: float, kernel: bool
 ) -> Tensor:
     """``(gelu(gate) ∘ LN(o)) Wᵀ`` ``[B, L, C]`` of o ``[B, L, H, D]`` and gate ``[B, L, C]``, zero at padding."""
-    with torch.autocast(o.device.type, enabled=False):
+    with without_autocast(o.device.type):
         return path_of(kernel).epilogue_forward(  # type: ignore[no-any-return]
             o, gate, mask, parameters, eps
         )
 
 
-@torch.library.custom_op("ttt4rec::epilogue_backward", mutates_args=())
+@operator("epilogue_backward")
 def epilogue_backward(
     dy: Tensor,
     o: Tensor,
@@ -71,7 +72,7 @@ def epilogue_backward(
     kernel: bool,
 ) -> list[Tensor]:
     """Gradients of o and the parameters, and of the gate if there is one."""
-    with torch.autocast(o.device.type, enabled=False):
+    with without_autocast(o.device.type):
         return path_of(kernel).epilogue_backward(  # type: ignore[no-any-return]
             dy, o, gate, mask, parameters, eps
         )

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .precision import autocast_dtype, without_autocast
 from .spans import Spans, dense_spans, last_tokens
 from .state import TTTState
-from .validation import check_inner_loop_arguments
+from .transforms import transformed
+from .validation import check_inner_loop_arguments, has_values
 
 Backend = Literal["auto", "reference", "eager", "native", "triton"]
 MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE = 128, 64  # of the fused kernels
@@ -60,7 +62,8 @@ def ttt_linear(
         eps: added to the layer norm's variance.
         backend: ``"reference"`` is the dual form under autograd; ``"triton"`` the fused kernels for GPUs; ``"native"``
             the same algorithm in C++ for CPUs, compiled at its first use; ``"eager"`` the same written in PyTorch;
-            ``"auto"`` the first of ``"triton"``, ``"native"`` and ``"eager"`` that can run.
+            ``"auto"`` the first of ``"triton"``, ``"native"`` and ``"eager"`` that can run, or, within transforms of
+            ``torch.func`` and forward-mode differentiation, ``"reference"``.
 
     Returns:
         Outputs ``[B, L, H, D]`` in q's dtype, and the outgoing state. State and arithmetic are float32 (float64 for
@@ -145,7 +148,7 @@ def _inner_loop(
         starts, lengths = extended.first - pending, extended.lengths + pending
         seen = state.position + extended.lengths
     scan_spans = (None, None) if spans is None and state is None else (starts, lengths)
-    with torch.autocast(tokens[0].device.type, enabled=False):  # the inner loop chooses its own precision
+    with without_autocast(tokens[0].device.type):  # the inner loop chooses its own precision
         o, *outgoing = _scan(sequence_tokens, token_scale, weights, layer_norm, scan_spans, eps, backend)
     _, k, v, lr = sequence_tokens
     pending_k, pending_v, pending_lr = (last_tokens(x.to(dtype), starts, lengths, K - 1, seen % K) for x in (k, v, lr))
@@ -156,9 +159,7 @@ def _inner_loop(
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast does to the arguments of ``scaled_dot_product_attention``."""
-    device, dtype = q.device.type, q.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(q.dtype, q.device.type) or q.dtype
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
@@ -210,8 +211,8 @@ def _reference_scan(
     if starts is None or lengths is None:
         o, outgoing = reference.dual_form(q, k, v, lr, token_scale, weights, gamma, beta, eps=eps)
         return o.to(tokens[0].dtype), *(w.clone() for w in outgoing)
-    # Traced, nothing may depend on values: then a sequence may be as long as a row.
-    longest = q.shape[1] if torch.compiler.is_compiling() else max(lengths.tolist(), default=0)
+    # Where nothing may depend on values, a sequence may be as long as a row.
+    longest = max(lengths.tolist(), default=0) if has_values(lengths) else q.shape[1]
     slots = torch.arange(longest, device=q.device)
     valid, total = slots < lengths[:, None], q.shape[0] * q.shape[1]
     index = torch.where(valid, starts[:, None] + slots, total)  # padding reads and writes a spare zero behind the end
@@ -247,7 +248,8 @@ def check_backend(backend: str) -> None:
 def choose_backend(backend: Backend, q: Tensor, K: int, inner: str | None = None) -> Backend:
     """What runs: ``"auto"`` becomes the kernels, where there is a GPU and they can run, or else stays what it is.
 
-    Which of the other paths ``"auto"`` then means, the operators choose.
+    Within transforms and forward-mode differentiation ``"auto"`` is ``"reference"``, the only one that knows them.
+    Which of the other paths it otherwise means, the operators choose.
 
     Args:
         backend: what was asked for.
@@ -260,6 +262,8 @@ def choose_backend(backend: Backend, q: Tensor, K: int, inner: str | None = None
         ValueError: there is no such backend.
     """
     check_backend(backend)
+    if backend == "auto" and transformed():
+        return "reference"
     if backend not in ("auto", "triton") or (backend == "auto" and not q.is_cuda):
         return backend
     traced = torch.compiler.is_compiling()

@@ -1,6 +1,7 @@
 """TTTLayer: the drop-in module around the inner loop (Sun et al. 2024, section 2 and figure 2)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from .convolution import CausalConv, convolve
 from .epilogue import finish
 from .functional import Backend, autocast, check_backend, choose_backend, make_spans, ttt_linear, ttt_mlp
+from .initialisation import STD, Device, draw
 from .ops import token_step
 from .pool import StatePool
 from .projection import Rope, project
@@ -49,6 +51,11 @@ class TTTLayer(nn.Module):
             on a sample is then at most that fraction of the way to fitting it (2 is the limit of stability). None
             leaves the rates as learned.
         backend: see ``ttt4rec.functional.ttt_linear``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        inner_lr_scale: what all inner rates are multiplied with; see ``set_inner_lr_scale``.
 
     Raises:
         ValueError: an option is out of range.
@@ -68,6 +75,8 @@ class TTTLayer(nn.Module):
         adapt: bool = True,
         max_inner_step: float | None = None,
         backend: Backend = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_layer_options(
@@ -87,49 +96,59 @@ class TTTLayer(nn.Module):
         self.rope_theta, self.base_lr, self.conv_kernel = rope_theta, base_lr, conv_kernel
         self.adapt, self.max_inner_step, self.backend = adapt, max_inner_step, backend
 
-        self.query = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+        self.inner_lr_scale = 1.0  # a number: a buffer that is not saved would be lost where layers are made empty
+
+        factory: Any = {"device": device, "dtype": dtype}
+        self.query = nn.Linear(width, width, bias=False, **factory)
+        self.value = nn.Linear(width, width, bias=False, **factory)
+        self.output = nn.Linear(width, width, bias=False, **factory)
         if backbone == "transformer":
-            self.key = nn.Linear(width, width, bias=False)
+            self.key = nn.Linear(width, width, bias=False, **factory)
         else:
-            self.query_conv = CausalConv(width, conv_kernel)
-            self.key_conv = CausalConv(width, conv_kernel)
-            self.gate = nn.Linear(width, width, bias=False)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+            self.query_conv = CausalConv(width, conv_kernel, **factory)
+            self.key_conv = CausalConv(width, conv_kernel, **factory)
+            self.gate = nn.Linear(width, width, bias=False, **factory)
+        self.norm = nn.LayerNorm(width, eps=1e-6, **factory)
 
         H, D = num_heads, self.head_dim
         hidden = D if inner == "linear" else 4 * D
-        self.W1 = nn.Parameter(torch.empty(H, D, hidden))
-        self.b1 = nn.Parameter(torch.empty(H, hidden))
+        self.W1 = nn.Parameter(torch.empty(H, D, hidden, **factory))
+        self.b1 = nn.Parameter(torch.empty(H, hidden, **factory))
         if inner == "mlp":
-            self.W2 = nn.Parameter(torch.empty(H, hidden, D))
-            self.b2 = nn.Parameter(torch.empty(H, D))
-        self.inner_norm_weight = nn.Parameter(torch.empty(H, D))
-        self.inner_norm_bias = nn.Parameter(torch.empty(H, D))
-        self.inner_lr_weight = nn.Parameter(torch.empty(H, width))
-        self.inner_lr_bias = nn.Parameter(torch.empty(H))
-        self.token_offset = nn.Parameter(torch.empty(mini_batch_size))
-        self.inner_lr_scale: Tensor
-        self.register_buffer("inner_lr_scale", torch.ones(()), persistent=False)
-        self.reset_parameters()
+            self.W2 = nn.Parameter(torch.empty(H, hidden, D, **factory))
+            self.b2 = nn.Parameter(torch.empty(H, D, **factory))
+        self.inner_norm_weight = nn.Parameter(torch.empty(H, D, **factory))
+        self.inner_norm_bias = nn.Parameter(torch.empty(H, D, **factory))
+        self.inner_lr_weight = nn.Parameter(torch.empty(H, width, **factory))
+        self.inner_lr_bias = nn.Parameter(torch.empty(H, **factory))
+        self.token_offset = nn.Parameter(torch.empty(mini_batch_size, **factory))
+        for module in self.children():
+            draw(module)
+        self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights from N(0, 0.02); biases and offsets zero, norms one."""
+        """Draw all of the layer anew: weights from N(0, 0.02), biases and offsets zero, norms one; convolutions too."""
         for module in self.children():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+            reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+            if reset is not None:  # what stands in a linear map's place may have none
+                reset()
+        self._reset_own_parameters()
+
+    def _reset_own_parameters(self) -> None:
         for name, parameter in self.named_parameters(recurse=False):
             if name in ("W1", "W2", "inner_lr_weight"):
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=STD)
             else:
                 nn.init.constant_(parameter, 1.0 if name == "inner_norm_weight" else 0.0)
 
     def set_inner_lr_scale(self, scale: float) -> None:
-        """Multiply all inner rates by ``scale``; raised from 0 to 1 over some steps it warms the inner loop up."""
+        """Multiply all inner rates by ``scale``; raised from 0 to 1 over some steps it warms the inner loop up.
+
+        A captured CUDA graph keeps the scale with which it was captured.
+        """
         if not 0 <= scale < float("inf"):
             raise ValueError(f"the scale of the inner rates must be finite and at least 0; given {scale}")
-        self.inner_lr_scale.fill_(scale)
+        self.inner_lr_scale = float(scale)
 
     def forward(
         self,
@@ -178,9 +197,12 @@ class TTTLayer(nn.Module):
 
     def make_pool(self, num_slots: int) -> StatePool:
         """A pool of new streams on the layer's device, for ``step``."""
+        return StatePool(num_slots, self, self._context)
+
+    def initial_state(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+        """What a stream starts with: ``(W1, b1)`` or ``(W1, b1, W2, b2)``, and γ and β of the inner norm."""
         initial = (self.W1, self.b1) if self.inner == "linear" else (self.W1, self.b1, self.W2, self.b2)
-        norm = self.inner_norm_weight, self.inner_norm_bias
-        return StatePool(num_slots, initial, norm, self.mini_batch_size, self._context)
+        return initial, (self.inner_norm_weight, self.inner_norm_bias)
 
     @torch.no_grad()
     def step(self, x: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
@@ -203,7 +225,7 @@ class TTTLayer(nn.Module):
             TypeError: a wrong dtype.
         """
         check_step_input(x, self.width, slots, pool.num_slots, pool.records)
-        if not pool.belongs_to(self.W1):
+        if pool.layer is not self:
             raise ValueError("the pool belongs to another layer; a layer steps the pools that its make_pool made")
         x = x.unsqueeze(1)
         if self.backend == "reference":
@@ -230,12 +252,10 @@ class TTTLayer(nn.Module):
         return None if self.backbone == "transformer" else (self.conv_kernel - 1, self.width)
 
     def _inner_loop(self, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, **where: Any) -> tuple[Tensor, TTTState]:
-        scale = token_scale(self.token_offset.to(lr.dtype))
-        norm = (self.inner_norm_weight, self.inner_norm_bias)
+        scale, (initial, norm) = token_scale(self.token_offset.to(lr.dtype)), self.initial_state()
         where["mini_batch_size"] = self.mini_batch_size
-        if self.inner == "linear":
-            return ttt_linear(q, k, v, lr, scale, self.W1, self.b1, *norm, **where)
-        return ttt_mlp(q, k, v, lr, scale, self.W1, self.b1, self.W2, self.b2, *norm, **where)
+        inner_loop: Callable[..., tuple[Tensor, TTTState]] = ttt_linear if self.inner == "linear" else ttt_mlp
+        return inner_loop(q, k, v, lr, scale, *initial, *norm, **where)
 
     def _views(
         self, x: Tensor, spans: Spans | None, position: Tensor | None, context: Tensor | None, backend: Backend
@@ -251,7 +271,8 @@ class TTTLayer(nn.Module):
             return q, k, v, self._inner_lr(lr, k), None, None
         linears = [self.query, self.value, self.gate]
         (shared, v, gate), lr = project(x, linears, *rates, rope, 0, self.base_lr, backend)
-        views, conv = convolve((self.query_conv, self.key_conv), shared.flatten(-2), spans, context, rope, backend)
+        convs, shared = (self.query_conv, self.key_conv), shared.flatten(-2)
+        views, conv = convolve(convs, shared, spans, context, rope, backend=backend)
         q, k = (view.unflatten(-1, (self.num_heads, -1)) for view in views)
         return q, k, v, self._inner_lr(lr, k), gate.flatten(-2), conv
 
@@ -273,7 +294,7 @@ class TTTLayer(nn.Module):
             return torch.zeros_like(lr)
         if self.max_inner_step is not None:
             lr = torch.minimum(lr, self.max_inner_step / (1 + k.to(lr.dtype).square().sum(-1)))
-        return lr * self.inner_lr_scale
+        return lr if self.inner_lr_scale == 1 else lr * self.inner_lr_scale
 
     def load_release_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Load weights of the original ``ttt-lm-pytorch`` TTTLinear or TTTMLP.

@@ -16,10 +16,11 @@ from . import catalogue
 from .baselines import MambaMixer, NARMMixer
 from .blocks import AttentionMixer, Block, BlockPool, BlockState, GRUMixer, make_norm
 from .files import check_together, read_sealed, write_together
+from .initialisation import STD, Device, draw
 from .layer import TTTLayer
 from .masked import hide_next, hide_some
 from .release import load_release_block, load_release_model
-from .validation import check_choice, check_cu_seqlens, check_integer, check_mask, check_positive, is_number
+from .validation import check_choice, check_cu_seqlens, check_integer, check_mask, check_positive, has_values, is_number
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MIXERS = ("ttt", "attention", "gru", "narm", "mamba", "bidirectional")
@@ -109,17 +110,18 @@ class TTT4RecConfig:
             raise ValueError(f"hide_rate must be from 0 to 1; given {self.hide_rate!r}")
 
 
-def make_mixer(config: TTT4RecConfig) -> nn.Module:
+def make_mixer(config: TTT4RecConfig, device: Device = None, dtype: torch.dtype | None = None) -> nn.Module:
     """The sequence mixer that the configuration names."""
+    factory: Any = {"device": device, "dtype": dtype}
     if config.mixer in ("attention", "bidirectional"):
         causal = config.mixer == "attention"
-        return AttentionMixer(config.width, config.num_heads, config.rope_theta, causal=causal)
+        return AttentionMixer(config.width, config.num_heads, config.rope_theta, causal=causal, **factory)
     if config.mixer == "gru":
-        return GRUMixer(config.width)
+        return GRUMixer(config.width, **factory)
     if config.mixer == "narm":
-        return NARMMixer(config.width)
+        return NARMMixer(config.width, **factory)
     if config.mixer == "mamba":
-        return MambaMixer(config.width, conv_kernel=config.conv_kernel)
+        return MambaMixer(config.width, conv_kernel=config.conv_kernel, **factory)
     return TTTLayer(
         config.width,
         config.num_heads,
@@ -130,6 +132,7 @@ def make_mixer(config: TTT4RecConfig) -> nn.Module:
         base_lr=config.base_lr,
         conv_kernel=config.conv_kernel,
         max_inner_step=config.max_inner_step,
+        **factory,
     )
 
 
@@ -140,29 +143,45 @@ class TTT4Rec(nn.Module):
         config: the shape.
         mixer: makes a block's mixer from the configuration; replace it to run another sequence layer in the same
             model. It must take ``(x, mask=, cu_seqlens=, state=, return_state=)`` as ``TTTLayer`` does.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
-    def __init__(self, config: TTT4RecConfig, mixer: Callable[[TTT4RecConfig], nn.Module] = make_mixer) -> None:
+    def __init__(
+        self,
+        config: TTT4RecConfig,
+        mixer: Callable[..., nn.Module] = make_mixer,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        factory: Any = {"device": device, "dtype": dtype}
         self.config = config
-        self.embedding: Any = nn.Embedding(config.num_items + 1, config.width, padding_idx=0)
+        self.embedding: Any = nn.Embedding(config.num_items + 1, config.width, padding_idx=0, **factory)
         self.dropout = nn.Dropout(config.dropout)
-        self.embedding_norm = nn.LayerNorm(config.width, eps=1e-12)  # the release's
+        self.embedding_norm = nn.LayerNorm(config.width, eps=1e-12, **factory)  # the release's
         self.blocks = nn.ModuleList(
             Block(
                 config.width,
-                mixer(config),
+                mixer(config, **factory) if mixer is make_mixer else mixer(config).to(**factory),
                 norm=config.norm,
                 ffn=config.ffn,
                 ffn_width=config.ffn_width,
                 conv_kernel=config.conv_kernel if config.block_conv else None,
+                **factory,
             )
             for _ in range(config.num_blocks)
         )
-        self.norm = make_norm(config.norm, config.width)
+        self.norm = make_norm(config.norm, config.width, **factory)
         hides = config.mixer == "bidirectional"
-        self.hidden_item = nn.Parameter(torch.empty(config.width).normal_(std=0.02)) if hides else None
-        self.apply(_init_weights)
+        self.hidden_item = nn.Parameter(torch.empty(config.width, **factory)) if hides else None
+        self.reset_parameters()
+        self.apply(draw)
+
+    def reset_parameters(self) -> None:
+        """Draw what is the model's own, BERT4Rec's hidden item, from N(0, 0.02); its modules have their own."""
+        if self.hidden_item is not None:
+            nn.init.normal_(self.hidden_item, std=STD)
 
     def forward(
         self,
@@ -269,10 +288,10 @@ class TTT4Rec(nn.Module):
         if len(pools) != len(self.blocks):
             raise ValueError(f"pools must hold one entry per block, {len(self.blocks)}; given {len(pools)}")
         for block, pool in zip(self.blocks, pools, strict=True):  # all of them, before the first one changes
-            foreign = isinstance(block.mixer, TTTLayer) and not pool.mixer.belongs_to(block.mixer.W1)
+            foreign = isinstance(block.mixer, TTTLayer) and pool.mixer.layer is not block.mixer
             if foreign or pool.mixer.num_slots != pools[0].mixer.num_slots:
                 raise ValueError("pools must be those of one make_pools; given one of another model, block or size")
-        if ids.is_cpu and not torch.compiler.is_compiling() and not bool(ids.all()):
+        if ids.is_cpu and has_values(ids) and not bool(ids.all()):
             raise ValueError("ids must be of items, from 1; given a 0, which pads")
         h = self._embed(ids)
         for block, pool in zip(self.blocks, pools, strict=True):
@@ -316,7 +335,7 @@ class TTT4Rec(nn.Module):
         larger.embedding = nn.Embedding(
             num_items + 1, self.config.width, padding_idx=0, device=old.device, dtype=old.dtype
         )
-        larger.embedding.apply(_init_weights)
+        draw(larger.embedding)
         with torch.no_grad():
             larger.embedding.weight[: len(old)] = old
         larger.embedding.weight.requires_grad_(old.requires_grad)
@@ -372,12 +391,3 @@ class TTT4Rec(nn.Module):
             reason = str(error).splitlines()[0]
             raise ValueError(f"{folder} does not hold a TTT4Rec model that this version can read: {reason}") from error
         return model.to(device).eval()
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        nn.init.zeros_(module.weight[module.padding_idx])

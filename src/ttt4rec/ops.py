@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from . import eager, native
+from .precision import without_autocast
 from .projection import path_of
+from .transforms import operator
 
 
 def _path(backend: str, q: Tensor, weights: Tensor, hidden: int) -> ModuleType:
@@ -34,7 +36,7 @@ def _path(backend: str, q: Tensor, weights: Tensor, hidden: int) -> ModuleType:
     return eager
 
 
-@torch.library.custom_op("ttt4rec::linear_scan", mutates_args=())
+@operator("linear_scan")
 def linear_scan(
     q: Tensor,
     k: Tensor,
@@ -58,7 +60,7 @@ def linear_scan(
     return o, W1_out, b1_out, G, checkpoints
 
 
-@torch.library.custom_op("ttt4rec::linear_scan_backward", mutates_args=())
+@operator("linear_scan_backward")
 def linear_scan_backward(
     grad_o: Tensor,
     grad_W1: Tensor,
@@ -89,7 +91,7 @@ def linear_scan_backward(
     )  # fmt: skip
 
 
-@torch.library.custom_op("ttt4rec::mlp_scan", mutates_args=())
+@operator("mlp_scan")
 def mlp_scan(
     q: Tensor,
     k: Tensor,
@@ -115,7 +117,7 @@ def mlp_scan(
     return o, W1_out, b1_out, W2_out, b2_out, Z1, G2, checkpoints
 
 
-@torch.library.custom_op("ttt4rec::mlp_scan_backward", mutates_args=())
+@operator("mlp_scan_backward")
 def mlp_scan_backward(
     grad_o: Tensor,
     grad_W1: Tensor,
@@ -151,7 +153,7 @@ def mlp_scan_backward(
     )  # fmt: skip
 
 
-@torch.library.custom_op("ttt4rec::token_step", mutates_args=("records",))
+@operator("token_step", mutates_args=("records",))
 def token_step(
     q: Tensor,
     k: Tensor,
@@ -168,7 +170,7 @@ def token_step(
     backend: str,
 ) -> Tensor:
     """One token ``[B, H, D]`` of each of B streams whose states are among the records; see ``eager.token_step``."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         return _path(backend, q, records, hidden).token_step(  # type: ignore[no-any-return]
             q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, records, hidden, eps
         )

@@ -1,13 +1,27 @@
 """StatePool: the states of many streams, kept in one place and advanced there one token at a time."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import eager
+from .precision import without_autocast
 from .state import TTTState
 from .validation import check_conv_state, check_slots, check_state
+
+
+class Streaming(Protocol):
+    """A layer whose streams a pool keeps."""
+
+    mini_batch_size: int
+
+    def initial_state(self) -> tuple[Sequence[Tensor], tuple[Tensor, Tensor]]:
+        """What a stream starts with, as it is now.
+
+        The parameters ``(W1, b1)`` or ``(W1, b1, W2, b2)``, and γ and β of the inner layer norm ``[H, D]``.
+        """
 
 
 class StatePool:
@@ -18,15 +32,15 @@ class StatePool:
     twice; ``docs/serving.md`` tells why.
 
     Args:
-        num_slots: number of streams N, on the device of ``initial``.
-        initial: the layer's parameters with which a stream starts, ``(W1, b1)`` or ``(W1, b1, W2, b2)``.
-        layer_norm: γ and β of the inner layer norm ``[H, D]``.
-        mini_batch_size: K.
+        num_slots: number of streams N, on the device of the layer's parameters.
+        layer: whose streams they are. Its parameters are looked up when streams start: a parametrised one is another
+            tensor every time, and one that was loaded may have taken another's place.
         context: shape of the convolutions' context ``(conv_kernel - 1, width)``, with the Mamba backbone.
 
     Attributes:
         position: tokens seen, int64 ``[N]``.
         conv: the last inputs of the convolutions ``[N, conv_kernel - 1, width]``, or None.
+        layer: see above; a layer steps its own pools only.
         records: what the inner loop needs of a stream and head ``[N, H, R]``, described at ``eager.token_step``.
         hidden: F of TTT-MLP; 0 for TTT-Linear.
 
@@ -37,18 +51,16 @@ class StatePool:
     def __init__(
         self,
         num_slots: int,
-        initial: Sequence[Tensor],
-        layer_norm: tuple[Tensor, Tensor],
-        mini_batch_size: int,
+        layer: Streaming,
         context: tuple[int, int] | None = None,
     ) -> None:
         if not isinstance(num_slots, int) or num_slots < 1:
             raise ValueError(f"num_slots must be an integer of at least 1; given {num_slots!r}")
-        self.num_slots, self.mini_batch_size = num_slots, mini_batch_size
-        self._initial, self._layer_norm = initial, layer_norm
-        H, D = layer_norm[0].shape
+        self.num_slots, self.mini_batch_size, self.layer = num_slots, layer.mini_batch_size, layer
+        initial, layer_norm = layer.initial_state()
+        H, self._head_dim = layer_norm[0].shape
         self.hidden = initial[0].shape[2] if len(initial) == 4 else 0
-        numbers = eager.record_size(D, self.hidden, mini_batch_size)[0]
+        numbers = eager.record_size(self._head_dim, self.hidden, self.mini_batch_size)[0]
         like = initial[0].new_empty(0, dtype=torch.promote_types(initial[0].dtype, torch.float32)).detach()
         self.records = like.new_zeros(num_slots, H, numbers)
         self.position = like.new_zeros(num_slots, dtype=torch.int64)
@@ -67,10 +79,6 @@ class StatePool:
         """Size of all tensors in bytes."""
         every = [self.records, self.position, *([] if self.conv is None else [self.conv])]
         return sum(x.numel() * x.element_size() for x in every)
-
-    def belongs_to(self, W1: Tensor) -> bool:
-        """Whether the layer that made the pool is the one with this parameter."""
-        return W1 is self._initial[0]
 
     @torch.no_grad()
     def read(self, slots: Tensor) -> TTTState:
@@ -105,9 +113,10 @@ class StatePool:
             TypeError: slots are not int64, or the state has another dtype.
         """
         check_slots(slots, self.num_slots, self.position.device)
-        K, like = self.mini_batch_size, self.records.new_empty(1, 1, *self._layer_norm[0].shape)
+        initial, layer_norm = self.layer.initial_state()
+        K, like = self.mini_batch_size, self.records.new_empty(1, 1, *layer_norm[0].shape)
         names = ("W1", "b1", "W2", "b2")
-        shapes = [(name, tuple(w.shape)) for name, w in zip(names, self._initial, strict=False)]
+        shapes = [(name, tuple(w.shape)) for name, w in zip(names, initial, strict=False)]
         check_state(state, slots.numel(), shapes, K, like)
         check_conv_state(state, slots.numel(), None if self.conv is None else tuple(self.conv.shape[1:]))
         lack = K - 1 - state.position % K
@@ -116,13 +125,13 @@ class StatePool:
         weights = [
             torch.cat((W, b.unsqueeze(2)), 2) for W, b in zip(state.weights[::2], state.weights[1::2], strict=True)
         ]
-        gamma, beta = (p.to(k.dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in self._layer_norm)
+        gamma, beta = (p.to(k.dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in layer_norm)
         records = torch.zeros_like(self.records[slots])
         targets, rows = self._parts(records.flatten(0, 1))
         k, v, lr, *weights = (x.flatten(0, 1) for x in (k, v, lr, *weights))
         for target, W in zip(targets, weights, strict=True):
             target.copy_(W)
-        with torch.autocast(k.device.type, enabled=False):
+        with without_autocast(k.device.type):
             eager.write_rows(rows[:, :-1], k, v, lr, gamma, beta, weights, 1e-6)
         self.records.index_copy_(0, slots, records)
         self.position.index_copy_(0, slots, state.position)
@@ -139,13 +148,10 @@ class StatePool:
         check_slots(slots, self.num_slots, self.position.device)
         for x in (self.records, self.position, *([] if self.conv is None else [self.conv])):
             x.index_fill_(0, slots, 0)
-        for target, W, b in zip(self._parts(self.records)[0], self._initial[::2], self._initial[1::2], strict=True):
-            initial = torch.cat((W, b.unsqueeze(1)), 1).to(target.dtype)
-            target.index_copy_(0, slots, initial.expand(slots.numel(), *initial.shape))
-
-    @property
-    def _head_dim(self) -> int:
-        return self._layer_norm[0].shape[1]
+        initial, _ = self.layer.initial_state()
+        for target, W, b in zip(self._parts(self.records)[0], initial[::2], initial[1::2], strict=True):
+            matrix = torch.cat((W, b.unsqueeze(1)), 1).to(target.dtype)
+            target.index_copy_(0, slots, matrix.expand(slots.numel(), *matrix.shape))
 
     def _parts(self, records: Tensor) -> tuple[list[Tensor], Tensor]:
         return eager.record_parts(records, self._head_dim, self.hidden, self.mini_batch_size)

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from . import eager, reference
+from .precision import autocast_dtype, without_autocast
+from .transforms import operator
 from .validation import check_device
 
 
@@ -56,21 +59,20 @@ def project(
     Raises:
         TypeError: x's dtype is not that of the weights.
     """
-    dtype, device = x.dtype, x.device.type
+    device = x.device.type
     if backend == "reference" or not all(map(plain, linears)):
         views = [linear(x) for linear in linears]
         views = [rope.rotate(view) if i < rotated else view for i, view in enumerate(views)]
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             inner_lr = reference.inner_learning_rate(x, lr_weight, lr_bias, base_lr)
         return [view.unflatten(-1, (lr_weight.shape[0], -1)) for view in views], inner_lr
     weights: list[Tensor] = [linear.weight for linear in linears]  # type: ignore[misc]
     check_device("x's", x.device, weight=weights[0], lr_weight=lr_weight, lr_bias=lr_bias)
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    elif dtype != weights[0].dtype:
-        raise TypeError(f"x must have the parameters' dtype {weights[0].dtype}; given {dtype}")
+    dtype = autocast_dtype(x.dtype, device)
+    if dtype is None and x.dtype != weights[0].dtype:
+        raise TypeError(f"x must have the parameters' dtype {weights[0].dtype}; given {x.dtype}")
     results: list[Tensor] = rope_projection(
-        x, weights, lr_weight, lr_bias, *rope, rotated, base_lr, dtype, backend == "triton"
+        x, weights, lr_weight, lr_bias, *rope, rotated, base_lr, dtype or x.dtype, backend == "triton"
     )
     return results[:-1], results[-1]
 
@@ -78,6 +80,8 @@ def project(
 def plain(module: nn.Module) -> bool:
     """Whether calling the module would do no more than multiply by its weight, or normalise with weight and bias."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    hooks = hooks or modules._global_forward_hooks or modules._global_forward_pre_hooks  # of all modules there are
+    hooks = hooks or modules._global_backward_hooks or modules._global_backward_pre_hooks
     biased = {nn.Linear: False, nn.LayerNorm: True}.get(type(module))
     if hooks or biased is None or "forward" in module.__dict__ or biased != (module.bias is not None):
         return False
@@ -125,7 +129,7 @@ def path_of(kernel: bool) -> ModuleType:
     return kernels
 
 
-@torch.library.custom_op("ttt4rec::rope_projection", mutates_args=())
+@operator("rope_projection")
 def rope_projection(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -141,13 +145,13 @@ def rope_projection(
 ) -> list[Tensor]:
     """Views ``[B, L, H, D]`` of x ``[B, L, C]``, the first ``rotated`` of them rotated, and the rates ``[B, L, H]``."""
     path = path_of(kernel)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return path.projection_forward(  # type: ignore[no-any-return]
             x, weights, lr_weight, lr_bias, cos, sin, positions, rotated, base_lr, dtype
         )
 
 
-@torch.library.custom_op("ttt4rec::rope_projection_backward", mutates_args=())
+@operator("rope_projection_backward")
 def rope_projection_backward(
     grads: Sequence[Tensor],
     grad_lr: Tensor,
@@ -165,7 +169,7 @@ def rope_projection_backward(
 ) -> list[Tensor]:
     """Gradients of x, the weights, w_lr and b_lr."""
     path = path_of(kernel)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return path.projection_backward(  # type: ignore[no-any-return]
             grads, grad_lr, inner_lr, x, weights, lr_weight, cos, sin, positions, rotated, base_lr, dtype
         )
@@ -210,7 +214,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 rope_projection.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("ttt4rec::rope_convolution", mutates_args=())
+@operator("rope_convolution")
 def rope_convolution(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -228,7 +232,7 @@ def rope_convolution(
     )
 
 
-@torch.library.custom_op("ttt4rec::rope_convolution_backward", mutates_args=())
+@operator("rope_convolution_backward")
 def rope_convolution_backward(
     grads: Sequence[Tensor],
     x: Tensor,

@@ -4,9 +4,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .state import TTTState
+from .transforms import transformed
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _right: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -62,7 +64,22 @@ def _need_no_look(x: Tensor, total: int) -> bool:
     A look at a GPU's values waits for all that is queued there, so that the layers of a model, which are given the same
     tensor, look once. On a CPU a look is cheap and NumPy may write past the tensor's count of changes.
     """
-    return torch.compiler.is_compiling() or (_is_counted(x) and _right.get(x) == (x._version, total))
+    return not has_values(x) or (_is_counted(x) and _right.get(x) == (x._version, total))
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there are values that may be looked at: not in tracing and transforms, nor on meta and fake tensors."""
+    return not (torch.compiler.is_compiling() or _is_empty(x) or transformed())
+
+
+def check_has_values(what: str, x: Tensor) -> None:
+    """Raise ValueError if x is a meta or fake tensor, and what is to be done depends on values."""
+    if _is_empty(x):
+        raise ValueError(f"{what} depends on values, which meta and fake tensors do not have; give it real ones")
+
+
+def _is_empty(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def _remember(x: Tensor, total: int) -> None:
@@ -97,7 +114,7 @@ def check_inner_loop_arguments(
         check_shape(name, x, (B, L, H, D), "[B, L, H, D] of q")
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}; given {x.dtype}")
-    if min(B, L, H, D) < 1:
+    if 0 in (B, L, H, D):  # each alone: of sizes that are symbols no order is known
         raise ValueError(f"q must have at least one sequence, token, head and feature; given {list(q.shape)}")
     if not isinstance(K, int) or K < 1:
         raise ValueError(f"mini_batch_size must be an integer of at least 1; given {K!r}")
@@ -152,7 +169,7 @@ def check_state(state: TTTState, N: int, shapes: list[tuple[str, tuple[int, ...]
         if name != "position" and x.dtype != dtype:
             raise TypeError(f"state's {name} must be {dtype} for {q.dtype} inputs; given {x.dtype}")
     check_device("the inputs'", q.device, **{f"state's {name}": x for name, x in state.tensors().items()})
-    if q.is_cpu and not torch.compiler.is_compiling() and bool((state.position < 0).any()):
+    if q.is_cpu and has_values(state.position) and bool((state.position < 0).any()):
         raise ValueError(f"state's position must count tokens from 0; given {_short(state.position.tolist())}")
 
 
@@ -164,7 +181,7 @@ def check_layer_input(x: Tensor, width: int, mask: Tensor | None, cu_seqlens: Te
     """Check what ``TTTLayer`` is called with."""
     if x.dim() != 3 or x.shape[-1] != width:
         raise ValueError(f"x must have shape [B, L, width] with width {width}; given {list(x.shape)}")
-    if min(x.shape) < 1:
+    if 0 in x.shape:  # each alone: of sizes that are symbols no order is known
         raise ValueError(f"x must have at least one sequence and one token; given {list(x.shape)}")
     if x.dtype not in _FLOATS:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64; given {x.dtype}")
@@ -190,7 +207,7 @@ def check_slots(slots: Tensor, num_slots: int, device: torch.device) -> None:
         raise ValueError(f"slots must have shape [B] with B >= 1; given {list(slots.shape)}")
     if slots.device != device:
         raise ValueError(f"slots must be on the pool's device {device}; given {slots.device}")
-    if not slots.is_cpu or torch.compiler.is_compiling():
+    if not slots.is_cpu or not has_values(slots):
         return
     ordered = slots.sort().values
     if ordered[0] < 0 or ordered[-1] >= num_slots:
@@ -203,6 +220,11 @@ def check_slots(slots: Tensor, num_slots: int, device: torch.device) -> None:
 
 def check_step_input(x: Tensor, width: int, slots: Tensor, num_slots: int, pool: Tensor) -> None:
     """Check what ``TTTLayer.step`` is called with; pool is any float tensor of the pool."""
+    if transformed():
+        raise RuntimeError(
+            "a step changes its pool in place and knows no transforms of torch.func or forward-mode derivatives; call "
+            'the layer with state= and backend="reference" instead'
+        )
     if x.dim() != 2 or x.shape[1] != width:
         raise ValueError(f"x must have shape [B, width] with width {width}; given {list(x.shape)}")
     dtype = torch.promote_types(x.dtype, torch.float32)

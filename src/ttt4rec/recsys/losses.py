@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt4rec.model import TTT4Rec
+from ttt4rec.precision import without_autocast
 
 LossName: TypeAlias = Literal["softmax", "sampled", "gbce", "bpr"]
 LOSSES: tuple[str, ...] = get_args(LossName)
@@ -86,7 +87,7 @@ class Loss:
         if self.name == "softmax":
             return model.nll(h, items, "sum")
         drawn = self.draw()
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h.device.type):
             dtype = torch.promote_types(h.dtype, torch.float32)
             wide, own_rows, drawn_rows = (x.to(dtype) for x in (h, model.embedding(items), model.embedding(drawn)))
             positive = (wide * own_rows).sum(1)

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt4rec import catalogue
+from ttt4rec.initialisation import draw
+from ttt4rec.precision import without_autocast
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -187,7 +189,7 @@ class ShardedItems(nn.Module):
         from torch.distributed.tensor import Partial
 
         catalogue.check_range(items, self.weight)
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h.device.type):
             dtype = catalogue.score_dtype(h, self.weight)
             wide, table, no_padding = self._of_all(h.to(dtype), 0), self.weight.to(dtype), self.no_padding.to(dtype)
             scores = F.linear(wide, table, no_padding)  # of all targets with this process's items
@@ -200,6 +202,7 @@ class ShardedItems(nn.Module):
         """The table as it was before it was split, in every process."""
         table = whole(self.weight.detach())
         items = nn.Embedding(table.shape[0], table.shape[1], padding_idx=0, device="meta")
+        draw(items)  # on meta that is to say: when it is to be drawn anew, as the rest of the model
         items.weight = nn.Parameter(table, requires_grad=self.weight.requires_grad)
         return items
 
