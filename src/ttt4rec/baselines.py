@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .blocks import HistoryMixer
 from .convolution import CausalConv, convolve
-from .functional import choose_backend
 from .initialisation import STD, Device
+from .operators import choose_backend
 
 ELEMENTS_AT_ONCE = 1 << 24
 """NARM's pairs of positions times features held at once when no gradient is wanted: 64 MiB of float32."""
@@ -107,7 +107,7 @@ class MambaMixer(HistoryMixer):
     def read(self, x: Tensor, real: Tensor | None) -> Tensor:
         """x ``[N, L, width]`` to the same shape."""
         u, z = self.input(x).chunk(2, -1)
-        (u,), _ = convolve((self.conv,), u, None, None, backend=choose_backend("auto", u.unsqueeze(-1), 1))
+        (u,), _ = convolve((self.conv,), u, None, None, backend=choose_backend("auto", u))
         u = F.silu(u)
         rank, B, C = self.selection(u).split((self.rank, self.state_size, self.state_size), -1)
         rate = rank @ self.rate.T

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .convolution import CausalConv, convolve
-from .functional import choose_backend, make_spans
+from .functional import make_spans
 from .initialisation import Device
+from .operators import choose_backend
 from .pool import StatePool
 from .reference import rotate, rotation
 from .spans import Spans
@@ -279,7 +280,7 @@ class Block(nn.Module):
     def _convolve(self, h: Tensor, spans: Spans | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``h + conv(norm(h))``, and the convolution's last inputs."""
         x = self.conv_norm(h)
-        backend = choose_backend("auto", x.unsqueeze(-1), 1)
+        backend = choose_backend("auto", x)
         (convolved,), context = convolve((self.conv,), x, spans, context, backend=backend)
         return h + convolved, context
 

@@ -3,25 +3,17 @@
 Whatever way a sequence is cut into calls, packed or padded, the outputs are the same numbers.
 """
 
-import functools
-import importlib.util
-import logging
-import os
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import reference
+from .arguments import Scan
+from .inner_models import LINEAR, MLP, InnerModel
+from .operators import SCANS, Backend, choose_backend
 from .precision import autocast_dtype, without_autocast
 from .spans import Spans, dense_spans, last_tokens
 from .state import TTTState
-from .transforms import transformed
 from .validation import check_inner_loop_arguments, has_values
-
-Backend = Literal["auto", "reference", "eager", "native", "triton"]
-MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE = 128, 64  # of the fused kernels
-_log = logging.getLogger(__name__)
 
 
 def ttt_linear(
@@ -75,7 +67,7 @@ def ttt_linear(
         RuntimeError: the backend cannot run here.
     """
     return _inner_loop(
-        (q, k, v), inner_lr, token_scale, (W1, b1), (ln_weight, ln_bias), mini_batch_size, state, mask, cu_seqlens,
+        LINEAR, (q, k, v), inner_lr, token_scale, (W1, b1), (ln_weight, ln_bias), mini_batch_size, state, mask, cu_seqlens,
         eps, backend,
     )  # fmt: skip
 
@@ -106,12 +98,13 @@ def ttt_mlp(
     W2 ``[H, F, D]`` and b2 ``[H, D]``; F is 4D in the paper.
     """
     return _inner_loop(
-        (q, k, v), inner_lr, token_scale, (W1, b1, W2, b2), (ln_weight, ln_bias), mini_batch_size, state, mask,
+        MLP, (q, k, v), inner_lr, token_scale, (W1, b1, W2, b2), (ln_weight, ln_bias), mini_batch_size, state, mask,
         cu_seqlens, eps, backend,
     )  # fmt: skip
 
 
 def _inner_loop(
+    model: InnerModel,
     tokens: tuple[Tensor, Tensor, Tensor],
     inner_lr: Tensor,
     token_scale: Tensor,
@@ -125,7 +118,7 @@ def _inner_loop(
     backend: Backend,
 ) -> tuple[Tensor, TTTState]:
     check_inner_loop_arguments(tokens, inner_lr, token_scale, initial, layer_norm, K, state, mask, cu_seqlens)
-    backend = choose_backend(backend, tokens[0], K, "linear" if len(initial) == 2 else "mlp")
+    backend = choose_backend(backend, tokens[0], tokens[0].shape[-1], K, model.name)
     tokens = autocast(*tokens)
     B, L = tokens[0].shape[:2]
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
@@ -148,8 +141,10 @@ def _inner_loop(
         starts, lengths = extended.first - pending, extended.lengths + pending
         seen = state.position + extended.lengths
     scan_spans = (None, None) if spans is None and state is None else (starts, lengths)
-    with without_autocast(tokens[0].device.type):  # the inner loop chooses its own precision
-        o, *outgoing = _scan(sequence_tokens, token_scale, weights, layer_norm, scan_spans, eps, backend)
+    scan = Scan(
+        *sequence_tokens, token_scale, weights, *layer_norm, *scan_spans, eps, segment_length(model, weights, K)
+    )
+    o, *outgoing = _scan(model, scan, backend)
     _, k, v, lr = sequence_tokens
     pending_k, pending_v, pending_lr = (last_tokens(x.to(dtype), starts, lengths, K - 1, seen % K) for x in (k, v, lr))
     if extended is not None:
@@ -163,54 +158,37 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _scan(
-    tokens: tuple[Tensor, ...],
-    token_scale: Tensor,
-    weights: tuple[Tensor, ...],
-    layer_norm: tuple[Tensor, Tensor],
-    spans: tuple[Tensor | None, Tensor | None],
-    eps: float,
-    backend: Backend,
-) -> tuple[Tensor, ...]:
+def _scan(model: InnerModel, scan: Scan, backend: Backend) -> tuple[Tensor, ...]:
     """Outputs and outgoing weights of sequences that all start at a mini-batch boundary."""
     if backend == "reference":
-        return _reference_scan(tokens, token_scale, weights, layer_norm, spans, eps)
-    operator = ops.linear_scan if len(weights) == 2 else ops.mlp_scan
-    segment = segment_length(token_scale.numel(), weights)
-    outputs: tuple[Tensor, ...] = operator(*tokens, token_scale, *weights, *layer_norm, *spans, eps, segment, backend)
-    return outputs[: 1 + len(weights)]
+        with without_autocast(scan.q.device.type):  # the inner loop chooses its own precision
+            return _reference_scan(scan)
+    return SCANS[model.name](scan, backend)[: 1 + len(scan.weights)]
 
 
-def segment_length(mini_batch_size: int, weights: tuple[Tensor, ...]) -> int:
+def segment_length(model: InnerModel, weights: tuple[Tensor, ...], mini_batch_size: int) -> int:
     """How many mini-batches lie between two copies of the weights ``[N, H, ...]`` that the forward keeps.
 
     A copy is at most an eighth of what is kept of the tokens between two of them: q, k, v and the inner gradients, and
     Z1 of TTT-MLP. Shorter segments than sixteen mini-batches would save no time.
     """
-    D, hidden = weights[0].shape[2], weights[0].shape[3] if len(weights) == 4 else 0
-    numbers = sum(w.shape[2:].numel() for w in weights)
-    return max(16, -(-8 * numbers // (mini_batch_size * (4 * D + hidden))))
+    D, hidden = weights[0].shape[2:]
+    kept = mini_batch_size * (3 * D + sum(model.kept_widths(D, hidden)))
+    return max(16, -(-8 * model.numbers(D, hidden) // kept))
 
 
-def _reference_scan(
-    tokens: tuple[Tensor, ...],
-    token_scale: Tensor,
-    weights: tuple[Tensor, ...],
-    layer_norm: tuple[Tensor, Tensor],
-    spans: tuple[Tensor | None, Tensor | None],
-    eps: float,
-) -> tuple[Tensor, ...]:
+def _reference_scan(scan: Scan) -> tuple[Tensor, ...]:
     """The dual form; unequal sequences padded, with every one's weights at rest after its last complete mini-batch.
 
     Weights that were never updated come out as copies: the state is not to follow the parameters.
     """
+    token_scale, weights, eps = scan.token_scale, scan.weights, scan.eps
     dtype, K = weights[0].dtype, token_scale.numel()
-    q, k, v, lr = (x.to(dtype) for x in tokens)
-    gamma, beta = (p.to(dtype) for p in layer_norm)
-    starts, lengths = spans
+    q, k, v, lr, gamma, beta = (x.to(dtype) for x in (*scan[:4], scan.ln_weight, scan.ln_bias))
+    starts, lengths = scan.starts, scan.lengths
     if starts is None or lengths is None:
         o, outgoing = reference.dual_form(q, k, v, lr, token_scale, weights, gamma, beta, eps=eps)
-        return o.to(tokens[0].dtype), *(w.clone() for w in outgoing)
+        return o.to(scan.q.dtype), *(w.clone() for w in outgoing)
     # Where nothing may depend on values, a sequence may be as long as a row.
     longest = max(lengths.tolist(), default=0) if has_values(lengths) else q.shape[1]
     slots = torch.arange(longest, device=q.device)
@@ -229,7 +207,7 @@ def _reference_scan(
         )
     o = torch.cat(outputs, 1).flatten(0, 1)
     o = o.new_zeros(total + 1, *o.shape[1:]).index_copy(0, index.flatten(), o)
-    return o[:-1].unflatten(0, tokens[0].shape[:2]).to(tokens[0].dtype), *(w.clone() for w in weights)
+    return o[:-1].unflatten(0, scan.q.shape[:2]).to(scan.q.dtype), *(w.clone() for w in weights)
 
 
 def make_spans(mask: Tensor | None, cu_seqlens: Tensor | None, L: int) -> Spans | None:
@@ -237,65 +215,3 @@ def make_spans(mask: Tensor | None, cu_seqlens: Tensor | None, L: int) -> Spans 
     if mask is not None:
         return Spans.from_mask(mask)
     return None if cu_seqlens is None else Spans.from_cu_seqlens(cu_seqlens, L)
-
-
-def check_backend(backend: str) -> None:
-    """Raise unless there is such a backend."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; given {backend!r}")
-
-
-def choose_backend(backend: Backend, q: Tensor, K: int, inner: str | None = None) -> Backend:
-    """What runs: ``"auto"`` becomes the kernels, where there is a GPU and they can run, or else stays what it is.
-
-    Within transforms and forward-mode differentiation ``"auto"`` is ``"reference"``, the only one that knows them.
-    Which of the other paths it otherwise means, the operators choose.
-
-    Args:
-        backend: what was asked for.
-        q: tokens ``[..., D]``.
-        K: mini-batch size.
-        inner: of the inner loop, ``"linear"`` or ``"mlp"``, which is to have a backward where gradients are enabled.
-
-    Raises:
-        RuntimeError: ``"triton"`` was asked for and cannot run; it never falls back silently.
-        ValueError: there is no such backend.
-    """
-    check_backend(backend)
-    if backend == "auto" and transformed():
-        return "reference"
-    if backend not in ("auto", "triton") or (backend == "auto" and not q.is_cuda):
-        return backend
-    traced = torch.compiler.is_compiling()
-    refusal = _kernel_refusal(q, K)
-    if refusal is None and inner is not None and torch.is_grad_enabled() and not traced:
-        from .kernels import launch
-
-        refusal = launch.compiler_refusal(f"{inner}_backward", q.shape[-1], K)
-    if refusal is None:
-        return "triton"
-    if backend == "triton":
-        raise RuntimeError(f"backend 'triton' {refusal}")
-    if not traced:
-        _tell(refusal)
-    return "auto"
-
-
-@functools.cache
-def _tell(refusal: str) -> None:
-    """Once for each reason."""
-    _log.warning("a slower path than the fused kernels runs on the GPU: backend 'triton' %s", refusal)
-
-
-def _kernel_refusal(q: Tensor, K: int) -> str | None:
-    """Why the fused kernels cannot run on these tensors; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton, which is not installed"
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"runs on CUDA tensors, or on others with TRITON_INTERPRET=1; given {q.device}"
-    if q.dtype == torch.float64 or q.shape[-1] > MAX_HEAD_DIM or K > MAX_MINI_BATCH_SIZE:
-        return (
-            f"takes float32, bfloat16 and float16, head dimensions up to {MAX_HEAD_DIM} and "
-            f"mini-batches up to {MAX_MINI_BATCH_SIZE}; given {q.dtype}, {q.shape[-1]} and {K}"
-        )
-    return None

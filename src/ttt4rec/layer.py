@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from .convolution import CausalConv, convolve
 from .epilogue import finish
-from .functional import Backend, autocast, check_backend, choose_backend, make_spans, ttt_linear, ttt_mlp
+from .arguments import TokenStep
+from .functional import autocast, make_spans, ttt_linear, ttt_mlp
 from .initialisation import STD, Device, draw
-from .ops import token_step
+from .operators import Backend, check_backend, choose_backend, token_step
 from .pool import StatePool
 from .projection import Rope, project
 from .reference import rotation, token_scale
@@ -186,8 +187,7 @@ class TTTLayer(nn.Module):
             N = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
             check_conv_state(state, N, self._context)
         spans = make_spans(mask, cu_seqlens, x.shape[1])
-        heads = x.unflatten(-1, (self.num_heads, -1))
-        backend = choose_backend(self.backend, heads, self.mini_batch_size, self.inner)
+        backend = choose_backend(self.backend, x, self.head_dim, self.mini_batch_size, self.inner)
         position, context = (None, None) if state is None else (state.position, state.conv)
         q, k, v, inner_lr, gate, conv = self._views(x, spans, position, context, backend)
         where = {"state": state, "mask": mask, "cu_seqlens": cu_seqlens, "backend": backend}
@@ -234,13 +234,12 @@ class TTTLayer(nn.Module):
             pool.write(slots, state)
             return y.squeeze(1)
         position, context = pool.position[slots], None if pool.conv is None else pool.conv[slots]
-        heads = x.unflatten(-1, (self.num_heads, -1))
-        backend = choose_backend(self.backend, heads, self.mini_batch_size)
+        backend = choose_backend(self.backend, x, self.head_dim, self.mini_batch_size)
         q, k, v, lr, gate, conv = self._views(x, None, position, context, backend)
         tokens = (t.squeeze(1) for t in (*autocast(q, k, v), lr))
         scale, norm = token_scale(self.token_offset.to(lr.dtype)), (self.inner_norm_weight, self.inner_norm_bias)
-        where = (slots, position % self.mini_batch_size, pool.records, pool.hidden, 1e-6, backend)
-        o = token_step(*tokens, scale, *norm, *where)
+        where = (slots, position % self.mini_batch_size, pool.records, pool.hidden, 1e-6)
+        (o,) = token_step(TokenStep(*tokens, scale, *norm, *where), backend)
         pool.position.index_copy_(0, slots, position + 1)
         if pool.conv is not None and conv is not None:
             pool.conv.index_copy_(0, slots, conv)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import eager
+from .inner_models import record_layout
 from .precision import without_autocast
 from .state import TTTState
 from .validation import check_conv_state, check_slots, check_state
@@ -60,7 +61,7 @@ class StatePool:
         initial, layer_norm = layer.initial_state()
         H, self._head_dim = layer_norm[0].shape
         self.hidden = initial[0].shape[2] if len(initial) == 4 else 0
-        numbers = eager.record_size(self._head_dim, self.hidden, self.mini_batch_size)[0]
+        numbers = record_layout(self._head_dim, self.hidden, self.mini_batch_size).size
         like = initial[0].new_empty(0, dtype=torch.promote_types(initial[0].dtype, torch.float32)).detach()
         self.records = like.new_zeros(num_slots, H, numbers)
         self.position = like.new_zeros(num_slots, dtype=torch.int64)

@@ -1,17 +1,16 @@
-"""The operators in front of the inner loop: schema, shapes for tracing, autograd, choice of kernel or eager path."""
+"""In front of the inner loop: views of the input with their rotation, inner rates, convolutions."""
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from . import eager, reference
+from . import reference
+from .arguments import Convolution, Projection
+from .operators import CONVOLUTIONS, PROJECTIONS
 from .precision import autocast_dtype, without_autocast
-from .transforms import operator
 from .validation import check_device
 
 
@@ -71,10 +70,9 @@ def project(
     dtype = autocast_dtype(x.dtype, device)
     if dtype is None and x.dtype != weights[0].dtype:
         raise TypeError(f"x must have the parameters' dtype {weights[0].dtype}; given {x.dtype}")
-    results: list[Tensor] = rope_projection(
-        x, weights, lr_weight, lr_bias, *rope, rotated, base_lr, dtype or x.dtype, backend == "triton"
-    )
-    return results[:-1], results[-1]
+    given = Projection(x, tuple(weights), lr_weight, lr_bias, *rope, rotated, base_lr, dtype or x.dtype)
+    *views, inner_lr = PROJECTIONS[len(weights)](given, backend)
+    return views, inner_lr
 
 
 def plain(module: nn.Module) -> bool:
@@ -117,165 +115,5 @@ def causal_convolutions(
         parameters = [(w.to(x.dtype), b.to(x.dtype)) for w, b in zip(weights, biases, strict=True)]
         plain = [reference.causal_convolution(x, w, b, reach)[:, lead:] for w, b in parameters]
         return plain if rope is None else [rope.rotate(y) for y in plain]
-    return list(rope_convolution(x, weights, biases, *(rope or (None, None, None)), offsets, lead, backend == "triton"))
-
-
-def path_of(kernel: bool) -> ModuleType:
-    """The package that computes: the kernels, which are imported only when asked for, or eager."""
-    if not kernel:
-        return eager
-    from . import kernels
-
-    return kernels
-
-
-@operator("rope_projection")
-def rope_projection(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    lr_weight: Tensor,
-    lr_bias: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    rotated: int,
-    base_lr: float,
-    dtype: torch.dtype,
-    kernel: bool,
-) -> list[Tensor]:
-    """Views ``[B, L, H, D]`` of x ``[B, L, C]``, the first ``rotated`` of them rotated, and the rates ``[B, L, H]``."""
-    path = path_of(kernel)
-    with without_autocast(x.device.type):
-        return path.projection_forward(  # type: ignore[no-any-return]
-            x, weights, lr_weight, lr_bias, cos, sin, positions, rotated, base_lr, dtype
-        )
-
-
-@operator("rope_projection_backward")
-def rope_projection_backward(
-    grads: Sequence[Tensor],
-    grad_lr: Tensor,
-    inner_lr: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    lr_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    rotated: int,
-    base_lr: float,
-    dtype: torch.dtype,
-    kernel: bool,
-) -> list[Tensor]:
-    """Gradients of x, the weights, w_lr and b_lr."""
-    path = path_of(kernel)
-    with without_autocast(x.device.type):
-        return path.projection_backward(  # type: ignore[no-any-return]
-            grads, grad_lr, inner_lr, x, weights, lr_weight, cos, sin, positions, rotated, base_lr, dtype
-        )
-
-
-@rope_projection.register_fake
-def _(x: Tensor, weights: Sequence[Tensor], lr_weight: Tensor, *rest: Any) -> list[Tensor]:
-    B, L, C = x.shape
-    H, dtype = lr_weight.shape[0], rest[-2]
-    views = [x.new_empty(B, L, H, C // H, dtype=dtype) for _ in weights]
-    return [*views, x.new_empty(B, L, H, dtype=torch.promote_types(x.dtype, torch.float32))]
-
-
-@rope_projection_backward.register_fake
-def _(
-    grads: Sequence[Tensor],
-    grad_lr: Tensor,
-    inner_lr: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    lr_weight: Tensor,
-    *rest: Any,
-) -> list[Tensor]:
-    like = [y.new_empty(y.shape) for y in (x, *weights, lr_weight)]
-    return [*like, grad_lr.new_empty(lr_weight.shape[0])]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, lr_weight, lr_bias, cos, sin, positions, *ctx.options = inputs
-    ctx.lr_bias_dtype = lr_bias.dtype
-    ctx.save_for_backward(output[-1], x, lr_weight, cos, sin, positions, *weights)
-
-
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    inner_lr, x, lr_weight, cos, sin, positions, *weights = ctx.saved_tensors
-    dx, *d_weights, d_lr_weight, d_lr_bias = rope_projection_backward(
-        grads[:-1], grads[-1], inner_lr, x, weights, lr_weight, cos, sin, positions, *ctx.options
-    )
-    return dx, d_weights, d_lr_weight, d_lr_bias.to(ctx.lr_bias_dtype), *[None] * (3 + len(ctx.options))
-
-
-rope_projection.register_autograd(_backward, setup_context=_save)
-
-
-@operator("rope_convolution")
-def rope_convolution(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    offsets: Tensor | None,
-    lead: int,
-    kernel: bool,
-) -> list[Tensor]:
-    """Causal convolutions ``[B, L, C]`` of x ``[B, lead + L, C]``, rotated where there are angles."""
-    return path_of(kernel).convolution_forward(  # type: ignore[no-any-return]
-        x, weights, biases, cos, sin, positions, offsets, lead
-    )
-
-
-@operator("rope_convolution_backward")
-def rope_convolution_backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    offsets: Tensor | None,
-    lead: int,
-    kernel: bool,
-) -> list[Tensor]:
-    """Gradients of x, the weights and the biases."""
-    return path_of(kernel).convolution_backward(  # type: ignore[no-any-return]
-        grads, x, weights, biases, cos, sin, positions, offsets, lead
-    )
-
-
-@rope_convolution.register_fake
-def _(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape[0], x.shape[1] - rest[-2], x.shape[2]) for _ in weights]
-
-
-@rope_convolution_backward.register_fake
-def _(
-    grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *rest: Any
-) -> list[Tensor]:
-    return [y.new_empty(y.shape) for y in (x, *weights, *biases)]
-
-
-def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, *rope_and_offsets, ctx.lead, ctx.kernel = inputs
-    ctx.save_for_backward(x, *rope_and_offsets, *weights, *biases)
-
-
-def _backward_convolution(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    x, cos, sin, positions, offsets, *parameters = ctx.saved_tensors
-    count = len(parameters) // 2
-    weights, biases = parameters[:count], parameters[count:]
-    dx, *gradients = rope_convolution_backward(
-        grads, x, weights, biases, cos, sin, positions, offsets, ctx.lead, ctx.kernel
-    )
-    return dx, gradients[:count], gradients[count:], *[None] * 6
-
-
-rope_convolution.register_autograd(_backward_convolution, setup_context=_save_convolution)
+    given = Convolution(x, tuple(weights), tuple(biases), *(rope or (None, None, None)), offsets, lead)
+    return list(CONVOLUTIONS[len(weights)](given, backend))

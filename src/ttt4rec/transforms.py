@@ -23,7 +23,7 @@ def transformed() -> bool:
 
 
 def operator(
-    name: str, mutates_args: Iterable[str] = (), instead: str = REFERENCE
+    name: str, mutates_args: Iterable[str] = (), instead: str = REFERENCE, schema: str | None = None
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Make a function the operator ``ttt4rec::name``, which refuses transforms and derivatives that it does not have.
 
@@ -35,6 +35,7 @@ def operator(
         name: without the namespace.
         mutates_args: names of the arguments that it changes.
         instead: what to use where there are transforms.
+        schema: of its arguments and results; None: as the function's annotations say.
     """
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
@@ -50,7 +51,7 @@ def operator(
                 refuse()
             return function(*args)
 
-        made = torch.library.custom_op(f"ttt4rec::{name}", checked, mutates_args=mutates_args)
+        made = torch.library.custom_op(f"ttt4rec::{name}", checked, mutates_args=mutates_args, schema=schema)
         for key in ("FuncTorchDynamicLayerFrontMode", "Batched"):  # the latter of autograd.grad(is_grads_batched=True)
             _library.impl(name, refuse, key)
         if not mutates_args:

@@ -5,26 +5,25 @@ before every segment of mini-batches. The backward walks from the last segment t
 weights. No graph is recorded. The specification these follow is ``ttt4rec.reference``.
 """
 
-from .convolution import convolution_backward, convolution_forward
-from .epilogue import epilogue_backward, epilogue_forward
-from .linear import linear_backward, linear_forward
-from .mlp import mlp_backward, mlp_forward
-from .projection import projection_backward, projection_forward
-from .step import record_parts, record_size, row_parts, token_step, write_rows
+from .convolution import convolution, convolution_backward
+from .linear import linear_scan, linear_scan_backward
+from .mlp import mlp_scan, mlp_scan_backward
+from .output import output, output_backward
+from .projection import projection, projection_backward
+from .step import record_parts, row_parts, token_step, write_rows
 
 __all__ = [
+    "convolution",
     "convolution_backward",
-    "convolution_forward",
-    "epilogue_backward",
-    "epilogue_forward",
-    "linear_backward",
-    "linear_forward",
-    "mlp_backward",
-    "mlp_forward",
+    "linear_scan",
+    "linear_scan_backward",
+    "mlp_scan",
+    "mlp_scan_backward",
+    "output",
+    "output_backward",
+    "projection",
     "projection_backward",
-    "projection_forward",
     "record_parts",
-    "record_size",
     "row_parts",
     "token_step",
     "write_rows",

@@ -11,38 +11,41 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import Scan
 from .layout import MiniBatch, RowChunk
 
 
 class Checkpoints:
     """The weights before every ``segment``-th mini-batch; a checkpoint."""
 
-    def __init__(self, memory: Tensor, mini_batch_size: int, segment: int) -> None:
-        self.memory, self._K, self._segment = memory, mini_batch_size, segment
+    def __init__(self, memory: Tensor, scan: Scan) -> None:
+        self.memory, self._initial = memory, scan.weights
+        self._mini_batch_size, self._segment = scan.token_scale.numel(), scan.segment
 
     @classmethod
-    def empty(cls, tokens: int, mini_batch_size: int, segment: int, weights: Sequence[Tensor]) -> "Checkpoints":
-        """For that many tokens in all sequences together."""
-        shape = tokens // (segment * mini_batch_size), weights[0].shape[1], sum(w.shape[2:].numel() for w in weights)
-        return cls(weights[0].new_empty(shape), mini_batch_size, segment)
+    def empty(cls, scan: Scan) -> "Checkpoints":
+        """For all tokens of a scan."""
+        (B, L, H), weights = scan.q.shape[:3], scan.weights
+        number = B * L // (scan.segment * scan.token_scale.numel())
+        return cls(weights[0].new_empty(number, H, sum(w.shape[2:].numel() for w in weights)), scan)
 
     def write(self, chunk: RowChunk, part: MiniBatch, rows: Sequence[Tensor]) -> None:
         """Keep the weights, ``[R, in + 1, out]`` a layer, of the sequences that have this mini-batch."""
         flat = torch.cat([W[: part.rows].flatten(1) for W in rows], 1)
         self.memory[self._slots(chunk, part)] = flat.unflatten(0, (-1, self.memory.shape[1]))
 
-    def read(self, chunk: RowChunk, part: MiniBatch, initial: Sequence[Tensor]) -> list[Tensor]:
+    def read(self, chunk: RowChunk, part: MiniBatch) -> list[Tensor]:
         """Fresh weights before this mini-batch, the first of a segment."""
         if part.place == 0:
-            return [chunk.affine(W, b, W.dtype) for W, b in layers(initial)]
+            return [chunk.affine(W, b, W.dtype) for W, b in layers(self._initial)]
         flat = self.memory[self._slots(chunk, part)].flatten(0, 1)
-        sizes = [W.shape[2:].numel() + b.shape[2:].numel() for W, b in layers(initial)]
-        parts = zip(flat.split(sizes, 1), initial[1::2], strict=True)
+        sizes = [W.shape[2:].numel() + b.shape[2:].numel() for W, b in layers(self._initial)]
+        parts = zip(flat.split(sizes, 1), self._initial[1::2], strict=True)
         return [part.unflatten(1, (-1, b.shape[2])).contiguous() for part, b in parts]
 
     def _slots(self, chunk: RowChunk, part: MiniBatch) -> Tensor:
         starts = chunk.starts[: part.rows // self.memory.shape[1]]
-        return (starts + part.place * self._K) // (self._segment * self._K) - 1
+        return (starts + part.place * self._mini_batch_size) // (self._segment * self._mini_batch_size) - 1
 
 
 def layers(weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

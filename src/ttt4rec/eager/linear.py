@@ -5,80 +5,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import Scan
 from .tiles import DualLayer, InnerGradient, Normalised, Rates
 from .walk import walk_backward, walk_forward
 
 
-def linear_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inner_lr: Tensor,
-    token_scale: Tensor,
-    W1: Tensor,
-    b1: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    eps: float,
-    segment: int,
-) -> tuple[Tensor, ...]:
+def linear_scan(scan: Scan) -> tuple[Tensor, ...]:
     """Run the inner loop. Tokens outside every sequence get zero outputs.
-
-    Args:
-        q: ``[B, L, H, D]``, as k and v; any float dtype, computed in that of W1.
-        k: keys.
-        v: values.
-        inner_lr: lr ``[B, L, H]``.
-        token_scale: s ``[K]``.
-        W1: ``[N, H, D, D]``, float32 or float64, as b1, for the N sequences.
-        b1: ``[N, H, D]``.
-        ln_weight: γ ``[H, D]``.
-        ln_bias: β ``[H, D]``.
-        starts: first token of each sequence in the flattened tokens ``[N]``, or None: every batch row is one.
-        lengths: their lengths ``[N]``, or None.
-        eps: added to the layer norm's variance.
-        segment: mini-batches between two checkpoints.
 
     Returns:
         Outputs ``[B, L, H, D]``, W1 and b1 after each sequence's last complete mini-batch, and what the backward needs:
         the inner gradients G ``[B, L, H, D]`` and the checkpoints (see ``checkpoints``).
     """
-    return walk_forward(
-        _forward_step, [q.shape[-1]], (q, k, v), inner_lr, token_scale, (W1, b1), (ln_weight, ln_bias),
-        (starts, lengths), eps, segment,
-    )  # fmt: skip
+    return walk_forward(_forward_step, [scan.q.shape[-1]], scan)
 
 
-def linear_backward(
-    grad_o: Tensor,
-    grad_W1: Tensor,
-    grad_b1: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inner_lr: Tensor,
-    token_scale: Tensor,
-    W1: Tensor,
-    b1: Tensor,
-    G: Tensor,
-    checkpoints: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    eps: float,
-    segment: int,
-) -> tuple[Tensor, ...]:
-    """Gradients of ``linear_forward``, in the order of its first nine arguments; dW1 and db1 per sequence.
-
-    W1 and b1 are the incoming weights; grad_W1 and grad_b1 are the gradients of the outgoing ones.
-    """
-    return walk_backward(
-        _replay_step, _backward_step, grad_o, (grad_W1, grad_b1), (q, k, v), inner_lr, token_scale, (W1, b1), (G,),
-        checkpoints, (ln_weight, ln_bias), (starts, lengths), eps, segment,
-    )  # fmt: skip
+def linear_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, inner_lr, token_scale, W1, b1, γ and β; those of the weights per sequence."""
+    return walk_backward(_replay_step, _backward_step, scan, kept, grads)
 
 
 def _forward_step(

@@ -15,70 +15,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import Scan
 from .gelu import Gelu
 from .tiles import DualLayer, InnerGradient, Normalised, Rates
 from .walk import walk_backward, walk_forward
 
 
-def mlp_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inner_lr: Tensor,
-    token_scale: Tensor,
-    W1: Tensor,
-    b1: Tensor,
-    W2: Tensor,
-    b2: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    eps: float,
-    segment: int,
-) -> tuple[Tensor, ...]:
-    """Run the inner loop; arguments as in ``linear_forward``, with W1 ``[N, H, D, F]`` and W2 ``[N, H, F, D]``.
+def mlp_scan(scan: Scan) -> tuple[Tensor, ...]:
+    """Run the inner loop, as ``linear_scan`` does.
 
     Returns:
         Outputs ``[B, L, H, D]``, the four weights after each sequence's last complete mini-batch, and what the
         backward needs: Z1 ``[B, L, H, F]``, G2 ``[B, L, H, D]`` and the checkpoints (see ``checkpoints``).
     """
-    return walk_forward(
-        _forward_step, [W1.shape[-1], q.shape[-1]], (q, k, v), inner_lr, token_scale, (W1, b1, W2, b2),
-        (ln_weight, ln_bias), (starts, lengths), eps, segment,
-    )  # fmt: skip
+    return walk_forward(_forward_step, [scan.weights[0].shape[-1], scan.q.shape[-1]], scan)
 
 
-def mlp_backward(
-    grad_o: Tensor,
-    grad_W1: Tensor,
-    grad_b1: Tensor,
-    grad_W2: Tensor,
-    grad_b2: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inner_lr: Tensor,
-    token_scale: Tensor,
-    W1: Tensor,
-    b1: Tensor,
-    W2: Tensor,
-    b2: Tensor,
-    Z1: Tensor,
-    G2: Tensor,
-    checkpoints: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    eps: float,
-    segment: int,
-) -> tuple[Tensor, ...]:
-    """Gradients of ``mlp_forward``, in the order of its first eleven arguments; those of the weights per sequence."""
-    return walk_backward(
-        _replay_step, _backward_step, grad_o, (grad_W1, grad_b1, grad_W2, grad_b2), (q, k, v), inner_lr, token_scale,
-        (W1, b1, W2, b2), (Z1, G2), checkpoints, (ln_weight, ln_bias), (starts, lengths), eps, segment,
-    )  # fmt: skip
+def mlp_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, inner_lr, token_scale, the four weights, γ and β; those of the weights per sequence."""
+    return walk_backward(_replay_step, _backward_step, scan, kept, grads)
 
 
 def _forward_step(

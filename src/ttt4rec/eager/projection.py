@@ -4,87 +4,54 @@ A pair of features (2i, 2i+1) is a complex number and its rotation a product wit
 by the conjugate, so the backward needs nothing of the forward but the rates.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from ..arguments import Projection
 
-def projection_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    lr_weight: Tensor,
-    lr_bias: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    rotated: int,
-    base_lr: float,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """Project x with every weight, rotate the first ``rotated`` of the results, and compute the inner rates.
 
-    Args:
-        x: ``[B, L, C]``.
-        weights: each ``[C, C]``, output features first.
-        lr_weight: w_lr ``[H, C]``.
-        lr_bias: b_lr ``[H]``.
-        cos: of the angles at every place in a mini-batch ``[K, D/2]``, float32 or float64.
-        sin: the same.
-        positions: every token's place in its mini-batch, ``[L]`` or ``[B, L]``.
-        rotated: how many results to rotate.
-        base_lr: η_base.
-        dtype: in which to multiply, and of the results.
+def projection(given: Projection) -> tuple[Tensor, ...]:
+    """Project x with every weight, rotate the first of the results, and compute the inner rates.
 
     Returns:
         A view ``[B, L, H, D]`` for each weight, and the rates ``[B, L, H]``, float32 at least.
     """
-    tokens, heads = x.reshape(-1, x.shape[-1]), (lr_weight.shape[0], 2 * cos.shape[1])
-    narrow = tokens.to(dtype)
-    views = [(narrow @ w.to(dtype).t()).view(*x.shape) for w in weights]
-    if rotated:
-        table = rotation_table(cos, sin, positions, heads[0])
-        views[:rotated] = [turn(view, table) for view in views[:rotated]]
+    x, heads = given.x, (given.lr_weight.shape[0], 2 * given.cos.shape[1])
+    tokens = x.reshape(-1, x.shape[-1])
+    narrow = tokens.to(given.dtype)
+    views = [(narrow @ w.to(given.dtype).t()).view(*x.shape) for w in given.weights]
+    if given.rotated:
+        table = rotation_table(given.cos, given.sin, given.positions, heads[0])
+        views[: given.rotated] = [turn(view, table) for view in views[: given.rotated]]
     wide = torch.promote_types(x.dtype, torch.float32)
-    logits = torch.addmm(lr_bias.to(wide), tokens.to(wide), lr_weight.to(wide).t())
-    rates = logits.sigmoid_().mul_(base_lr).div_(heads[1])
-    return [*(view.unflatten(-1, heads) for view in views), rates.unflatten(0, x.shape[:2])]
+    logits = torch.addmm(given.lr_bias.to(wide), tokens.to(wide), given.lr_weight.to(wide).t())
+    rates = logits.sigmoid_().mul_(given.base_lr).div_(heads[1])
+    return *(view.unflatten(-1, heads) for view in views), rates.unflatten(0, x.shape[:2])
 
 
-def projection_backward(
-    grads: Sequence[Tensor],
-    grad_lr: Tensor,
-    inner_lr: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    lr_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    rotated: int,
-    base_lr: float,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """Gradients of x, of every weight, and of w_lr and b_lr, from those of the views and the rates.
+def projection_backward(given: Projection, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients of x, of every weight, and of w_lr and b_lr, from the rates and the gradients of views and rates.
 
     The gradient of x is summed in ``dtype``.
     """
+    x, lr_weight, dtype, (inner_lr,), (*d_views, grad_lr) = given.x, given.lr_weight, given.dtype, kept, grads
     tokens, wide = x.reshape(-1, x.shape[-1]), inner_lr.dtype
     narrow = tokens.to(dtype)
-    d_views = [g.to(dtype).reshape(x.shape) for g in grads]
-    if rotated:
-        table = rotation_table(cos, -sin, positions, lr_weight.shape[0])
-        d_views[:rotated] = [turned(g, table) for g in d_views[:rotated]]
-    d_logits = grad_lr * inner_lr * (1 - inner_lr * (2 * cos.shape[1] / base_lr))  # lr = base_lr · sigmoid / D
+    d_views = [g.to(dtype).reshape(x.shape) for g in d_views]
+    if given.rotated:
+        table = rotation_table(given.cos, -given.sin, given.positions, lr_weight.shape[0])
+        d_views[: given.rotated] = [turned(g, table) for g in d_views[: given.rotated]]
+    # lr = base_lr · sigmoid / D
+    d_logits = grad_lr * inner_lr * (1 - inner_lr * (2 * given.cos.shape[1] / given.base_lr))
     d_logits = d_logits.flatten(0, 1)
     dx = d_logits.to(dtype) @ lr_weight.to(dtype)
     d_weights = []
-    for g, w in zip(d_views, weights, strict=True):
+    for g, w in zip(d_views, given.weights, strict=True):
         g = g.flatten(0, 1)
         dx.addmm_(g, w.to(dtype))
         d_weights.append((g.t() @ narrow).to(w.dtype))
     d_lr_weight = (d_logits.t() @ tokens.to(wide)).to(lr_weight.dtype)
-    return [dx.to(x.dtype).view(x.shape), *d_weights, d_lr_weight, d_logits.sum(0)]
+    return dx.to(x.dtype).view(x.shape), *d_weights, d_lr_weight, d_logits.sum(0)
 
 
 def rotation_table(cos: Tensor, sin: Tensor, positions: Tensor, num_heads: int) -> Tensor:

@@ -5,8 +5,8 @@ an inner layer and U = lr ∘ G its steps, the weights at token i are ``W - s_i 
 
     x (W - s_i Σ X_jᵀ U_j) + b - s_i Σ U_j  =  x W + b + Σ A_j U_j,    A_j = -s_i (x · X_j + 1)
 
-A stream's record of a head is ``[W; b]`` of every inner layer, then K rows, one a token: X and U of every layer, and v
-and lr, which only a ``TTTState`` needs. In the last row stands the token that is being read.
+A stream's record of a head is ``inner_models.Record``; v and lr in its rows only a ``TTTState`` needs. In the last row
+stands the token that is being read.
 """
 
 from collections.abc import Sequence
@@ -17,29 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, pad
 
+from ..arguments import TokenStep
+from ..inner_models import record_layout
 from .tiles import InnerGradient, Normalised
 
 CACHE_BYTES = 1 << 21
 """Streams go in chunks whose records, gathered from the pool, are about this large."""
 
 
-def record_size(D: int, hidden: int, K: int) -> tuple[int, int]:
-    """Numbers of a record and of a row of it, both multiples of 8; hidden is 0 for TTT-Linear."""
-    weights, row = _layer_sizes(D, hidden)
-    multiples = -(-sum(row) // 8) * 8
-    return -(-(sum(map(prod, weights)) + K * multiples) // 8) * 8, multiples
-
-
-def _layer_sizes(D: int, hidden: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Shapes of ``[W; b]`` of every layer; widths of a row's parts: X and U of every layer, v, lr."""
-    if hidden:
-        return [(D + 1, hidden), (hidden + 1, D)], [D, hidden, hidden, D, D, 1]
-    return [(D + 1, D)], [D, D, D, 1]
-
-
 def record_parts(records: Tensor, D: int, hidden: int, K: int) -> tuple[list[Tensor], Tensor]:
     """Views of records ``[..., R]``: ``[W; b]`` of every layer ``[..., in + 1, out]``, and rows ``[..., K, width]``."""
-    shapes = [*_layer_sizes(D, hidden)[0], (K, record_size(D, hidden, K)[1])]
+    layout = record_layout(D, hidden, K)
+    shapes = [*layout.weights, (K, layout.row_size)]
     parts = records[..., : sum(map(prod, shapes))].split([*map(prod, shapes)], -1)
     *weights, rows = (part.view(*part.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True))
     return weights, rows
@@ -47,45 +36,20 @@ def record_parts(records: Tensor, D: int, hidden: int, K: int) -> tuple[list[Ten
 
 def row_parts(rows: Tensor, D: int, hidden: int) -> tuple[Tensor, ...]:
     """Views of the parts of rows ``[..., width]``: X and U of every layer, v and lr."""
-    widths = _layer_sizes(D, hidden)[1]
+    widths = record_layout(D, hidden, 1).row
     parts: tuple[Tensor, ...] = rows[..., : sum(widths)].split(widths, -1)
     return parts
 
 
-def token_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inner_lr: Tensor,
-    token_scale: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    slots: Tensor,
-    offset: Tensor,
-    records: Tensor,
-    hidden: int,
-    eps: float,
-) -> Tensor:
+def token_step(step: TokenStep) -> tuple[Tensor]:
     """Advance B streams by one token each, in place. On a GPU nothing waits for the host.
 
-    Args:
-        q: ``[B, H, D]``, as k and v; any float dtype, computed in that of the records.
-        k: keys.
-        v: values.
-        inner_lr: lr ``[B, H]``.
-        token_scale: s ``[K]``.
-        ln_weight: γ ``[H, D]``.
-        ln_bias: β ``[H, D]``.
-        slots: the streams' places in the pool, all different, int64 ``[B]``.
-        offset: how many tokens of their mini-batch they have read, int64 ``[B]``.
-        records: of the pool's N streams ``[N, H, R]``, contiguous, R of ``record_size``. A row is written; where the
-            token completes its mini-batch, W and b.
-        hidden: F of TTT-MLP; 0 for TTT-Linear.
-        eps: added to the layer norm's variance.
+    A row of the record is written; where the token completes its mini-batch, W and b.
 
     Returns:
         Outputs ``[B, H, D]`` in q's dtype.
     """
+    q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, records, hidden, eps = step
     (H, D), K, dtype, out_dtype = q.shape[1:], token_scale.numel(), records.dtype, q.dtype
     order, chunks = _chunks(offset, K, records)
     slots, offset = slots[order], offset[order]
@@ -114,7 +78,7 @@ def token_step(
                 target.index_copy_(0, own[-complete:], w.unflatten(0, (-1, H)))
     pool_rows[slots[:, None], torch.arange(H, device=q.device), offset[:, None] - K] = new.view(-1, H, new.shape[-1])
     o = torch.addcmul(beta, gamma, Normalised(P, eps).x_hat).add_(q).view(-1, H, D)
-    return torch.empty_like(o, dtype=out_dtype).index_copy_(0, order, o.to(out_dtype))
+    return (torch.empty_like(o, dtype=out_dtype).index_copy_(0, order, o.to(out_dtype)),)
 
 
 def write_rows(

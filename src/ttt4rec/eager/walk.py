@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import Scan
 from .checkpoints import Checkpoints, layers
 from .layout import MiniBatch, RowChunk, by_token, row_chunks
 from .tiles import Normalised, Rates
@@ -19,43 +20,33 @@ ReplayStep = Callable[..., None]
 BackwardStep = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 
 
-def walk_forward(
-    step: ForwardStep,
-    kept_widths: Sequence[int],
-    tokens: Sequence[Tensor],
-    inner_lr: Tensor,
-    token_scale: Tensor,
-    weights: Sequence[Tensor],
-    layer_norm: tuple[Tensor, Tensor],
-    spans: tuple[Tensor | None, Tensor | None],
-    eps: float,
-    segment: int,
-) -> tuple[Tensor, ...]:
+def walk_forward(step: ForwardStep, kept_widths: Sequence[int], scan: Scan) -> tuple[Tensor, ...]:
     """Run ``step`` over every mini-batch of every sequence.
 
     ``step(q, k, v, gamma, beta, weights, rates, eps)`` returns the inner model's outputs at the queries and the
     tensors ``[R, r, width]`` to keep, and updates the weights, one ``[R, in + 1, out]`` a layer, in place; q and k
-    have the one for the bias. Returns o, the outgoing weights, the kept,
-    the checkpoints.
+    have the one for the bias. Returns o, the outgoing weights, the kept, the checkpoints.
     """
-    dtype, scale = weights[0].dtype, _causal_scale(token_scale, weights[0].dtype)
-    o = _for_tokens(tokens[0].shape, tokens[0].dtype, inner_lr.device, spans)
-    kept = [_for_tokens((*o.shape[:3], width), dtype, o.device, spans) for width in kept_widths]
+    weights, starts = scan.weights, scan.starts
+    dtype, scale = weights[0].dtype, _causal_scale(scan)
+    o = _for_tokens(scan.q.shape, scan.q.dtype, scan)
+    kept = [_for_tokens((*o.shape[:3], width), dtype, scan) for width in kept_widths]
     outgoing = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in weights]
-    q_all, k_all, v_all, lr_all = (by_token(x, spans[0]) for x in (*tokens, inner_lr))
-    results = [by_token(x, spans[0]) for x in (o, *kept)]
-    checkpoints = Checkpoints.empty(o.shape[0] * o.shape[1], token_scale.numel(), segment, weights)
-    for chunk in _chunks(tokens[0], spans, token_scale, weights):
+    q_all, k_all, v_all, lr_all = (by_token(x, starts) for x in scan[:4])
+    results = [by_token(x, starts) for x in (o, *kept)]
+    checkpoints = Checkpoints.empty(scan)
+    for chunk in _chunks(scan):
         rows = [chunk.affine(W, b, dtype) for W, b in layers(weights)]
-        gamma, beta = (chunk.per_head(p, dtype) for p in layer_norm)
+        gamma, beta = (chunk.per_head(p, dtype) for p in (scan.ln_weight, scan.ln_bias))
         for part in chunk.mini_batches:
             n, r = part.rows, part.length
-            if part.place and part.place % segment == 0:
+            if part.place and part.place % scan.segment == 0:
                 checkpoints.write(chunk, part, rows)
             q, k = part.read_with_one(q_all, dtype), part.read_with_one(k_all, dtype)
             rates = Rates(part.read(lr_all, dtype), scale[:r, :r], part.complete)
-            P, keep = step(q, k, part.read(v_all, dtype), gamma[:n], beta[:n], [W[:n] for W in rows], rates, eps)
-            o_part = torch.addcmul(beta[:n], gamma[:n], Normalised(P, eps).x_hat).add_(q[..., :-1])
+            own = (q, k, part.read(v_all, dtype), gamma[:n], beta[:n], [W[:n] for W in rows])
+            P, keep = step(*own, rates, scan.eps)
+            o_part = torch.addcmul(beta[:n], gamma[:n], Normalised(P, scan.eps).x_hat).add_(q[..., :-1])
             for source, out in zip((o_part, *keep), results, strict=True):
                 part.write(source, out)
         for source, (W, b) in zip(rows, layers(outgoing), strict=True):
@@ -64,49 +55,45 @@ def walk_forward(
 
 
 def walk_backward(
-    replay: ReplayStep,
-    step: BackwardStep,
-    grad_o: Tensor,
-    grad_weights: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-    inner_lr: Tensor,
-    token_scale: Tensor,
-    weights: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    checkpoints: Tensor,
-    layer_norm: tuple[Tensor, Tensor],
-    spans: tuple[Tensor | None, Tensor | None],
-    eps: float,
-    segment: int,
+    replay: ReplayStep, step: BackwardStep, scan: Scan, kept: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Run ``step`` from the last mini-batch to the first, at the weights before each.
 
     ``replay(k, *kept, weights, rates)`` updates the weights in place, as the forward did. ``step(dO, q, k, v, *kept,
     gamma, beta, weights, d_weights, rates, eps)`` moves d_weights, in place, to before the mini-batch. It returns dq,
     dk, dv, and dγ, dβ of every token. Returns dq, dk, dv, d lr, d s, the weights' gradients per sequence, dγ, dβ.
+
+    Args:
+        replay: see above.
+        step: see above.
+        scan: what the forward was given.
+        kept: what it kept, checkpoints last.
+        grads: of o and the outgoing weights.
     """
-    dtype, scale = weights[0].dtype, _causal_scale(token_scale, weights[0].dtype)
-    d_tokens = [_for_tokens(x.shape, x.dtype, x.device, spans) for x in (*tokens, inner_lr)]
-    d_scale = torch.zeros(token_scale.shape, dtype=dtype, device=inner_lr.device)
-    d_layer_norm = [torch.zeros(p.shape, dtype=dtype, device=p.device) for p in layer_norm]
+    weights, (*kept_tokens, checkpoints), (grad_o, *grad_weights) = scan.weights, kept, grads
+    dtype, scale = weights[0].dtype, _causal_scale(scan)
+    d_tokens = [_for_tokens(x.shape, x.dtype, scan) for x in scan[:4]]
+    d_scale = torch.zeros(scan.token_scale.shape, dtype=dtype, device=scan.q.device)
+    d_layer_norm = [torch.zeros(p.shape, dtype=dtype, device=p.device) for p in (scan.ln_weight, scan.ln_bias)]
     incoming = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in weights]
-    dO_all, q_all, k_all, v_all, *kept_all, lr_all = (by_token(x, spans[0]) for x in (grad_o, *tokens, *kept, inner_lr))
-    results = [by_token(x, spans[0]) for x in d_tokens]
-    kept_weights = Checkpoints(checkpoints, token_scale.numel(), segment)
-    for chunk in _chunks(tokens[0], spans, token_scale, weights):
+    by_tokens = (by_token(x, scan.starts) for x in (*scan[:4], grad_o, *kept_tokens))
+    q_all, k_all, v_all, lr_all, dO_all, *kept_all = by_tokens
+    results = [by_token(x, scan.starts) for x in d_tokens]
+    kept_weights = Checkpoints(checkpoints, scan)
+    for chunk in _chunks(scan):
         d_rows = [chunk.affine(W, b, dtype) for W, b in layers(grad_weights)]
-        gamma, beta = (chunk.per_head(p, dtype) for p in layer_norm)
+        gamma, beta = (chunk.per_head(p, dtype) for p in (scan.ln_weight, scan.ln_bias))
         before: list[list[Tensor]] = []  # the weights before each mini-batch of a segment, those done with taken away
         for part in reversed(chunk.mini_batches):
             n, r = part.rows, part.length
             if not before:
-                parts = chunk.mini_batches[part.place // segment * segment : part.place + 1]
-                rows = kept_weights.read(chunk, parts[0], weights)
-                before = _replayed(replay, parts, rows, k_all, kept_all, lr_all, scale)
+                parts = chunk.mini_batches[part.place // scan.segment * scan.segment : part.place + 1]
+                before = _replayed(replay, parts, kept_weights.read(chunk, parts[0]), k_all, kept_all, lr_all, scale)
             rates = Rates(part.read(lr_all, dtype), scale[:r, :r], part.complete)
             q, k = part.read_with_one(q_all, dtype), part.read_with_one(k_all, dtype)
             own = (part.read(dO_all, dtype), q, k, *(part.read(x, dtype) for x in (v_all, *kept_all)))
-            *d_qkv, dgamma, dbeta = step(*own, gamma[:n], beta[:n], before.pop(), [W[:n] for W in d_rows], rates, eps)
+            d_weights = [W[:n] for W in d_rows]
+            *d_qkv, dgamma, dbeta = step(*own, gamma[:n], beta[:n], before.pop(), d_weights, rates, scan.eps)
             d_lr, d_scale_part = rates.backward()
             for source, out in zip((*d_qkv, d_lr), results, strict=True):
                 part.write(source, out)
@@ -137,22 +124,18 @@ def _replayed(
     return [*before, [W[: parts[-1].rows] for W in rows]]
 
 
-def _causal_scale(token_scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _causal_scale(scan: Scan) -> Tensor:
     """[K, K]: -s_i for i >= j, else 0."""
-    K = token_scale.numel()
-    return -token_scale.to(dtype)[:, None].expand(K, K).tril()
+    K = scan.token_scale.numel()
+    return -scan.token_scale.to(scan.weights[0].dtype)[:, None].expand(K, K).tril()
 
 
-def _for_tokens(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device, spans: tuple[Tensor | None, Tensor | None]
-) -> Tensor:
+def _for_tokens(shape: Sequence[int], dtype: torch.dtype, scan: Scan) -> Tensor:
     """Memory for results, zeros where tokens may lie outside every sequence."""
-    make = torch.empty if spans[0] is None else torch.zeros
-    return make(tuple(shape), dtype=dtype, device=device)
+    make = torch.empty if scan.starts is None else torch.zeros
+    return make(tuple(shape), dtype=dtype, device=scan.q.device)
 
 
-def _chunks(
-    q: Tensor, spans: tuple[Tensor | None, Tensor | None], token_scale: Tensor, weights: Sequence[Tensor]
-) -> Iterator[RowChunk]:
-    widest = token_scale.numel() * weights[0].shape[-1] * weights[0].element_size()
-    return row_chunks(q, *spans, token_scale.numel(), widest)
+def _chunks(scan: Scan) -> Iterator[RowChunk]:
+    W1, K = scan.weights[0], scan.token_scale.numel()
+    return row_chunks(scan.q, scan.starts, scan.lengths, K, K * W1.shape[-1] * W1.element_size())

@@ -6,20 +6,23 @@ the first cache, and only tokens, inner gradients and the weights at either end 
 """
 
 import functools
+from typing import Any
 
 import torch
 
+from ..arguments import Scan, TokenStep
+
 from . import build
 from .cache import BuildError
-from .calls import linear_backward, linear_forward, mlp_backward, mlp_forward, token_step
+from .calls import linear_scan, linear_scan_backward, mlp_scan, mlp_scan_backward, token_step
 from .softmax import log_sum_exp, softmax_gradient, softmax_refusal
 
 __all__ = [
-    "linear_backward",
-    "linear_forward",
+    "linear_scan",
+    "linear_scan_backward",
     "log_sum_exp",
-    "mlp_backward",
-    "mlp_forward",
+    "mlp_scan",
+    "mlp_scan_backward",
     "refusal",
     "softmax_gradient",
     "softmax_refusal",
@@ -29,9 +32,23 @@ __all__ = [
 _MULTIPLE = 8  # of features: the lanes of a vector
 
 
+def refusal(operator: str, arguments: Any) -> str | None:
+    """Why this backend cannot compute an operator, or its backward, on such arguments; None if it can.
+
+    The first call for a shape compiles it.
+    """
+    if isinstance(arguments, Scan):
+        hidden = arguments.weights[0].shape[-1] if operator.startswith("mlp") else 0
+        return shape_refusal(arguments.q.device, arguments.q.shape[-1], hidden, arguments.weights[0].dtype)
+    if isinstance(arguments, TokenStep):
+        records = arguments.records
+        return shape_refusal(records.device, arguments.q.shape[-1], arguments.hidden, records.dtype)
+    return f"does not have the operator {operator}"
+
+
 @functools.cache
-def refusal(device: torch.device, head_dim: int, hidden: int, dtype: torch.dtype) -> str | None:
-    """Why this path cannot run; None if it can. The first call for a shape compiles it.
+def shape_refusal(device: torch.device, head_dim: int, hidden: int, dtype: torch.dtype) -> str | None:
+    """Why the inner loop of a shape cannot be computed; None if it can. The first call for a shape compiles it.
 
     Args:
         device: of the tensors.

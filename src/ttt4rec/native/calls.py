@@ -1,13 +1,13 @@
-"""The compiled functions behind the eager path's signatures, which ``ttt4rec.eager`` describes."""
+"""The compiled functions behind the signatures that all backends have; ``ttt4rec.eager`` describes the results."""
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments import Scan, TokenStep
 from . import build
 from .threads import share
 
@@ -52,32 +52,25 @@ class _StepCall(ctypes.Structure):
     )
 
 
-class _Scan:
+class _Call:
     """A call of the inner loop being prepared: its structure, and the tensors its pointers point into, kept alive."""
 
-    def __init__(
-        self,
-        tokens: Sequence[Tensor],
-        token_scale: Tensor,
-        weights: Sequence[Tensor],
-        norm: Sequence[Tensor],
-        spans: Sequence[Tensor | None],
-        eps: float,
-        segment: int,
-    ) -> None:
-        self._call, self._alive, self._dtype = _ScanCall(), list[Tensor](), weights[0].dtype
-        B, L, H, self.head_dim = tokens[0].shape
+    def __init__(self, scan: Scan) -> None:
+        self._call, self._alive, self._dtype = _ScanCall(), list[Tensor](), scan.weights[0].dtype
+        (B, L, H, self.head_dim), weights = scan.q.shape, scan.weights
         self.hidden = weights[0].shape[-1] if len(weights) == 4 else 0
-        starts, lengths = spans
+        starts, lengths = scan.starts, scan.lengths
         self._covered = starts is None or lengths is None
         if starts is None or lengths is None:
             starts, lengths = torch.arange(B) * L, torch.full((B,), L)
         elif min(starts.min(), lengths.min()) < 0 or (starts + lengths).max() > B * L:
             raise ValueError(f"sequences must lie among the {B * L} tokens; given {starts} and {lengths}")
         self._rows = starts.numel() * H
-        self._call.H, self._call.K, self._call.segment, self._call.eps = H, token_scale.numel(), segment, eps
+        self._call.H, self._call.K, self._call.segment = H, scan.token_scale.numel(), scan.segment
+        self._call.eps = scan.eps
         self._call.starts, self._call.lengths = self._pointer(starts.long()), self._pointer(lengths.long())
-        for name, x in zip((*_TOKENS, *_NORM), (*tokens, token_scale, *norm), strict=True):
+        given = (*scan[:4], scan.token_scale, scan.ln_weight, scan.ln_bias)
+        for name, x in zip((*_TOKENS, *_NORM), given, strict=True):
             self.set(name, x)
         self.set_weights("weights", "strides", weights)
 
@@ -111,77 +104,58 @@ class _Scan:
         return self._alive[-1].data_ptr()
 
 
-def _forward(num_weights: int, *given: Any) -> tuple[Tensor, ...]:
-    tokens, token_scale, weights = given[:4], given[4], given[5 : 5 + num_weights]
-    gamma, beta, starts, lengths, eps, segment = given[5 + num_weights :]
-    scan = _Scan(tokens, token_scale, weights, (gamma, beta), (starts, lengths), eps, segment)
-    o = scan.results(*tokens[0].shape)
-    widths = (scan.hidden, scan.head_dim) if scan.hidden else (scan.head_dim,)
-    kept = [scan.results(*tokens[0].shape[:3], width) for width in widths]
+def _forward(scan: Scan) -> tuple[Tensor, ...]:
+    call, weights = _Call(scan), scan.weights
+    o = call.results(*scan.q.shape)
+    B, L, H, D = o.shape
+    kept = [call.results(B, L, H, width) for width in ((call.hidden, D) if call.hidden else (D,))]
     outgoing = [w.new_empty(w.shape) for w in weights]
-    B, L, H = o.shape[:3]
-    num_checkpoints = B * L // (segment * token_scale.numel())
+    num_checkpoints = B * L // (scan.segment * scan.token_scale.numel())
     checkpoints = weights[0].new_empty(num_checkpoints, H, sum(w.shape[2:].numel() for w in weights))
-    scan.set("o", o)
-    scan.set_all("kept", kept)
-    scan.set("checkpoints", checkpoints)
-    scan.set_all("outgoing", outgoing)
-    scan.run("ttt_forward")
-    return o.to(tokens[0].dtype), *outgoing, *kept, checkpoints
+    call.set("o", o)
+    call.set_all("kept", kept)
+    call.set("checkpoints", checkpoints)
+    call.set_all("outgoing", outgoing)
+    call.run("ttt_forward")
+    return o.to(scan.q.dtype), *outgoing, *kept, checkpoints
 
 
-def _backward(num_weights: int, grad_o: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    grad_weights, given = given[:num_weights], given[num_weights:]
-    tokens, token_scale, weights = given[:4], given[4], given[5 : 5 + num_weights]
-    (*kept, checkpoints), (gamma, beta, starts, lengths, eps, segment) = given[5 + num_weights : -6], given[-6:]
-    scan = _Scan(tokens, token_scale, weights, (gamma, beta), (starts, lengths), eps, segment)
-    scan.set("grad_o", grad_o)
-    scan.set_weights("grad_weights", "grad_strides", grad_weights)
-    scan.set_all("kept", kept)
-    scan.set("checkpoints", checkpoints)
-    d_tokens = [scan.results(*x.shape) for x in tokens]
-    (H, D), K = gamma.shape, token_scale.numel()
+def _backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    call, weights, (grad_o, *grad_weights), (*kept_tokens, checkpoints) = _Call(scan), scan.weights, grads, kept
+    call.set("grad_o", grad_o)
+    call.set_weights("grad_weights", "grad_strides", grad_weights)
+    call.set_all("kept", kept_tokens)
+    call.set("checkpoints", checkpoints)
+    d_tokens = [call.results(*x.shape) for x in scan[:4]]
+    (H, D), K = scan.ln_weight.shape, scan.token_scale.numel()
     d_scale, *d_norm = (weights[0].new_zeros(weights[0].shape[0], H, width) for width in (K, D, D))
     d_weights = [w.new_empty(w.shape) for w in weights]
     names = ("dq", "dk", "dv", "d_lr", "d_scale", "d_gamma", "d_beta")
     for name, x in zip(names, (*d_tokens, d_scale, *d_norm), strict=True):
-        scan.set(name, x)
-    scan.set_all("d_weights", d_weights)
-    scan.run("ttt_backward")
-    d_tokens = [d.to(x.dtype) for d, x in zip(d_tokens, tokens, strict=True)]
+        call.set(name, x)
+    call.set_all("d_weights", d_weights)
+    call.run("ttt_backward")
+    d_tokens = [d.to(x.dtype) for d, x in zip(d_tokens, scan[:4], strict=True)]
     return *d_tokens, d_scale.sum((0, 1)), *d_weights, *(d.sum(0) for d in d_norm)
 
 
-linear_forward, mlp_forward = partial(_forward, 2), partial(_forward, 4)
-linear_backward, mlp_backward = partial(_backward, 2), partial(_backward, 4)
+linear_scan = mlp_scan = _forward
+linear_scan_backward = mlp_scan_backward = _backward
 
 
-def token_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inner_lr: Tensor,
-    token_scale: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    slots: Tensor,
-    offset: Tensor,
-    records: Tensor,
-    hidden: int,
-    eps: float,
-) -> Tensor:
+def token_step(step: TokenStep) -> tuple[Tensor]:
     """As ``eager.token_step``."""
-    (B, H, D), dtype = q.shape, records.dtype
+    (B, H, D), slots, records, dtype = step.q.shape, step.slots, step.records, step.records.dtype
     least, most = slots.aminmax()
     if least < 0 or most >= len(records):  # a compiled program has not looked
         raise ValueError(f"slots must be from 0 to {len(records) - 1}; given {int(least)} to {int(most)}")
     o = torch.empty(B, H, D, dtype=dtype)
-    floats = (q, k, v, inner_lr, token_scale, ln_weight, ln_bias)
-    given = [slots.contiguous(), offset.contiguous(), *(x.to(dtype).contiguous() for x in floats), records, o]
+    given = [slots.contiguous(), step.offset.contiguous(), *(x.to(dtype).contiguous() for x in step[:7]), records, o]
     slots_at, offset_at, *pointers = (x.data_ptr() for x in given)
-    call = _StepCall(H, token_scale.numel(), records.shape[-1], slots_at, offset_at, eps, *pointers)
-    _run(build.library(D, hidden, build.SCALARS[dtype]).ttt_step, call, B * H)
-    return o.to(q.dtype)
+    sizes = (H, step.token_scale.numel(), records.shape[-1])
+    call = _StepCall(*sizes, slots_at, offset_at, step.eps, *pointers)
+    _run(build.library(D, step.hidden, build.SCALARS[dtype]).ttt_step, call, B * H)
+    return (o.to(step.q.dtype),)
 
 
 def _run(compiled: Callable[..., int], call: ctypes.Structure, rows: int) -> None:

@@ -1,0 +1,86 @@
+"""What operators are given, one type an operator: a backend's function takes it whole and reads it by name.
+
+Shapes: B sequences or rows of a batch, L tokens, H heads, D head dimension, C = H·D width, K mini-batch size, F hidden
+features of TTT-MLP, N sequences in all.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE = 128, 64  # of the fused kernels
+
+
+class Scan(NamedTuple):
+    """An inner loop over sequences that all start at a mini-batch boundary. What it computes stands in docs/kernels.md."""
+
+    q: Tensor  # [B, L, H, D] any float dtype, as k and v; computed in that of the weights
+    k: Tensor
+    v: Tensor
+    inner_lr: Tensor  # lr [B, L, H], float32 or float64
+    token_scale: Tensor  # s [K], not negative
+    weights: tuple[Tensor, ...]  # incoming W1, b1[, W2, b2] [N, H, ...], float32 or float64; may be expanded from one
+    ln_weight: Tensor  # γ [H, D]
+    ln_bias: Tensor  # β [H, D]
+    starts: Tensor | None  # first token of each sequence in the flattened tokens [N]; None: every row is one
+    lengths: Tensor | None  # [N], or None
+    eps: float  # added to the layer norm's variance
+    segment: int  # mini-batches between two checkpoints
+
+
+class TokenStep(NamedTuple):
+    """One token of each of B streams, whose states in the records of a pool are advanced in place."""
+
+    q: Tensor  # [B, H, D] any float dtype, as k and v; computed in that of the records
+    k: Tensor
+    v: Tensor
+    inner_lr: Tensor  # lr [B, H]
+    token_scale: Tensor  # s [K]
+    ln_weight: Tensor  # γ [H, D]
+    ln_bias: Tensor  # β [H, D]
+    slots: Tensor  # the streams' places in the pool, all different, int64 [B]
+    offset: Tensor  # how many tokens of their mini-batch they have read, int64 [B]
+    records: Tensor  # of all streams of the pool [N, H, R], contiguous; what is in one tells eager/step.py
+    hidden: int  # F of TTT-MLP; 0 for TTT-Linear
+    eps: float
+
+
+class Projection(NamedTuple):
+    """Views of the input and its inner rates, ``base_lr · sigmoid(x w_lr + b_lr) / D``."""
+
+    x: Tensor  # [B, L, C]
+    weights: tuple[Tensor, ...]  # each [C, C], output features first
+    lr_weight: Tensor  # w_lr [H, C]
+    lr_bias: Tensor  # b_lr [H]
+    cos: Tensor  # of the angles at every place in a mini-batch [K, D/2], float32 or float64
+    sin: Tensor
+    positions: Tensor  # every token's place in its mini-batch, [L] or [B, L]
+    rotated: int  # how many of the views are rotated
+    base_lr: float  # η_base
+    dtype: torch.dtype  # in which to multiply, and of the views
+
+
+class Convolution(NamedTuple):
+    """Causal depthwise convolutions ``y_t = b + Σ_j w_j x_{t - (taps - 1) + j}`` of one input, then RoPE on every y."""
+
+    x: Tensor  # [B, lead + L, C]; the first ``lead`` tokens are context and have no output
+    weights: tuple[Tensor, ...]  # each [C, taps]
+    biases: tuple[Tensor, ...]  # each [C]
+    cos: Tensor | None  # of the angles at every place in a mini-batch [K, D/2]; None: no rotation
+    sin: Tensor | None
+    positions: Tensor | None  # every output's place in its mini-batch, [L] or [B, L]
+    offsets: Tensor | None  # how far back an output may read [B, L]; None: to the beginning of x
+    lead: int
+
+
+class Output(NamedTuple):
+    """``(gelu(gate) ∘ LN(o)) Wᵀ``, zero at padding."""
+
+    o: Tensor  # the inner loop's outputs [B, L, H, D]
+    gate: Tensor | None  # [B, L, C]
+    mask: Tensor | None  # bool [B, L], True for tokens; None: all are
+    norm_weight: Tensor  # γ [C]
+    norm_bias: Tensor  # β [C]
+    weight: Tensor  # [C, C], output features first
+    eps: float  # added to the layer norm's variance

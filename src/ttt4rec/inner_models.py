@@ -1,0 +1,74 @@
+"""The inner models, one row each: weights, what a forward keeps of them, and how a stream's record is laid out.
+
+Whoever adds an inner model adds a row here and its mathematics to the backends; docs/extending.md leads through it.
+"""
+
+from math import prod
+from typing import NamedTuple
+
+_MULTIPLE = 8  # numbers to which a record and its rows are filled up: the lanes of a vector
+
+
+class Record(NamedTuple):
+    """A stream's memory of a head for ``token_step``: ``[W; b]`` of every layer, then K rows, one a token.
+
+    A row has, for every layer, its inputs X and its steps U = lr ∘ G, and then v and lr.
+    """
+
+    weights: tuple[tuple[int, int], ...]  # shapes of [W; b], (in + 1, out), of every layer
+    row: tuple[int, ...]  # widths of a row's parts
+    row_size: int  # numbers of a row
+    size: int  # numbers of a record
+
+
+class InnerModel(NamedTuple):
+    """One inner model."""
+
+    name: str
+    weights: tuple[str, ...]  # W and b of every layer
+    kept: tuple[str, ...]  # what a forward keeps for the backward beside checkpoints, as wide as ``kept_widths``
+    expansion: int  # hidden features, as a multiple of the head dimension; 0: there are none
+
+    def layers(self, head_dim: int, hidden: int) -> tuple[tuple[int, int], ...]:
+        """Inputs and outputs of every layer."""
+        return ((head_dim, hidden), (hidden, head_dim)) if self.expansion else ((head_dim, head_dim),)
+
+    def shapes(self, head_dim: int, hidden: int) -> dict[str, tuple[int, ...]]:
+        """Of a head's weights by name."""
+        each = [shape for layer in self.layers(head_dim, hidden) for shape in (layer, layer[1:])]
+        return dict(zip(self.weights, each, strict=True))
+
+    def kept_widths(self, head_dim: int, hidden: int) -> tuple[int, ...]:
+        """Features of what is kept, a number for each token and head: the outputs of every layer."""
+        return tuple(out for _, out in self.layers(head_dim, hidden))
+
+    def numbers(self, head_dim: int, hidden: int) -> int:
+        """How many numbers a head's weights are."""
+        return sum(map(prod, self.shapes(head_dim, hidden).values()))
+
+    def record(self, head_dim: int, hidden: int, mini_batch_size: int) -> Record:
+        """The layout of a record."""
+        layers = self.layers(head_dim, hidden)
+        weights = tuple((inputs + 1, out) for inputs, out in layers)
+        row = (*(width for layer in layers for width in layer), head_dim, 1)
+        row_size = _filled(sum(row))
+        return Record(weights, row, row_size, _filled(sum(map(prod, weights)) + mini_batch_size * row_size))
+
+
+LINEAR = InnerModel("linear", ("W1", "b1"), ("G",), expansion=0)
+MLP = InnerModel("mlp", ("W1", "b1", "W2", "b2"), ("Z1", "G2"), expansion=4)
+INNER_MODELS = {model.name: model for model in (LINEAR, MLP)}
+
+
+def inner_model(num_weights: int) -> InnerModel:
+    """The inner model that has so many weights, such as those of a state."""
+    return next(model for model in INNER_MODELS.values() if len(model.weights) == num_weights)
+
+
+def record_layout(head_dim: int, hidden: int, mini_batch_size: int) -> Record:
+    """Of the inner model with so many hidden features, 0 for TTT-Linear."""
+    return (MLP if hidden else LINEAR).record(head_dim, hidden, mini_batch_size)
+
+
+def _filled(numbers: int) -> int:
+    return -(-numbers // _MULTIPLE) * _MULTIPLE

@@ -1,0 +1,109 @@
+"""The registry of backends, and the one place that chooses among them."""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..arguments import MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE
+from ..transforms import transformed
+
+Backend = Literal["auto", "reference", "eager", "native", "triton"]
+PACKAGES = {"triton": "ttt4rec.kernels", "native": "ttt4rec.native", "eager": "ttt4rec.eager"}
+"""What computes operators. ``"reference"`` is plain PyTorch under autograd, without operators."""
+_log = logging.getLogger(__name__)
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless there is such a backend."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; given {backend!r}")
+
+
+def choose_backend(
+    backend: Backend, x: Tensor, head_dim: int = 1, mini_batch_size: int = 1, inner: str | None = None
+) -> Backend:
+    """What runs: ``"auto"`` becomes the kernels, where there is a GPU and they can run, or else stays what it is.
+
+    Within transforms and forward-mode differentiation ``"auto"`` is ``"reference"``, the only one that knows them.
+    Whether it otherwise means ``"native"`` or ``"eager"`` the operators choose, where tracing does not see it.
+
+    Args:
+        backend: what was asked for.
+        x: any of the inputs; its dtype and device count.
+        head_dim: D.
+        mini_batch_size: K.
+        inner: name of the inner model whose backward must run, where gradients are enabled; None: there is none.
+
+    Raises:
+        RuntimeError: ``"triton"`` was asked for and cannot run; it never falls back silently.
+        ValueError: there is no such backend.
+    """
+    check_backend(backend)
+    if backend == "auto" and transformed():
+        return "reference"
+    if backend not in ("auto", "triton") or (backend == "auto" and not x.is_cuda):
+        return backend
+    traced = torch.compiler.is_compiling()
+    refusal = kernel_refusal(x, head_dim, mini_batch_size)
+    if refusal is None and inner is not None and torch.is_grad_enabled() and not traced:
+        refusal = _package("triton").compiler_refusal(f"{inner}_backward", head_dim, mini_batch_size)
+    if refusal is None:
+        return "triton"
+    if backend == "triton":
+        raise RuntimeError(f"backend 'triton' {refusal}")
+    if not traced:
+        _tell(refusal)
+    return "auto"
+
+
+def function(name: str, backend: str, arguments: Any) -> Callable[..., Any]:
+    """The function of a backend that computes an operator, or its backward.
+
+    ``"auto"`` is ``"native"`` where that can run. What ``"native"`` does not have at all ``"eager"`` computes.
+
+    Raises:
+        RuntimeError: ``"native"`` was asked for and cannot run on such arguments.
+    """
+    if backend in ("auto", "native"):
+        native = _package("native")
+        refusal = native.refusal(name, arguments)
+        if refusal is None:
+            return getattr(native, name)  # type: ignore[no-any-return]
+        if backend == "native" and hasattr(native, name):
+            raise RuntimeError(f"backend 'native' {refusal}")
+        backend = "eager"
+    return getattr(_package(backend), name)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _package(backend: str) -> ModuleType:
+    """Imported when it is first asked for: the kernels import triton."""
+    return importlib.import_module(PACKAGES[backend])
+
+
+@functools.cache
+def _tell(refusal: str) -> None:
+    """Once for each reason."""
+    _log.warning("a slower path than the fused kernels runs on the GPU: backend 'triton' %s", refusal)
+
+
+def kernel_refusal(x: Tensor, head_dim: int, mini_batch_size: int) -> str | None:
+    """Why the fused kernels cannot run on tensors like x; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed"
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"runs on CUDA tensors, or on others with TRITON_INTERPRET=1; given {x.device}"
+    if x.dtype == torch.float64 or head_dim > MAX_HEAD_DIM or mini_batch_size > MAX_MINI_BATCH_SIZE:
+        return (
+            f"takes float32, bfloat16 and float16, head dimensions up to {MAX_HEAD_DIM} and "
+            f"mini-batches up to {MAX_MINI_BATCH_SIZE}; given {x.dtype}, {head_dim} and {mini_batch_size}"
+        )
+    return None

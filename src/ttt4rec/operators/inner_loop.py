@@ -1,0 +1,58 @@
+"""The scans: the inner loop of each inner model, over all mini-batches of all sequences.
+
+They always start at a mini-batch boundary; a stream that goes on inside a mini-batch is handled above, in
+``functional``.
+"""
+
+import torch
+from torch import Tensor
+
+from ..arguments import Scan
+from ..inner_models import INNER_MODELS, InnerModel
+from .operator import Operator
+
+TOKENS = ("q", "k", "v", "inner_lr")
+PARAMETERS = ("token_scale", "weights", "ln_weight", "ln_bias")
+
+
+def num_checkpoints(scan: Scan) -> int:
+    """Of a scan: a segment that is not its sequence's first begins in its own segment·K tokens of all."""
+    return scan.q.shape[0] * scan.q.shape[1] // (scan.segment * scan.token_scale.shape[0])
+
+
+def _declare(model: InnerModel) -> Operator[Scan]:
+    """o; the weights after the last complete mini-batch; what the backward keeps, checkpoints last."""
+    outgoing = tuple(f"{name}_out" for name in model.weights)
+    kept = (*model.kept, "checkpoints")
+
+    def fake(scan: Scan, backend: str) -> tuple[Tensor, ...]:
+        q, weights, (H, D) = scan.q, scan.weights, scan.ln_weight.shape
+        hidden = weights[0].shape[-1] if model.expansion else 0
+        # kernels keep inner gradients as rounded for their products, the other backends in full precision
+        dtype = q.dtype if backend == "triton" else weights[0].dtype
+        tokens = [q.new_empty(*q.shape[:3], width, dtype=dtype) for width in model.kept_widths(D, hidden)]
+        checkpoints = weights[0].new_empty(num_checkpoints(scan), H, model.numbers(D, hidden))
+        return q.new_empty(q.shape), *(w.new_empty(w.shape) for w in weights), *tokens, checkpoints
+
+    def gradient_dtype(scan: Scan, field: str) -> torch.dtype | None:
+        return None if field in TOKENS else scan.weights[0].dtype
+
+    def absent(scan: Scan) -> tuple[Tensor, ...]:
+        """One sequence's and head's zeros for all: a kernel makes whole what it reads by tokens."""
+        return tuple(x.new_zeros(1, 1, *x.shape[2:]).expand(x.shape) for x in (scan.q, *scan.weights))
+
+    return Operator(
+        f"{model.name}_scan",
+        Scan,
+        ("o", *outgoing, *kept),
+        fake,
+        groups={"weights": model.weights},
+        differentiable=1 + len(outgoing),
+        gradients=(*TOKENS, *PARAMETERS),
+        kept=kept,
+        gradient_dtype=gradient_dtype,
+        absent=absent,
+    )
+
+
+SCANS = {name: _declare(model) for name, model in INNER_MODELS.items()}
