@@ -13,7 +13,7 @@ MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE = 128, 64  # of the fused kernels
 
 
 class Scan(NamedTuple):
-    """An inner loop over sequences that all start at a mini-batch boundary. What it computes stands in docs/kernels.md."""
+    """An inner loop over sequences that start at a mini-batch boundary. docs/kernels.md says what it computes."""
 
     q: Tensor  # [B, L, H, D] any float dtype, as k and v; computed in that of the weights
     k: Tensor

@@ -36,7 +36,8 @@ def finish(
     """
     result: Tensor
     if backend != "reference" and isinstance(norm, nn.LayerNorm) and plain(norm) and plain(output):
-        given = Output(o, gate, mask, norm.weight, norm.bias, output.weight, norm.eps)
+        weight: Tensor = output.weight  # type: ignore[assignment]
+        given = Output(o, gate, mask, norm.weight, norm.bias, weight, norm.eps)
         (result,) = operators.output(given, backend)
         return result
     of_norm = next(norm.parameters(), None)  # what stands in its place may have none

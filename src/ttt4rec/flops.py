@@ -24,6 +24,9 @@ from typing import Any
 
 import torch
 
+from .arguments import Convolution, Output, Projection, Scan, TokenStep
+from .operators import CONVOLUTIONS, PROJECTIONS, SCANS, output, token_step
+from .operators.operator import Operator
 from .validation import has_values
 
 COUNTER = "torch.utils.flop_counter"
@@ -57,71 +60,70 @@ class _WhenLoaded(importlib.abc.MetaPathFinder):
 
 
 def _register(counter: ModuleType) -> None:
-    for name, formula in _FORMULAS.items():
-        operator = getattr(torch.ops.ttt4rec, name)
-        names = [argument.name for argument in operator.default._schema.arguments]
-        counter.register_flop_formula(operator, get_raw=True)(partial(_count, names, formula))
+    for operator, forward, backward, count in _FORMULAS:
+        register = counter.register_flop_formula
+        register(operator.overloads, get_raw=True)(partial(_count, operator, forward, count))
+        if operator.backward_overloads is not None:
+            register(operator.backward_overloads, get_raw=True)(partial(_count, operator, backward, count))
+    for name, each in _CATALOGUE.items():
+        counter.register_flop_formula(getattr(torch.ops.ttt4rec, name), get_raw=True)(partial(_catalogue, each))
 
 
-def _count(names: list[str], formula: Callable[[dict[str, Any]], int], *args: Any, **_: Any) -> int:
-    return formula(dict(zip(names, args, strict=True)))
+def _count(operator: Operator[Any], factors: Any, count: Callable[[Any, Any], int], *flat: Any, **_: Any) -> int:
+    return count(operator.pack(flat[: len(operator.slots)]), factors)
 
 
-def _scan(by_weights: int, by_pairs: int, given: dict[str, Any]) -> int:
+def _scan(scan: Scan, factors: tuple[int, int]) -> int:
     """Of an inner loop: so many FLOPs by tokens times weights, and by pairs of tokens times features."""
-    q, K, lengths = given["q"], given["token_scale"].shape[0], given["lengths"]
-    B, L, H, D = q.shape
+    by_weights, by_pairs = factors
+    (B, L, H, D), K, lengths = scan.q.shape, scan.token_scale.shape[0], scan.lengths
     tokens = [L] * B if lengths is None or not has_values(lengths) else lengths.tolist()
     pairs = sum(n // K * K**2 + (n % K) ** 2 for n in tokens)
-    hidden = given["W1" if "W1" in given else "grad_W1"].shape[-1]
-    features = D if "b2" not in given and "grad_b2" not in given else D + hidden
+    hidden = scan.weights[0].shape[-1]
+    features = D if len(scan.weights) == 2 else D + hidden
     return int(H * (by_weights * sum(tokens) * D * hidden + by_pairs * pairs * features))
 
 
-def _step(given: dict[str, Any]) -> int:
+def _step(step: TokenStep, _: None) -> int:
     """Of one token of B streams: as in a forward, with as many tokens before it as there may be."""
-    (B, H, D), K, F = given["q"].shape, given["token_scale"].shape[0], given["hidden"]
+    (B, H, D), K, F = step.q.shape, step.token_scale.shape[0], step.hidden
     return int(B * H * (14 * D * F + 4 * K * (D + F) if F else 6 * D**2 + 4 * K * D))
 
 
-def _projection(each: int, given: dict[str, Any]) -> int:
-    tokens, C = given["x"].shape[:2].numel(), given["x"].shape[2]
-    return int(each * tokens * C * (len(given["weights"]) * C + given["lr_weight"].shape[0]))
+def _projection(given: Projection, each: int) -> int:
+    tokens, C = given.x.shape[:2].numel(), given.x.shape[2]
+    return int(each * tokens * C * (len(given.weights) * C + given.lr_weight.shape[0]))
 
 
-def _convolution(each: int, given: dict[str, Any]) -> int:
-    (B, L, C), weights = given["x"].shape, given["weights"]
-    return int(each * B * (L - given["lead"]) * C * len(weights) * weights[0].shape[1])
+def _convolution(given: Convolution, each: int) -> int:
+    (B, L, C), weights = given.x.shape, given.weights
+    return int(each * B * (L - given.lead) * C * len(weights) * weights[0].shape[1])
 
 
-def _epilogue(each: int, given: dict[str, Any]) -> int:
-    B, L, H, D = given["o"].shape
+def _output(given: Output, each: int) -> int:
+    B, L, H, D = given.o.shape
     return int(each * B * L * (H * D) ** 2)
 
 
-def _catalogue(each: int, given: dict[str, Any]) -> int:
-    h, table = given["h"], given["table"]
+def _catalogue(each: int, *args: Any, **_: Any) -> int:
+    """Of hidden states ``[N, C]`` and a table with a row of padding; nothing where gradients are only scaled."""
+    if not each:
+        return 0
+    h, table = args[1:3] if args[0].dim() < 2 else args[:2]
     return int(each * h.shape[0] * h.shape[1] * (table.shape[0] - 1))
 
 
-def _nothing(given: dict[str, Any]) -> int:
-    return 0
-
-
-_FORMULAS: dict[str, Callable[[dict[str, Any]], int]] = {
-    "linear_scan": partial(_scan, 6, 4),
-    "linear_scan_backward": partial(_scan, 18, 12),
-    "mlp_scan": partial(_scan, 14, 4),
-    "mlp_scan_backward": partial(_scan, 40, 12),
-    "token_step": _step,
-    "rope_projection": partial(_projection, 2),
-    "rope_projection_backward": partial(_projection, 4),
-    "rope_convolution": partial(_convolution, 2),
-    "rope_convolution_backward": partial(_convolution, 4),
-    "epilogue": partial(_epilogue, 2),
-    "epilogue_backward": partial(_epilogue, 4),
-    "catalogue_nll": partial(_catalogue, 2),
-    "catalogue_nll_backward": partial(_catalogue, 6),
-    "catalogue_total_nll": partial(_catalogue, 6),
-    "catalogue_total_nll_backward": _nothing,
+_FORMULAS: list[tuple[Operator[Any], Any, Any, Callable[[Any, Any], int]]] = [
+    (SCANS["linear"], (6, 4), (18, 12), _scan),
+    (SCANS["mlp"], (14, 4), (40, 12), _scan),
+    (token_step, None, None, _step),
+    *((operator, 2, 4, _projection) for operator in PROJECTIONS.values()),
+    *((operator, 2, 4, _convolution) for operator in CONVOLUTIONS.values()),
+    (output, 2, 4, _output),
+]
+_CATALOGUE = {
+    "catalogue_nll": 2,
+    "catalogue_nll_backward": 6,
+    "catalogue_total_nll": 6,
+    "catalogue_total_nll_backward": 0,
 }

@@ -67,8 +67,8 @@ def ttt_linear(
         RuntimeError: the backend cannot run here.
     """
     return _inner_loop(
-        LINEAR, (q, k, v), inner_lr, token_scale, (W1, b1), (ln_weight, ln_bias), mini_batch_size, state, mask, cu_seqlens,
-        eps, backend,
+        LINEAR, (q, k, v), inner_lr, token_scale, (W1, b1), (ln_weight, ln_bias), mini_batch_size, state, mask,
+        cu_seqlens, eps, backend,
     )  # fmt: skip
 
 
@@ -140,12 +140,12 @@ def _inner_loop(
         sequence_tokens = tuple(map(extended.join, contexts, sequence_tokens))
         starts, lengths = extended.first - pending, extended.lengths + pending
         seen = state.position + extended.lengths
-    scan_spans = (None, None) if spans is None and state is None else (starts, lengths)
-    scan = Scan(
-        *sequence_tokens, token_scale, weights, *layer_norm, *scan_spans, eps, segment_length(model, weights, K)
-    )
+    q, k, v, lr = sequence_tokens
+    segment = segment_length(model, weights, K)
+    scan = Scan(q, k, v, lr, token_scale, weights, *layer_norm, starts, lengths, eps, segment)
+    if spans is None and state is None:  # every row is a sequence, which backends need not look up
+        scan = scan._replace(starts=None, lengths=None)
     o, *outgoing = _scan(model, scan, backend)
-    _, k, v, lr = sequence_tokens
     pending_k, pending_v, pending_lr = (last_tokens(x.to(dtype), starts, lengths, K - 1, seen % K) for x in (k, v, lr))
     if extended is not None:
         o = extended.part(o)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .arguments import TokenStep
 from .convolution import CausalConv, convolve
 from .epilogue import finish
-from .arguments import TokenStep
 from .functional import autocast, make_spans, ttt_linear, ttt_mlp
 from .initialisation import STD, Device, draw
 from .operators import Backend, check_backend, choose_backend, token_step
@@ -236,10 +236,11 @@ class TTTLayer(nn.Module):
         position, context = pool.position[slots], None if pool.conv is None else pool.conv[slots]
         backend = choose_backend(self.backend, x, self.head_dim, self.mini_batch_size)
         q, k, v, lr, gate, conv = self._views(x, None, position, context, backend)
-        tokens = (t.squeeze(1) for t in (*autocast(q, k, v), lr))
+        q, k, v, lr = (t.squeeze(1) for t in (*autocast(q, k, v), lr))
         scale, norm = token_scale(self.token_offset.to(lr.dtype)), (self.inner_norm_weight, self.inner_norm_bias)
-        where = (slots, position % self.mini_batch_size, pool.records, pool.hidden, 1e-6)
-        (o,) = token_step(TokenStep(*tokens, scale, *norm, *where), backend)
+        offset = position % self.mini_batch_size
+        token = TokenStep(q, k, v, lr, scale, *norm, slots, offset, pool.records, pool.hidden, 1e-6)
+        (o,) = token_step(token, backend)
         pool.position.index_copy_(0, slots, position + 1)
         if pool.conv is not None and conv is not None:
             pool.conv.index_copy_(0, slots, conv)

@@ -115,5 +115,6 @@ def causal_convolutions(
         parameters = [(w.to(x.dtype), b.to(x.dtype)) for w, b in zip(weights, biases, strict=True)]
         plain = [reference.causal_convolution(x, w, b, reach)[:, lead:] for w, b in parameters]
         return plain if rope is None else [rope.rotate(y) for y in plain]
-    given = Convolution(x, tuple(weights), tuple(biases), *(rope or (None, None, None)), offsets, lead)
+    cos, sin, positions = rope or (None, None, None)
+    given = Convolution(x, tuple(weights), tuple(biases), cos, sin, positions, offsets, lead)
     return list(CONVOLUTIONS[len(weights)](given, backend))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..arguments import Scan, TokenStep
-
 from . import build
 from .cache import BuildError
 from .calls import linear_scan, linear_scan_backward, mlp_scan, mlp_scan_backward, token_step

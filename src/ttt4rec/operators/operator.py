@@ -82,12 +82,13 @@ class Operator(Generic[A]):
         inputs = [f"{_SCHEMA_TYPES[slot.kind]} {slot.name}" for slot in self.slots]
         self.op = self._define(name, [*inputs, "str backend"], len(self.results), self._forward, tuple(mutates))
         self.op.register_fake(lambda *flat: _one_or_all(fake(self.pack(flat[:-1]), flat[-1])))
-        if self._graded:
-            self.backward_op = self._define_backward(inputs)
+        self.backward_op = self._define_backward(inputs) if self._graded else None
+        self.overloads = getattr(torch.ops.ttt4rec, name)
+        self.backward_overloads: Any = getattr(torch.ops.ttt4rec, f"{name}_backward") if self._graded else None
 
     def __call__(self, arguments: A, backend: str) -> Results:
         """The results; a single one in a tuple too."""
-        results: Tensor | Results = self.op(*self.flatten(arguments), backend)
+        results: Tensor | Results = self.overloads.default(*self.flatten(arguments), backend)
         return (results,) if isinstance(results, Tensor) else results
 
     def flatten(self, arguments: A) -> tuple[Any, ...]:
@@ -167,7 +168,7 @@ class Operator(Generic[A]):
         if self._absent is not None and any(g is None for g in given):
             absent = self._absent(self.pack(flat[:-1]))
             given = [zeros if g is None else g for g, zeros in zip(given, absent, strict=True)]
-        found = self.backward_op(*flat[:-1], *saved[len(self._tensors) :], *given, flat[-1])
+        found = self.backward_overloads.default(*flat[:-1], *saved[len(self._tensors) :], *given, flat[-1])
         result: list[Tensor | None] = [None] * len(flat)
         for i, gradient in zip(self._graded, (found,) if isinstance(found, Tensor) else found, strict=True):
             if flat[i] is not None:
