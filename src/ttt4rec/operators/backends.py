@@ -17,14 +17,18 @@ from ..transforms import transformed
 
 Backend = Literal["auto", "reference", "eager", "native", "triton"]
 PACKAGES = {"triton": "ttt4rec.kernels", "native": "ttt4rec.native", "eager": "ttt4rec.eager"}
-"""What computes operators. ``"reference"`` is plain PyTorch under autograd, without operators."""
+"""What computes operators: a module with a function for each, and perhaps a ``refusal(name, arguments)``.
+
+A backend is added by an entry here. ``"reference"`` is plain PyTorch under autograd, without operators.
+"""
 _log = logging.getLogger(__name__)
 
 
 def check_backend(backend: str) -> None:
     """Raise ValueError unless there is such a backend."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; given {backend!r}")
+    known = dict.fromkeys((*get_args(Backend), *PACKAGES))  # others may have registered theirs
+    if backend not in known:
+        raise ValueError(f"backend must be one of {', '.join(known)}; given {backend!r}")
 
 
 def choose_backend(
@@ -67,20 +71,22 @@ def choose_backend(
 def function(name: str, backend: str, arguments: Any) -> Callable[..., Any]:
     """The function of a backend that computes an operator, or its backward.
 
-    ``"auto"`` is ``"native"`` where that can run. What ``"native"`` does not have at all ``"eager"`` computes.
+    ``"auto"`` is ``"native"`` where that can run. What a backend does not have at all ``"eager"`` computes.
 
     Raises:
-        RuntimeError: ``"native"`` was asked for and cannot run on such arguments.
+        RuntimeError: the backend that was asked for cannot run on such arguments; it has a ``refusal`` that says so.
     """
-    if backend in ("auto", "native"):
-        native = _package("native")
-        refusal = native.refusal(name, arguments)
+    for candidate in ("native" if backend == "auto" else backend, "eager"):
+        package = _package(candidate)
+        compute: Callable[..., Any] | None = getattr(package, name, None)
+        if compute is None:
+            continue
+        refusal = package.refusal(name, arguments) if hasattr(package, "refusal") else None
         if refusal is None:
-            return getattr(native, name)  # type: ignore[no-any-return]
-        if backend == "native" and hasattr(native, name):
-            raise RuntimeError(f"backend 'native' {refusal}")
-        backend = "eager"
-    return getattr(_package(backend), name)  # type: ignore[no-any-return]
+            return compute
+        if backend == candidate:
+            raise RuntimeError(f"backend {backend!r} {refusal}")
+    raise RuntimeError(f"no backend computes {name}; expected one of {', '.join(PACKAGES)} to")
 
 
 @functools.cache

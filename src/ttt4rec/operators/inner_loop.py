@@ -10,6 +10,7 @@ from torch import Tensor
 from ..arguments import Scan
 from ..inner_models import INNER_MODELS, InnerModel
 from .operator import Operator
+from .samples import Draw, Sizes
 
 TOKENS = ("q", "k", "v", "inner_lr")
 PARAMETERS = ("token_scale", "weights", "ln_weight", "ln_bias")
@@ -41,11 +42,27 @@ def _declare(model: InnerModel) -> Operator[Scan]:
         """One sequence's and head's zeros for all: a kernel makes whole what it reads by tokens."""
         return tuple(x.new_zeros(1, 1, *x.shape[2:]).expand(x.shape) for x in (scan.q, *scan.weights))
 
+    def sample(sizes: Sizes, draw: Draw, *, packed: bool = False, segment: int = 16, expansion: int = 0) -> Scan:
+        """A row is a sequence; packed: three sequences in one row, one of them empty, and tokens of none."""
+        B, L, H, D, K = sizes
+        shapes, wide, starts, lengths, N = model.shapes(D, (expansion or model.expansion) * D), draw.wide, None, None, B
+        if packed:
+            B, L, N, third = 1, B * L, 3, B * L // 3
+            starts = torch.tensor([2 * third, 0, third], device=draw.device)
+            lengths = torch.tensor([L - 2 * third, third, 0], device=draw.device)
+        q, k, v = (draw.normal(B, L, H, D) for _ in range(3))
+        weights = tuple(wide.weight(N, H, *shape, fan=shape[0]) for shape in shapes.values())
+        norm = wide.normal(H, D), wide.normal(H, D)
+        return Scan(
+            q, k, v, wide.rate(B, L, H) / D, wide.rate(K), weights, *norm, starts, lengths, eps=1e-6, segment=segment
+        )
+
     return Operator(
         f"{model.name}_scan",
         Scan,
         ("o", *outgoing, *kept),
         fake,
+        sample,
         groups={"weights": model.weights},
         differentiable=1 + len(outgoing),
         gradients=(*TOKENS, *PARAMETERS),

@@ -10,6 +10,7 @@ from ..precision import without_autocast
 from ..transforms import REFERENCE
 from ..transforms import operator as without_transforms
 from . import backends
+from .samples import SMALL, Device, Draw, Sizes
 
 A = TypeVar("A", bound=tuple[Any, ...])
 Results = tuple[Tensor, ...]
@@ -46,6 +47,7 @@ class Operator(Generic[A]):
         groups: names of the tensors of each field that is a tuple of tensors.
         results: names of the results.
         fake: the results, empty, of the arguments by a backend.
+        sample: small random arguments, of sizes and by a ``Draw``; options are its own.
         function: the name of a backend's function, that of its backward without ``_backward``; None: the operator's.
         differentiable: how many results, from the first, have gradients.
         gradients: of which arguments, groups included, the backward gives gradients; empty if there is no backward.
@@ -62,6 +64,7 @@ class Operator(Generic[A]):
         arguments: type[A],
         results: Sequence[str],
         fake: Callable[[A, str], Results],
+        sample: Callable[..., A],
         *,
         function: str | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
@@ -74,7 +77,7 @@ class Operator(Generic[A]):
     ) -> None:
         self.name, self.function, self.arguments, self.results = name, function or name, arguments, tuple(results)
         self._differentiable, self._kept = differentiable, tuple(map(self.results.index, kept))
-        self._gradient_dtype, self._absent = gradient_dtype, absent
+        self._gradient_dtype, self._absent, self._sample = gradient_dtype, absent, sample
         self.slots = tuple(_slots(arguments, groups or {}))
         self._sizes = [len((groups or {}).get(field, ())) for field in arguments._fields]  # type: ignore[attr-defined]
         self._graded = tuple(i for i, slot in enumerate(self.slots) if slot.field in gradients)
@@ -90,6 +93,21 @@ class Operator(Generic[A]):
         """The results; a single one in a tuple too."""
         results: Tensor | Results = self.overloads.default(*self.flatten(arguments), backend)
         return (results,) if isinstance(results, Tensor) else results
+
+    def sample(
+        self,
+        sizes: Sizes = SMALL,
+        dtype: torch.dtype = torch.float32,
+        device: Device = "cpu",
+        **options: Any,
+    ) -> A:
+        """Small random arguments. Tokens have the dtype; options are the operator's own."""
+        return self._sample(sizes, Draw(dtype, device), **options)
+
+    def backward_sample(self, results: Results) -> tuple[Results, Results]:
+        """What the backward is given beside the arguments: what is kept of the results, and random gradients."""
+        grads = tuple(torch.randn_like(x) for x in results[: self._differentiable])
+        return tuple(results[i] for i in self._kept), grads
 
     def flatten(self, arguments: A) -> tuple[Any, ...]:
         """The arguments in the order of the schema."""

@@ -2,12 +2,22 @@
 
 from ..arguments import Output
 from .operator import Operator
+from .samples import Draw, Sizes
+
+
+def _sample(sizes: Sizes, draw: Draw, *, gated: bool = True, masked: bool = True) -> Output:
+    B, L, H, D, _ = sizes
+    C = H * D
+    gate, mask = draw.normal(B, L, C) if gated else None, draw.places(2, B, L).bool() if masked else None
+    return Output(draw.normal(B, L, H, D), gate, mask, draw.normal(C), draw.normal(C), draw.weight(C, C, fan=C), 1e-6)
+
 
 output = Operator(
     "output",
     Output,
     ("y",),
     lambda given, _: (given.o.new_empty(*given.o.shape[:2], given.o.shape[2] * given.o.shape[3]),),
+    _sample,
     differentiable=1,
     gradients=("o", "gate", "norm_weight", "norm_bias", "weight"),
 )

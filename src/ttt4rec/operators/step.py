@@ -1,8 +1,24 @@
 """One token of many streams, in place; there is no gradient."""
 
+import torch
+
 from ..arguments import TokenStep
+from ..inner_models import record_layout
 from .operator import Operator
+from .samples import Draw, Sizes
+
+
+def _sample(sizes: Sizes, draw: Draw, *, hidden: int = 0) -> TokenStep:
+    """Streams at the first token of a mini-batch, at the last, and between, in reverse order in a larger pool."""
+    B, _, H, D, K = sizes
+    wide, size = draw.wide, record_layout(D, hidden, K).size
+    q, k, v = (draw.normal(B, H, D) for _ in range(3))
+    norm, records = (wide.normal(H, D), wide.normal(H, D)), wide.weight(B + 2, H, size, fan=D)
+    places = torch.arange(B, device=draw.device)
+    offset = places * (K - 1) // max(1, B - 1)
+    return TokenStep(q, k, v, wide.rate(B, H) / D, wide.rate(K), *norm, places.flip(0), offset, records, hidden, 1e-6)
+
 
 token_step = Operator(
-    "token_step", TokenStep, ("o",), lambda step, _: (step.q.new_empty(step.q.shape),), mutates=("records",)
+    "token_step", TokenStep, ("o",), lambda step, _: (step.q.new_empty(step.q.shape),), _sample, mutates=("records",)
 )
