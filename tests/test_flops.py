@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from checks import BACKBONES, INNERS, inner_inputs, run_inner
-from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer, catalogue, epilogue, ops, projection
+from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer, catalogue
+from ttt4rec.operators import CONVOLUTIONS, PROJECTIONS, SCANS, output
+from ttt4rec.operators.samples import Sizes
 
 B, L, H, D, K = 2, 11, 2, 8, 4
 C, T = H * D, B * L
@@ -75,30 +78,18 @@ def test_a_layer_counts_what_its_reference_counts(inner, backbone):
 
 def test_operators_around_the_inner_loop():
     """Alone, since hooks of the counter have a layer call its modules one by one."""
-    x, W, lr = torch.randn(B, L, C, requires_grad=True), torch.randn(C, C), torch.randn(H, C)
-    cos = sin = torch.ones(K, D // 2)
-    positions = torch.arange(L) % K
     calls = [
-        (
-            lambda: projection.rope_projection(
-                x, [W] * 3, lr, lr[:, 0], cos, sin, positions, 2, 1.0, torch.float32, False
-            ),
-            2 * T * C * (3 * C + H),
-        ),
-        (
-            lambda: projection.rope_convolution(x, [W[:, :4]] * 2, [W[0]] * 2, None, None, None, None, 0, False),
-            2 * 2 * T * C * 4,
-        ),
-        (
-            lambda: epilogue.epilogue(x.unflatten(-1, (H, D)), None, None, [W[0], W[1], W], 1e-6, False),
-            2 * T * C * C,
-        ),
+        (PROJECTIONS[3], {}, 2 * T * C * (3 * C + H)),
+        (CONVOLUTIONS[2], {"taps": 4, "plain": True}, 2 * 2 * T * C * 4),
+        (CONVOLUTIONS[1], {"taps": 3, "lead": 2}, 2 * T * C * 3),
+        (output, {}, 2 * T * C * C),
     ]
-    for call, expected in calls:
-        forward, outputs = count(call)
+    for operator, options, expected in calls:
+        given = operator.sample(Sizes(B, L, H, D, K), **options)
+        given[0].requires_grad_()
+        forward, outputs = count(partial(operator, given, "eager"))
         assert forward == expected
-        loss = sum(y.sum() for y in (outputs if isinstance(outputs, list) else [outputs]))
-        backward, _ = count(loss.backward)
+        backward, _ = count(sum(y.sum() for y in outputs).backward)
         assert backward == 2 * expected
 
 
@@ -132,10 +123,10 @@ def test_a_step_counts_as_a_token_of_a_full_mini_batch(inner):
 def test_every_operator_has_a_formula():
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ttt4rec::")]
     registry = sys.modules["torch.utils.flop_counter"].flop_registry
-    assert len(names) == 15
+    assert len(names) == 21
     for name in names:
         assert getattr(torch.ops.ttt4rec, name.removeprefix("ttt4rec::")) in registry, name
-    assert ops.linear_scan._opoverload.overloadpacket in registry
+    assert SCANS["linear"].op._opoverload.overloadpacket in registry
 
 
 @pytest.mark.parametrize("first", ["ttt4rec", "torch.utils.flop_counter"])

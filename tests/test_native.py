@@ -27,9 +27,11 @@ from checks import (
 )
 from test_functional import batches, check_gradients, flat
 from test_step import read_on, step_arguments
-from ttt4rec import TTTState, native, ops, ttt_linear
+from ttt4rec import TTTState, native, ttt_linear
+from ttt4rec.arguments import TokenStep
 from ttt4rec.eager import record_parts, row_parts
 from ttt4rec.native import build, cache, threads
+from ttt4rec.operators import token_step
 
 FP32 = 3e-6  # a few roundings of 6e-8, summed over features, tokens and mini-batches
 
@@ -205,9 +207,9 @@ def test_a_step_in_low_precision_from_slots_with_strides():
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, layer.step(x, pools[1], slots.contiguous()))
     assert torch.equal(pools[0].records, pools[1].records)
-    q, k, v, *rest, _ = step_arguments("mlp", torch.float32, D=8, K=4)
-    given = [*(t.bfloat16() for t in (q, k, v)), *rest]
-    assert ops.token_step(*given, "native").dtype == torch.bfloat16
+    q, k, v, *rest = step_arguments("mlp", torch.float32, D=8, K=4)
+    given = TokenStep(*(t.bfloat16() for t in (q, k, v)), *rest)
+    assert token_step(given, "native")[0].dtype == torch.bfloat16
 
 
 def test_a_forked_child_has_its_own_threads(monkeypatch):
@@ -238,10 +240,11 @@ def test_the_step_equals_the_eager_path(inner, head_dim, mini_batch_size):
     """Outputs, and all of the records that is ever read, also of streams that were not stepped."""
     D, K = head_dim, mini_batch_size
     given = step_arguments(inner, torch.float64, D=D, K=K)
-    expected = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
-    assert_close(ops.token_step(*given[:-1], "native"), ops.token_step(*expected[:-1], "eager"))
-    slots, offset, hidden = given[7], given[8], given[10]
-    (weights, rows), (own_weights, own_rows) = (record_parts(x[9], D, hidden, K) for x in (expected, given))
+    expected = TokenStep(*(x.clone() if isinstance(x, torch.Tensor) else x for x in given))
+    assert_close(token_step(given, "native")[0], token_step(expected, "eager")[0])
+    slots, offset, hidden = given.slots, given.offset, given.hidden
+    weights, rows = record_parts(expected.records, D, hidden, K)
+    own_weights, own_rows = record_parts(given.records, D, hidden, K)
     for own, w in zip(own_weights, weights, strict=True):
         assert_close(own, w)
     for slot, place in zip(slots.tolist(), offset.tolist(), strict=True):
@@ -272,14 +275,14 @@ def test_compile_has_no_graph_break(inner):
 def test_what_it_does_not_take():
     with pytest.raises(RuntimeError, match=r"'native' takes head and hidden dimensions .* 8; given 6 and 0"):
         run("linear", inner_inputs("linear", B=1, L=3, H=1, D=6, K=2))
-    meta = native.refusal(torch.device("meta"), 8, 0, torch.float32)
+    meta = native.shape_refusal(torch.device("meta"), 8, 0, torch.float32)
     assert meta == "runs on CPU tensors; given meta"
 
 
 def forget_libraries():
     """What a new process knows of libraries: nothing."""
     build._warned.clear()
-    for function in (build.library, native.refusal, native.softmax_refusal):
+    for function in (build.library, native.shape_refusal, native.softmax_refusal):
         function.cache_clear()
 
 

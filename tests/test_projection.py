@@ -4,6 +4,7 @@ import copy
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -13,16 +14,11 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read
 
 from checks import BACKBONES, INNERS, assert_close, gradients, make_layer, relative_error
 from ttt4rec import TTTLayer, blocks, eager, kernels, reference
+from ttt4rec.arguments import Convolution, Projection
 from ttt4rec.blocks import Block
 from ttt4rec.kernels import projection as kernel_choice
-from ttt4rec.projection import (
-    Rope,
-    causal_convolutions,
-    rope_convolution,
-    rope_convolution_backward,
-    rope_projection,
-    rope_projection_backward,
-)
+from ttt4rec.operators import PROJECTIONS
+from ttt4rec.projection import Rope, causal_convolutions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE_LR = 1.3
@@ -75,6 +71,13 @@ def defined_results(inputs: Sequence[Tensor], rope: Rope, rotated: int) -> list[
     return [*(r.detach() for r in results), *torch.autograd.grad(results, leaves, grads)]
 
 
+def project(x: Tensor, *parameters: Tensor, rope: Rope, rotated: int) -> tuple[Tensor, ...]:
+    """By the operator, on the path without a kernel."""
+    *weights, w_lr, b_lr = parameters
+    given = Projection(x, tuple(weights), w_lr, b_lr, *rope, rotated, BASE_LR, x.dtype)
+    return PROJECTIONS[len(weights)](given, "eager")
+
+
 def norm_errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
     pairs = zip(actual, expected, strict=True)
     return [((a.double() - e).norm() / e.norm().clamp_min(1e-9)).item() for a, e in pairs]
@@ -85,15 +88,10 @@ def norm_errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[fl
 def test_the_eager_projection_is_its_definition(positions, rotated):
     rope = make_rope(2, 5, 4, 3, positions)
     x, *weights, w_lr, b_lr = (t.requires_grad_() for t in make_inputs(2, 5, 2, 4)[:6])
-    results = rope_projection(x, weights, w_lr, b_lr, *rope, rotated, BASE_LR, x.dtype, False)
+    results = project(x, *weights, w_lr, b_lr, rope=rope, rotated=rotated)
     for actual, expected in zip(results, definition(x, weights, w_lr, b_lr, rope, rotated), strict=True):
         assert_close(actual, expected, 1e-14)
-    inputs = (x, *weights, w_lr, b_lr)
-
-    def function(x, W0, W1, W2, w_lr, b_lr):
-        return tuple(rope_projection(x, [W0, W1, W2], w_lr, b_lr, *rope, rotated, BASE_LR, x.dtype, False))
-
-    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(partial(project, rope=rope, rotated=rotated), (x, *weights, w_lr, b_lr))
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -121,33 +119,6 @@ def test_a_convolution_longer_than_the_sequence():
     assert_close(actual, expected, 1e-6)
 
 
-@pytest.mark.parametrize("kernel", [False, True])
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_opcheck_projection(positions, kernel):
-    dtype = torch.float32 if kernel else torch.float64
-    rope = make_rope(2, 5, 4, 3, positions, dtype)
-    x, *weights, w_lr, b_lr = (t.requires_grad_() for t in make_inputs(2, 5, 2, 4, dtype)[:6])
-    options = (*rope, 2, BASE_LR, dtype, kernel)
-    torch.library.opcheck(rope_projection, (x, weights, w_lr, b_lr, *options))
-    x, *weights, w_lr, b_lr, d0, d1, d2, d_lr = make_inputs(2, 5, 2, 4, dtype)
-    lr = rope_projection(x, weights, w_lr, b_lr, *options)[-1]
-    arguments = ([d0, d1, d2], d_lr, lr, x, weights, w_lr, *options)
-    torch.library.opcheck(rope_projection_backward, arguments)
-
-
-@pytest.mark.parametrize("kernel", [False, True])
-@pytest.mark.parametrize("with_rope", [True, False])
-def test_opcheck_convolution(with_rope, kernel):
-    dtype = torch.float32 if kernel else torch.float64
-    rope = make_rope(2, 5, 4, 3, "shared", dtype) if with_rope else (None, None, None)
-    x, *p = (torch.randn(s, dtype=dtype, device=DEVICE) for s in [(2, 7, 8), (8, 3), (8, 3), (8,), (8,)])
-    grads = [torch.randn(2, 5, 8, dtype=dtype, device=DEVICE) for _ in range(2)]
-    where = (*rope, torch.arange(5, device=DEVICE).expand(2, 5) if with_rope else None, 2, kernel)
-    torch.library.opcheck(rope_convolution_backward, (grads, x, p[:2], p[2:], *where))
-    x, *p = (t.requires_grad_() for t in (x, *p))
-    torch.library.opcheck(rope_convolution, (x, p[:2], p[2:], *where))
-
-
 def convolution_results(path, dtype, with_rope, B, L, C, taps, lead, count):
     """Outputs and all gradients of ``path``, and of the definition in float64, of the same numbers."""
     torch.manual_seed(0)
@@ -156,9 +127,8 @@ def convolution_results(path, dtype, with_rope, B, L, C, taps, lead, count):
     x, weights, biases, grads = tensors[0], tensors[1 : count + 1], tensors[count + 1 : -count], tensors[-count:]
     rope = make_rope(B, L, C // 3, 5, "per row", torch.float32) if with_rope else None
     offsets = torch.arange(L, device=DEVICE).remainder(7).expand(B, L) if with_rope else None  # sequences of 7
-    where = (*(rope or (None, None, None)), offsets, lead)
-    actual = path.convolution_forward(x, weights, biases, *where)
-    actual += path.convolution_backward(grads, x, weights, biases, *where)
+    given = Convolution(x, tuple(weights), tuple(biases), *(rope or (None, None, None)), offsets, lead)
+    actual = [*path.convolution(given), *path.convolution_backward(given, (), tuple(grads))]
     leaves = [t.double().requires_grad_() for t in (x, *weights, *biases)]
     double = rope and Rope(rope.cos.double(), rope.sin.double(), rope.positions)
     parameters = leaves[1 : count + 1], leaves[count + 1 :]
@@ -215,7 +185,7 @@ def test_convolution_kernels_in_low_precision_are_no_worse_than_torch(dtype):
 def test_an_output_nobody_uses_has_no_gradient():
     rope = make_rope(2, 5, 4, 3, "shared")
     x, *weights, w_lr, b_lr = (t.requires_grad_() for t in make_inputs(2, 5, 2, 4)[:6])
-    *views, _ = rope_projection(x, weights, w_lr, b_lr, *rope, 2, BASE_LR, x.dtype, False)
+    *views, _ = project(x, *weights, w_lr, b_lr, rope=rope, rotated=2)
     dx, *d_weights = torch.autograd.grad(views[2].sum(), [x, *weights])
     assert_close(dx, weights[2].sum(0).expand_as(x))
     assert all((d == 0).all() for d in d_weights[:2])
@@ -337,10 +307,10 @@ def run_eager(inputs, rope, rotated, dtype):
 def run(path, inputs, rope, rotated, dtype):
     """Views, rates, and gradients as ``defined_results`` orders them."""
     x, *weights, w_lr, b_lr = inputs[:6]
-    results = path.projection_forward(x, weights, w_lr, b_lr, *rope, rotated, BASE_LR, dtype)
-    grads = [g.to(dtype) for g in inputs[6:9]]
-    options = (*rope, rotated, BASE_LR, dtype)
-    return [*results, *path.projection_backward(grads, inputs[9], results[-1], x, weights, w_lr, *options)]
+    given = Projection(x, tuple(weights), w_lr, b_lr, *rope, rotated, BASE_LR, dtype)
+    results = path.projection(given)
+    grads = (*(g.to(dtype) for g in inputs[6:9]), inputs[9])
+    return [*results, *path.projection_backward(given, (results[-1],), grads)]
 
 
 class Adapted(nn.Module):

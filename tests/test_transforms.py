@@ -6,13 +6,16 @@ from torch import func
 from torch.autograd import forward_ad
 
 from checks import BACKBONES, INNERS, assert_close, inner_inputs, make_layer, run_inner
-from ttt4rec import TTT4Rec, TTT4RecConfig, catalogue, epilogue, projection
+from ttt4rec import TTT4Rec, TTT4RecConfig, catalogue
 from ttt4rec.model import MIXERS
+from ttt4rec.operators import CONVOLUTIONS, OPERATORS, output
 
 WIDTH, STEP = 8, 1e-5
-OPERATORS = {
-    *(f"{name}{kind}" for name in ("linear_scan", "mlp_scan", "epilogue") for kind in ("", "_backward")),
-    *(f"{name}{kind}" for name in ("rope_projection", "rope_convolution") for kind in ("", "_backward")),
+NAMES = {
+    *(f"{name}_scan{kind}" for name in INNERS for kind in ("", "_backward")),
+    *(f"projection_{count}{kind}" for count in (1, 2, 3) for kind in ("", "_backward")),
+    *(f"convolution_{count}{kind}" for count in (1, 2) for kind in ("", "_backward")),
+    *(f"output{kind}" for kind in ("", "_backward")),
     *(f"catalogue_{name}{kind}" for name in ("nll", "total_nll") for kind in ("", "_backward")),
     "token_step",
 }
@@ -204,9 +207,10 @@ def test_models(mixer):
 
 def test_no_operator_is_left_out():
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ttt4rec::")]
-    assert len(names) == len(OPERATORS)
+    assert len(names) == len(NAMES)
+    assert OPERATORS.keys() < NAMES
     for name in names:
-        assert name.removeprefix("ttt4rec::") in OPERATORS
+        assert name.removeprefix("ttt4rec::") in NAMES
         for key in ("FuncTorchDynamicLayerFrontMode", "Batched"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
 
@@ -214,14 +218,10 @@ def test_no_operator_is_left_out():
 @pytest.mark.parametrize("transform", ["jvp", "forward-mode", "vmap", "grad"])
 def test_operators_around_the_inner_loop_refuse(transform):
     """Each alone: in a layer the first of them speaks for all."""
-    x, taps = torch.randn(1, 3, 8), torch.randn(8, 4)
-    norm = [torch.ones(8), torch.zeros(8), torch.randn(8, 8)]
-    for call in (
-        lambda x: projection.rope_convolution(x, [taps], [x[0, 0]], None, None, None, None, 0, False)[0],
-        lambda x: epilogue.epilogue(x.unflatten(-1, (2, 4)), None, None, norm, 1e-6, False),
-    ):
+    for operator in (CONVOLUTIONS[1], output):
+        given = operator.sample()
         with pytest.raises(RuntimeError, match=REFUSED):
-            TRANSFORMS[transform](call, x, x)
+            TRANSFORMS[transform](lambda x: operator(type(given)(x, *given[1:]), "eager")[0], given[0], given[0])  # noqa: B023
 
 
 def test_steps_refuse_and_leave_the_pool():

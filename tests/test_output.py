@@ -1,6 +1,7 @@
 """Norm, gate and output projection behind the inner loop: the operator against plain PyTorch in float64."""
 
 import os
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -11,9 +12,10 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read
 
 from checks import BACKBONES, INNERS, assert_close, gradients, make_layer
 from ttt4rec import TTTLayer, eager, kernels
-from ttt4rec.epilogue import epilogue, epilogue_backward
-from ttt4rec.kernels import epilogue as kernel_choice
+from ttt4rec.arguments import Output
+from ttt4rec.operators import output
 
+KERNEL_CHOICE = sys.modules["ttt4rec.kernels.output"]  # the package has the function of that name
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
 FP32_TOLERANCE = 2e-6  # some roundings of 1e-7, in norm
@@ -65,9 +67,9 @@ def definition(o, gate, mask, norm_weight, norm_bias, weight):
 
 
 def defined_results(inputs):
-    """Outputs and gradients of o, γ, β, W and the gate, in float64."""
+    """Outputs and gradients of o, the gate, γ, β and W, in float64."""
     o, gate, mask, *parameters, d_y = (x if x is None or x.dtype == torch.bool else x.double() for x in inputs)
-    leaves = [x.requires_grad_() for x in (o, *parameters, *([] if gate is None else [gate]))]
+    leaves = [x.requires_grad_() for x in (o, gate, *parameters) if x is not None]
     y = definition(o, gate, mask, *parameters)
     return [y.detach(), *torch.autograd.grad(y, leaves, d_y)]
 
@@ -75,8 +77,10 @@ def defined_results(inputs):
 def run(path, inputs):
     """Outputs and gradients in the same order."""
     *arguments, d_y = inputs
-    arguments = [*arguments[:3], arguments[3:], EPS]
-    return [path.epilogue_forward(*arguments), *path.epilogue_backward(d_y, *arguments)]
+    given = Output(*arguments, EPS)
+    d_o, d_gate, *d_parameters = path.output_backward(given, (), (d_y,))
+    gradients = [d_o, *([] if given.gate is None else [d_gate]), *d_parameters]
+    return [*path.output(given), *gradients]
 
 
 def norm_errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
@@ -87,30 +91,20 @@ def norm_errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[fl
 def choose_kernels(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     """Fuse up to this width, with the blocks of the narrowest table entry for all."""
     for name in ("FUSED_WIDTH", "FUSED_WIDTH_SINGLE"):
-        monkeypatch.setattr(kernel_choice, name, {"forward": width, "backward": width})
-    table = {op: {1 << 31: next(iter(entry.values()))} for op, entry in kernel_choice.TABLE.items()}
-    monkeypatch.setattr(kernel_choice, "TABLE", table)
+        monkeypatch.setattr(KERNEL_CHOICE, name, {"forward": width, "backward": width})
+    table = {op: {1 << 31: next(iter(entry.values()))} for op, entry in KERNEL_CHOICE.TABLE.items()}
+    monkeypatch.setattr(KERNEL_CHOICE, "TABLE", table)
 
 
 @pytest.mark.parametrize("gated", GATED)
 @pytest.mark.parametrize("masked", [True, False])
-def test_the_eager_epilogue_is_its_definition(masked, gated):
+def test_the_eager_output_is_its_definition(masked, gated):
     inputs = make_inputs(2, 5, 2, 4, gated, masked)
     for actual, expected in zip(run(eager, inputs), defined_results(inputs), strict=True):
         assert_close(actual, expected, 1e-13)
     *arguments, _ = inputs
     arguments = [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in arguments]
-    assert torch.autograd.gradcheck(lambda *given: epilogue(*given[:3], given[3:], EPS, False), arguments)
-
-
-@pytest.mark.parametrize("kernel", [False, True])
-@pytest.mark.parametrize("gated", GATED)
-def test_opcheck(gated, kernel):
-    dtype = torch.float32 if kernel else torch.float64
-    *arguments, d_y = make_inputs(2, 5, 2, 4, gated, gated, dtype)
-    torch.library.opcheck(epilogue_backward, (d_y, *arguments[:3], arguments[3:], EPS, kernel))
-    arguments = [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in arguments]
-    torch.library.opcheck(epilogue, (*arguments[:3], arguments[3:], EPS, kernel))
+    assert torch.autograd.gradcheck(lambda *given: output(Output(*given, EPS), "eager"), arguments)
 
 
 @pytest.mark.parametrize("fused", FUSED)
@@ -162,7 +156,7 @@ def test_kernels_give_the_same_bits_twice_whatever_the_strides(fused, monkeypatc
 @pytest.mark.parametrize("fused", FUSED)
 def test_more_blocks_than_partial_sums(fused, monkeypatch):
     choose_kernels(monkeypatch, FUSED[fused])
-    monkeypatch.setattr(kernel_choice, "PARTIAL_SUMS", dict.fromkeys(kernel_choice.PARTIAL_SUMS, 2))
+    monkeypatch.setattr(KERNEL_CHOICE, "PARTIAL_SUMS", dict.fromkeys(KERNEL_CHOICE.PARTIAL_SUMS, 2))
     inputs = make_inputs(2, 150, 2, 16, True, dtype=torch.float32)
     assert max(norm_errors(run(kernels, inputs), defined_results(inputs))) <= FP32_TOLERANCE
 
