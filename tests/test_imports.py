@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 import ttt4rec
+from ttt4rec.operators import backends
 
 PACKAGE = Path(ttt4rec.__file__).parent
-CHAIN = ("ops", "functional", "layer", "model", "recsys")  # each may import those to its left
-PATHS = ("eager", "kernels", "native", "reference")  # how the inner loop is computed; below the chain
+CHAIN = ("operators", "functional", "layer", "model", "recsys")  # each may import those to its left
+BACKENDS = ("eager", "kernels", "native", "reference")  # what computes operators; below the chain
+CONTRACT = ("arguments", "inner_models")  # what operators and backends share
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -25,15 +27,26 @@ def test_importing_the_package_loads_no_optional_dependency():
     assert not wrong
 
 
-@pytest.mark.parametrize("folder", ["reference", "eager", "native"])
-def test_reference_eager_and_native_need_only_torch_and_themselves(folder):
+@pytest.mark.parametrize("folder", BACKENDS)
+def test_backends_need_only_torch_the_contract_and_themselves(folder):
     files = [f for f in FILES if within(f, folder)]
     assert files
-    allowed = {*sys.stdlib_module_names, "torch"}
+    allowed = {*sys.stdlib_module_names, "torch", *(["triton"] if folder == "kernels" else [])}
     for file in files:
         for name in imports(file):
-            own = name == f"ttt4rec.{folder}" or name.startswith(f"ttt4rec.{folder}.")
+            own = name.startswith("ttt4rec.") and name.split(".")[1] in (folder, *CONTRACT)
             assert own or name.split(".")[0] in allowed, f"{file.name} imports {name}"
+
+
+@pytest.mark.parametrize("part", CONTRACT)
+def test_the_contract_needs_only_torch(part):
+    assert not reachable(part)
+    assert roots(PACKAGE / f"{part}.py") <= {*sys.stdlib_module_names, "torch"}
+
+
+def test_operators_reach_backends_through_the_registry_alone():
+    assert not reachable("operators") & set(BACKENDS)
+    assert {package.removeprefix("ttt4rec.") for package in backends.PACKAGES.values()} < set(BACKENDS)
 
 
 def test_only_kernels_import_triton():
@@ -57,13 +70,13 @@ def test_nothing_imports_an_adapter(toolkit):
     assert not wrong
 
 
-@pytest.mark.parametrize("part", [*PATHS, *CHAIN])
+@pytest.mark.parametrize("part", [*BACKENDS, *CHAIN])
 def test_import_arrows(part):
     reached = reachable(part)
     above = CHAIN[CHAIN.index(part) + 1 :] if part in CHAIN else CHAIN
     assert not reached & set(above), f"{part} imports {reached & set(above)}, which stand above it"
     if part in ("model", "layer", "functional"):
-        assert "ops" in reached  # the walk along the arrows does follow them
+        assert "operators" in reached  # the walk along the arrows does follow them
 
 
 def within(file, folder):
