@@ -1,5 +1,6 @@
 """The compiled path: its numbers are the reference's, and where it cannot be compiled the eager path runs."""
 
+import ctypes
 import logging
 import os
 import pwd
@@ -30,7 +31,7 @@ from test_step import read_on, step_arguments
 from ttt4rec import TTTState, native, ttt_linear
 from ttt4rec.arguments import TokenStep
 from ttt4rec.eager import record_parts, row_parts
-from ttt4rec.native import build, cache, threads
+from ttt4rec.native import build, cache, calls, softmax, threads
 from ttt4rec.operators import token_step
 
 FP32 = 3e-6  # a few roundings of 6e-8, summed over features, tokens and mini-batches
@@ -87,6 +88,23 @@ def test_libraries_of_different_shapes_share_nothing():
         expected = flat(inner_results("mlp", inputs, backend="reference"))
         for name, actual in flat(inner_results("mlp", inputs, backend="native")).items():
             assert_close(actual, expected[name], name=name)
+
+
+CALLS = {  # what crosses into C++, and what there tells its size
+    calls._ScanCall: (build.INNER_LOOP, "ttt_call_size"),
+    calls._StepCall: (build.INNER_LOOP, "ttt_step_call_size"),
+    softmax._Call: (build.SOFTMAX, "softmax_call_size"),
+}
+
+
+def test_structures_are_as_large_in_both_languages():
+    ours = {x for x in ctypes.Structure.__subclasses__() if x.__module__.startswith("ttt4rec.native")}
+    assert ours == CALLS.keys()
+    for structure, (sources, function) in CALLS.items():
+        for scalar in ("float", "double") if sources == build.INNER_LOOP else ("float",):
+            size = getattr(build.library(16, 0, scalar, sources), function)
+            size.restype = ctypes.c_int64
+            assert size() == ctypes.sizeof(structure), structure
 
 
 @pytest.mark.parametrize("inner", INNERS)

@@ -3,6 +3,7 @@
 Whoever adds an inner model adds a row here and its mathematics to the backends; docs/extending.md leads through it.
 """
 
+from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
@@ -12,13 +13,24 @@ _MULTIPLE = 8  # numbers to which a record and its rows are filled up: the lanes
 class Record(NamedTuple):
     """A stream's memory of a head for ``token_step``: ``[W; b]`` of every layer, then K rows, one a token.
 
-    A row has, for every layer, its inputs X and its steps U = lr ∘ G, and then v and lr.
+    A row has, for every layer, its inputs X and its steps U = lr ∘ G, and then v and lr. Compiled code is told where
+    the parts begin.
     """
 
     weights: tuple[tuple[int, int], ...]  # shapes of [W; b], (in + 1, out), of every layer
     row: tuple[int, ...]  # widths of a row's parts
     row_size: int  # numbers of a row
     size: int  # numbers of a record
+
+    @property
+    def weights_at(self) -> tuple[int, ...]:
+        """Where every layer's ``[W; b]`` begins, and at last the rows."""
+        return tuple(accumulate(map(prod, self.weights), initial=0))
+
+    @property
+    def row_at(self) -> tuple[int, ...]:
+        """Where the parts of a row begin in it."""
+        return tuple(accumulate(self.row[:-1], initial=0))
 
 
 class InnerModel(NamedTuple):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from ..inner_models import record_layout
 from . import cache
 from .cache import BuildError, UntrustedError
 
@@ -55,9 +56,16 @@ def library(head_dim: int, hidden: int, scalar: str, sources: tuple[str, ...] = 
     Raises:
         BuildError: there is none and it cannot be compiled here, or others could have put one into the cache.
     """
-    options = (
-        *_FLAGS, "-shared", "-fPIC", f"-DTTT_HEAD_DIM={head_dim}", f"-DTTT_HIDDEN={hidden}", f"-DTTT_SCALAR={scalar}",
-    )  # fmt: skip
+    record = record_layout(head_dim, hidden, 1)
+    constants = {
+        "HEAD_DIM": head_dim,
+        "HIDDEN": hidden,
+        "SCALAR": scalar,
+        "WEIGHTS_AT": ",".join(map(str, record.weights_at)),
+        "ROW_AT": ",".join(map(str, record.row_at)),
+        "ROW": record.row_size,
+    }
+    options = (*_FLAGS, "-shared", "-fPIC", *(f"-DTTT_{name}={value}" for name, value in constants.items()))
     try:
         key = cache.digest("\n".join([*options, *sources, _sources(), _processor()]).encode())
         return _library(f"{Path(sources[0]).stem}-d{head_dim}-f{hidden}-{scalar}-{key}", options, sources)

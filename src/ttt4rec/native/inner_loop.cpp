@@ -182,6 +182,9 @@ class Row {
 
 }  // namespace
 
+// For calls.py, to be compared with its own.
+TTT_EXPORT int64_t ttt_call_size() { return sizeof(Call); }
+
 // Rows begin to end - 1 of the N · H (sequence, head) pairs. Returns 1 if there is no memory.
 TTT_EXPORT int ttt_forward(const Call* call, int64_t begin, int64_t end) try {
   Row row(*call, 1);

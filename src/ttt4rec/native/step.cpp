@@ -1,13 +1,14 @@
 // One token more of many streams, in place: what calls.py calls. The record of a stream and head is that of
-// eager/step.py: [W; b] of every layer, then K rows, one for each token of the mini-batch so far.
+// inner_models.py: [W; b] of every layer, then K rows, one for each token of the mini-batch so far.
 
 #include "tiles.h"
 
 namespace {
 
-constexpr int MULTIPLE = 8;
-constexpr int padded(int n) { return (n + MULTIPLE - 1) / MULTIPLE * MULTIPLE; }
-constexpr int ROW = padded(F ? 3 * D + 2 * F + 1 : 3 * D + 1);
+// Where the parts of a record begin: [W; b] of every layer, then the rows; in a row X and U of every layer, v, lr.
+constexpr int WEIGHTS_AT[] = {TTT_WEIGHTS_AT}, ROW_AT[] = {TTT_ROW_AT};
+constexpr int LAYERS = F ? 2 : 1, ROWS_AT = WEIGHTS_AT[LAYERS], V_AT = ROW_AT[2 * LAYERS], LR_AT = ROW_AT[2 * LAYERS + 1];
+constexpr int ROW = TTT_ROW;  // numbers from one row to the next
 
 struct Call {
   int64_t H, K, record;       // numbers in a record
@@ -41,12 +42,14 @@ inline void affine(const T* x, const T* W, const T* b, T* out) {
   }
 }
 
-// An inner layer in a record: W [IN, OUT] and b [OUT], and where in a row its inputs X and its U = lr ∘ G stand.
+// Inner layer i of a record: W [IN, OUT] and b [OUT], and of the first row its inputs X and its U = lr ∘ G.
 template <int IN, int OUT>
 struct Layer {
   T *W, *b, *X, *U;
 
-  Layer(T* weights, T* rows, int x, int u) : W(weights), b(weights + IN * OUT), X(rows + x), U(rows + u) {}
+  Layer(T* record, int i)
+      : W(record + WEIGHTS_AT[i]), b(W + IN * OUT), X(record + ROWS_AT + ROW_AT[2 * i]),
+        U(record + ROWS_AT + ROW_AT[2 * i + 1]) {}
 
   void affine(const T* x, T* out) const { ::affine<IN, OUT>(x, W, b, out); }
 
@@ -113,34 +116,33 @@ class Step {
     for (int n = 0; n < D; n += LANES) store(U + n, lr_ * load(U + n));
   }
 
-  void write_token(T* row, int v_at) const {
-    std::memcpy(row, k_, D * sizeof(T));
-    std::memcpy(row + v_at, v_, D * sizeof(T));
-    row[v_at + D] = lr_;
+  void write_token(T* record) const {
+    T* row = record + ROWS_AT + place_ * ROW;
+    std::memcpy(row + ROW_AT[0], k_, D * sizeof(T));
+    std::memcpy(row + V_AT, v_, D * sizeof(T));
+    row[LR_AT] = lr_;
   }
 
   void linear(T* record, T* P) {
-    T* rows = record + (D + 1) * D;
-    Layer<D, D> layer(record, rows, 0, D);
+    Layer<D, D> layer(record, 0);
     T Z[D];
     layer.affine(k_, Z);
-    write_token(rows + place_ * ROW, 2 * D);
-    inner_gradient(Z, rows + place_ * ROW + D);
+    write_token(record);
+    inner_gradient(Z, layer.U + place_ * ROW);
     layer.output(place_, s_, q_, P);
     if (last()) layer.update(K_, s_, scaled_);
   }
 
   void mlp(T* record, T* P) {
     constexpr int HIDDEN = F ? F : D;  // as a template's argument it may not be 0
-    T *second_weights = record + (D + 1) * F, *rows = second_weights + (F + 1) * D;
-    Layer<D, HIDDEN> first(record, rows, 0, D);
-    Layer<HIDDEN, D> second(second_weights, rows, D + F, D + 2 * F);
-    T *row = rows + place_ * ROW, *U1 = row + D, *X2 = row + D + F, *U2 = row + D + 2 * F;
+    Layer<D, HIDDEN> first(record, 0);
+    Layer<HIDDEN, D> second(record, 1);
+    T *U1 = first.U + place_ * ROW, *X2 = second.X + place_ * ROW, *U2 = second.U + place_ * ROW;
     T Z1[HIDDEN], slope[HIDDEN], X2_bar[HIDDEN], Z2[D];
     first.affine(k_, Z1);
     gelu<true, false>(F, Z1, X2, slope);
     second.affine(X2, Z2);
-    write_token(row, 2 * D + 2 * F);
+    write_token(record);
     inner_gradient(Z2, U2);
     transpose<HIDDEN, D>(second.W, transposed_);
     set_product<HIDDEN>(1, D, U2, D, 1, transposed_, U1);
@@ -156,6 +158,9 @@ class Step {
 };
 
 }  // namespace
+
+// For calls.py, to be compared with its own.
+TTT_EXPORT int64_t ttt_step_call_size() { return sizeof(Call); }
 
 // Tokens begin to end - 1 of the B · H. Returns 1 if there is no memory.
 TTT_EXPORT int ttt_step(const Call* call, int64_t begin, int64_t end) try {
