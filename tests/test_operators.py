@@ -17,8 +17,11 @@ OPTIONS = {  # of the samples, beside the usual
     "projection": [{}, {"by_row": True}],
     "convolution": [{}, {"plain": True, "lead": 2}],
     "output": [{}, {"gated": False, "masked": False}],
-    "step": [{}, {"hidden": 16}],
+    "step": [{}, {"hidden": 32}],
 }
+
+
+MARKS = {"triton": pytest.mark.gpu}  # which also runs there
 
 
 def has(backend, function):
@@ -26,7 +29,7 @@ def has(backend, function):
 
 
 CASES = [
-    pytest.param(operator, backend, options, id=f"{operator.name}-{backend}-{number}")
+    pytest.param(operator, backend, options, id=f"{operator.name}-{backend}-{number}", marks=MARKS.get(backend, ()))
     for operator in OPERATORS.values()
     for backend in backends.PACKAGES
     if has(backend, operator.function)
@@ -54,7 +57,8 @@ def test_fresh_memory_in_the_eager_path_is_poisoned():
 def draw(operator, backend, options, dtype=None):
     """A sample; kernels know no float64."""
     dtype = dtype or (torch.float32 if backend == "triton" else torch.float64)
-    return operator.sample(dtype=dtype, **options)
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    return operator.sample(dtype=dtype, device=device, **options)
 
 
 @pytest.mark.parametrize(("operator", "backend", "options"), CASES)

@@ -16,10 +16,10 @@ from checks import BACKBONES, INNERS, assert_close, gradients, make_layer, relat
 from ttt4rec import TTTLayer, blocks, eager, kernels, reference
 from ttt4rec.arguments import Convolution, Projection
 from ttt4rec.blocks import Block
-from ttt4rec.kernels import projection as kernel_choice
-from ttt4rec.operators import PROJECTIONS
+from ttt4rec.operators import projection
 from ttt4rec.projection import Rope, causal_convolutions
 
+KERNEL_CHOICE = sys.modules["ttt4rec.kernels.projection"]  # the package has the function of that name
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE_LR = 1.3
 FP32_TOLERANCE = 2e-6
@@ -75,7 +75,7 @@ def project(x: Tensor, *parameters: Tensor, rope: Rope, rotated: int) -> tuple[T
     """By the operator, on the path without a kernel."""
     *weights, w_lr, b_lr = parameters
     given = Projection(x, tuple(weights), w_lr, b_lr, *rope, rotated, BASE_LR, x.dtype)
-    return PROJECTIONS[len(weights)](given, "eager")
+    return projection(given, "eager")
 
 
 def norm_errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
@@ -289,11 +289,11 @@ def test_a_layer_of_another_dtype_than_its_input_is_named():
 def choose_kernels(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     """Fuse up to this width, with the blocks of the narrowest table entry for all."""
     for name in ("FUSED_WIDTH", "FUSED_WIDTH_SINGLE"):
-        monkeypatch.setattr(kernel_choice, name, {"forward": width, "backward": width})
-    table = {op: {1 << 31: next(iter(entry.values()))} for op, entry in kernel_choice.TABLE.items()}
+        monkeypatch.setattr(KERNEL_CHOICE, name, {"forward": width, "backward": width})
+    table = {op: {1 << 31: next(iter(entry.values()))} for op, entry in KERNEL_CHOICE.TABLE.items()}
     rows, _, blocks = table["fused_backward"][1 << 31]
     table["fused_backward"] = {1 << 31: (rows, 1 << 10, blocks)}  # all features at a time
-    monkeypatch.setattr(kernel_choice, "TABLE", table)
+    monkeypatch.setattr(KERNEL_CHOICE, "TABLE", table)
 
 
 def run_kernels(inputs, rope, rotated, dtype):

@@ -5,24 +5,26 @@ import torch
 
 from checks import INNERS, assert_close, assert_states_close, make_layer
 from test_step import read_on, step_arguments, tokens
-from ttt4rec import TTTLayer, ops
+from ttt4rec import TTTLayer
+from ttt4rec.arguments import TokenStep
 from ttt4rec.eager import record_parts, row_parts
 from ttt4rec.kernels import step
+from ttt4rec.operators import token_step
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32 = 3e-6  # a few roundings of 6e-8, summed over features, tokens and mini-batches
 
 
-def move(arguments, *, backend):
+def move(given):
     """Copies of the operator's arguments on the device."""
-    return [*(x.to(DEVICE, copy=True) if isinstance(x, torch.Tensor) else x for x in arguments[:-1]), backend]
+    return TokenStep(*(x.to(DEVICE, copy=True) if isinstance(x, torch.Tensor) else x for x in given))
 
 
-def parts_of(arguments):
+def parts_of(given):
     """Weights of the records in the operator's arguments, and the rows' parts."""
-    D, K, hidden = arguments[0].shape[-1], arguments[4].numel(), arguments[10]
-    weights, rows = record_parts(arguments[9].cpu(), D, hidden, K)
+    D, K, hidden = given.q.shape[-1], given.token_scale.numel(), given.hidden
+    weights, rows = record_parts(given.records.cpu(), D, hidden, K)
     return weights, row_parts(rows, D, hidden)
 
 
@@ -33,11 +35,11 @@ def test_matches_the_eager_path_in_float64(inner, head_dim, mini_batch_size):
     """Outputs, and all of the records that is ever read, also of streams that were not stepped."""
     D, K = head_dim, mini_batch_size
     arguments = step_arguments(inner, torch.float32, D=D, K=K)
-    exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
-    given = move(arguments, backend="triton")
-    o, expected = ops.token_step(*given), ops.token_step(*exact)
+    exact = TokenStep(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments))
+    given = move(arguments)
+    (o,), (expected,) = token_step(given, "triton"), token_step(exact, "eager")
     assert_close(o.cpu(), expected, FP32)
-    slots, offset = arguments[7], arguments[8]
+    slots, offset = arguments.slots, arguments.offset
     done, idle = slots[offset == K - 1], [n for n in range(5) if n not in slots]
     (before, _), (weights, rows), (expected_weights, expected_rows) = map(parts_of, (arguments, given, exact))
     for x, y, z in zip(before, weights, expected_weights, strict=True):
@@ -45,15 +47,15 @@ def test_matches_the_eager_path_in_float64(inner, head_dim, mini_batch_size):
         assert not torch.equal(y[done], x[done])
     for x, y in zip(rows, expected_rows, strict=True):
         assert_close(x[:, :, :-1], y[:, :, :-1], FP32)  # the last one is scratch
-    assert torch.equal(given[9].cpu()[idle], arguments[9][idle])
+    assert torch.equal(given.records.cpu()[idle], arguments.records[idle])
 
 
 def test_hidden_features_in_chunks(monkeypatch):
     """As where the weights do not fit the registers, and with a hidden size that is no power of two."""
     monkeypatch.setitem(step.MLP_BLOCKS, 16, (32, 1))
     arguments = step_arguments("mlp", torch.float32, D=14)
-    plain, chunked = move(arguments, backend="eager"), move(arguments, backend="triton")
-    assert_close(ops.token_step(*chunked), ops.token_step(*plain), 2 * FP32)  # both err
+    plain, chunked = move(arguments), move(arguments)
+    assert_close(token_step(chunked, "triton")[0], token_step(plain, "eager")[0], 2 * FP32)  # both err
     (weights, rows), (expected_weights, expected_rows) = map(parts_of, (chunked, plain))
     for x, y in zip(weights, expected_weights, strict=True):
         assert_close(x, y, 2 * FP32)
@@ -66,8 +68,8 @@ def test_half_precision_is_rounded_once(dtype):
     """The inputs are exact in float32, the pool is float32, and only the output is rounded."""
     q, k, v, *rest = step_arguments("mlp", torch.float32)
     halves = [x.to(dtype) for x in (q, k, v)]
-    o = ops.token_step(*move([*halves, *rest], backend="triton"))
-    expected = ops.token_step(*move([x.float() for x in halves] + rest, backend="triton"))
+    (o,) = token_step(move([*halves, *rest]), "triton")
+    (expected,) = token_step(move([x.float() for x in halves] + rest), "triton")
     assert o.dtype == dtype
     assert ((o - expected).abs() <= torch.finfo(dtype).eps * expected.abs()).all()
 
@@ -84,11 +86,6 @@ def test_layer_steps_are_its_forward(inner, backbone):
     y = read_on(layer, x.float().to(DEVICE), pool, slots)
     assert_close(y.cpu(), exact, FP32)
     assert_states_close(pool.read(slots).to("cpu"), end.detach(), FP32)
-
-
-@pytest.mark.parametrize("inner", INNERS)
-def test_opcheck(inner):
-    torch.library.opcheck(ops.token_step, tuple(move(step_arguments(inner, torch.float32), backend="triton")))
 
 
 @pytest.mark.parametrize("inner", INNERS)

@@ -13,9 +13,8 @@ from ttt4rec.operators import CONVOLUTIONS, OPERATORS, output
 WIDTH, STEP = 8, 1e-5
 NAMES = {
     *(f"{name}_scan{kind}" for name in INNERS for kind in ("", "_backward")),
-    *(f"projection_{count}{kind}" for count in (1, 2, 3) for kind in ("", "_backward")),
     *(f"convolution_{count}{kind}" for count in (1, 2) for kind in ("", "_backward")),
-    *(f"output{kind}" for kind in ("", "_backward")),
+    *(f"{name}{kind}" for name in ("projection", "output") for kind in ("", "_backward")),
     *(f"catalogue_{name}{kind}" for name in ("nll", "total_nll") for kind in ("", "_backward")),
     "token_step",
 }

@@ -47,7 +47,7 @@ class TokenStep(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Views of the input and its inner rates, ``base_lr · sigmoid(x w_lr + b_lr) / D``."""
+    """Three views of the input and its inner rates, ``base_lr · sigmoid(x w_lr + b_lr) / D``."""
 
     x: Tensor  # [B, L, C]
     weights: tuple[Tensor, ...]  # each [C, C], output features first

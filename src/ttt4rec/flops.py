@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from .arguments import Convolution, Output, Projection, Scan, TokenStep
-from .operators import CONVOLUTIONS, PROJECTIONS, SCANS, output, token_step
+from .operators import CONVOLUTIONS, SCANS, output, projection, token_step
 from .operators.operator import Operator
 from .validation import has_values
 
@@ -117,7 +117,7 @@ _FORMULAS: list[tuple[Operator[Any], Any, Any, Callable[[Any, Any], int]]] = [
     (SCANS["linear"], (6, 4), (18, 12), _scan),
     (SCANS["mlp"], (14, 4), (40, 12), _scan),
     (token_step, None, None, _step),
-    *((operator, 2, 4, _projection) for operator in PROJECTIONS.values()),
+    (projection, 2, 4, _projection),
     *((operator, 2, 4, _convolution) for operator in CONVOLUTIONS.values()),
     (output, 2, 4, _output),
 ]

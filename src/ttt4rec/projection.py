@@ -9,7 +9,7 @@ from torch.nn.modules import module as modules
 
 from . import reference
 from .arguments import Convolution, Projection
-from .operators import CONVOLUTIONS, PROJECTIONS
+from .operators import CONVOLUTIONS, projection
 from .precision import autocast_dtype, without_autocast
 from .validation import check_device
 
@@ -37,14 +37,14 @@ def project(
     base_lr: float,
     backend: str,
 ) -> tuple[list[Tensor], Tensor]:
-    """Project x ``[B, L, C]`` to C features with every module, rotate the first results, and compute the inner rates.
+    """Project x ``[B, L, C]`` to C features three times, rotate the first results, and compute the inner rates.
 
     Products are taken in x's dtype, or in that of autocast; rates are float32 at least and never see autocast. Modules
     that something was done to (replaced by an adapter or a quantised one, hooked, parametrised) are called one by one.
 
     Args:
         x: the input.
-        linears: ``nn.Linear`` without bias, or what stands in its place.
+        linears: three ``nn.Linear`` without bias, or what stands in its place.
         lr_weight: w_lr ``[H, C]``.
         lr_bias: b_lr ``[H]``.
         rope: the rotation.
@@ -71,7 +71,7 @@ def project(
     if dtype is None and x.dtype != weights[0].dtype:
         raise TypeError(f"x must have the parameters' dtype {weights[0].dtype}; given {x.dtype}")
     given = Projection(x, tuple(weights), lr_weight, lr_bias, *rope, rotated, base_lr, dtype or x.dtype)
-    *views, inner_lr = PROJECTIONS[len(weights)](given, backend)
+    *views, inner_lr = projection(given, backend)
     return views, inner_lr
 
 

@@ -7,7 +7,6 @@ A program has some tokens and some features. A tap reads what its neighbour read
 token once. A rotation is undone where the backward reads a gradient, as often as there are taps.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import Convolution
 from . import launch
 from .projection import contiguous, load_angles, turned
 
@@ -136,62 +136,31 @@ def convolution_backward_kernel(
 
 
 @launch.on_its_device
-def convolution_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    offsets: Tensor | None,
-    lead: int,
-) -> list[Tensor]:
-    """``y_t = b + Σ_j w_j x_{t - (taps - 1) + j}`` for each weight and bias, zeros before x; then RoPE on every y.
-
-    Args:
-        x: ``[B, lead + L, C]``, float32, bfloat16 or float16; the first ``lead`` tokens are context and have no output.
-        weights: each ``[C, taps]``.
-        biases: each ``[C]``.
-        cos: of the angles at every place in a mini-batch ``[K, D/2]``, float32; None: no rotation.
-        sin: the same.
-        positions: every output's place in its mini-batch, int64, ``[L]`` or ``[B, L]``.
-        offsets: how far back an output may read, int64 ``[B, L]``; None: to the beginning of x.
-        lead: number of context tokens.
-
-    Returns:
-        For each weight ``[B, L, C]`` in x's dtype. The arithmetic is float32.
+def convolution(given: Convolution) -> tuple[Tensor, ...]:
+    """For each weight ``[B, L, C]`` in x's dtype. The arithmetic is float32.
 
     Raises:
         ValueError: the kernels do not run that dtype.
     """
-    results, prepared = prepare_convolution_forward(x, weights, biases, cos, sin, positions, offsets, lead)
+    results, prepared = prepare_convolution(given)
     prepared.run()
     return results
 
 
-def prepare_convolution_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    offsets: Tensor | None,
-    lead: int,
-) -> tuple[list[Tensor], launch.Launch]:
+def prepare_convolution(given: Convolution) -> tuple[tuple[Tensor, ...], launch.Launch]:
     """Allocate the outputs and make the launch that fills them."""
-    B, length, C = x.shape
-    sizes, (table, places, num_positions) = _sizes(x, weights, cos), _rope(cos, sin, positions)
-    outputs = [torch.empty((B, length - lead, C), dtype=x.dtype, device=x.device) for _ in weights]
+    x, lead, (B, length, C) = given.x, given.lead, given.x.shape
+    sizes, (table, places, num_positions) = _sizes(given), _rope(given)
+    outputs = tuple(torch.empty((B, length - lead, C), dtype=x.dtype, device=x.device) for _ in given.weights)
     num_tokens = B * (length - lead)
     arguments = (
         x.contiguous(),
-        contiguous(*weights),
-        contiguous(*biases),
+        contiguous(*given.weights),
+        contiguous(*given.biases),
         table,
         places,
-        None if offsets is None else offsets.contiguous(),
-        tuple(outputs),
+        None if given.offsets is None else given.offsets.contiguous(),
+        outputs,
         num_tokens,
         num_positions,
         length - lead,
@@ -202,37 +171,20 @@ def prepare_convolution_forward(
 
 
 @launch.on_its_device
-def convolution_backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    offsets: Tensor | None,
-    lead: int,
-) -> list[Tensor]:
-    """Gradients of x, of every weight and of every bias. Two runs give the same bits."""
-    (dx, *partial_sums), prepared = prepare_convolution_backward(grads, x, weights, cos, sin, positions, offsets, lead)
+def convolution_backward(given: Convolution, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients of x, of every weight and of every bias; nothing is kept. Two runs give the same bits."""
+    (dx, *partial_sums), prepared = prepare_convolution_backward(given, kept, grads)
     prepared.run()
-    parameters = zip(partial_sums, (*weights, *biases), strict=True)
-    return [dx, *(partial.sum(0).to(p.dtype) for partial, p in parameters)]
+    parameters = zip(partial_sums, (*given.weights, *given.biases), strict=True)
+    return dx, *(partial.sum(0).to(p.dtype) for partial, p in parameters)
 
 
 def prepare_convolution_backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    offsets: Tensor | None,
-    lead: int,
+    given: Convolution, _: tuple[Tensor, ...], grads: tuple[Tensor, ...]
 ) -> tuple[list[Tensor], launch.Launch]:
     """Allocate dx and the parameters' partial sums, one for every block of tokens, and make the launch."""
-    B, length, C = x.shape
-    sizes, (table, places, num_positions) = _sizes(x, weights, cos), _rope(cos, sin, positions)
+    x, weights, lead, (B, length, C) = given.x, given.weights, given.lead, given.x.shape
+    sizes, (table, places, num_positions) = _sizes(given), _rope(given)
     blocks = triton.cdiv(B * length, sizes.rows)
     shapes = [(blocks, C, sizes.taps)] * len(weights) + [(blocks, C)] * len(weights)
     partial_sums = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes]
@@ -243,7 +195,7 @@ def prepare_convolution_backward(
         contiguous(*weights),
         table,
         places,
-        None if offsets is None else offsets.contiguous(),
+        None if given.offsets is None else given.offsets.contiguous(),
         dx,
         tuple(partial_sums[: len(weights)]),
         tuple(partial_sums[len(weights) :]),
@@ -256,26 +208,26 @@ def prepare_convolution_backward(
     return [dx, *partial_sums], _launch(convolution_backward_kernel, B * length, arguments, sizes)
 
 
-def _sizes(x: Tensor, weights: Sequence[Tensor], cos: Tensor | None) -> Sizes:
-    if x.dtype not in launch.TRITON_DTYPE:
-        raise ValueError(f"kernels need float32, bfloat16 or float16 inputs, got {x.dtype}")
-    C, taps = weights[0].shape
+def _sizes(given: Convolution) -> Sizes:
+    if given.x.dtype not in launch.TRITON_DTYPE:
+        raise ValueError(f"kernels need float32, bfloat16 or float16 inputs, got {given.x.dtype}")
+    C, taps = given.weights[0].shape
     features = min(64, launch.padded(C))
     return Sizes(
         width=C,
         features=features,
-        head_dim=C if cos is None else 2 * cos.shape[1],
+        head_dim=C if given.cos is None else 2 * given.cos.shape[1],
         rows=TILE // features,
         taps=taps,
-        convolutions=len(weights),
+        convolutions=len(given.weights),
     )
 
 
-def _rope(cos: Tensor | None, sin: Tensor | None, positions: Tensor | None) -> tuple[Any, Tensor | None, int]:
+def _rope(given: Convolution) -> tuple[Any, Tensor | None, int]:
     """The table, the positions, and how many there are, at least one."""
-    if cos is None or sin is None or positions is None:
+    if given.cos is None or given.sin is None or given.positions is None:
         return None, None, 1
-    return contiguous(cos, sin), positions.contiguous(), max(1, positions.numel())
+    return contiguous(given.cos, given.sin), given.positions.contiguous(), max(1, given.positions.numel())
 
 
 def _launch(kernel: Any, num_tokens: int, arguments: tuple[Any, ...], sizes: Sizes) -> launch.Launch:

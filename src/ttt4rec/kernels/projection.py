@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import Projection
 from . import launch
 
 FUSED_WIDTH = {"forward": 256, "backward": 64}
@@ -74,30 +75,28 @@ def choose(op: str, width: int, dtype: torch.dtype) -> Choice:
     return (rows // 2 if dtype == torch.float32 else rows), features, blocks
 
 
-def columns(
-    op: str, x: Tensor, lr_weight: Tensor, rotated: int, head_dim: int, dtype: torch.dtype
-) -> tuple[Columns, launch.Blocks]:
+def columns(op: str, given: Projection) -> tuple[Columns, launch.Blocks]:
     """Choose the blocks and the compile-time sizes of a launch.
 
     Raises:
         ValueError: the kernels do not run that dtype.
     """
-    for given in (x.dtype, dtype):
-        if given not in launch.TRITON_DTYPE:
-            raise ValueError(f"kernels need float32, bfloat16 or float16 inputs, got {given}")
-    H, C = lr_weight.shape
+    for dtype in (given.x.dtype, given.dtype):
+        if dtype not in launch.TRITON_DTYPE:
+            raise ValueError(f"kernels need float32, bfloat16 or float16 inputs, got {dtype}")
+    H, C = given.lr_weight.shape
     inputs = launch.padded(C)
-    rows, features, blocks = choose(op, C, dtype)
+    rows, features, blocks = choose(op, C, given.dtype)
     sizes = Columns(
         width=C,
         inputs=inputs,
         features=min(features, inputs),
-        head_dim=head_dim,
+        head_dim=2 * given.cos.shape[1],
         heads=H,
         head_columns=launch.padded(H),
-        rotated=rotated,
+        rotated=given.rotated,
         rows=rows,
-        **product(dtype)._asdict(),
+        **product(given.dtype)._asdict(),
     )
     return sizes, blocks
 

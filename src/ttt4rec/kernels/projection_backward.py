@@ -6,7 +6,6 @@
 Sums over tokens are taken in a fixed order. Gradients of the logits are rounded to the operands' type like the others.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import Projection
 from . import launch
 from .primitives import dot
 from .projection import (
@@ -126,63 +126,40 @@ def packing_kernel(
 
 
 @launch.on_its_device
-def projection_backward(
-    grads: Sequence[Tensor],
-    grad_lr: Tensor,
-    inner_lr: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    lr_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    rotated: int,
-    base_lr: float,
-    dtype: torch.dtype,
-) -> list[Tensor]:
+def projection_backward(given: Projection, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Gradients of x, of the three weights, and of w_lr and b_lr, the last float32, from those of the views and rates.
 
-    Arguments and errors as in ``projection_forward``, whose rates inner_lr are. Two runs give the same bits.
+    The rates are kept. Errors as in ``projection``. Two runs give the same bits.
     """
-    arguments = (grads, grad_lr, inner_lr, x, weights, lr_weight, cos, sin, positions, rotated, base_lr, dtype)
-    results, prepared = prepare_projection_backward(*arguments)
+    results, prepared = prepare_projection_backward(given, kept, grads)
     prepared.run()
+    x, dtype, weights = given.x, given.dtype, (*given.weights, given.lr_weight)
     if fused("backward", x.shape[2], dtype):
         dx, *partial_sums = results
         *d_weights, d_bias = (partial.sum(0) for partial in partial_sums)
     else:
         (packed,) = results
-        H, C = lr_weight.shape
-        stacked = torch.cat([w.to(dtype) for w in (*weights, lr_weight)])
+        H, C = given.lr_weight.shape
+        stacked = torch.cat([w.to(dtype) for w in weights])
         packed = packed[:, : 3 * C + H]  # the padding behind is there for the alignment of rows
         dx = packed @ stacked
         *d_weights, d_lr_weight = (packed.t() @ flat(x).to(dtype)).split([C, C, C, H])
         d_weights, d_bias = [*d_weights, d_lr_weight], packed[:, 3 * C :].sum(0, dtype=torch.float32)
-    own = [d.to(w.dtype, copy=True) for d, w in zip(d_weights, (*weights, lr_weight), strict=True)]
-    return [dx.to(x.dtype).view(x.shape), *own, d_bias]
+    own = [d.to(w.dtype, copy=True) for d, w in zip(d_weights, weights, strict=True)]
+    return dx.to(x.dtype).view(x.shape), *own, d_bias
 
 
 def prepare_projection_backward(
-    grads: Sequence[Tensor],
-    grad_lr: Tensor,
-    inner_lr: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    lr_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    rotated: int,
-    base_lr: float,
-    dtype: torch.dtype,
+    given: Projection, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]
 ) -> tuple[list[Tensor], launch.Launch]:
     """Make a launch and what it fills: dx and the parameters' partial sums, or the packed gradients."""
-    H, C = lr_weight.shape
+    x, dtype, (inner_lr,), (*d_views, grad_lr) = given.x, given.dtype, kept, grads
+    H, C = given.lr_weight.shape
     num_tokens = x.shape[0] * x.shape[1]
     whole = fused("backward", C, dtype)
     operands: tuple[Any, ...] = ()
     outputs: tuple[Any, ...]
-    sizes, blocks = columns("fused_backward" if whole else "packing", x, lr_weight, rotated, 2 * cos.shape[1], dtype)
+    sizes, blocks = columns("fused_backward" if whole else "packing", given)
     num_programs = triton.cdiv(num_tokens, sizes.rows)
     if whole:
         num_programs = min(num_programs, PARTIAL_SUMS)
@@ -190,20 +167,20 @@ def prepare_projection_backward(
         partial_sums = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes]
         results = [torch.empty(x.shape, dtype=x.dtype, device=x.device), *partial_sums]
         kernel = fused_backward_kernel
-        operands = (flat(x), contiguous(*weights, lr_weight))
+        operands = (flat(x), contiguous(*given.weights, given.lr_weight))
         outputs = (results[0], tuple(partial_sums[:-1]), partial_sums[-1])
     else:
         results = [torch.empty((num_tokens, 3 * C + sizes.head_columns), dtype=dtype, device=x.device)]
         kernel, outputs = packing_kernel, (results[0],)
     arguments = (
-        tuple(flat(g) for g in grads),
+        tuple(flat(g) for g in d_views),
         contiguous(grad_lr, inner_lr),
         *operands,
-        contiguous(cos, sin),
-        positions.contiguous(),
+        contiguous(given.cos, given.sin),
+        given.positions.contiguous(),
         *outputs,
         num_tokens,
-        positions.numel(),
-        base_lr,
+        given.positions.numel(),
+        given.base_lr,
     )
     return results, prepare(kernel, num_programs, arguments, blocks, sizes)

@@ -3,13 +3,12 @@
 
 """The views of x and the inner rates: one launch that reads x once, or the library's products and one launch more."""
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import Projection
 from . import launch
 from .primitives import dot
 from .projection import columns, contiguous, exact_product, flat, fused, load_angles, prepare, turned
@@ -103,61 +102,23 @@ def store_rates(logits, bias, inner_lr, rows, num_tokens, base_lr, sizes: tl.con
 
 
 @launch.on_its_device
-def projection_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    lr_weight: Tensor,
-    lr_bias: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    rotated: int,
-    base_lr: float,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """Project x with three weights, rotate the first ``rotated`` of the results, and compute the inner rates.
-
-    Args:
-        x: ``[B, L, C]``, float32, bfloat16 or float16.
-        weights: three of ``[C, C]``, output features first.
-        lr_weight: w_lr ``[H, C]``.
-        lr_bias: b_lr ``[H]``.
-        cos: of the angles at every place in a mini-batch ``[K, D/2]``, float32.
-        sin: the same.
-        positions: every token's place in its mini-batch, int64, ``[L]`` or ``[B, L]``.
-        rotated: how many results to rotate.
-        base_lr: η_base.
-        dtype: to which operands are rounded, and of the results.
-
-    Returns:
-        A view ``[B, L, H, D]`` for each weight, and the rates ``[B, L, H]``, float32.
+def projection(given: Projection) -> tuple[Tensor, ...]:
+    """A view ``[B, L, H, D]`` for each weight, and the rates ``[B, L, H]``, float32.
 
     Raises:
         ValueError: the kernels do not run that dtype.
     """
-    arguments = (x, weights, lr_weight, lr_bias, cos, sin, positions, rotated, base_lr, dtype)
-    results, prepared = prepare_projection_forward(*arguments)
+    results, prepared = prepare_projection(given)
     prepared.run()
     return results
 
 
-def prepare_projection_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    lr_weight: Tensor,
-    lr_bias: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    rotated: int,
-    base_lr: float,
-    dtype: torch.dtype,
-) -> tuple[list[Tensor], launch.Launch]:
+def prepare_projection(given: Projection) -> tuple[tuple[Tensor, ...], launch.Launch]:
     """Allocate the results and make the launch that fills them, of views computed before where that is faster."""
-    B, L, C = x.shape
-    H, D = lr_weight.shape[0], 2 * cos.shape[1]
+    x, weights, dtype, (B, L, C) = given.x, given.weights, given.dtype, given.x.shape
+    H, D = given.lr_weight.shape[0], 2 * given.cos.shape[1]
     whole = fused("forward", C, dtype)
-    sizes, blocks = columns("fused_forward" if whole else "rotation", x, lr_weight, rotated, D, dtype)
+    sizes, blocks = columns("fused_forward" if whole else "rotation", given)
     inner_lr = torch.empty((B, L, H), dtype=torch.float32, device=x.device)
     if whole:
         views = [torch.empty((B, L, H, D), dtype=dtype, device=x.device) for _ in weights]
@@ -167,14 +128,14 @@ def prepare_projection_forward(
     arguments = (
         flat(x),
         *((contiguous(*weights),) if whole else ()),
-        contiguous(lr_weight, lr_bias),
-        contiguous(cos, sin),
-        positions.contiguous(),
+        contiguous(given.lr_weight, given.lr_bias),
+        contiguous(given.cos, given.sin),
+        given.positions.contiguous(),
         tuple(views),
         inner_lr,
         B * L,
-        positions.numel(),
-        base_lr,
-        exact_product(x, lr_weight),
+        given.positions.numel(),
+        given.base_lr,
+        exact_product(x, given.lr_weight),
     )
-    return [*views, inner_lr], prepare(kernel, triton.cdiv(B * L, sizes.rows), arguments, blocks, sizes)
+    return (*views, inner_lr), prepare(kernel, triton.cdiv(B * L, sizes.rows), arguments, blocks, sizes)

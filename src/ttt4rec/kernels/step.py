@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import TokenStep
+from ..inner_models import record_layout
 from . import launch
 from .hidden_layer import gelu
 
@@ -34,7 +36,9 @@ class StepTile(NamedTuple):
     chunk: int  # hidden features held at a time, a power of two
     chunks: int
     record: int  # numbers of a record
-    row: int  # of a kept token's row in it
+    weights_at: tuple[int, ...]  # in a record: W and b of every layer, and the rows
+    row: int  # numbers of a kept token's row
+    row_at: tuple[int, ...]  # in a row: X and U of every layer, v, lr
 
 
 # Chunk of hidden features and warps of a program by padded head dimension: what fits the registers without spills.
@@ -150,8 +154,8 @@ def linear_step_kernel(
     square, square_mask = features[:, None] * D + features[None, :], outer_mask(real, real)
     kept, kept_mask = before[:, None] * tile.row + features[None, :], outer_mask(before < place, real)
     M = records + head * tile.record
-    keys = M + (D + 1) * D
-    steps = keys + D
+    keys = M + tile.weights_at[1] + tile.row_at[0]
+    steps = M + tile.weights_at[1] + tile.row_at[1]
 
     W = load(M, square, square_mask)
     b = load(M, D * D + features, real)
@@ -167,11 +171,11 @@ def linear_step_kernel(
         tl.store(M + square, W, mask=square_mask)
         tl.store(M + D * D + features, b, mask=real)
     else:
-        row = keys + place * tile.row
-        tl.store(row + features, k, mask=real)
-        tl.store(row + D + features, u, mask=real)
-        tl.store(row + 2 * D + features, v, mask=real)
-        tl.store(row + 3 * D, lr)
+        row = M + tile.weights_at[1] + place * tile.row
+        tl.store(row + tile.row_at[0] + features, k, mask=real)
+        tl.store(row + tile.row_at[1] + features, u, mask=real)
+        tl.store(row + tile.row_at[2] + features, v, mask=real)
+        tl.store(row + tile.row_at[3], lr)
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -200,12 +204,11 @@ def mlp_step_kernel(
     real = features < D
     kept, kept_mask = before[:, None] * tile.row + features[None, :], outer_mask(before < place, real)
     M1 = records + head * tile.record
-    M2 = M1 + (D + 1) * F
-    keys = M2 + (F + 1) * D
-    steps1 = keys + D
-    inputs2 = steps1 + F
-    steps2 = inputs2 + F
-    row = keys + place * tile.row
+    M2 = M1 + tile.weights_at[1]
+    kept_rows = M1 + tile.weights_at[2]
+    keys, steps1 = kept_rows + tile.row_at[0], kept_rows + tile.row_at[1]
+    inputs2, steps2 = kept_rows + tile.row_at[2], kept_rows + tile.row_at[3]
+    row = kept_rows + place * tile.row
 
     b2 = load(M2, F * D + features, real)
     W1, b1, W2 = load_hidden(M1, M2, 0, D, F, tile)
@@ -242,17 +245,17 @@ def mlp_step_kernel(
             tl.store(M2 + hidden[:, None] * D + features[None, :], W2, mask=outer_mask(hidden < F, real))
             tl.store(M2 + F * D + features, b2_next, mask=real)
         else:
-            tl.store(row + D + hidden, u1, mask=hidden < F)
-            tl.store(row + D + F + hidden, x2, mask=hidden < F)
+            tl.store(row + tile.row_at[1] + hidden, u1, mask=hidden < F)
+            tl.store(row + tile.row_at[2] + hidden, x2, mask=hidden < F)
     U2 = load(steps2, kept, kept_mask)
     p2 -= s * (times(A2, U2) + own2 * u2)
     here = tl.program_id(0).to(tl.int64) * D + features
     tl.store(o + here, output(p2, q, gamma, beta, real, eps, tile).to(o.dtype.element_ty), mask=real)
     if place < tile.mini_batch - 1:
-        tl.store(row + features, k, mask=real)
-        tl.store(row + D + 2 * F + features, u2, mask=real)
-        tl.store(row + 2 * D + 2 * F + features, v, mask=real)
-        tl.store(row + 3 * D + 2 * F, lr)
+        tl.store(row + tile.row_at[0] + features, k, mask=real)
+        tl.store(row + tile.row_at[3] + features, u2, mask=real)
+        tl.store(row + tile.row_at[4] + features, v, mask=real)
+        tl.store(row + tile.row_at[5], lr)
 
 
 @triton.jit
@@ -265,67 +268,25 @@ def load_hidden(M1, M2, c, D: tl.constexpr, F: tl.constexpr, tile: tl.constexpr)
 
 
 @launch.on_its_device
-def token_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inner_lr: Tensor,
-    token_scale: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    slots: Tensor,
-    offset: Tensor,
-    records: Tensor,
-    hidden: int,
-    eps: float,
-) -> Tensor:
-    """Advance B streams by one token each, in place; the host waits for nothing.
+def token_step(step: TokenStep) -> tuple[Tensor]:
+    """Outputs ``[B, H, D]`` in q's dtype; the host waits for nothing.
 
-    Args:
-        q: ``[B, H, D]``, float32, bfloat16 or float16, as k and v.
-        k: keys.
-        v: values.
-        inner_lr: lr ``[B, H]``, float32.
-        token_scale: s ``[K]``, float32.
-        ln_weight: γ ``[H, D]``.
-        ln_bias: β ``[H, D]``.
-        slots: the streams' places in the pool, all different, int64 ``[B]``.
-        offset: how many tokens of their mini-batch they have read, int64 ``[B]``.
-        records: of the pool's N streams ``[N, H, R]``, float32 and contiguous. A stream's new token is written to a
-            row, or, where it completes its mini-batch, W and b are.
-        hidden: F of TTT-MLP; 0 for TTT-Linear.
-        eps: added to the layer norm's variance.
-
-    Returns:
-        Outputs ``[B, H, D]`` in q's dtype.
+    A stream's new token is written to a row of its record, or, where it completes its mini-batch, W and b are.
 
     Raises:
-        ValueError: if the kernels do not run that dtype, head dimension or mini-batch size.
+        ValueError: the kernels do not run that dtype, head dimension or mini-batch size.
     """
-    arguments = (q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, records, hidden, eps)
-    o, prepared = prepare_token_step(*arguments)
+    o, prepared = prepare_token_step(step)
     prepared.run()
-    return o
+    return (o,)
 
 
-def prepare_token_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inner_lr: Tensor,
-    token_scale: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    slots: Tensor,
-    offset: Tensor,
-    records: Tensor,
-    hidden: int,
-    eps: float,
-) -> tuple[Tensor, launch.Launch]:
-    """Allocate the outputs and make the launch that fills them; arguments as in ``token_step``."""
-    (B, H, D), K = q.shape, token_scale.numel()
+def prepare_token_step(step: TokenStep) -> tuple[Tensor, launch.Launch]:
+    """Allocate the outputs and make the launch that fills them."""
+    q, hidden, (B, H, D), K = step.q, step.hidden, step.q.shape, step.token_scale.numel()
     launch.plan("linear_forward", q.unsqueeze(1), K)  # raises where no kernel runs
     chunk, num_warps = (MLP_BLOCKS if hidden else LINEAR_BLOCKS)[launch.padded(D)]
+    record = record_layout(D, hidden, K)
     tile = StepTile(
         mini_batch=K,
         kept=triton.next_power_of_2(max(1, K - 1)),
@@ -334,20 +295,22 @@ def prepare_token_step(
         hidden=hidden,
         chunk=chunk,
         chunks=triton.cdiv(hidden, chunk) if hidden else 0,
-        record=records.shape[2],
-        row=-(-(3 * D + 2 * hidden + 1) // 8) * 8,
+        record=step.records.shape[2],
+        weights_at=record.weights_at,
+        row=record.row_size,
+        row_at=record.row_at,
     )
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     arguments = (
-        launch.contiguous(q, k, v),
-        launch.contiguous(inner_lr, token_scale),
-        launch.contiguous(ln_weight, ln_bias),
-        slots.contiguous(),
-        offset.contiguous(),
-        records,
+        launch.contiguous(*step[:3]),
+        launch.contiguous(step.inner_lr, step.token_scale),
+        launch.contiguous(step.ln_weight, step.ln_bias),
+        step.slots.contiguous(),
+        step.offset.contiguous(),
+        step.records,
         o,
         H,
-        eps,
+        step.eps,
         tile,
     )
     kernel = mlp_step_kernel if hidden else linear_step_kernel

@@ -10,21 +10,21 @@ from .backends import Backend, check_backend, choose_backend
 from .inner_loop import SCANS
 from .operator import Operator
 from .output import output
-from .projection import CONVOLUTIONS, PROJECTIONS
+from .projection import CONVOLUTIONS, projection
 from .step import token_step
 
-_ALL: tuple[Operator[Any], ...] = (*SCANS.values(), *PROJECTIONS.values(), *CONVOLUTIONS.values(), output, token_step)
+_ALL: tuple[Operator[Any], ...] = (*SCANS.values(), *CONVOLUTIONS.values(), projection, output, token_step)
 OPERATORS = {operator.name: operator for operator in _ALL}
 
 __all__ = [
     "CONVOLUTIONS",
     "OPERATORS",
-    "PROJECTIONS",
     "SCANS",
     "Backend",
     "Operator",
     "check_backend",
     "choose_backend",
     "output",
+    "projection",
     "token_step",
 ]

@@ -1,7 +1,4 @@
-"""In front of the inner loop: the views of the input, rotated, and the inner rates; the Mamba backbone's convolutions.
-
-Schemas are flat, so there is one operator for each number of views.
-"""
+"""In front of the inner loop: the views of the input, rotated, and the inner rates; causal convolutions."""
 
 import torch
 from torch import Tensor
@@ -9,9 +6,6 @@ from torch import Tensor
 from ..arguments import Convolution, Projection
 from .operator import Operator
 from .samples import Draw, Sizes
-
-VIEWS, OUTPUTS = (1, 2, 3), (1, 2)
-"""How many views or convolutions of one input there may be."""
 
 
 def _numbered(name: str, count: int) -> tuple[str, ...]:
@@ -24,38 +18,38 @@ def _angles(sizes: Sizes, draw: Draw) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def _declare_projection(count: int) -> Operator[Projection]:
-    """``count`` views ``[B, L, H, D]``, then the rates ``[B, L, H]``, float32 at least."""
+def _fake(given: Projection, _: str) -> tuple[Tensor, ...]:
+    (B, L, C), H = given.x.shape, given.lr_weight.shape[0]
+    views = [given.x.new_empty(B, L, H, C // H, dtype=given.dtype) for _ in given.weights]
+    return *views, given.x.new_empty(B, L, H, dtype=torch.promote_types(given.x.dtype, torch.float32))
 
-    def fake(given: Projection, _: str) -> tuple[Tensor, ...]:
-        (B, L, C), H = given.x.shape, given.lr_weight.shape[0]
-        views = [given.x.new_empty(B, L, H, C // H, dtype=given.dtype) for _ in given.weights]
-        return *views, given.x.new_empty(B, L, H, dtype=torch.promote_types(given.x.dtype, torch.float32))
 
-    def gradient_dtype(given: Projection, field: str) -> torch.dtype | None:
-        return torch.promote_types(given.x.dtype, torch.float32) if field == "lr_bias" else None
+def _gradient_dtype(given: Projection, field: str) -> torch.dtype | None:
+    return torch.promote_types(given.x.dtype, torch.float32) if field == "lr_bias" else None
 
-    def sample(sizes: Sizes, draw: Draw, *, rotated: int = 2, by_row: bool = False) -> Projection:
-        """The rotated ones are at most all; places are those of every row by itself, or the same."""
-        B, L, H, D, K = sizes
-        C, places = H * D, draw.places(K, B, L) if by_row else draw.places(K, L)
-        weights = tuple(draw.weight(C, C, fan=C) for _ in range(count))
-        rates, angles = (draw.weight(H, C, fan=C), draw.normal(H)), _angles(sizes, draw)
-        return Projection(draw.normal(B, L, C), weights, *rates, *angles, places, min(rotated, count), 1.0, draw.dtype)
 
-    return Operator(
-        f"projection_{count}",
-        Projection,
-        (*_numbered("view", count), "inner_lr"),
-        fake,
-        sample,
-        function="projection",
-        groups={"weights": _numbered("weight", count)},
-        differentiable=count + 1,
-        gradients=("x", "weights", "lr_weight", "lr_bias"),
-        kept=("inner_lr",),
-        gradient_dtype=gradient_dtype,
-    )
+def _sample(sizes: Sizes, draw: Draw, *, rotated: int = 2, by_row: bool = False) -> Projection:
+    """Places are those of every row by itself, or all rows'."""
+    B, L, H, D, K = sizes
+    C, places = H * D, draw.places(K, B, L) if by_row else draw.places(K, L)
+    weights = tuple(draw.weight(C, C, fan=C) for _ in range(3))
+    rates, angles = (draw.weight(H, C, fan=C), draw.normal(H)), _angles(sizes, draw)
+    return Projection(draw.normal(B, L, C), weights, *rates, *angles, places, rotated, 1.0, draw.dtype)
+
+
+projection = Operator(
+    "projection",
+    Projection,
+    (*_numbered("view", 3), "inner_lr"),
+    _fake,
+    _sample,
+    groups={"weights": _numbered("weight", 3)},
+    differentiable=4,
+    gradients=("x", "weights", "lr_weight", "lr_bias"),
+    kept=("inner_lr",),
+    gradient_dtype=_gradient_dtype,
+)
+"""Three views ``[B, L, H, D]``, then the rates ``[B, L, H]``, float32 at least."""
 
 
 def _declare_convolution(count: int) -> Operator[Convolution]:
@@ -88,5 +82,5 @@ def _declare_convolution(count: int) -> Operator[Convolution]:
     )
 
 
-PROJECTIONS = {count: _declare_projection(count) for count in VIEWS}
-CONVOLUTIONS = {count: _declare_convolution(count) for count in OUTPUTS}
+CONVOLUTIONS = {count: _declare_convolution(count) for count in (1, 2)}
+"""By how many there are, since schemas are flat: a block's own, and those of queries and keys."""

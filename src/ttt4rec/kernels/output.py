@@ -9,7 +9,6 @@ Up to a width the output projection is in the same launch; beyond it is the libr
 on paper, by bytes and registers, and not measured.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import Output
 from . import launch
 from .hidden_layer import gelu
 from .primitives import centred, dot, layer_norm_backward, normalised
@@ -29,7 +29,7 @@ PARTIAL_SUMS = {"fused_backward": 128, "norm_backward": 512}  # programs of a ba
 
 
 class Width(NamedTuple):
-    """The compile-time sizes and types of an epilogue kernel; to a layer norm's jit helpers the width is one head."""
+    """The compile-time sizes and types of a kernel; to a layer norm's jit helpers the width is one head."""
 
     rows: int  # tokens at a time
     head_dim: int  # C
@@ -239,45 +239,31 @@ def norm_backward_kernel(dh, o, gate, mask, norm, d_o, d_gate, d_norm, num_token
 
 
 @launch.on_its_device
-def epilogue_forward(
-    o: Tensor, gate: Tensor | None, mask: Tensor | None, parameters: Sequence[Tensor], eps: float
-) -> Tensor:
-    """``(gelu(gate) ∘ LN(o)) Wᵀ``, zero at padding.
-
-    Args:
-        o: the inner loop's outputs ``[B, L, H, D]``, float32, bfloat16 or float16.
-        gate: ``[B, L, C]``; None: no gate.
-        mask: bool ``[B, L]``, True for tokens; None: all are.
-        parameters: γ and β ``[C]``, and the weight ``[C, C]``, output features first.
-        eps: added to the layer norm's variance.
-
-    Returns:
-        y ``[B, L, C]`` in o's dtype, in which the product is taken; the arithmetic before is float32.
+def output(given: Output) -> tuple[Tensor]:
+    """y ``[B, L, C]`` in o's dtype, in which the product is taken; the arithmetic before is float32.
 
     Raises:
         ValueError: the kernels do not run that dtype.
     """
-    result, prepared = prepare_epilogue_forward(o, gate, mask, parameters, eps)
+    result, prepared = prepare_output(given)
     prepared.run()
-    weight = parameters[2]
+    o, weight = given.o, given.weight
     y = result if fused("forward", weight.shape[0], o.dtype) else result @ weight.to(o.dtype).t()
-    return y.view(*o.shape[:2], weight.shape[0])
+    return (y.view(*o.shape[:2], weight.shape[0]),)
 
 
-def prepare_epilogue_forward(
-    o: Tensor, gate: Tensor | None, mask: Tensor | None, parameters: Sequence[Tensor], eps: float
-) -> tuple[Tensor, launch.Launch]:
+def prepare_output(given: Output) -> tuple[Tensor, launch.Launch]:
     """Allocate y, or what is multiplied with the weight, ``[T, C]``, and make the launch that fills it."""
-    tokens = flat(o)
-    whole = fused("forward", tokens.shape[1], o.dtype)
-    sizes, blocks = choose("fused_forward" if whole else "norm_forward", tokens.shape[1], o.dtype)
-    result = torch.empty(tokens.shape, dtype=o.dtype, device=o.device)
+    tokens, dtype = flat(given.o), given.o.dtype
+    whole = fused("forward", tokens.shape[1], dtype)
+    sizes, blocks = choose("fused_forward" if whole else "norm_forward", tokens.shape[1], dtype)
+    result = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
     arguments = (
-        *_inputs(tokens, gate, mask, parameters),
-        *((parameters[2].to(o.dtype).contiguous(),) if whole else ()),
+        *_inputs(tokens, given),
+        *((given.weight.to(dtype).contiguous(),) if whole else ()),
         result,
         tokens.shape[0],
-        eps,
+        given.eps,
         sizes,
     )
     kernel = fused_forward_kernel if whole else norm_forward_kernel
@@ -285,62 +271,59 @@ def prepare_epilogue_forward(
 
 
 @launch.on_its_device
-def epilogue_backward(
-    dy: Tensor, o: Tensor, gate: Tensor | None, mask: Tensor | None, parameters: Sequence[Tensor], eps: float
-) -> list[Tensor]:
-    """Gradients of o, of γ, β and the weight, and of the gate if there is one, from that of y.
+def output_backward(given: Output, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients of o, the gate (empty if there is none), γ, β and the weight; nothing is kept.
 
-    Arguments and errors as in ``epilogue_forward``. Two runs give the same bits.
+    Errors as in ``output``. Two runs give the same bits.
     """
-    weight = parameters[2]
-    whole = fused("backward", weight.shape[0], o.dtype)
-    d_y = flat(dy)
+    ((d_o, d_gate, *partial_sums), d_y, h), prepared = prepare_output_backward(given, kept, grads)
+    prepared.run()
+    d_gamma, d_beta, *rest = (partial.sum(0) for partial in partial_sums)
+    d_weight = rest[0] if rest else d_y.t() @ h
+    parameters = zip((d_gamma, d_beta, d_weight), (given.norm_weight, given.norm_bias, given.weight), strict=True)
+    return d_o, d_gate, *(d.to(p.dtype) for d, p in parameters)
+
+
+def prepare_output_backward(
+    given: Output, _: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+) -> tuple[tuple[list[Tensor], Tensor, Tensor], launch.Launch]:
+    """Make a launch and what it fills: gradients of o and gate, and the parameters' partial sums.
+
+    Beside them dy ``[T, C]``, and where one kernel does not do it all its product with the weight, which is replaced by
+    h: then dW = dyᵀ h is yet to be taken.
+    """
+    o, gate, mask, d_y = given.o, given.gate, given.mask, flat(grads[0])
+    num_tokens, C = d_y.shape
+    whole = fused("backward", C, o.dtype)
+    op = "fused_backward" if whole else "norm_backward"
+    sizes, blocks = choose(op, C, o.dtype)
     if whole:
         operand = d_y
     else:
         d_y = d_y if mask is None else d_y.masked_fill(~mask.reshape(-1, 1), 0)
-        operand = d_y @ weight.to(o.dtype)
-    results, prepared = prepare_epilogue_backward(operand, o, gate, mask, parameters, eps)
-    prepared.run()
-    gradients, partial_sums = results[: 1 if gate is None else 2], results[1 if gate is None else 2 :]
-    d_gamma, d_beta, *rest = (partial.sum(0) for partial in partial_sums)
-    d_weight = rest[0] if whole else d_y.t() @ operand  # which now holds h
-    own = (d.to(p.dtype) for d, p in zip((d_gamma, d_beta, d_weight), parameters, strict=True))
-    return [gradients[0], *own, *gradients[1:]]
-
-
-def prepare_epilogue_backward(
-    operand: Tensor, o: Tensor, gate: Tensor | None, mask: Tensor | None, parameters: Sequence[Tensor], eps: float
-) -> tuple[list[Tensor], launch.Launch]:
-    """Make a launch and what it fills: gradients of o and gate, and the parameters' partial sums.
-
-    The operand is dy ``[T, C]`` where one kernel does it all, else its product with the weight, replaced by h.
-    """
-    num_tokens, C = operand.shape
-    whole = fused("backward", C, o.dtype)
-    op = "fused_backward" if whole else "norm_backward"
-    sizes, blocks = choose(op, C, o.dtype)
+        operand = d_y @ given.weight.to(o.dtype)
     num_programs = min(triton.cdiv(num_tokens, sizes.rows), PARTIAL_SUMS[op])
     shapes = [(num_programs, C)] * 2 + [(num_programs, C, C)] * whole
     partial_sums = [torch.empty(shape, dtype=torch.float32, device=o.device) for shape in shapes]
-    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (o, gate) if x is not None]
+    d_o = torch.empty(o.shape, dtype=o.dtype, device=o.device)
+    d_gate = o.new_empty(0) if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     arguments = (
         operand,
-        *_inputs(flat(o), gate, mask, parameters),
-        *((parameters[2].to(o.dtype).contiguous(),) if whole else ()),
-        gradients[0],
-        None if gate is None else gradients[1],
+        *_inputs(flat(o), given),
+        *((given.weight.to(o.dtype).contiguous(),) if whole else ()),
+        d_o,
+        None if gate is None else d_gate,
         tuple(partial_sums[:2]),
         *partial_sums[2:],
         num_tokens,
-        eps,
+        given.eps,
         sizes,
     )
     kernel = fused_backward_kernel if whole else norm_backward_kernel
-    return [*gradients, *partial_sums], launch.Launch(kernel, (num_programs,), arguments, blocks)
+    return ([d_o, d_gate, *partial_sums], d_y, operand), launch.Launch(kernel, (num_programs,), arguments, blocks)
 
 
-def _inputs(tokens: Tensor, gate: Tensor | None, mask: Tensor | None, parameters: Sequence[Tensor]) -> tuple[Any, ...]:
+def _inputs(tokens: Tensor, given: Output) -> tuple[Any, ...]:
     """What all kernels read, without strides."""
-    rest = (None if x is None else x.contiguous() for x in (gate, mask))
-    return tokens, *rest, tuple(x.contiguous() for x in parameters[:2])
+    rest = (None if x is None else x.contiguous() for x in (given.gate, given.mask))
+    return tokens, *rest, (given.norm_weight.contiguous(), given.norm_bias.contiguous())
