@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..precision import without_autocast
-from ..transforms import REFERENCE
+from ..transforms import REFERENCE, differentiate
 from ..transforms import operator as without_transforms
 from . import backends
 from .samples import SMALL, Device, Draw, Sizes
@@ -164,7 +164,7 @@ class Operator(Generic[A]):
             f"{self.name}_backward", [*inputs, *more, "str backend"], len(self._graded), compute, ()
         )
         backward_op.register_fake(fake)
-        self.op.register_autograd(self._backward, setup_context=self._save)
+        differentiate(self.name, self._save, self._backward)
         return backward_op
 
     def _fake_gradient(self, arguments: A, slot: Slot, x: Tensor | None) -> Tensor:
