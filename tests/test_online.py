@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from checks import ROUNDING
 from online_data import ITEMS, MemoryEventLog, batch_scores, history, make_model, slot_bytes
 from test_events import run_threads
-from ttt4rec.recsys import streams
+from ttt4rec.recsys import earlier, streams
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.events import Event, SQLiteEventLog
 from ttt4rec.recsys.online import OnlineRecommender
@@ -49,16 +49,29 @@ def assert_up_to_date(online, user, taken, model=MODELS[0], items=ITEMS, toleran
     assert unseen == [(item, score) for item, score in everything if item not in taken]
 
 
+def in_short_pieces(patch):
+    """Three items are a piece, and the states after beginnings of histories of three items are kept."""
+    patch.setattr(streams, "TOKENS_AT_ONCE", 3)
+    patch.setattr(earlier, "LONG", 2)
+    patch.setattr(earlier, "_NEAREST", 1)
+
+
 class Interleavings(RuleBasedStateMachine):
-    """One to three slots for five users, so that hardly a call goes by without an eviction."""
+    """One to three slots for five users, so that hardly a call goes by without an eviction.
+
+    With short pieces, hardly a history is read in one call, and states of its beginnings are kept.
+    """
 
     def __init__(self):
         super().__init__()
         self.place = tempfile.TemporaryDirectory()
         self.taken, self.order, self.model = {}, itertools.count(), 0
+        self.patch = pytest.MonkeyPatch()
 
-    @initialize(slots=st.integers(1, 3))
-    def start(self, slots):
+    @initialize(slots=st.integers(1, 3), short=st.booleans())
+    def start(self, slots, short):
+        if short:
+            in_short_pieces(self.patch)
         self.pool_bytes = slots * max(map(slot_bytes, MODELS))
         self.open()
 
@@ -127,6 +140,7 @@ class Interleavings(RuleBasedStateMachine):
         assert self.online.stats()["users"] <= self.online.stats()["slots"]
 
     def teardown(self):
+        self.patch.undo()
         self.online.log.close()
         self.place.cleanup()
 

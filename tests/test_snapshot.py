@@ -191,9 +191,9 @@ def broken(path, how):
         case "one bit":
             path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
         case "other tensors":
-            save_file({name: x for name, x in load_file(path).items() if name != "digest"}, path, marks(path))
+            save_file({name: x for name, x in load_file(path).items() if name != "mark"}, path, marks(path))
         case "another kind":
-            save_file(load_file(path), path, marks(path) | {"kind": "ttt4rec states of users, version 0"})
+            save_file(load_file(path), path, marks(path) | {"kind": "ttt4rec states of users, version 1"})
         case "no marks":
             save_file(load_file(path), path)
         case "folder":

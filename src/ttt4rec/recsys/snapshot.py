@@ -18,7 +18,7 @@ from ttt4rec.files import checksum, remove_partials, write_tensors
 from ttt4rec.layer import TTTLayer
 from ttt4rec.recsys.users import UserStates
 
-_KIND = "ttt4rec states of users, version 1"
+_KIND = "ttt4rec states of users, version 2"
 _USERS_AT_ONCE = 256  # while these are copied, others wait
 _USERS = "users"
 
