@@ -310,19 +310,19 @@ def test_a_data_set_is_logged_once(path):
     data = Histories(np.array([1, 2, 2, 1]), np.array([0, 3, 4]), np.array([5, 6, 6, 5]), ("u", "v"), ("a", "b"))
 
     def child():
-        SQLiteEventLog(path).begin(events_of(data))
+        SQLiteEventLog(path).begin(data)
 
     children = [fork(child) for _ in range(4)]
     assert [wait(c) for c in children] == [0] * 4
     log = SQLiteEventLog(path)
     assert [history(log, user) for user in log.users()] == [["a", "b", "b"], ["a"]]
-    assert log.append(events_of(data)) == [False] * 4
+    assert log.append(events_of(data)) == [False] * 4  # they have ids
     log.forget(["u", "v"])
-    assert not log.begin(events_of(data))
+    assert not log.begin(data)
     assert log.users() == []
     other = SQLiteEventLog(path.with_name("other.db"))
-    assert other.begin(events_of(data))
-    assert not other.begin([Event("w", "a")])
+    assert other.begin(data)
+    assert not other.begin(ONE_EVENT)
 
 
 def test_only_the_owner_may_read_it(path):
@@ -332,6 +332,7 @@ def test_only_the_owner_may_read_it(path):
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
+ONE_EVENT = Histories(np.array([1]), np.array([0, 1]), np.array([5]), ("w",), ("a",))
 OLD = """
 PRAGMA application_id = 0x74747434;
 PRAGMA user_version = 1;
@@ -359,7 +360,7 @@ def test_a_log_of_version_1_is_brought_up(path, users):
     path.chmod(0o644)
     log = SQLiteEventLog(path)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert not log.begin([Event("w", "a")])
+    assert not log.begin(ONE_EVENT)
     log.check()
     if users == "some":
         fresh = SQLiteEventLog(path.with_name("fresh.db"))
@@ -394,7 +395,7 @@ def answers(log):
     """All that the log may be asked."""
     repeated = log.append([Event(f"user {n % 40}", "again", f"id {n}", time=-n) for n in range(400)])
     users = log.users()
-    return repeated, log.read(["user 3", *users], [[] for _ in ["user 3", *users]]), log.begin([])
+    return repeated, log.read(["user 3", *users], [[] for _ in ["user 3", *users]]), log.begin(ONE_EVENT)
 
 
 def test_no_flipped_bit_changes_an_answer(path):

@@ -8,7 +8,7 @@ import os
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,8 +202,8 @@ class SQLiteEventLog:
             self._wipe(0)
         return new
 
-    def begin(self, events: Sequence[Event]) -> bool:
-        """Log a batch if nothing was ever logged here; of several who try at once, one does.
+    def begin(self, histories: Histories) -> bool:
+        """Log a data set if nothing was ever logged here; of several who try at once, one does.
 
         Nothing is logged either if all users of before were forgotten.
 
@@ -213,8 +213,13 @@ class SQLiteEventLog:
         Raises:
             OSError: as ``append``.
         """
+        used = "SELECT 1 FROM sqlite_sequence"  # whose row stays when all others are deleted
+        with self._transaction(writing=False) as database:
+            if database.execute(used).fetchone():
+                return False
+        events = events_of(histories)
         with self._transaction(writing=True) as database:
-            if database.execute("SELECT 1 FROM sqlite_sequence").fetchone():  # it stays when all rows are deleted
+            if database.execute(used).fetchone():
                 return False
             _append(database, events)
         return True
@@ -252,8 +257,11 @@ class SQLiteEventLog:
         if self._unwiped:
             logger.warning("what was forgotten stands in %s-wal until no other process reads the log", self.path)
 
-    def check(self) -> None:
+    def check(self, stop: Callable[[], bool] = bool) -> None:
         """Read the whole log, which others use meanwhile, and compare it with its checksums.
+
+        Args:
+            stop: asked before each user; ends the check when it says True.
 
         Raises:
             DamagedLogError: names the first damaged event, user or page. OSError: the log cannot be read.
@@ -261,6 +269,8 @@ class SQLiteEventLog:
         with closing(self._connect()) as database, self._whole(database, writing=False):
             event_rows.check_file(database)
         for user in self.users():
+            if stop():
+                return
             known: tuple[Known, ...] = ()
             while not (tail := self.read([user], [known], _CHECKED_AT_ONCE)[0]).is_whole:
                 known = (Known(tail.start + len(tail.items), tail.marks[-1]),)
