@@ -23,7 +23,7 @@ from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.events import Event, SQLiteEventLog
 from ttt4rec.recsys.online import OnlineRecommender
 from ttt4rec.recsys.recommend import Recommender
-from ttt4rec.recsys.users import UserStates
+from ttt4rec.recsys.users import Turns, UserStates
 
 ROUNDED = 2**-24 + ROUNDING  # scores come back in float32, of whatever the model computes in
 USERS = ("u", "v", "w", "x", "y")
@@ -346,6 +346,19 @@ def test_others_have_their_turn_while_a_long_history_is_read(monkeypatch):
     assert_up_to_date(online, "u", taken)
     for user in USERS[1:]:
         assert_up_to_date(online, user, ["i1"])
+
+
+def test_nobody_has_two_turns_while_somebody_waits():
+    turns, order = Turns(), []
+
+    def work(number):
+        for _ in range(30):
+            with turns:
+                order.append(number)
+                sleep(0.002)
+
+    run_threads(work, 2)
+    assert sum(one == other for one, other in itertools.pairwise(order)) < 10
 
 
 def test_users_who_evict_each_other_come_to_an_end(monkeypatch):
