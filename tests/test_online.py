@@ -385,6 +385,11 @@ def test_unknown_items_alone_take_no_slot(monkeypatch):
     online.observe(["u"], ["i3"])
     online.log.append([Event("u", "nor this") for _ in range(20)])
     assert_up_to_date(online, "u", ["i3"])
+    online.log.append([Event("v", "neither", time=time) for time in range(20)] + [Event("v", "i3", time=30)])
+    assert_up_to_date(online, "v", ["i3"])
+    online.log.forget(["v"])
+    online.log.append([Event("v", "neither", time=time) for time in range(20)] + [Event("v", "of none", time=30)])
+    assert online.recommend(["v"], exclude_seen=False) == [[]]
 
 
 def test_a_time_beyond_the_horizon_is_refused():

@@ -237,9 +237,9 @@ class SQLiteEventLog:
     def forget(self, user_ids: Sequence[str]) -> None:
         """See ``EventLog``.
 
-        Deleting takes room beside the file until it has happened; the error of a full disk says how much. While another
-        process reads, what was deleted may still stand in the ``-wal`` file: a warning to ``logging`` says so, and one
-        of the next calls wipes it.
+        Deleting takes room beside the file until it has happened; the error of a full disk says how much. While
+        somebody else reads, what was deleted may still stand in the ``-wal`` file: a warning to ``logging`` says so,
+        and one of the next calls wipes it.
         """
         room = 0
         try:
@@ -255,7 +255,7 @@ class SQLiteEventLog:
                           "make room, and forget them again") from error  # fmt: skip
         self._wipe(_PATIENCE_WIPING)
         if self._unwiped:
-            logger.warning("what was forgotten stands in %s-wal until no other process reads the log", self.path)
+            logger.warning("what was forgotten stands in %s-wal until nobody else reads the log", self.path)
 
     def check(self, stop: Callable[[], bool] = bool) -> None:
         """Read the whole log, which others use meanwhile, and compare it with its checksums.

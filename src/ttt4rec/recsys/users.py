@@ -89,7 +89,7 @@ class UserStates:
                 f"{len(self.item_ids)}, of which {len(self._codes)} differ"
             )
         self._streams = Streams(model, pool_bytes)
-        self._earlier = EarlierStates(1 + self.num_slots // 64)
+        self._earlier = EarlierStates(1 + self.num_slots // 32)
         self._free = list(range(self.num_slots))
         self._readings: OrderedDict[str, Reading] = OrderedDict()  # the least recently used first
         self._lock = Turns()
@@ -182,15 +182,15 @@ class UserStates:
         """
         with self._lock:
             slots = self._free[-len(users) :]
+            marks = zip(slots, tensors["length"].tolist(), tensors["mark"].tolist(), strict=True)
+            readings = [Reading(*mark, is_warm=True) for mark in marks]
             try:
                 self._streams.load(slots, tensors)
             except BaseException:
                 self._streams.reset(slots)
                 raise
             del self._free[-len(users) :]
-            marks = tensors["length"].tolist(), tensors["mark"].tolist()
-            for user, slot, length, mark in zip(users, slots, *marks, strict=True):
-                self._readings[user] = Reading(slot, length, mark, is_warm=True)
+            self._readings.update(zip(users, readings, strict=True))
 
     @contextmanager
     def _up_to_date(self, users: Sequence[str]) -> Iterator[None]:
@@ -198,16 +198,19 @@ class UserStates:
 
         Should these evict the users again and again, the rest is read with the lock held.
         """
-        turns = None
+        lagging, turns = users, None
         while True:
             with self._lock:
-                missing = self._advance(users)
-                turns = 2 + missing // streams.TOKENS_AT_ONCE if turns is None else turns - 1
+                missing = self._advance(lagging)
+                if not missing and len(lagging) < len(users):  # the others may have been evicted meanwhile
+                    missing = self._advance(users)
+                turns = 2 + sum(missing.values()) // streams.TOKENS_AT_ONCE if turns is None else turns - 1
                 while missing and turns <= 0:
                     missing = self._advance(users)
                 if not missing:
                     yield
                     return
+                lagging = list(missing)
 
     def _histories(self, users: Sequence[str]) -> list[IntArray]:
         """Codes of all items in users' histories that the model knows; read piece by piece, without the lock."""
@@ -226,8 +229,8 @@ class UserStates:
 
     # What follows is called with the lock held.
 
-    def _advance(self, users: Sequence[str]) -> int:
-        """Read on, at most one call of the model's items; how many are missing then."""
+    def _advance(self, users: Sequence[str]) -> dict[str, int]:
+        """Read on, at most one call of the model's items; of whom how many are missing then."""
         tails = self.log.read(users, [self._known(user) for user in users], streams.TOKENS_AT_ONCE)
         self._compare(users, tails)
         rest: dict[str, tuple[Tail, list[int]]] = {}
@@ -242,7 +245,11 @@ class UserStates:
         self._make_room(sum(user not in self._readings for user in rest))
         self._read(rest)
         self._drop([user for user, (tail, _) in rest.items() if tail.is_whole and not self._is_warm(user)])
-        return sum(tail.length - tail.start - len(tail.items) for tail in tails)
+        return {
+            user: tail.length - tail.start - len(tail.items)
+            for user, tail in zip(users, tails, strict=True)
+            if not tail.is_whole
+        }
 
     def _known(self, user: str) -> list[Known]:
         reading = self._readings.get(user)
@@ -279,10 +286,9 @@ class UserStates:
         begun = {
             user: self._readings.pop(user) if user in self._readings else Reading(self._free.pop()) for user in rest
         }
-        self.counts["prefills"] += sum(not reading.length for reading in begun.values())
-        self.counts["steps"] += sum(
-            sum(map(bool, codes)) for user, (_, codes) in rest.items() if begun[user].length
-        )  # fmt: skip
+        for user, (_, codes) in rest.items():
+            self.counts["prefills"] += not begun[user].length
+            self.counts["steps"] += begun[user].length > 0 and sum(map(bool, codes))
         cuts = {
             user: self._earlier.cuts(user, tail.start, tail.start + len(codes), tail.length)
             for user, (tail, codes) in rest.items()
@@ -311,7 +317,8 @@ class UserStates:
         for user, place in places.items():
             (tail, codes), reading = rest[user], begun[user]
             reading.length, reading.mark = place, tail.marks[place - tail.start - 1]
-            if place < tail.start + len(codes) or self._earlier.is_due(user, place):
+            is_cut = place < tail.start + len(codes)
+            if reading.is_warm and (is_cut or self._earlier.is_due(user, place)):
                 earlier = Earlier(Known(place, reading.mark), self._streams.export([reading.slot]))
                 self._earlier.keep(user, earlier, tail.length)
 
