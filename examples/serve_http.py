@@ -56,7 +56,7 @@ MAX_WORKING = 4  # requests; more wait, since they would only take time from eac
 MAX_WAIT_SECONDS = 0.75  # then a request is answered by 503
 MAX_BODIES_BYTES = 64 << 20  # of all requests that wait; more are answered by 503
 MAX_CONNECTIONS = 800  # less than the 1,024 files that a process may often open
-HEADER_SECONDS = BODY_SECONDS = 5  # from a connection or the last answer to the end of a header; and of a body
+PATIENCE_SECONDS = BODY_SECONDS = 5  # with a client that sends no header or does not read; and for a body
 SNAPSHOT_SECONDS, CHECK_SECONDS = 300, 3600
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 WATCHED = {"/health", "/metrics"}  # which never wait
@@ -148,7 +148,10 @@ class Metrics:
 
 
 class Connection(H11Protocol):
-    """uvicorn's, which is closed if no whole header comes in time, or when it is the longest idle of too many."""
+    """uvicorn's, which is cut off if the client keeps it waiting, or has done so for the longest of too many.
+
+    A client does so until a whole header has come, and while it does not read its answer.
+    """
 
     idle: ClassVar[dict["Connection", asyncio.TimerHandle]] = {}
 
@@ -160,19 +163,31 @@ class Connection(H11Protocol):
 
     def begin_to_wait(self) -> None:
         self.end_to_wait()
-        self.idle[self] = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+        self.idle[self] = self.loop.call_later(PATIENCE_SECONDS, self.transport.abort)
 
     def end_to_wait(self) -> None:
         if self in self.idle:
             self.idle.pop(self).cancel()
 
-    def handle_events(self) -> None:
-        super().handle_events()
-        if self.cycle is not None and not self.cycle.response_complete:
+    def end_if_at_work(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete and not self.flow.write_paused:
             self.end_to_wait()
 
-    def on_response_complete(self) -> None:
+    def handle_events(self) -> None:
+        super().handle_events()
+        self.end_if_at_work()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
         self.begin_to_wait()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.end_if_at_work()
+
+    def on_response_complete(self) -> None:
+        if not self.transport.is_closing():
+            self.begin_to_wait()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:

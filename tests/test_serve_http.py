@@ -279,16 +279,19 @@ def test_those_who_say_nothing_stop_nobody(client):
         assert client.get("/health").json() == {"status": "ok"}
         assert recommended(client, "nobody", k=3) == [[]]
         assert received(silent[0]) == b""  # one of too many
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 4.5
         assert received(silent[-1]) == b""
         assert b"408 Request Timeout" in slow[-1].recv(1000)
         assert time.monotonic() - begin < 9
     assert client.get("/health").json() == {"status": "ok"}
 
 
-def test_those_who_do_not_read_stop_nobody(client):
+def test_those_who_do_not_read_stop_nobody(service):
     """Though their answers fill what the system keeps for them, and there are more of them than places."""
+    client, process = service
     observe(client, ("heinz", "i1"))
+    open_files = Path(f"/proc/{process.pid}/fd")
+    before_all = len(list(open_files.iterdir()))
     body = json.dumps({"user_ids": ["heinz"] * 100, "k": 1000, "exclude_seen": False})
     with ExitStack() as stack:
         for _ in range(5):
@@ -301,6 +304,10 @@ def test_those_who_do_not_read_stop_nobody(client):
             time.sleep(0.7)
             answered, before = metrics(client), answered
         assert recommended(client, "nobody", k=3) == [[]]
+        end = time.monotonic() + 10
+        while len(list(open_files.iterdir())) > before_all and time.monotonic() < end:
+            time.sleep(0.1)
+        assert len(list(open_files.iterdir())) <= before_all  # they were cut off
 
 
 def test_too_many_clients_are_served_or_told_so(folder, client):
