@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import select
 import signal
 import socket
 import sqlite3
@@ -275,14 +276,12 @@ def test_those_who_say_nothing_stop_nobody(client):
         silent = [stack.enter_context(connect(client)) for _ in range(300)]
         silent += [stack.enter_context(asked(client, "GET /health HT")) for _ in range(300)]
         slow = [stack.enter_context(asked(client, POST + '900\r\n\r\n{"user_ids":')) for _ in range(250)]
-        begin = time.monotonic()
         assert client.get("/health").json() == {"status": "ok"}
         assert recommended(client, "nobody", k=3) == [[]]
-        assert received(silent[0]) == b""  # one of too many
-        assert time.monotonic() - begin < 4.5
+        closed, _, _ = select.select(silent, [], [], 0)
+        assert silent[0] in closed  # which was idle the longest of too many
         assert received(silent[-1]) == b""
         assert b"408 Request Timeout" in slow[-1].recv(1000)
-        assert time.monotonic() - begin < 9
     assert client.get("/health").json() == {"status": "ok"}
 
 
