@@ -53,7 +53,7 @@ from ttt4rec.recsys.recommend import Recommender
 
 MAX_BODY_BYTES, MAX_EVENTS, MAX_USERS, MAX_K, MAX_ID = 1 << 20, 1000, 100, 1000, 200
 MAX_WORKING = 4  # requests; more wait, since they would only take time from each other
-MAX_WAIT_SECONDS = 0.75  # then a request is answered by 503
+MAX_WAIT_SECONDS = 0.6  # then a request is answered by 503
 MAX_BODIES_BYTES = 64 << 20  # of all requests that wait; more are answered by 503
 MAX_CONNECTIONS = 800  # less than the 1,024 files that a process may often open
 PATIENCE_SECONDS = BODY_SECONDS = 5  # with a client that sends no header or does not read; and for a body
