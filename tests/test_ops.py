@@ -32,10 +32,11 @@ def test_opcheck_forward(inner, spans):
 def test_opcheck_backward(inner, spans):
     forward, backward = OPERATORS[inner]
     arguments = forward_arguments(inner, spans, requires_grad=False)
-    tokens, weights, rest = arguments[:5], arguments[5:-6], arguments[-6:]
-    o, *saved = forward(*arguments)
+    tokens, weights, rest = arguments[:5], arguments[5:-7], arguments[-7:]
+    results = forward(*arguments)
+    o, kept = results[0], results[1 + len(weights) :]
     cotangents = [torch.randn_like(x) for x in (o, *weights)]
-    torch.library.opcheck(backward, (*cotangents, *tokens, *saved, *rest))
+    torch.library.opcheck(backward, (*cotangents, *tokens, *weights, *kept, *rest))
 
 
 @pytest.mark.parametrize("spans", SPANS)
@@ -106,4 +107,4 @@ def forward_arguments(inner, spans, *, requires_grad, dtype=torch.float64):
         if name in named:
             named[name] = named[name].expand(N, *named[name].shape).contiguous()
     tensors = [x.requires_grad_(requires_grad) for x in named.values()]
-    return (*tensors, *SPANS[spans], EPS, "eager")
+    return (*tensors, *SPANS[spans], EPS, 1, "eager")

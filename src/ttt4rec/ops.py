@@ -207,7 +207,8 @@ def _(*args: Any) -> list[Tensor]:
 
 
 def _fake_checkpoints(q: Tensor, token_scale: Tensor, weights: tuple[Tensor, ...], segment: int) -> Tensor:
-    number = q.shape[0] * q.shape[1] // (segment * token_scale.shape[0])
+    # two more than needed: whether a size is 0 or 1 would become a guard of traced programs
+    number = q.shape[0] * q.shape[1] // (segment * token_scale.shape[0]) + 2
     return weights[0].new_empty(number, q.shape[2], sum(w.shape[2:].numel() for w in weights))
 
 

@@ -1,9 +1,9 @@
 """Copies of the weights, from which the walk back replays.
 
 Of every ``segment`` mini-batches but a sequence's first the forward keeps the weights before them: a checkpoint.
-Checkpoints are ``[B L // (segment K), H, numbers]``, W and b of all layers in a row. That of a segment which begins at
-token t of the flattened tokens is number t // (segment K) - 1. Such a segment comes after a whole one, so no two begin
-among the same segment K tokens.
+Checkpoints are ``[B L // (segment K) + 2, H, numbers]``, W and b of all layers in a row. That of a segment which begins
+at token t of the flattened tokens is number t // (segment K) - 1. Such a segment comes after a whole one, so no two
+begin among the same segment K tokens. The last two are spare: a size that may be 0 or 1 would bind traced programs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ class Checkpoints:
     @classmethod
     def empty(cls, tokens: int, mini_batch_size: int, segment: int, weights: Sequence[Tensor]) -> "Checkpoints":
         """For that many tokens in all sequences together."""
-        shape = tokens // (segment * mini_batch_size), weights[0].shape[1], sum(w.shape[2:].numel() for w in weights)
+        shape = tokens // (segment * mini_batch_size) + 2, weights[0].shape[1], sum(w.shape[2:].numel() for w in weights)
         return cls(weights[0].new_empty(shape), mini_batch_size, segment)
 
     def write(self, chunk: RowChunk, part: MiniBatch, rows: Sequence[Tensor]) -> None:
