@@ -121,7 +121,7 @@ def _forward(num_weights: int, *given: Any) -> tuple[Tensor, ...]:
     outgoing = [w.new_empty(w.shape) for w in weights]
     B, L, H = o.shape[:3]
     num_checkpoints = B * L // (segment * token_scale.numel()) + 2
-    checkpoints = weights[0].new_empty(num_checkpoints, H, sum(w.shape[2:].numel() for w in weights))
+    checkpoints = weights[0].new_zeros(num_checkpoints, H, sum(w.shape[2:].numel() for w in weights))
     scan.set("o", o)
     scan.set_all("kept", kept)
     scan.set("checkpoints", checkpoints)
