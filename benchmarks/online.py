@@ -140,10 +140,33 @@ def compare(
     return result
 
 
+def late(
+    log: Path, inner: str, *, length: int = 50_000, num_items: int = NUM_ITEMS, rounds: int = 50
+) -> dict[str, Any]:
+    """CPU time of an event of a user with a long history, before and after one of the far future came."""
+    online = make_online(log, inner, 1000, num_items)
+    items = torch.randint(num_items, (length,), generator=torch.Generator().manual_seed(4)).tolist()
+    online.log.append([Event("u", f"i{item}", time=time) for time, item in enumerate(items)])
+    online.recommend(["u"])
+    result: dict[str, Any] = {"inner": inner, "history": length, "rounds": rounds}
+    clock = length
+    for name in ("in_order", "after_one_of_the_future"):
+        milliseconds = []
+        for _ in range(rounds):
+            begin = time.process_time()
+            online.observe(["u"], [f"i{clock % num_items}"], times=[clock])
+            milliseconds.append(1e3 * (time.process_time() - begin))
+            clock += 1
+        result[f"{name}_cpu_ms"] = round(statistics.median(milliseconds), 2)
+        online.observe(["u"], ["i0"], times=[10**12])
+    online.log.close()
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--users", type=int, nargs="+", default=list(USERS), choices=list(USERS))
+    parser.add_argument("--users", type=int, nargs="*", default=list(USERS), choices=list(USERS))
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     found: dict[str, Any] = {"environment": environment("cpu"), "items": NUM_ITEMS, "history": HISTORY}
@@ -161,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     against += [compare(log, inner, users, at_once) for at_once in (1, 64)]
                     print(json.dumps(against[-2:]), flush=True)
             log.unlink()
+        found["late_events"] = [late(Path(folder) / f"late-{inner}.db", inner) for inner in ("mlp", "linear")]
+        print(json.dumps(found["late_events"]), flush=True)
     found["load_average"].append(load_average())
     args.file.write_text(json.dumps(found | {"requests": requested, "against_reading_again": against}, indent=1) + "\n")
 

@@ -5,7 +5,7 @@
 
 import pytest
 
-from .online import USERS, measure, write_histories
+from .online import USERS, late, measure, write_histories
 
 
 @pytest.mark.parametrize("users", list(USERS)[:2])
@@ -17,3 +17,11 @@ def test_requests(benchmark, tmp_path, users):
     benchmark.extra_info |= results[0]
     print(f"\n{results[0]}")
     assert results[0]["share_rebuilt"] == 0
+
+
+def test_late_events(benchmark, tmp_path):
+    results = []
+    benchmark.pedantic(lambda: results.append(late(tmp_path / "log.db", "mlp", length=5000, num_items=1000)), rounds=1)
+    benchmark.extra_info |= results[0]
+    print(f"\n{results[0]}")
+    assert results[0]["after_one_of_the_future_cpu_ms"] < 10 * results[0]["in_order_cpu_ms"]

@@ -11,40 +11,55 @@
     curl localhost:8000/metrics
 
 The folder is one that Recommender.save or `ttt4rec train` wrote. Beside the model it receives the event log, which
-begins with the histories of the training data, and a snapshot of states, saved now and then and at the end.
+begins with the histories of the training data, and a snapshot of states, saved now and then and at the end. One
+service at a time works in a folder. Times of events are seconds since 1970, unless --time-unit says otherwise, and at
+most a day ahead.
 
-It listens to this machine only and asks nobody who they are. To let others in, keep it so and put a gateway before it
-(nginx, Envoy, an API gateway) that ends TLS, authenticates, limits rates and slow senders, forwards /events and
-/recommendations, and leaves /users, /health and /metrics to those who run the service. What it limits itself is below.
+It listens to this machine only, answers only to the names under which a request may come (--allowed-host), and asks
+nobody who they are. To let others in, keep it so and put a gateway before it (nginx, Envoy, an API gateway) that ends
+TLS, authenticates, limits rates and slow senders, forwards /events and /recommendations, and leaves /users, /health and
+/metrics to those who run the service. What it limits itself is below.
 """
 
 import argparse
+import asyncio
 import json
 import logging
 import pathlib
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
+import anyio
 import torch
 import uvicorn
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from starlette.convertors import PathConvertor, register_url_convertor
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ttt4rec.files import locked
 from ttt4rec.recsys.data import DataError
-from ttt4rec.recsys.events import NOTHING, SQLiteEventLog, events_of
+from ttt4rec.recsys.events import SQLiteEventLog
 from ttt4rec.recsys.online import OnlineRecommender
 from ttt4rec.recsys.recommend import Recommender
 
 MAX_BODY_BYTES, MAX_EVENTS, MAX_USERS, MAX_K, MAX_ID = 1 << 20, 1000, 100, 1000, 200
-MAX_CONNECTIONS = 100  # and requests at once; more are answered by 503
-SNAPSHOT_SECONDS = 300
+MAX_WORKING = 4  # requests; more wait, since they would only take time from each other
+MAX_WAIT_SECONDS = 0.6  # then a request is answered by 503
+MAX_BODIES_BYTES = 64 << 20  # of all requests that wait; more are answered by 503
+MAX_CONNECTIONS = 800  # less than the 1,024 files that a process may often open
+PATIENCE_SECONDS = BODY_SECONDS = 5  # with a client that sends no header or does not read; and for a body
+SNAPSHOT_SECONDS, CHECK_SECONDS = 300, 3600
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+WATCHED = {"/health", "/metrics"}  # which never wait
 
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 logger = logging.getLogger("uvicorn.error")
@@ -58,17 +73,64 @@ class EventIn(Strict):
     user_id: Id
     item_id: Id
     event_id: Id | None = None
-    time: int | float | None = None
+    time: Annotated[int, Field(ge=-(2**63), lt=2**63)] | Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
 class Events(Strict):
     events: Annotated[list[EventIn], Field(max_length=MAX_EVENTS)]
 
 
+def whole(number: Any) -> Any:
+    """To JSON, 5.0 is an integer."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
 class Recommending(Strict):
     user_ids: Annotated[list[Id], Field(max_length=MAX_USERS)]
-    k: Annotated[int, Field(ge=1, le=MAX_K)] = 10
+    k: Annotated[int, Field(ge=1, le=MAX_K), BeforeValidator(whole)] = 10
     exclude_seen: bool = True
+
+
+class Recommended(BaseModel):
+    item_id: str
+    score: float
+
+
+class AnyText(PathConvertor):
+    """A part of a path with slashes and, unlike "path", line breaks."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("text", AnyText())
+
+
+class Refusal(BaseModel):
+    detail: str
+
+
+class Mistake(BaseModel):
+    where: list[str | int]
+    what: str
+
+
+class Mistakes(BaseModel):
+    detail: list[Mistake]
+
+
+def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For openapi.json: what else a route may answer."""
+    why = {"application/json": {"schema": Refusal.model_json_schema()}}
+    text = {"text/plain": {"schema": {"type": "string"}}}
+    every: dict[int, dict[str, Any]] = {
+        400: {"content": why | text, "description": "No HTTP, no text, or another site's Host"},
+        408: {"content": why, "description": "The body did not come in time"},
+        409: {"content": why, "description": "An item or a time that this service does not take; nothing took effect"},
+        413: {"content": why, "description": f"A body of more than {MAX_BODY_BYTES} bytes"},
+        422: {"model": Mistakes, "description": "What is wrong with the form; nothing took effect"},
+        503: {"content": why, "description": "Too much to do, or the event log is damaged or not available"},
+    }
+    return {status: every[status] for status in statuses}
 
 
 class Metrics:
@@ -85,13 +147,167 @@ class Metrics:
             gauge.set_function(lambda name=name: online.stats()[name])
 
 
-def make_app(online: OnlineRecommender) -> FastAPI:
-    """The service; the states are saved when it ends, and now and then before."""
+class Connection(H11Protocol):
+    """uvicorn's, which is cut off if the client keeps it waiting, or has done so for the longest of too many.
+
+    A client does so until a whole header has come, and while it does not read its answer.
+    """
+
+    idle: ClassVar[dict["Connection", asyncio.TimerHandle]] = {}
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.begin_to_wait()
+        if len(self.connections) > MAX_CONNECTIONS:
+            next(iter(self.idle)).transport.abort()
+
+    def begin_to_wait(self) -> None:
+        self.end_to_wait()
+        self.idle[self] = self.loop.call_later(PATIENCE_SECONDS, self.transport.abort)
+
+    def end_to_wait(self) -> None:
+        if self in self.idle:
+            self.idle.pop(self).cancel()
+
+    def end_if_at_work(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete and not self.flow.write_paused:
+            self.end_to_wait()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        self.end_if_at_work()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.begin_to_wait()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.end_if_at_work()
+
+    def on_response_complete(self) -> None:
+        if not self.transport.is_closing():
+            self.begin_to_wait()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.end_to_wait()
+        super().connection_lost(exc)
+
+
+class RefusedError(Exception):
+    """A request is answered before it gets to work."""
+
+    def __init__(self, status: int, why: str, **headers: str) -> None:
+        self.answer = JSONResponse({"detail": why}, status, headers)
+
+
+class Gate:
+    """Lets in requests that have come as a whole, so many at once, the others in turn or not at all.
+
+    Whoever sends slowly, or does not read the answer, so takes no place from others.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, hosts: Sequence[str]) -> None:
+        self.app, self.metrics, self.hosts = app, metrics, {host.lower() for host in hosts}
+        self.places = anyio.Semaphore(MAX_WORKING)
+        self.held = 0  # bytes of bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status, place, body = time.perf_counter(), 500, False, bytearray()
+
+        def leave() -> None:
+            nonlocal place
+            if place:
+                place = False
+                self.places.release()
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                leave()
+            await send(message)
+
+        async def receive_body() -> Message:
+            nonlocal unread
+            if unread:
+                unread = False
+                return {"type": "http.request", "body": bytes(body), "more_body": False}
+            return await receive()
+
+        unread = True
+        try:
+            self.check_host(Headers(scope=scope).get("host", ""))
+            await self.read(scope, receive, body)
+            if scope["path"] not in WATCHED:
+                await self.enter()
+                place = True
+            await self.app(scope, receive_body, answer)
+        except RefusedError as refused:
+            await refused.answer(scope, receive, answer)
+        finally:
+            leave()
+            self.held -= len(body)
+            route = getattr(scope.get("route"), "path", "none")  # not the path, which anybody may make up
+            self.metrics.seconds.labels(route, status).observe(time.perf_counter() - begin)
+
+    def check_host(self, host: str) -> None:
+        """A browser tells by it whose site it believes to be on."""
+        name = host.lower() if host.endswith("]") else host.lower().rpartition(":")[0] or host.lower()
+        if "*" not in self.hosts and name not in self.hosts:
+            raise RefusedError(
+                400, f"Host must be one of {sorted(self.hosts)}, to which --allowed-host adds; given {host!r}"
+            )
+
+    async def read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
+        """The whole body."""
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
+            raise RefusedError(413, f"a body must have at most {MAX_BODY_BYTES} bytes; given {announced[:20]}")
+        with anyio.move_on_after(BODY_SECONDS):
+            while True:
+                message = await receive()
+                if len(body) + len(message.get("body", b"")) > MAX_BODY_BYTES:
+                    raise RefusedError(413, f"a body must have at most {MAX_BODY_BYTES} bytes; given more")
+                body += message.get("body", b"")
+                self.held += len(message.get("body", b""))
+                if self.held > MAX_BODIES_BYTES:
+                    raise RefusedError(503, "too many large requests wait; send it again later", **{"retry-after": "1"})
+                if not message.get("more_body", False):
+                    return
+        raise RefusedError(408, f"a body must come within {BODY_SECONDS} seconds")
+
+    async def enter(self) -> None:
+        """Wait for a place; those who came first have the first."""
+        with anyio.move_on_after(MAX_WAIT_SECONDS):
+            await self.places.acquire()
+            return
+        raise RefusedError(503, "too many requests wait; send it again later", **{"retry-after": "1"})
+
+
+def make_app(online: OnlineRecommender, hosts: Sequence[str] = ("localhost", "127.0.0.1", "[::1]")) -> FastAPI:
+    """The service; the states are saved and the log is checked now and then, the states also when it ends.
+
+    Args:
+        online: whose log is a ``SQLiteEventLog``.
+        hosts: under which requests may come, without port; "*" for any.
+    """
     metrics, ending = Metrics(online), threading.Event()
 
     def save_now_and_then() -> None:
         while not ending.wait(SNAPSHOT_SECONDS):
             save()
+
+    def check_now_and_then() -> None:
+        while not ending.wait(CHECK_SECONDS):
+            try:
+                online.log.check(ending.is_set)
+            except OSError as error:  # /health tells it from now on
+                logger.error("%s", error)
 
     def save() -> None:
         try:
@@ -102,30 +318,21 @@ def make_app(online: OnlineRecommender) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        saver = threading.Thread(target=save_now_and_then)
-        saver.start()
+        threads = [threading.Thread(target=work) for work in (save_now_and_then, check_now_and_then)]
+        for thread in threads:
+            thread.start()
         yield
         ending.set()
-        saver.join()
+        for thread in threads:
+            thread.join()
         save()
 
-    app = FastAPI(title="ttt4rec", lifespan=lifespan)
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
-
-    @app.middleware("http")
-    async def measure(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        begin, status = time.perf_counter(), 500
-        try:
-            response = await call_next(request)
-            status = response.status_code
-            return response
-        finally:
-            route = getattr(request.scope.get("route"), "path", "none")  # not the path, which anybody may make up
-            metrics.seconds.labels(route, status).observe(time.perf_counter() - begin)
+    app = FastAPI(title="ttt4rec", lifespan=lifespan, responses=described(400, 408, 413, 503))
+    app.add_middleware(Gate, metrics=metrics, hosts=hosts)
 
     @app.exception_handler(DataError)
     async def refuse(_: Request, error: DataError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 422)
+        return JSONResponse({"detail": str(error)}, 409)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_form(_: Request, error: RequestValidationError) -> Response:
@@ -139,7 +346,7 @@ def make_app(online: OnlineRecommender) -> FastAPI:
 
     # Plain functions run in threads, so that none of them keeps the others waiting for the disk.
 
-    @app.post("/events")
+    @app.post("/events", responses=described(409, 422))
     def observe(body: Events) -> dict[str, list[bool]]:
         columns = ([getattr(e, name) for e in body.events] for name in ("user_id", "item_id", "event_id", "time"))
         users, items, names, times = columns
@@ -148,23 +355,25 @@ def make_app(online: OnlineRecommender) -> FastAPI:
             metrics.events.labels(str(is_new).lower()).inc()
         return {"new": new}
 
-    @app.post("/recommendations")
-    def recommend(body: Recommending) -> dict[str, list[list[dict[str, str | float]]]]:
+    @app.post("/recommendations", responses=described(422))
+    def recommend(body: Recommending) -> dict[str, list[list[Recommended]]]:
         best = online.recommend(body.user_ids, body.k, exclude_seen=body.exclude_seen)
         metrics.recommended.inc(len(best))
-        named = [[{"item_id": item, "score": score} for item, score in items] for items in best]
+        named = [[Recommended(item_id=item, score=score) for item, score in items] for items in best]
         return {"recommendations": named}
 
-    @app.delete("/users/{user_id:path}", status_code=204)
+    @app.delete("/users/{user_id:text}", status_code=204, response_class=Response, responses=described(422))
     def forget(user_id: Annotated[str, Path(min_length=1, max_length=MAX_ID)]) -> None:
         online.forget([user_id])
 
-    @app.get("/health")
-    def health() -> dict[str, str]:
-        online.log.read(["nobody"], [NOTHING])
+    @app.get("/health", response_model=dict[str, str])
+    def health() -> Any:
+        if online.log.damage is not None:
+            return JSONResponse({"detail": f"the event log is damaged: {online.log.damage}"}, 503)
+        online.log.read(["nobody"], [[]])
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def show_metrics() -> PlainTextResponse:
         return PlainTextResponse(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -176,27 +385,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=pathlib.Path, help="of a recommender; receives the events and the states")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; see above before changing it")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--allowed-host", action="append", default=["localhost", "127.0.0.1", "[::1]"],
+                        help="a name, without port, under which requests may come too; * for any")  # fmt: skip
     parser.add_argument("--pool-bytes", type=int, default=1 << 30, help="memory for the states of users")
+    parser.add_argument("--time-unit", choices=PER_SECOND, default="s", help="of times, which count from 1970")
+    parser.add_argument("--max-ahead", type=float, default=86400, help="seconds; a later time is refused; inf: none is")
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)  # requests come in parallel
-    recommender = Recommender.load(args.folder)
-    log = SQLiteEventLog(args.folder / "events.db")
-    begun = args.folder / "events.begun"
-    if not begun.exists():  # at the first start, and not again when all users have been forgotten
-        if not log.users():
-            log.append(events_of(recommender.histories))
-        begun.touch()
-    online = OnlineRecommender(
-        recommender.model,
-        recommender.histories.item_ids,
-        log,
-        pool_bytes=args.pool_bytes,
-        snapshot=args.folder / "states.safetensors",
-    )
+    lock = args.folder / "service.lock"
     try:
-        app = make_app(online)
-        uvicorn.run(app, host=args.host, port=args.port, limit_concurrency=MAX_CONNECTIONS, access_log=False)
+        lock.touch(0o600)
+        with locked(lock) as free:
+            if not free:
+                parser.exit(
+                    2, f"{parser.prog}: error: another service works in {args.folder}; end it, or take a copy\n"
+                )
+            serve(args)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Until the process is told to end."""
+
+    def horizon() -> float:
+        return (time.time() + args.max_ahead) * PER_SECOND[args.time_unit]
+
+    recommender = Recommender.load(args.folder)
+    latest = recommender.histories.times.max(initial=0)
+    if latest > horizon():
+        raise ValueError(
+            f"times must be at most {horizon():.0f}; the data's latest is {latest}: give their --time-unit"
+        )
+    log = SQLiteEventLog(args.folder / "events.db")
+    try:
+        log.begin(recommender.histories)
+        online = OnlineRecommender(
+            recommender.model,
+            recommender.histories.item_ids,
+            log,
+            pool_bytes=args.pool_bytes,
+            snapshot=args.folder / "states.safetensors",
+            horizon=horizon,
+        )
+        app = make_app(online, args.allowed_host)
+        uvicorn.run(app, host=args.host, port=args.port, http=Connection, access_log=False)
     finally:
         log.close()
 

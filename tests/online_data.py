@@ -1,12 +1,13 @@
 """What the tests of the online recommender share: a log in memory, small models, and what should be recommended."""
 
 import bisect
+import itertools
 import threading
 
 import torch
 
 from ttt4rec import TTT4Rec, TTT4RecConfig
-from ttt4rec.recsys.events import NOTHING, Tail
+from ttt4rec.recsys.events import Tail
 
 ITEMS = tuple(f"i{j}" for j in range(12))
 
@@ -42,41 +43,38 @@ def batch_scores(model, histories, items=ITEMS):
 
 def history(log, user):
     """All items of a user."""
-    return log.read([user], [NOTHING])[0].items
+    return log.read([user], [[]])[0].items
 
 
 class MemoryEventLog:
     """An event log that forgets all when it goes; what the promises of ``EventLog`` are, in few lines."""
 
     def __init__(self):
-        self.lock, self.histories, self.versions = threading.Lock(), {}, 0
+        self.lock, self.histories = threading.Lock(), {}
 
     def append(self, events):
         with self.lock:
             return [self._append(event) for event in events]
 
     def _append(self, event):
-        version, rows = self.histories.get(event.user_id, (self._new_version(), []))
+        rows = self.histories.get(event.user_id, [])
         if event.event_id is not None and any(event.event_id == name for _, _, name in rows):
             return False
         time = event.time if event.time is not None else rows[-1][0] if rows else float("-inf")
         place = bisect.bisect_right([row[0] for row in rows], time)
-        if place < len(rows):
-            version = self._new_version()
-        self.histories[event.user_id] = version, [*rows[:place], (time, event.item_id, event.event_id), *rows[place:]]
+        self.histories[event.user_id] = [*rows[:place], (time, event.item_id, event.event_id), *rows[place:]]
         return True
 
-    def _new_version(self):
-        self.versions += 1
-        return self.versions
-
-    def read(self, user_ids, known):
+    def read(self, user_ids, known, limit=None):
         with self.lock:
             tails = []
-            for user, (seen, length) in zip(user_ids, known, strict=True):
-                version, rows = self.histories.get(user, (0, []))
-                start = length if version == seen and length <= len(rows) else 0
-                tails.append(Tail(version, start, [item for _, item, _ in rows[start:]]))
+            for user, beginnings in zip(user_ids, known, strict=True):
+                rows = self.histories.get(user, [])
+                marks = list(itertools.accumulate(rows, lambda mark, row: hash((mark, row)), initial=0))
+                start = next((n for n, mark in beginnings if n <= len(rows) and marks[n] == mark), 0)
+                stop = len(rows) if limit is None else min(len(rows), start + limit)
+                limit = limit if limit is None else limit - (stop - start)
+                tails.append(Tail(start, [row[1] for row in rows[start:stop]], marks[start + 1 : stop + 1], len(rows)))
             return tails
 
     def forget(self, user_ids):

@@ -4,7 +4,9 @@ import copy
 import itertools
 import random
 import tempfile
+import threading
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import pytest
@@ -16,12 +18,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from checks import ROUNDING
 from online_data import ITEMS, MemoryEventLog, batch_scores, history, make_model, slot_bytes
 from test_events import run_threads
-from ttt4rec.recsys import streams
+from ttt4rec.recsys import earlier, streams
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.events import Event, SQLiteEventLog
 from ttt4rec.recsys.online import OnlineRecommender
 from ttt4rec.recsys.recommend import Recommender
-from ttt4rec.recsys.users import UserStates
+from ttt4rec.recsys.users import Turns, UserStates
 
 ROUNDED = 2**-24 + ROUNDING  # scores come back in float32, of whatever the model computes in
 USERS = ("u", "v", "w", "x", "y")
@@ -49,16 +51,29 @@ def assert_up_to_date(online, user, taken, model=MODELS[0], items=ITEMS, toleran
     assert unseen == [(item, score) for item, score in everything if item not in taken]
 
 
+def in_short_pieces(patch):
+    """Three items are a piece, and the states after beginnings of histories of three items are kept."""
+    patch.setattr(streams, "TOKENS_AT_ONCE", 3)
+    patch.setattr(earlier, "LONG", 2)
+    patch.setattr(earlier, "_NEAREST", 1)
+
+
 class Interleavings(RuleBasedStateMachine):
-    """One to three slots for five users, so that hardly a call goes by without an eviction."""
+    """One to three slots for five users, so that hardly a call goes by without an eviction.
+
+    With short pieces, hardly a history is read in one call, and states of its beginnings are kept.
+    """
 
     def __init__(self):
         super().__init__()
         self.place = tempfile.TemporaryDirectory()
         self.taken, self.order, self.model = {}, itertools.count(), 0
+        self.patch = pytest.MonkeyPatch()
 
-    @initialize(slots=st.integers(1, 3))
-    def start(self, slots):
+    @initialize(slots=st.integers(1, 3), short=st.booleans())
+    def start(self, slots, short):
+        if short:
+            in_short_pieces(self.patch)
         self.pool_bytes = slots * max(map(slot_bytes, MODELS))
         self.open()
 
@@ -127,6 +142,7 @@ class Interleavings(RuleBasedStateMachine):
         assert self.online.stats()["users"] <= self.online.stats()["slots"]
 
     def teardown(self):
+        self.patch.undo()
         self.online.log.close()
         self.place.cleanup()
 
@@ -227,6 +243,167 @@ def test_late_events_and_duplicates():
     assert online.observe(["u", "u"], ["i2", "i3"], event_ids=["2", "3"], times=[2, 3]) == [True, False]
     assert_up_to_date(online, "u", ["i1", "i2", "i3", "i4"])
     assert online.stats()["prefills"] == 2
+
+
+def read_by(online, monkeypatch, action):
+    """How many items the streams read during an action."""
+    counted, read = [0], online._states._streams.read
+
+    def count(slots, items):
+        counted[0] += sum(map(len, items))
+        return read(slots, items)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(online._states._streams, "read", count)
+        action()
+    return counted[0]
+
+
+def test_late_events_cost_what_lies_behind_them(monkeypatch):
+    """One in the future, those that come after it, and others at any distance from the end, of a long history."""
+    online, rng = make_online(slots=3), random.Random(0)
+    taken = [rng.choice(ITEMS) for _ in range(1500)]
+    online.log.append([Event("u", item, time=time) for time, item in enumerate(taken)])
+    online.observe(["u"], ["i0"], times=[10**9])
+    after = ["i0"]
+    for step in range(20):
+        item = rng.choice(ITEMS)
+        action = lambda item=item, step=step: online.observe(["u"], [item], times=[1500 + step])  # noqa: E731
+        assert read_by(online, monkeypatch, action) <= 70
+        taken.append(item)
+    assert_up_to_date(online, "u", taken + after)
+    for distance in (10, 100, 1000, 30, 300):
+        place = len(taken) - distance
+        action = lambda place=place: online.observe(["u"], ["i7"], times=[place - 0.5])  # noqa: E731
+        assert read_by(online, monkeypatch, action) <= 16 * distance + 70
+        taken.insert(place, "i7")
+        online.log.forget(["u"])
+        online.log.append([Event("u", item, time=time) for time, item in enumerate(taken)])
+        online.log.append([Event("u", "i0", time=10**9)])
+        online.recommend(["u"])
+        assert_up_to_date(online, "u", taken + after)
+    assert online.stats()["users"] == 1
+
+
+def test_a_long_history_grown_item_by_item_has_earlier_states(monkeypatch):
+    in_short_pieces(monkeypatch)
+    online = make_online(slots=3)
+    taken = [ITEMS[n * n % 12] for n in range(40)]
+    for time, item in enumerate(taken):
+        online.observe(["u"], [item], times=[time])
+    action = lambda: online.observe(["u"], ["i7"], times=[37.5])  # noqa: E731
+    assert read_by(online, monkeypatch, action) < 12
+    assert_up_to_date(online, "u", [*taken[:38], "i7", *taken[38:]])
+
+
+def test_earlier_states_are_few_and_go_with_their_users():
+    online = make_online(slots=3)
+    for user in ("u", "v"):
+        online.log.append([Event(user, item, time=time) for time, item in enumerate(ITEMS * 100)])
+    online.recommend(["u", "v"])
+    states = online._states._earlier
+    assert not list(states.known("u"))  # of three users one has any
+    assert 3 <= len(list(states.known("v"))) <= 6
+    for step in range(3):
+        for time in range(30):
+            online.observe(["v"], ["i1"], times=[1200 + 30 * step + time])
+    assert len(list(states.known("v"))) <= 6
+    online.forget(["v"])
+    assert not list(states.known("v"))
+    online.observe(["v"], ["i1"], times=[1])
+    assert_up_to_date(online, "v", ["i1"])
+
+
+def test_others_have_their_turn_while_a_long_history_is_read(monkeypatch):
+    """Between its pieces, though they come while the first is being read; also those who evict its user."""
+    monkeypatch.setattr(streams, "TOKENS_AT_ONCE", 50)
+    online, served = make_online(slots=2), []
+    taken = [ITEMS[n * n % 12] for n in range(2000)]
+    online.log.append([Event("u", item) for item in taken])
+    read = online._states._streams.read
+    begun = threading.Event()
+
+    def slowly(slots, items):
+        if max(map(len, items)) > 1:
+            begun.set()
+            sleep(0.005)
+        read(slots, items)
+
+    monkeypatch.setattr(online._states._streams, "read", slowly)
+
+    def ask():
+        begun.wait(10)
+        for user in USERS[1:]:
+            online.observe([user], ["i1"])
+            served.append(user)
+
+    other = threading.Thread(target=ask)
+    other.start()
+    online.recommend(["u"])
+    assert len(served) >= 3
+    other.join()
+    monkeypatch.setattr(online._states._streams, "read", read)
+    assert_up_to_date(online, "u", taken)
+    for user in USERS[1:]:
+        assert_up_to_date(online, user, ["i1"])
+
+
+def test_nobody_has_two_turns_while_somebody_waits():
+    turns, order = Turns(), []
+
+    def work(number):
+        for _ in range(30):
+            with turns:
+                order.append(number)
+                sleep(0.002)
+
+    run_threads(work, 2)
+    assert sum(one == other for one, other in itertools.pairwise(order)) < 10
+
+
+def test_users_who_evict_each_other_come_to_an_end(monkeypatch):
+    in_short_pieces(monkeypatch)
+    online = make_online(slots=1)
+    for user in "uv":
+        online.log.append([Event(user, item) for item in ITEMS * 5])
+
+    def work(number):
+        for _ in range(5):
+            online.recommend(["uv"[number % 2]])
+
+    run_threads(work, 4)
+    assert_up_to_date(online, "u", ITEMS * 5)
+
+
+def test_unknown_items_alone_take_no_slot(monkeypatch):
+    """However many they are."""
+    in_short_pieces(monkeypatch)
+    online = make_online()
+    online.log.append([Event("u", "not of this model") for _ in range(20)])
+    assert online.recommend(["u"]) == [[]]
+    assert online.stats()["users"] == 0
+    online.observe(["u"], ["i3"])
+    online.log.append([Event("u", "nor this") for _ in range(20)])
+    assert_up_to_date(online, "u", ["i3"])
+    online.log.append([Event("v", "neither", time=time) for time in range(20)] + [Event("v", "i3", time=30)])
+    assert_up_to_date(online, "v", ["i3"])
+    online.log.forget(["v"])
+    online.log.append([Event("v", "neither", time=time) for time in range(20)] + [Event("v", "of none", time=30)])
+    assert online.recommend(["v"], exclude_seen=False) == [[]]
+
+
+def test_a_time_beyond_the_horizon_is_refused():
+    now = [1000]
+    online = make_online(horizon=lambda: now[0])
+    online.observe(["u", "u"], ["i1", "i2"], times=[1000, None])
+    with pytest.raises(
+        ValueError, match=r"time must be at most 1000, this recommender's horizon; given 1000\.5 of an event"
+    ):
+        online.observe(["v", "u"], ["i3", "i3"], times=[999, 1000.5])
+    assert history(online.log, "v") == []
+    now[0] = 1001
+    online.observe(["u"], ["i3"], times=[1000.5])
+    assert_up_to_date(online, "u", ["i1", "i2", "i3"])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +19,7 @@ from checks import ROUNDING
 from crash import fork, wait
 from online_data import ITEMS, batch_scores, history, make_model, slot_bytes
 from ttt4rec import TTT4Rec
+from ttt4rec.files import checksum
 from ttt4rec.recsys import snapshot
 from ttt4rec.recsys.events import Event, SQLiteEventLog
 from ttt4rec.recsys.online import OnlineRecommender
@@ -191,14 +194,49 @@ def broken(path, how):
         case "one bit":
             path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
         case "other tensors":
-            save_file({name: x for name, x in load_file(path).items() if name != "digest"}, path, marks(path))
+            save_file({name: x for name, x in load_file(path).items() if name != "mark"}, path, marks(path))
         case "another kind":
-            save_file(load_file(path), path, marks(path) | {"kind": "ttt4rec states of users, version 0"})
+            save_file(load_file(path), path, marks(path) | {"kind": "ttt4rec states of users, version 1"})
         case "no marks":
             save_file(load_file(path), path)
         case "folder":
             path.unlink()
             path.mkdir()
+
+
+def rewritten(path, change):
+    """A snapshot with another content and the right checksum for it."""
+    tensors = load_file(path)
+    users = json.loads(tensors["users"].numpy().tobytes())
+    users, tensors = change(users, tensors)
+    tensors["users"] = torch.from_numpy(np.frombuffer(json.dumps(users).encode(), np.uint8).copy())
+    save_file(tensors, path, marks(path) | {"checksum": checksum(tensors)})
+
+
+CONTENTS = {
+    "numbers": (lambda users, tensors: ([[], *range(6)], tensors), "its users are not texts that all differ"),
+    "one of them twice": (lambda users, tensors: ([*users[1:], users[1]], tensors), "its users are not texts that all"),
+    "no list": (lambda users, tensors: (dict.fromkeys(users), tensors), "its users are not texts that all differ"),
+    "too few": (lambda users, tensors: (users[1:], tensors), "its tensors are not those of its 6 users"),
+    "another dtype": (lambda users, tensors: (users, {name: x.float() for name, x in tensors.items()}), "float"),
+    "another shape": (lambda users, tensors: (users, tensors | {"hidden": tensors["hidden"][:, :3].clone()}), ""),
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_snapshot_of_wrong_content_is_passed_over(saved, caplog, content):
+    change, reason = CONTENTS[content]
+    rewritten(saved / "states.safetensors", change)
+    online = start(saved)
+    assert "is passed over, states are made from the event log: " in caplog.text
+    assert reason in caplog.text
+    assert_right(online)
+    online.observe([f"v{n}" for n in range(10)], ["i1"] * 10)
+    assert online.stats()["users"] == 10  # no slot is lost
+
+
+def test_only_the_owner_may_read_it(saved):
+    assert (saved / "states.safetensors").stat().st_mode & 0o777 == 0o600
 
 
 def marks(path):

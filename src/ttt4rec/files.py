@@ -250,7 +250,9 @@ def _check_seal(path: Path, seal: dict[str, Any], expected: Callable[[], str]) -
 
 
 def _put_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    handle = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)  # ids of users are nobody else's business
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
 
 
 def _put_sealed(path: Path, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:

@@ -1,9 +1,9 @@
 """Copies of the weights, from which the walk back replays.
 
 Of every ``segment`` mini-batches but a sequence's first the forward keeps the weights before them: a checkpoint.
-Checkpoints are ``[B L // (segment K), H, numbers]``, W and b of all layers in a row. That of a segment which begins at
-token t of the flattened tokens is number t // (segment K) - 1. Such a segment comes after a whole one, so no two begin
-among the same segment K tokens.
+Checkpoints are ``[B L // (segment K) + 2, H, numbers]``, W and b of all layers in a row. That of a segment which begins
+at token t of the flattened tokens is number t // (segment K) - 1. Such a segment comes after a whole one, so no two
+begin among the same segment K tokens. The last two are spare: a size that may be 0 or 1 would bind traced programs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,9 +25,7 @@ class Checkpoints:
     @classmethod
     def empty(cls, scan: Scan) -> "Checkpoints":
         """For all tokens of a scan."""
-        (B, L, H), weights = scan.q.shape[:3], scan.weights
-        number = B * L // (scan.segment * scan.token_scale.numel())
-        return cls(weights[0].new_empty(number, H, sum(w.shape[2:].numel() for w in weights)), scan)
+        return cls(scan.new_checkpoints(), scan)
 
     def write(self, chunk: RowChunk, part: MiniBatch, rows: Sequence[Tensor]) -> None:
         """Keep the weights, ``[R, in + 1, out]`` a layer, of the sequences that have this mini-batch."""

@@ -110,8 +110,7 @@ def _forward(scan: Scan) -> tuple[Tensor, ...]:
     B, L, H, D = o.shape
     kept = [call.results(B, L, H, width) for width in ((call.hidden, D) if call.hidden else (D,))]
     outgoing = [w.new_empty(w.shape) for w in weights]
-    num_checkpoints = B * L // (scan.segment * scan.token_scale.numel())
-    checkpoints = weights[0].new_empty(num_checkpoints, H, sum(w.shape[2:].numel() for w in weights))
+    checkpoints = scan.new_checkpoints()
     call.set("o", o)
     call.set_all("kept", kept)
     call.set("checkpoints", checkpoints)

@@ -26,7 +26,7 @@ struct Call {
   const T* weights[4];
   int64_t strides[4];
   T* kept[2];
-  T* checkpoints;  // [total / (segment K), H, all weights], of the segment that begins in that many tokens and is not a first one
+  T* checkpoints;  // [total / (segment K) + 2, H, all weights], of the segment that begins in that many tokens and is not a first one
   // forward
   T *o, *outgoing[4];
   // backward

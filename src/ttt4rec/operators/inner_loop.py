@@ -16,24 +16,18 @@ TOKENS = ("q", "k", "v", "inner_lr")
 PARAMETERS = ("token_scale", "weights", "ln_weight", "ln_bias")
 
 
-def num_checkpoints(scan: Scan) -> int:
-    """Of a scan: a segment that is not its sequence's first begins in its own segment·K tokens of all."""
-    return scan.q.shape[0] * scan.q.shape[1] // (scan.segment * scan.token_scale.shape[0])
-
-
 def _declare(model: InnerModel) -> Operator[Scan]:
     """o; the weights after the last complete mini-batch; what the backward keeps, checkpoints last."""
     outgoing = tuple(f"{name}_out" for name in model.weights)
     kept = (*model.kept, "checkpoints")
 
     def fake(scan: Scan, backend: str) -> tuple[Tensor, ...]:
-        q, weights, (H, D) = scan.q, scan.weights, scan.ln_weight.shape
+        q, weights, D = scan.q, scan.weights, scan.q.shape[3]
         hidden = weights[0].shape[-1] if model.expansion else 0
         # kernels keep inner gradients as rounded for their products, the other backends in full precision
         dtype = q.dtype if backend == "triton" else weights[0].dtype
         tokens = [q.new_empty(*q.shape[:3], width, dtype=dtype) for width in model.kept_widths(D, hidden)]
-        checkpoints = weights[0].new_empty(num_checkpoints(scan), H, model.numbers(D, hidden))
-        return q.new_empty(q.shape), *(w.new_empty(w.shape) for w in weights), *tokens, checkpoints
+        return q.new_empty(q.shape), *(w.new_empty(w.shape) for w in weights), *tokens, scan.new_checkpoints()
 
     def gradient_dtype(scan: Scan, field: str) -> torch.dtype | None:
         return None if field in TOKENS else scan.weights[0].dtype
@@ -42,7 +36,7 @@ def _declare(model: InnerModel) -> Operator[Scan]:
         """One sequence's and head's zeros for all: a kernel makes whole what it reads by tokens."""
         return tuple(x.new_zeros(1, 1, *x.shape[2:]).expand(x.shape) for x in (scan.q, *scan.weights))
 
-    def sample(sizes: Sizes, draw: Draw, *, packed: bool = False, segment: int = 16, expansion: int = 0) -> Scan:
+    def sample(sizes: Sizes, draw: Draw, *, packed: bool = False, segment: int = 1, expansion: int = 0) -> Scan:
         """A row is a sequence; packed: three sequences in one row, one of them empty, and tokens of none."""
         B, L, H, D, K = sizes
         shapes, wide, starts, lengths, N = model.shapes(D, (expansion or model.expansion) * D), draw.wide, None, None, B

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
@@ -16,26 +17,15 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from ttt4rec.recsys import event_rows
 from ttt4rec.recsys.data import DataError, Histories
 
-_APPLICATION, _VERSION = 0x74747434, 1  # "ttt4"
-_SCHEMA = f"""
-PRAGMA application_id = {_APPLICATION};
-PRAGMA user_version = {_VERSION};
-CREATE TABLE users (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, length INTEGER NOT NULL, latest NOT NULL
-);
-CREATE TABLE events (
-    user INTEGER NOT NULL, number INTEGER NOT NULL, item TEXT NOT NULL, time NOT NULL, event TEXT,
-    PRIMARY KEY (user, number)
-) WITHOUT ROWID;
-CREATE UNIQUE INDEX events_of_users ON events (user, event) WHERE event IS NOT NULL;
-"""
-_NO_TIME = -math.inf
 _PATIENCE = 30
 """Seconds to wait for other processes."""
 _PATIENCE_WIPING = 0.5
 """The same where others of this process wait meanwhile."""
+_CHECKED_AT_ONCE = 2048
+"""Events; others wait while these are read."""
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +62,17 @@ class Event:
 
 
 def events_of(histories: Histories) -> list[Event]:
-    """All that the users of a data set did, with its times, to begin a log with."""
-    owners = np.repeat(np.arange(histories.num_users), np.diff(histories.offsets)).tolist()
+    """All that the users of a data set did, with its times, to begin a log with.
+
+    The event ids are places in the users' histories, so that a log takes a data set once, however often it is sent.
+    """
+    lengths = np.diff(histories.offsets)
+    owners = np.repeat(np.arange(histories.num_users), lengths).tolist()
+    places = (np.arange(len(histories.items)) - np.repeat(histories.offsets[:-1], lengths)).tolist()
+    columns = owners, histories.items.tolist(), histories.times.tolist(), places
     return [
-        Event(histories.user_ids[user], histories.item_ids[item - 1], time=time)
-        for user, item, time in zip(owners, histories.items.tolist(), histories.times.tolist(), strict=True)
+        Event(histories.user_ids[user], histories.item_ids[item - 1], f"data set: {place}", time)
+        for user, item, time, place in zip(*columns, strict=True)
     ]
 
 
@@ -94,26 +90,36 @@ def _is_time(value: object) -> bool:
 
 
 class Known(NamedTuple):
-    """What a reader has of a history: its version and so many of its items."""
+    """A beginning of a history that a reader has: its length in items, and the log's mark after it."""
 
-    version: int
     length: int
-
-
-NOTHING = Known(0, 0)
+    mark: int
 
 
 class Tail(NamedTuple):
-    """What a reader has not: the items from ``start`` on.
+    """What a reader has not.
 
-    ``version`` stays while items are put at a history's end and changes to one never used before when the history
-    changes in any other way; 0 is that of a user without events. ``start`` is the known length if the known version
-    is this one, else 0.
+    Attributes:
+        start: the length of the longest known beginning that still is one of the history; 0 if none is.
+        items: what comes next, all or as much as was asked for.
+        marks: the log's after each of these: 64 bits of all events up to there, so that two histories with the same
+            mark after the same number of items begin with the same events.
+        length: of the whole history at present.
     """
 
-    version: int
     start: int
     items: list[str]
+    marks: list[int]
+    length: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the items go to the history's end."""
+        return self.start + len(self.items) == self.length
+
+
+class DamagedLogError(OSError):
+    """What the log holds is not what was written to it: a bit has changed on the disk, say."""
 
 
 class EventLog(Protocol):
@@ -132,11 +138,16 @@ class EventLog(Protocol):
         """
         ...
 
-    def read(self, user_ids: Sequence[str], known: Sequence[Known]) -> list[Tail]:
+    def read(self, user_ids: Sequence[str], known: Sequence[Sequence[Known]], limit: int | None = None) -> list[Tail]:
         """For each user what lies beyond what is known, all of the same moment; every finished append is seen.
 
+        Args:
+            user_ids: whose histories.
+            known: for each user any number of beginnings, the longest first.
+            limit: items at most, of all users together, those of the first users first; None: all.
+
         Raises:
-            OSError: the store cannot be read.
+            OSError: the store cannot be read. DamagedLogError: a part of what was asked for is damaged.
         """
         ...
 
@@ -153,73 +164,119 @@ class SQLiteEventLog:
     """An ``EventLog`` in an SQLite file, for any number of threads, and of processes of one machine.
 
     A batch is one transaction in a write-ahead log that is flushed to the disk before ``append`` returns
-    (``synchronous=FULL``). Deleted histories are overwritten with zeros.
+    (``synchronous=FULL``). Deleted histories are overwritten with zeros. The file is checked as a whole when it is
+    opened, and every row by its checksum when it is read. A file of version 1, without checksums, is brought to the
+    present version, which takes as much room again while it lasts. Only the owner may read a file that is made here.
 
     Args:
         path: the file, made if missing; two more, ``-wal`` and ``-shm``, lie beside it while it is open.
 
+    Attributes:
+        damage: what was found damaged since the log was opened; None: nothing.
+
     Raises:
         ValueError: the file is something else.
-        OSError: it cannot be opened or made.
+        OSError: it cannot be opened or made. DamagedLogError: it is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if self.path.name == ":memory:":
             raise ValueError("the event log must be a file; given ':memory:', which every connection has for itself")
+        self.damage: str | None = None
         self._unwiped = False
         self._locks = threading.Lock(), threading.Lock()
+        self._make_private()
         self._writer, self._reader = self._connect(), self._connect()
-        with self._transaction(writing=True) as database:
-            if _is_empty(database):
-                for statement in _SCHEMA.split(";\n"):
-                    database.execute(statement)
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, events: Sequence[Event]) -> list[bool]:
-        """See ``EventLog``."""
-        by_user: dict[str, list[int]] = {}
-        for number, event in enumerate(events):
-            by_user.setdefault(event.user_id, []).append(number)
-        new = [False] * len(events)
+        """See ``EventLog``. An event that comes late costs what lies behind it in its user's history."""
         with self._transaction(writing=True) as database:
-            for user, numbers in by_user.items():
-                taken = _append(database, user, [events[number] for number in numbers])
-                for number, is_new in zip(numbers, taken, strict=True):
-                    new[number] = is_new
+            new = _append(database, events)
         if self._unwiped:
             self._wipe(0)
         return new
 
-    def read(self, user_ids: Sequence[str], known: Sequence[Known]) -> list[Tail]:
+    def begin(self, histories: Histories) -> bool:
+        """Log a data set if nothing was ever logged here; of several who try at once, one does.
+
+        Nothing is logged either if all users of before were forgotten.
+
+        Returns:
+            Whether it was logged.
+
+        Raises:
+            OSError: as ``append``.
+        """
+        used = "SELECT 1 FROM sqlite_sequence"  # whose row stays when all others are deleted
+        with self._transaction(writing=False) as database:
+            if database.execute(used).fetchone():
+                return False
+        events = events_of(histories)
+        with self._transaction(writing=True) as database:
+            if database.execute(used).fetchone():
+                return False
+            _append(database, events)
+        return True
+
+    def read(self, user_ids: Sequence[str], known: Sequence[Sequence[Known]], limit: int | None = None) -> list[Tail]:
         """See ``EventLog``."""
         tails = []
+        left = math.inf if limit is None else limit
         with self._transaction(writing=False) as database:
-            for user, (version, length) in zip(user_ids, known, strict=True):
-                row = database.execute("SELECT id, length FROM users WHERE name = ?", (user,)).fetchone()
-                if row is None:
-                    tails.append(Tail(0, 0, []))
-                    continue
-                start = length if row[0] == version and length <= row[1] else 0
-                query = "SELECT item FROM events WHERE user = ? AND number >= ? ORDER BY number"
-                items = database.execute(query, (row[0], start)) if start < row[1] else ()
-                tails.append(Tail(row[0], start, [item for (item,) in items]))
+            for user, beginnings in zip(user_ids, known, strict=True):
+                tails.append(_read(database, user, beginnings, left))
+                left -= len(tails[-1].items)
         return tails
 
     def forget(self, user_ids: Sequence[str]) -> None:
         """See ``EventLog``.
 
-        While another process reads, what was deleted may still stand in the ``-wal`` file: a warning to ``logging``
-        says so, and one of the next calls wipes it.
+        Deleting takes room beside the file until it has happened; the error of a full disk says how much. While
+        somebody else reads, what was deleted may still stand in the ``-wal`` file: a warning to ``logging`` says so,
+        and one of the next calls wipes it.
         """
-        with self._transaction(writing=True) as database:
-            for user in user_ids:
-                _delete(database, user)
+        room = 0
+        try:
+            with self._transaction(writing=True) as database:
+                room = event_rows.bytes_to_delete(database, user_ids)
+                for user in user_ids:
+                    event_rows.delete_user(database, user)
+        except OSError as error:
+            if not any(word in str(error.__cause__) for word in ("full", "I/O")):
+                raise
+            free = shutil.disk_usage(self.path.parent).free
+            raise OSError(f"{error}; to forget them takes up to {room:,} bytes on its disk, where {free:,} are free; "
+                          "make room, and forget them again") from error  # fmt: skip
         self._wipe(_PATIENCE_WIPING)
         if self._unwiped:
-            logger.warning("what was forgotten stands in %s-wal until no other process reads the log", self.path)
+            logger.warning("what was forgotten stands in %s-wal until nobody else reads the log", self.path)
+
+    def check(self, stop: Callable[[], bool] = bool) -> None:
+        """Read the whole log, which others use meanwhile, and compare it with its checksums.
+
+        Args:
+            stop: asked before each user; ends the check when it says True.
+
+        Raises:
+            DamagedLogError: names the first damaged event, user or page. OSError: the log cannot be read.
+        """
+        with closing(self._connect()) as database, self._whole(database, writing=False):
+            event_rows.check_file(database)
+        for user in self.users():
+            if stop():
+                return
+            known: tuple[Known, ...] = ()
+            while not (tail := self.read([user], [known], _CHECKED_AT_ONCE)[0]).is_whole:
+                known = (Known(tail.start + len(tail.items), tail.marks[-1]),)
 
     def users(self) -> list[str]:
-        """All users that have a history, in the order in which these began or were last rewritten."""
+        """All users that have a history, in the order in which these began."""
         with self._transaction(writing=False) as database:
             return [name for (name,) in database.execute("SELECT name FROM users ORDER BY id")]
 
@@ -240,40 +297,76 @@ class SQLiteEventLog:
             finally:
                 self._writer.execute(f"PRAGMA busy_timeout = {1000 * _PATIENCE}")
 
+    def _prepare(self) -> None:
+        with self._transaction(writing=True) as database:
+            if _is_empty(database):
+                event_rows.create(database)
+            elif _marks(database)[1] < event_rows.VERSION:
+                event_rows.upgrade(database)
+                self.path.chmod(0o600)
+        with self._transaction(writing=False) as database:
+            event_rows.check_file(database)
+
+    def _make_private(self) -> None:
+        """Make the file, if it is missing, for its owner alone; SQLite gives the others beside it the same mode."""
+        try:
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise OSError(f"cannot open the event log {self.path}: {error}") from error
+
     def _connect(self) -> sqlite3.Connection:
         try:
             connection = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
             connection.execute("BEGIN")  # what follows is of one moment: another process may be making the file
-            marks = tuple(connection.execute(f"PRAGMA {x}").fetchone()[0] for x in ("application_id", "user_version"))
-            is_other = marks != (_APPLICATION, _VERSION) and not _is_empty(connection)
+            application, version = _marks(connection)
+            is_log = application == event_rows.APPLICATION and 1 <= version <= event_rows.VERSION
+            is_other = not is_log and not _is_empty(connection)
             connection.execute("COMMIT")
             if is_other:
-                raise ValueError(f"{self.path} is a database, but no event log of version {_VERSION}")
+                raise ValueError(
+                    f"{self.path} is a database, but no event log of version {event_rows.VERSION} or before"
+                )
             _write_ahead(connection)
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA secure_delete = ON")
         except sqlite3.OperationalError as error:
             raise OSError(f"cannot open the event log {self.path}: {error}") from error
-        except sqlite3.DatabaseError as error:
+        except (
+            sqlite3.DatabaseError,
+            UnicodeDecodeError,
+        ) as error:  # the latter where a message quotes what is no text
             raise ValueError(f"{self.path} is not an event log: {error}") from error
         return connection
 
     @contextmanager
     def _transaction(self, *, writing: bool) -> Iterator[sqlite3.Connection]:
-        """All or nothing; sqlite3's errors become OSError."""
+        """All or nothing, one at a time."""
         lock, database = (self._locks[0], self._writer) if writing else (self._locks[1], self._reader)
-        with lock:
-            try:
-                database.execute("BEGIN IMMEDIATE" if writing else "BEGIN")
-                yield database
-                database.execute("COMMIT")
-            except BaseException as error:
-                if database.in_transaction:
-                    database.execute("ROLLBACK")
-                if isinstance(error, sqlite3.Error):
-                    what = "write to" if writing else "read"
-                    raise OSError(f"cannot {what} the event log {self.path}, which is as before: {error}") from error
-                raise
+        with lock, self._whole(database, writing=writing):
+            yield database
+
+    @contextmanager
+    def _whole(self, database: sqlite3.Connection, *, writing: bool) -> Iterator[None]:
+        """All or nothing; sqlite3's errors become OSError."""
+        try:
+            database.execute("BEGIN IMMEDIATE" if writing else "BEGIN")
+            yield
+            database.execute("COMMIT")
+        except BaseException as error:
+            if database.in_transaction:
+                database.execute("ROLLBACK")
+            if isinstance(error, event_rows.DamageError | UnicodeDecodeError) or "malformed" in str(error):
+                self.damage = str(error)
+                raise DamagedLogError(
+                    f"the event log {self.path} is damaged: {error}; restore the file from a backup, or forget "
+                    "the user who is named"
+                ) from error
+            if isinstance(error, sqlite3.Error):
+                what = "write to" if writing else "read"
+                raise OSError(f"cannot {what} the event log {self.path}, which is as before: {error}") from error
+            raise
 
 
 def _write_ahead(database: sqlite3.Connection) -> None:
@@ -293,44 +386,47 @@ def _is_empty(database: sqlite3.Connection) -> bool:
     return database.execute("SELECT 1 FROM sqlite_master").fetchone() is None
 
 
-def _append(database: sqlite3.Connection, user: str, events: Sequence[Event]) -> list[bool]:
-    """Log one user's events; which of them are new."""
-    row = database.execute("SELECT id, length, latest FROM users WHERE name = ?", (user,)).fetchone()
-    key, length, latest = row or (0, 0, _NO_TIME)
-    new, rows, ids = [], [], set()
-    newest = latest
-    for event in events:
-        is_new = event.event_id is None or not (event.event_id in ids or _has(database, key, event.event_id))
-        new.append(is_new)
-        if is_new:
-            ids.add(event.event_id)
+def _marks(database: sqlite3.Connection) -> tuple[int, int]:
+    """Whose file it is, and of which version."""
+    application, version = (database.execute(f"PRAGMA {x}").fetchone()[0] for x in ("application_id", "user_version"))
+    return application, version
+
+
+def _append(database: sqlite3.Connection, events: Sequence[Event]) -> list[bool]:
+    """Log a batch; which of the events are new."""
+    by_user: dict[str, list[int]] = {}
+    for number, event in enumerate(events):
+        by_user.setdefault(event.user_id, []).append(number)
+    new = [False] * len(events)
+    for name, numbers in by_user.items():
+        user = event_rows.find_user(database, name)
+        rows, ids = [], set()
+        newest = user.latest if user else event_rows.NO_TIME
+        for number in numbers:
+            event = events[number]
+            if event.event_id is not None:
+                if event.event_id in ids or (user and event_rows.has_event(database, user, event.event_id)):
+                    continue
+                ids.add(event.event_id)
+            new[number] = True
             time = newest if event.time is None else event.time
             newest = max(newest, time)
             rows.append((event.item_id, time, event.event_id))
-    if not rows:
-        return new
-    if min(time for _, time, _ in rows) < latest:  # out of order: the history begins anew, with another version
-        query = "SELECT item, time, event FROM events WHERE user = ? ORDER BY number"
-        rows = database.execute(query, (key,)).fetchall() + rows
-        _delete(database, user)
-        key, length = 0, 0
-    rows.sort(key=lambda row: row[1])
-    if not key:
-        insertion = database.execute("INSERT INTO users (name, length, latest) VALUES (?, 0, ?)", (user, newest))
-        key = insertion.lastrowid
-    numbered = [(key, length + i, *row) for i, row in enumerate(rows)]
-    database.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", numbered)
-    database.execute("UPDATE users SET length = ?, latest = ? WHERE id = ?", (length + len(rows), newest, key))
+        if rows:
+            event_rows.add_rows(database, user or event_rows.add_user(database, name), rows)
     return new
 
 
-def _has(database: sqlite3.Connection, key: int, event_id: str) -> bool:
-    found = database.execute("SELECT 1 FROM events WHERE user = ? AND event = ?", (key, event_id))
-    return found.fetchone() is not None
-
-
-def _delete(database: sqlite3.Connection, user: str) -> None:
-    row = database.execute("SELECT id FROM users WHERE name = ?", (user,)).fetchone()
-    if row is not None:
-        database.execute("DELETE FROM events WHERE user = ?", row)
-        database.execute("DELETE FROM users WHERE id = ?", row)
+def _read(database: sqlite3.Connection, name: str, known: Sequence[Known], limit: float) -> Tail:
+    """What one user's history has beyond the longest beginning that is known and still one."""
+    user = event_rows.find_user(database, name)
+    if user is None:
+        return Tail(0, [], [], 0)
+    start, mark = 0, event_rows.mark_at(database, user, 0)
+    for length, seen in known:
+        if length <= user.length and event_rows.mark_at(database, user, length) == seen:
+            start, mark = length, seen
+            break
+    stop = int(min(user.length, start + limit))
+    rows = list(event_rows.read_rows(database, user, start, stop, mark)) if start < stop else []
+    return Tail(start, [row[0] for row in rows], [row[3] for row in rows], user.length)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ttt4rec.model import TTT4Rec
@@ -36,6 +37,9 @@ class OnlineRecommender:
         pool_bytes: memory for the states of users, allocated at once; while ``refresh`` works, twice as much.
         snapshot: file that ``save_snapshot`` writes, and from which states are loaded now if it is there; one that is
             damaged or another model's is passed over with a warning to ``logging``.
+        horizon: the latest time that an event may have, asked at every ``observe`` and in the unit of the times, such
+            as ``lambda: time.time() + 86400``. Behind an event of the far future no other would find its place at the
+            history's end for long. None: any time.
 
     Raises:
         ValueError: the item ids are not the model's, pool_bytes is too little for one user, or the model keeps no
@@ -50,8 +54,9 @@ class OnlineRecommender:
         *,
         pool_bytes: int = 1 << 30,
         snapshot: str | os.PathLike[str] | None = None,
+        horizon: Callable[[], float] | None = None,
     ) -> None:
-        self.log = log
+        self.log, self._horizon = log, horizon
         self._snapshot = snapshot
         self._states = self._coming = UserStates(model, item_ids, log, pool_bytes)
         self._refreshing, self._saving = threading.Lock(), threading.Lock()
@@ -78,8 +83,8 @@ class OnlineRecommender:
             For each event whether it was new.
 
         Raises:
-            DataError: the arguments are not of one length, an id is no text, a time no number, or an item is not the
-                model's; the message names those. Nothing of the batch is logged.
+            DataError: the arguments are not of one length, an id is no text, a time no number or beyond the horizon, or
+                an item is not the model's; the message names those. Nothing of the batch is logged.
             OSError: the log cannot take the batch, for a full disk perhaps. Nothing of it is logged.
         """
         columns: list[Sequence[object]] = [_ids("user_ids", user_ids), _ids("item_ids", item_ids)]
@@ -89,6 +94,7 @@ class OnlineRecommender:
         if len(set(lengths)) > 1:
             raise DataError(f"user_ids, item_ids, event_ids and times must be of one length; given {lengths}")
         events = [Event(*fields) for fields in zip(*columns, strict=True)]
+        self._check_times(events)
         unknown = self._states.unknown(item_ids)
         if unknown:
             named = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
@@ -99,6 +105,15 @@ class OnlineRecommender:
         except Exception as error:  # the events are logged, which is what the caller wants to know
             logger.warning("events are logged, states will follow at the next request: %s", error, exc_info=True)
         return new
+
+    def _check_times(self, events: Sequence[Event]) -> None:
+        latest = math.inf if self._horizon is None else self._horizon()
+        for event in events:
+            if event.time is not None and event.time > latest:
+                raise DataError(
+                    f"time must be at most {latest:.17g}, this recommender's horizon; given {event.time} of an event "
+                    f"of user {event.user_id!r}; send the time at which it happened, in the unit of the horizon"
+                )
 
     def recommend(
         self, user_ids: Sequence[str], k: int = 10, *, exclude_seen: bool = True

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ttt4rec.files import checksum, remove_partials, write_tensors
 from ttt4rec.layer import TTTLayer
+from ttt4rec.recsys.events import is_text
 from ttt4rec.recsys.users import UserStates
 
-_KIND = "ttt4rec states of users, version 1"
+_KIND = "ttt4rec states of users, version 2"
 _USERS_AT_ONCE = 256  # while these are copied, others wait
 _USERS = "users"
 
@@ -72,7 +73,7 @@ def load_snapshot(path: str | os.PathLike[str], states: UserStates) -> int:
             stop = min(start + _USERS_AT_ONCE, len(users))
             first = len(tensors["length"]) - len(users)
             states.load(users[start:stop], {name: x[first + start : first + stop] for name, x in tensors.items()})
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:  # the latter are torch's
         reason = str(error).splitlines()[0]
         logger.warning("snapshot %s is passed over, states are made from the event log: %s", path, reason)
     return len(states.users())
@@ -98,4 +99,8 @@ def _read(path: Path, model: str) -> tuple[list[str], dict[str, Tensor]]:
     if checksum(tensors) != marks.get("checksum"):
         raise ValueError("its checksum is wrong")
     users = json.loads(tensors.pop(_USERS).numpy().tobytes())
+    if not (isinstance(users, list) and all(map(is_text, users)) and len(set(users)) == len(users)):
+        raise ValueError("its users are not texts that all differ")
+    if any(len(x) != len(users) for x in tensors.values()):
+        raise ValueError(f"its tensors are not those of its {len(users)} users")
     return users, tensors

@@ -11,8 +11,8 @@ from ttt4rec.blocks import BlockState
 from ttt4rec.model import TTT4Rec
 from ttt4rec.state import TTTState
 
-TOKENS_AT_ONCE = 16_384
-"""Items read in one call of the model; enough to fill a CPU's matmuls, small enough for its caches."""
+TOKENS_AT_ONCE = 2048
+"""Items read in one call of the model; enough to fill a CPU's matmuls, few enough for others to wait for their turn."""
 
 
 class Streams:

@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +14,15 @@ import torch
 from torch import Tensor
 
 from ttt4rec.model import TTT4Rec
+from ttt4rec.recsys import streams
 from ttt4rec.recsys.data import IntArray
-from ttt4rec.recsys.events import NOTHING, EventLog, Known, Tail
+from ttt4rec.recsys.earlier import Earlier, EarlierStates
+from ttt4rec.recsys.events import EventLog, Known, Tail
 from ttt4rec.recsys.streams import Streams
 from ttt4rec.validation import check_integer
 
 USERS_AT_ONCE = 512
-"""Users whose hidden states are handed out together."""
-
-_UNVERIFIED = -1  # version of a history that was read before a restart and not compared with the log's since
-_PRIME = (1 << 61) - 1
+"""Users who are brought up to the log, and whose hidden states are handed out, together."""
 
 
 @dataclass
@@ -31,32 +31,29 @@ class Reading:
 
     Attributes:
         slot: among the streams.
-        version: of the history, see ``events.Tail``.
-        length: items of it that were read, with those that the model does not know.
-        digest: of the codes of these items.
+        length: items of the history that were read, with those that the model does not know.
+        mark: the log's after these, see ``events.Tail``.
+        is_warm: whether the model knew one of them.
     """
 
     slot: int
-    version: int = 0
     length: int = 0
-    digest: int = 0
-
-    def go_on(self, version: int, codes: Sequence[int]) -> None:
-        """Take note of more items."""
-        self.version, self.length, self.digest = version, self.length + len(codes), _digest(self.digest, codes)
-
-    def is_beginning_of(self, tail: Tail, codes: Sequence[int]) -> bool:
-        """Whether the log's history goes on where this one ends; codes are those of the tail's items."""
-        if self.version == _UNVERIFIED:
-            return self.length <= len(codes) and self.digest == _digest(0, codes[: self.length])
-        return self.version == tail.version and self.length <= tail.start + len(codes)
+    mark: int = 0
+    is_warm: bool = False
 
 
-def _digest(digest: int, codes: Sequence[int]) -> int:
-    """The digest of a history from that of its beginning and the codes of its rest; the empty one's is 0."""
-    for code in codes:
-        digest = (digest * 1_000_003 + code + 1) % _PRIME
-    return digest
+class Turns:
+    """A lock that nobody takes twice in a row while somebody waits for it."""
+
+    def __init__(self) -> None:
+        self._next, self._lock = threading.Lock(), threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._next:
+            self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
 
 
 class UserStates:
@@ -65,6 +62,8 @@ class UserStates:
     Nothing here is more than a cache: a state is what the model makes of a user's whole history, and it is known which
     history, and how much of it, was read. Users without a state, being new, or evicted, or having another history now,
     get one from the log, several users in one packed call of the model. The least recently used ones are evicted.
+    A long history is read piece by piece, between which others have their turn; where an event was put into one, it is
+    read from the last of the user's ``EarlierStates`` that is still right.
 
     Args:
         model: put into evaluation mode; its weights must not change any more.
@@ -73,8 +72,8 @@ class UserStates:
         pool_bytes: budget of the states, see ``Streams``.
 
     Attributes:
-        counts: what was done so far: ``steps``, items read on from a state; ``prefills``, histories read from their
-            beginning; ``evictions``.
+        counts: what was done so far: ``steps``, items read on from a state, the further pieces of a long history among
+            them; ``prefills``, histories read from their beginning; ``evictions``.
 
     Raises:
         ValueError: the item ids are not the model's, the budget is too small, or the model keeps no states in pools.
@@ -90,9 +89,10 @@ class UserStates:
                 f"{len(self.item_ids)}, of which {len(self._codes)} differ"
             )
         self._streams = Streams(model, pool_bytes)
+        self._earlier = EarlierStates(1 + self.num_slots // 32)
         self._free = list(range(self.num_slots))
         self._readings: OrderedDict[str, Reading] = OrderedDict()  # the least recently used first
-        self._lock = threading.Lock()
+        self._lock = Turns()
         self.counts = {"steps": 0, "prefills": 0, "evictions": 0}
 
     @property
@@ -120,8 +120,10 @@ class UserStates:
         Raises:
             OSError: the log cannot be read.
         """
-        with self._lock:
-            self._advance(users[-self.num_slots :], whole=False)
+        users = users[-self.num_slots :]
+        for start in range(0, len(users), USERS_AT_ONCE):
+            with self._up_to_date(users[start : start + USERS_AT_ONCE]):
+                pass
 
     def hidden(self, users: Sequence[str], *, seen: bool) -> Iterator[tuple[list[str], Tensor, list[IntArray]]]:
         """Hidden states after the whole histories of users, all different, some hundred at once.
@@ -139,13 +141,11 @@ class UserStates:
         size = min(self.num_slots, USERS_AT_ONCE)
         for start in range(0, len(users), size):
             part = users[start : start + size]
-            with self._lock:
-                histories = self._advance(part, whole=seen)
-                warm = [number for number, user in enumerate(part) if user in self._readings]
-                hidden = self._streams.hidden([self._readings[part[number]].slot for number in warm])
+            with self._up_to_date(part):
+                warm = [user for user in part if user in self._readings]
+                hidden = self._streams.hidden([self._readings[user].slot for user in warm])
             if warm:
-                items = [np.array([code for code in histories[number] if code]) for number in warm] if seen else []
-                yield [part[number] for number in warm], hidden, items
+                yield warm, hidden, self._histories(warm) if seen else []
 
     def drop(self, users: Sequence[str]) -> None:
         """Wipe the states of users."""
@@ -161,14 +161,14 @@ class UserStates:
             OSError: the log cannot be read.
         """
         with self._lock:
-            users = [user for user in users if user in self._readings]
-            self._compare(users, *self._rests(users, whole=False))
+            users = [user for user in users if self._is_warm(user)]
+            self._compare(users, self.log.read(users, [self._known(user) for user in users], 0))
             users = [user for user in users if user in self._readings]
             if not users:
                 return [], {}
             readings = [self._readings[user] for user in users]
             tensors = self._streams.export([reading.slot for reading in readings])
-            for name in ("length", "digest"):
+            for name in ("length", "mark"):
                 tensors[name] = torch.tensor([getattr(reading, name) for reading in readings], dtype=torch.int64)
         return list(users), tensors
 
@@ -182,47 +182,96 @@ class UserStates:
         """
         with self._lock:
             slots = self._free[-len(users) :]
+            marks = zip(slots, tensors["length"].tolist(), tensors["mark"].tolist(), strict=True)
+            readings = [Reading(*mark, is_warm=True) for mark in marks]
             try:
                 self._streams.load(slots, tensors)
             except BaseException:
                 self._streams.reset(slots)
                 raise
             del self._free[-len(users) :]
-            marks = zip(tensors["length"].tolist(), tensors["digest"].tolist(), strict=True)
-            for user, slot, (length, digest) in zip(users, slots, marks, strict=True):
-                self._readings[user] = Reading(slot, _UNVERIFIED, length, digest)
+            self._readings.update(zip(users, readings, strict=True))
+
+    @contextmanager
+    def _up_to_date(self, users: Sequence[str]) -> Iterator[None]:
+        """Hold the lock, with at most ``num_slots`` users up to the log; others have it between long histories' pieces.
+
+        Should these evict the users again and again, the rest is read with the lock held.
+        """
+        lagging, turns = users, None
+        while True:
+            with self._lock:
+                missing = self._advance(lagging)
+                if not missing and len(lagging) < len(users):  # the others may have been evicted meanwhile
+                    missing = self._advance(users)
+                turns = 2 + sum(missing.values()) // streams.TOKENS_AT_ONCE if turns is None else turns - 1
+                while missing and turns <= 0:
+                    missing = self._advance(users)
+                if not missing:
+                    yield
+                    return
+                lagging = list(missing)
+
+    def _histories(self, users: Sequence[str]) -> list[IntArray]:
+        """Codes of all items in users' histories that the model knows; read piece by piece, without the lock."""
+        found: list[list[int]] = [[] for _ in users]
+        known: list[tuple[Known, ...]] = [() for _ in users]
+        pending = list(range(len(users)))
+        while pending:
+            limit = streams.TOKENS_AT_ONCE
+            tails = self.log.read([users[n] for n in pending], [known[n] for n in pending], limit)
+            for n, tail in zip(pending, tails, strict=True):
+                found[n][tail.start :] = [self._codes.get(item, 0) for item in tail.items]
+                if tail.items:
+                    known[n] = (Known(len(found[n]), tail.marks[-1]),)
+            pending = [n for n, tail in zip(pending, tails, strict=True) if not tail.is_whole]
+        return [np.array([code for code in codes if code]) for codes in found]
 
     # What follows is called with the lock held.
 
-    def _advance(self, users: Sequence[str], *, whole: bool) -> list[list[int]]:
-        """Bring at most ``num_slots`` users up to the log; codes of what was read there, histories or their rests."""
-        tails, found = self._rests(users, whole=whole)
-        self._compare(users, tails, found)
-        rest: dict[str, tuple[int, list[int]]] = {}  # the history's version, and what of it is yet to be read
-        for user, tail, codes in zip(users, tails, found, strict=True):
-            reading = self._readings.get(user)
-            if reading is not None:
+    def _advance(self, users: Sequence[str]) -> dict[str, int]:
+        """Read on, at most one call of the model's items; of whom how many are missing then."""
+        tails = self.log.read(users, [self._known(user) for user in users], streams.TOKENS_AT_ONCE)
+        self._compare(users, tails)
+        rest: dict[str, tuple[Tail, list[int]]] = {}
+        for user, tail in zip(users, tails, strict=True):
+            codes = [self._codes.get(item, 0) for item in tail.items]
+            if user in self._readings:
                 self._readings.move_to_end(user)
-                rest[user] = tail.version, codes[reading.length - tail.start :]
-            elif any(codes):
-                rest[user] = tail.version, codes
+            elif not any(codes) and tail.is_whole:
+                continue
+            if codes:
+                rest[user] = tail, codes
         self._make_room(sum(user not in self._readings for user in rest))
         self._read(rest)
-        return found
+        self._drop([user for user, (tail, _) in rest.items() if tail.is_whole and not self._is_warm(user)])
+        return {
+            user: tail.length - tail.start - len(tail.items)
+            for user, tail in zip(users, tails, strict=True)
+            if not tail.is_whole
+        }
 
-    def _rests(self, users: Sequence[str], *, whole: bool) -> tuple[list[Tail], list[list[int]]]:
-        """What the log has of users beyond what was read, or all of it; also the codes of these items."""
-        tails = self.log.read(users, [NOTHING if whole else self._known(user) for user in users])
-        return tails, [[self._codes.get(item, 0) for item in tail.items] for tail in tails]
+    def _known(self, user: str) -> list[Known]:
+        reading = self._readings.get(user)
+        return [] if reading is None else [Known(reading.length, reading.mark), *self._earlier.known(user)]
 
-    def _compare(self, users: Sequence[str], tails: Sequence[Tail], found: Sequence[Sequence[int]]) -> None:
-        """Drop the states of which the log's histories are no continuation."""
-        for user, tail, codes in zip(users, tails, found, strict=True):
+    def _is_warm(self, user: str) -> bool:
+        return user in self._readings and self._readings[user].is_warm
+
+    def _compare(self, users: Sequence[str], tails: Sequence[Tail]) -> None:
+        """Go back to the beginnings that the log's histories still have; without one, drop the state."""
+        for user, tail in zip(users, tails, strict=True):
             reading = self._readings.get(user)
-            if reading is None:
+            if reading is None or reading.length == tail.start:
                 continue
-            if reading.is_beginning_of(tail, codes):
-                reading.version = tail.version
+            if tail.start:
+                earlier = self._earlier.go_back(user, tail.start)
+                reading.length, reading.mark = earlier.known
+                try:
+                    self._streams.load([reading.slot], earlier.tensors)
+                except BaseException:
+                    self._drop([user])
+                    raise
             else:
                 self._drop([user])
 
@@ -232,31 +281,50 @@ class UserStates:
         self.counts["evictions"] += len(evicted)
         self._drop(evicted)
 
-    def _read(self, rest: dict[str, tuple[int, list[int]]]) -> None:
+    def _read(self, rest: dict[str, tuple[Tail, list[int]]]) -> None:
         """Read on, in free slots where users have no state yet."""
         begun = {
             user: self._readings.pop(user) if user in self._readings else Reading(self._free.pop()) for user in rest
         }
-        known = {user: [code for code in codes if code] for user, (_, codes) in rest.items()}
-        moving = [user for user in rest if known[user]]
+        for user, (_, codes) in rest.items():
+            self.counts["prefills"] += not begun[user].length
+            self.counts["steps"] += begun[user].length > 0 and sum(map(bool, codes))
+        cuts = {
+            user: self._earlier.cuts(user, tail.start, tail.start + len(codes), tail.length)
+            for user, (tail, codes) in rest.items()
+        }
         try:
-            self._streams.read([begun[user].slot for user in moving], [known[user] for user in moving])
+            while cuts:
+                self._read_to({user: places.pop(0) for user, places in cuts.items()}, begun, rest)
+                cuts = {user: places for user, places in cuts.items() if places}
         except BaseException:  # what the streams hold now is of no use; the log has it all
-            slots = [reading.slot for reading in begun.values()]
-            self._streams.reset(slots)
-            self._free += slots
+            self._readings |= begun
+            self._drop(list(begun))
             raise
-        for user, reading in begun.items():
-            self.counts["prefills"] += not reading.length
-            self.counts["steps"] += reading.length > 0 and len(known[user])
-            reading.go_on(*rest[user])
-            self._readings[user] = reading
+        self._readings |= begun
 
-    def _known(self, user: str) -> Known:
-        reading = self._readings.get(user)
-        return NOTHING if reading is None or reading.version == _UNVERIFIED else Known(reading.version, reading.length)
+    def _read_to(
+        self, places: dict[str, int], begun: dict[str, Reading], rest: dict[str, tuple[Tail, list[int]]]
+    ) -> None:
+        """Read each user's history on to a place, and keep the state there if it is one to keep."""
+        coming = {}
+        for user, place in places.items():
+            (tail, codes), reading = rest[user], begun[user]
+            coming[user] = [code for code in codes[reading.length - tail.start : place - tail.start] if code]
+            reading.is_warm |= bool(coming[user])
+        moving = [user for user in places if coming[user]]
+        self._streams.read([begun[user].slot for user in moving], [coming[user] for user in moving])
+        for user, place in places.items():
+            (tail, codes), reading = rest[user], begun[user]
+            reading.length, reading.mark = place, tail.marks[place - tail.start - 1]
+            is_cut = place < tail.start + len(codes)
+            if reading.is_warm and (is_cut or self._earlier.is_due(user, place)):
+                earlier = Earlier(Known(place, reading.mark), self._streams.export([reading.slot]))
+                self._earlier.keep(user, earlier, tail.length)
 
     def _drop(self, users: Sequence[str]) -> None:
         slots = [self._readings.pop(user).slot for user in users]
+        for user in users:
+            self._earlier.drop(user)
         self._streams.reset(slots)
         self._free += slots
