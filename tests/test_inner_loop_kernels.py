@@ -82,10 +82,10 @@ def make_gradients(inner: str, inputs: Inputs) -> list[Tensor]:
 
 
 def run_forward(
-    inner: str, inputs: Inputs, spans: tuple[Tensor | None, Tensor | None] = (None, None)
+    inner: str, inputs: Inputs, spans: tuple[Tensor | None, Tensor | None] = (None, None), segment: int = 2
 ) -> tuple[Tensor, ...]:
     """The outputs, the outgoing weights, and what is kept for the backward."""
-    return getattr(kernels, f"{inner}_forward")(*inputs.values(), *spans, EPS)
+    return getattr(kernels, f"{inner}_forward")(*inputs.values(), *spans, EPS, segment)
 
 
 def run_kernels(
@@ -93,12 +93,15 @@ def run_kernels(
     inputs: Inputs,
     gradients: Sequence[Tensor],
     spans: tuple[Tensor | None, Tensor | None] = (None, None),
+    segment: int = 2,
 ) -> dict[str, Tensor]:
     """Outputs by name, and gradients as ``d_<input>``."""
-    o, *saved = run_forward(inner, inputs, spans)
-    tokens, layer_norm = values(inputs, TOKENS), values(inputs, LAYER_NORM)
-    backward = getattr(kernels, f"{inner}_backward")(*gradients, *tokens, *saved, *layer_norm, *spans, EPS)
-    results = {"o": o} | {f"{name}_out": x for name, x in zip(WEIGHTS[inner], saved, strict=False)}
+    o, *outgoing_and_kept = run_forward(inner, inputs, spans, segment)
+    num_weights = len(WEIGHTS[inner])
+    outgoing, kept = outgoing_and_kept[:num_weights], outgoing_and_kept[num_weights:]
+    arguments = [*values(inputs, (*TOKENS, *WEIGHTS[inner])), *kept, *values(inputs, LAYER_NORM)]
+    backward = getattr(kernels, f"{inner}_backward")(*gradients, *arguments, *spans, EPS, segment)
+    results = {"o": o} | {f"{name}_out": x for name, x in zip(WEIGHTS[inner], outgoing, strict=True)}
     return results | {f"d_{name}": x for name, x in zip(inputs, backward, strict=True)}
 
 

@@ -20,14 +20,17 @@ def gelu(x):
 
     By the sigmoid, since ½ (1 + tanh(w/2)) = σ(w); with δ = σ (1 - σ) = exp(-w) σ²,
     gelu' = σ + x δ w'                               gelu'' = δ (2 w' + x w'' + x (1 - 2σ) w'²)
+    Beyond ±10 the sigmoid has no more digits to give, and what is left of δ must not meet the cubes of a large x.
     """
+    low = tl.maximum(x, -10.0, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(low, 10.0)
     square = x * x
     slope = 1.5957691216057308 + 0.21406444881780076 * square  # w' = 2c (1 + 3a x²)
-    exponential = tl.exp2(tl.minimum(x * (-2.302208198144325 - 0.1029432395800235 * square), 126.0))  # exp(-w), finite
+    exponential = tl.exp2(x * (-2.302208198144325 - 0.1029432395800235 * square))  # exp(-w)
     sigmoid = 1.0 / (1.0 + exponential)
     delta = exponential * sigmoid * sigmoid  # 1 - σ would cancel
     curve = 2.0 * slope + x * (0.4281288976356015 * x + (1.0 - 2.0 * sigmoid) * slope * slope)
-    return x * sigmoid, sigmoid + x * delta * slope, delta * curve
+    return low * sigmoid, sigmoid + x * delta * slope, delta * curve
 
 
 @triton.jit

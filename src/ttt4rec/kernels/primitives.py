@@ -173,6 +173,12 @@ def token_sums(x, tile: tl.constexpr):
 
 
 @triton.jit
+def updated(W, b, K, U, scale, tile: tl.constexpr):
+    """W - s Kᵀ U and b - s Σ_j U_j, the products summed by themselves: weights, which may be larger, round once."""
+    return W - scale * dot(tl.trans(K), U, tile), b - scale * token_sums(U, tile)
+
+
+@triton.jit
 def causal(tile: tl.constexpr):
     """Pairs i >= j of tokens of one head, [R, R]."""
     rows = tl.arange(0, tile.rows)
@@ -220,6 +226,14 @@ def program_place(spans, L, H, tile: tl.constexpr):
         first = tl.load(starts + sequence).to(tl.int64)
         length = tl.load(lengths + sequence).to(tl.int32)
     return sequence, head, first, length
+
+
+@triton.jit
+def mini_batch_place(start, length, head, H, tile: tl.constexpr):
+    """Of the mini-batch at a sequence's token start: which rows exist [R], and which elements [R, F]."""
+    exist = head + row_head(tile) < H
+    rows = exist & (row_token(tile) < min(tile.mini_batch, length - start))
+    return rows, rows[:, None] & (tl.arange(0, tile.features)[None, :] < tile.head_dim)
 
 
 @triton.jit
