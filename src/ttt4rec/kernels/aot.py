@@ -114,15 +114,15 @@ def _prepare_inner_loop(op: str, head_dim: int, mini_batch_size: int, dtype: tor
     W, b = _meta(2, 4, head_dim, head_dim), _meta(2, 4, head_dim)
     W1, b1, W2 = _meta(2, 4, head_dim, hidden), _meta(2, 4, hidden), _meta(2, 4, hidden, head_dim)
     gamma = beta = _meta(4, head_dim)
+    checkpoints = _meta(0, 4, 1)  # only that it is float32 counts
     if op == "linear_forward":
         return prepare_linear_forward(*tokens, W, b, gamma, beta, None, None, 1e-6, 16)[-1]
     if op == "linear_backward":
-        return prepare_linear_backward(
-            q, W, b, *tokens, W, b, q, _meta(0, 4, (head_dim + 1) * head_dim), gamma, beta, None, None, 1e-6, 16)[-1]
+        return prepare_linear_backward(q, W, b, *tokens, W, b, q, checkpoints, gamma, beta, None, None, 1e-6, 16)[-1]
     if op == "mlp_forward":
-        return prepare_mlp_forward(*tokens, W1, b1, W2, b, gamma, beta, None, None, 1e-6)[-1]
+        return prepare_mlp_forward(*tokens, W1, b1, W2, b, gamma, beta, None, None, 1e-6, 16)[-1]
     weights, Z1 = (W1, b1, W2, b), torch.empty(2, length, 4, hidden, dtype=dtype, device="meta")
-    return prepare_mlp_backward(q, weights, *tokens, weights, Z1, q, gamma, beta, None, None, 1e-6)[-1]
+    return prepare_mlp_backward(q, weights, *tokens, weights, Z1, q, checkpoints, gamma, beta, None, None, 1e-6, 16)[-1]
 
 
 def _prepare_projection(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:

@@ -11,7 +11,7 @@ mini-batch takes one chunk after the other.
 import triton
 import triton.language as tl
 
-from .primitives import dot, first_rows, parameter_head, row_offsets
+from .primitives import dot, first_rows, parameter_head, parameter_mask, parameter_offsets, row_offsets, token_sums
 
 
 @triton.jit
@@ -112,12 +112,57 @@ def load_state(pointers, strides, place, chunk, tile: tl.constexpr):
 
 
 @triton.jit
-def store_state(pointers, state, place, chunk, tile: tl.constexpr):
-    """Store a chunk of W1, b1 and W2 in contiguous memory."""
-    W1, b1, W2 = hidden_state_places(contiguous_strides(place, tile), place, chunk, tile)
+def store_state(pointers, strides, state, place, chunk, tile: tl.constexpr):
+    """Store a chunk of W1, b1 and W2."""
+    W1, b1, W2 = hidden_state_places(strides, place, chunk, tile)
     tl.store(pointers[0] + W1[0], state[0], mask=W1[1])
     tl.store(pointers[1] + b1[0], state[1], mask=b1[1] & first_rows(tile))
     tl.store(pointers[2] + W2[0], state[2], mask=W2[1])
+
+
+@triton.jit
+def updated_state(state, K, lr, G1, U2, X2, scale, tile: tl.constexpr):
+    """A chunk of W1, b1 and W2 after a mini-batch; ``updated`` tells why products are subtracted whole."""
+    W1, b1, W2 = state
+    b1 -= scale * token_sums(lr * G1, tile)
+    W1 -= scale * dot(tl.trans(lr * K), G1, tile)
+    W2 -= scale * dot(tl.trans(U2), X2, tile)
+    return W1, b1, W2
+
+
+@triton.jit
+def copy_layout(memory, H, tile: tl.constexpr):
+    """Pointers to W1, b1, W2 and b2 in copies (see ``copies``), and their strides."""
+    n: tl.constexpr = tile.hidden
+    D: tl.constexpr = tile.head_dim
+    numbers: tl.constexpr = 2 * D * n + n + D
+    pointers = memory, memory + D * n, memory + (D * n + n), memory + (2 * D * n + n)
+    W1, b, W2 = (H * numbers, numbers, n, 1), (H * numbers, numbers, 1), (H * numbers, numbers, 1, n)
+    return pointers, (W1, b, W2, b)
+
+
+@triton.jit
+def store_hidden_copy(memory, number, state, b2, head, H, chunk, tile: tl.constexpr):
+    """Copy a chunk of W1, b1 and W2, and b2."""
+    pointers, strides = copy_layout(memory, H, tile)
+    store_state(pointers[:3], strides[:3], state, (number, head, H), chunk, tile)
+    b2_at = pointers[3] + parameter_offsets(strides[3], number, head, tile)
+    tl.store(b2_at, b2, mask=parameter_mask(head, H, tile) & first_rows(tile))
+
+
+@triton.jit
+def load_hidden_copy(memory, number, head, H, chunk, tile: tl.constexpr):
+    """A copied chunk of W1, b1 and W2."""
+    pointers, strides = copy_layout(memory, H, tile)
+    return load_state(pointers[:3], strides[:3], (number, head, H), chunk, tile)
+
+
+@triton.jit
+def load_copied_b2(memory, number, head, H, tile: tl.constexpr):
+    """Copied b2."""
+    pointers, strides = copy_layout(memory, H, tile)
+    b2_at = pointers[3] + parameter_offsets(strides[3], number, head, tile)
+    return tl.load(b2_at, mask=parameter_mask(head, H, tile), other=0.0)
 
 
 @triton.jit
@@ -139,6 +184,6 @@ def load_centred_state(pointers, strides, place, chunk, tile: tl.constexpr):
 
 @triton.jit
 def wait_for_stores(tile: tl.constexpr):
-    """Until all threads of the program see what each of them has stored of a state in chunks."""
+    """Until all threads of the program see what each of them has stored of a state, or its gradient, in chunks."""
     if tile.chunks > 1:
         tl.debug_barrier()

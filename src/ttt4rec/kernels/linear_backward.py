@@ -117,7 +117,7 @@ def linear_backward_kernel(
     everywhere.
     """
     grad_o, grad_W, grad_b = grads
-    q, k, v, _ = tokens
+    q, _, v, _ = tokens
     inner_lr, token_scale = rates
     dq, dk, dv, d_lr = d_tokens
     checkpoints, states, first_states = memory

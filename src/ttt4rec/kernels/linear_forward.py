@@ -3,9 +3,9 @@
 
 """TTT-Linear forward: the whole inner loop of every sequence and head in one launch.
 
-The way back replays the updates, so it must find what they were made of: the kept G is the rounded one that U is made
-of. A product is subtracted from W as a whole. Accumulated inside a tensor core, which rounds towards zero, errors of one
-sign would add up; ``W += dot(...)`` compiles to just that, ``W -= s * dot(...)`` does not.
+The way back replays the updates, so the kept G is the rounded one that U is made of. A product is subtracted from W as
+a whole. Accumulated inside a tensor core, which rounds towards zero, errors of one sign would add up; ``W += dot(...)``
+compiles to just that, ``W -= s * dot(...)`` does not.
 """
 
 import torch
