@@ -73,7 +73,7 @@ def replay(W, b, tokens, rates, states, number, place, begin, end, tile: tl.cons
 
     Given are those before the first. Updates are made as the forward made them; only complete mini-batches have one.
     """
-    _, first, length, head, H = place
+    first, length, head, H = place[1:]
     last_scale = tl.load(rates[1] + tile.mini_batch - 1)
     store_copy(states, number, W, b, head, H, tile)
     for m in tl.range(begin, end - 1):

@@ -114,7 +114,7 @@ def replay(state, b2, tokens, rates, states, number, place, begin, end, chunk, t
     Given are those before the first. Updates are made as the forward made them; only complete mini-batches have one.
     """
     W1, b1, W2 = state
-    _, first, length, head, H = place
+    first, length, head, H = place[1:]
     last_scale = tl.load(rates[1] + tile.mini_batch - 1)
     store_hidden_copy(states, number, (W1, b1, W2), b2, head, H, chunk, tile)
     for m in tl.range(begin, end - 1):
