@@ -18,7 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import first_rows, parameter_mask, parameter_offsets, weight_mask, weight_offsets
+from .primitives import (
+    first_rows,
+    parameter_mask,
+    parameter_offsets,
+    row_offsets,
+    tile_offsets,
+    weight_mask,
+    weight_offsets,
+)
 
 
 @triton.jit
@@ -60,6 +68,16 @@ def load_copy(memory, number, head, H, tile: tl.constexpr):
     W_place, b_place = copy_places(number, head, H, tile)
     W = tl.load(memory + W_place, mask=weight_mask(head, H, tile), other=0.0)
     return W, tl.load(memory + b_place, mask=parameter_mask(head, H, tile), other=0.0)
+
+
+@triton.jit
+def load_steps(tokens, inner_lr, at, rows, mask, H, tile: tl.constexpr):
+    """Keys of a mini-batch, the kept inner gradients and the rates; tokens are q, k, v and G."""
+    here = at * tile.head_dim + tile_offsets(H, tile)
+    k_rows = tl.load(tokens[1] + here, mask=mask, other=0.0)
+    G_rows = tl.load(tokens[3] + here, mask=mask, other=0.0)
+    lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
+    return k_rows, G_rows, tl.where(rows, lr, 0.0)
 
 
 def new_checkpoints(q: Tensor, weights: tuple[Tensor, ...], mini_batch_size: int, segment: int) -> Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import copies, launch
-from .copies import checkpoint_number, first_state, load_copy, store_copy
+from .copies import checkpoint_number, first_state, load_copy, load_steps, store_copy
 from .primitives import (
     causal,
     centred,
@@ -44,16 +44,6 @@ from .primitives import (
 
 
 @triton.jit
-def load_steps(tokens, inner_lr, at, rows, mask, H, tile: tl.constexpr):
-    """A mini-batch's keys, its kept G and its rates."""
-    here = at * tile.head_dim + tile_offsets(H, tile)
-    k_rows = tl.load(tokens[1] + here, mask=mask, other=0.0)
-    G = tl.load(tokens[3] + here, mask=mask, other=0.0)
-    lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
-    return k_rows, G.to(tl.float32), tl.where(rows, lr, 0.0)
-
-
-@triton.jit
 def first_weights(weights, strides, checkpoints, place, begin, segment, tile: tl.constexpr):
     """W and b before the segment that begins at mini-batch begin of a sequence."""
     sequence, first, _, head, H = place
@@ -81,8 +71,21 @@ def replay(W, b, tokens, rates, states, number, place, begin, end, tile: tl.cons
         start = m * tile.mini_batch
         rows, mask = mini_batch_place(start, length, head, H, tile)
         k_rows, G, lr = load_steps(tokens, rates[0], (first + start) * H + head, rows, mask, H, tile)
-        W, b = updated(W, b, expanded(k_rows, tile), lr[:, None] * G, last_scale, tile)
+        U = lr[:, None] * G.to(tl.float32)
+        W, b = updated(W, b, expanded(k_rows, tile), U, last_scale, tile)
         store_copy(states, number + (m + 1 - begin), W, b, head, H, tile)
+
+
+@triton.jit
+def through_output(dO, q_rows, k_rows, U, W, b, gamma, minus_scale, eps, tile: tl.constexpr):
+    """Through O = Q + LN(out): dQ, C, -dout and -dC, and what the tokens add to dγ and ds."""
+    C = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
+    CU = dot(C, U, tile)
+    p_hat, p_r = normalised(dot(expanded(q_rows, tile), W, tile, b) + minus_scale * CU, eps, tile)
+    minus_dout = layer_norm_backward(gamma * dO, p_hat, -p_r, tile)
+    minus_dC = tl.where(causal(tile), dot(minus_scale * minus_dout, tl.trans(U), tile), 0.0)
+    d_q = dO - dot(minus_dC, k_rows, tile, own(dot(minus_dout, tl.trans(W), tile), tile))
+    return d_q, C, minus_dout, minus_dC, dO * p_hat, tl.sum(minus_dout * CU, 1)
 
 
 @triton.jit(do_not_specialize=["L", "H", "segment"])
@@ -159,35 +162,31 @@ def linear_backward_kernel(
             k_rows, G, lr = load_steps(tokens, inner_lr, at, rows, mask, H, tile)
             committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
             s_last = committed * last_scale
-            K, U = expanded(k_rows, tile), lr[:, None] * G
+            K, U = expanded(k_rows, tile), lr[:, None] * G.to(tl.float32)
 
             # Through the output.
             q_rows = tl.load(q + here, mask=mask, other=0.0)
-            Q = expanded(q_rows, tile)
-            C = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
-            CU = dot(C, U, tile)
-            p_hat, p_r = normalised(dot(Q, W, tile, b) + minus_scale * CU, eps, tile)
             dO = tl.load(grad_o + here, mask=mask, other=0.0).to(tl.float32)
-            d_gamma += dO * p_hat
+            d_q, C, minus_dout, minus_dC, d_gamma_terms, d_scale_terms = through_output(
+                dO, q_rows, k_rows, U, W, b, gamma, minus_scale, eps, tile
+            )
+            d_gamma += d_gamma_terms
             d_beta += dO
-            minus_dout = layer_norm_backward(gamma * dO, p_hat, -p_r, tile)
-            d_scale += tl.sum(minus_dout * CU, 1)
-            minus_dCU = minus_scale * minus_dout
-            minus_dC = tl.where(causal(tile), dot(minus_dCU, tl.trans(U), tile), 0.0)
-            d_q = dO - dot(minus_dC, k_rows, tile, own(dot(minus_dout, tl.trans(W), tile), tile))
+            d_scale += d_scale_terms
             tl.store(dq + here, rounded(d_q, tile), mask=mask)
 
             # Through the steps.
             X = dot(K, dW, tile, db)
-            minus_dU = dot(tl.trans(C), minus_dCU, tile, s_last * X)
+            minus_dU = dot(tl.trans(C), minus_scale * minus_dout, tile, s_last * X)
             d_last_scale -= committed * tl.sum(U * X, 1)
             # Read again, from the cache, as there are no registers to keep them in.
             k_rows, G, lr = load_steps(tokens, inner_lr, at, rows, mask, H, tile)
+            G = G.to(tl.float32)
             minus_dlr = tl.sum(G * minus_dU, 1)
             tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr, mask=rows)
 
             # Through the inner gradient.
-            K = expanded(k_rows, tile)
+            K, Q = expanded(k_rows, tile), expanded(q_rows, tile)
             x_hat, r = recentred(dot(K, W, tile, b), eps, tile)
             v_rows = tl.load(v + here, mask=mask, other=0.0)
             error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
@@ -198,7 +197,6 @@ def linear_backward_kernel(
             d_beta -= minus_de
             tl.store(dv + here, rounded(minus_de, tile), mask=mask)
             through_W = own(dot(minus_dZ, tl.trans(W), tile) + s_last * dot(U, tl.trans(dW), tile), tile)
-
             dW -= dot(tl.trans(Q), minus_dout, tile) + dot(tl.trans(K), minus_dZ, tile)
             db -= token_sums(minus_dout, tile) + token_sums(minus_dZ, tile)
 

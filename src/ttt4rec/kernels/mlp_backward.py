@@ -4,11 +4,8 @@
 """TTT-MLP backward: one launch that walks the mini-batches from the last to the first, segment by segment.
 
 The updates of a segment are replayed first, which leaves the forward's weights before each mini-batch in memory, that
-is in the cache. They are made of the kept Z1 and G2: G1 follows from them and W2. So a chunk of the hidden features
-needs nothing of another one, and is replayed by itself.
-
-On the walk back the hidden features are passed over three times. Every pass computes the forward's values again; where
-there is only one chunk the compiler sees that they are the same.
+is in the cache. On the walk back the hidden features are passed over three times. Every pass computes the forward's
+values again; where there is only one chunk the compiler sees that they are the same.
 """
 
 import torch
@@ -17,26 +14,23 @@ import triton.language as tl
 from torch import Tensor
 
 from . import copies, launch
-from .copies import checkpoint_number, first_state
+from .copies import first_state, load_steps
 from .hidden_layer import (
     contiguous_strides,
     gelu,
     hidden_columns,
     hidden_mask,
     hidden_offsets,
-    load_centred_state,
     load_copied_b2,
     load_hidden,
     load_hidden_copy,
     load_state,
-    store_hidden_copy,
     store_state,
-    updated_state,
     wait_for_stores,
 )
+from .mlp_replay import first_weights, replay
 from .primitives import (
     causal,
-    centred,
     dot,
     expanded,
     first_rows,
@@ -83,56 +77,6 @@ def load_part(pointer, place, chunk, tile: tl.constexpr):
 
 
 @triton.jit
-def load_steps(tokens, inner_lr, at, rows, mask, H, tile: tl.constexpr):
-    """A mini-batch's keys, its kept G2 and its rates."""
-    here = at * tile.head_dim + tile_offsets(H, tile)
-    k_rows = tl.load(tokens[1] + here, mask=mask, other=0.0)
-    G2_rows = tl.load(tokens[3] + here, mask=mask, other=0.0)
-    lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
-    return k_rows, G2_rows, tl.where(rows, lr, 0.0)
-
-
-@triton.jit
-def first_weights(weights, strides, checkpoints, place, begin, segment, chunk, tile: tl.constexpr):
-    """A chunk of W1, b1, W2, and b2, before the segment that begins at mini-batch begin of a sequence."""
-    sequence, first, _, head, H = place
-    if begin == 0:
-        W1, b1, W2 = load_centred_state(weights[:3], strides[:3], (sequence, head, H), chunk, tile)
-        b2_at = weights[3] + parameter_offsets(strides[3], sequence, head, tile)
-        b2 = centred(tl.load(b2_at, mask=parameter_mask(head, H, tile), other=0.0), tile)
-    else:
-        number = checkpoint_number(first + begin * tile.mini_batch, segment, tile)
-        W1, b1, W2 = load_hidden_copy(checkpoints, number, head, H, chunk, tile)
-        b2 = load_copied_b2(checkpoints, number, head, H, tile)
-    return (W1, b1, W2), b2
-
-
-@triton.jit
-def replay(state, b2, tokens, rates, states, number, place, begin, end, chunk, tile: tl.constexpr):
-    """Copy a chunk before each of mini-batches begin to end - 1, and b2, to the states from that number on.
-
-    Given are those before the first. Updates are made as the forward made them; only complete mini-batches have one.
-    """
-    W1, b1, W2 = state
-    first, length, head, H = place[1:]
-    last_scale = tl.load(rates[1] + tile.mini_batch - 1)
-    store_hidden_copy(states, number, (W1, b1, W2), b2, head, H, chunk, tile)
-    for m in tl.range(begin, end - 1):
-        rows, mask = mini_batch_place(m * tile.mini_batch, length, head, H, tile)
-        at = (first + m * tile.mini_batch) * H + head
-        k_rows, G2_rows, own_rates = load_steps(tokens, rates[0], at, rows, mask, H, tile)
-        Z1 = load_hidden(tokens[4] + at * tile.hidden + hidden_offsets(chunk, H, tile), rows, chunk, tile)
-        X2, slope, _ = gelu(Z1)
-        G1 = dot(expanded(G2_rows, tile), W2, tile) * slope
-        lr = own_rates[:, None]
-        U2 = lr * G2_rows.to(tl.float32)
-        b2 -= last_scale * token_sums(U2, tile)
-        K, U2 = expanded(k_rows, tile), expanded(U2, tile)
-        W1, b1, W2 = updated_state((W1, b1, W2), K, lr, G1, U2, X2, last_scale, tile)
-        store_hidden_copy(states, number + (m + 1 - begin), (W1, b1, W2), b2, head, H, chunk, tile)
-
-
-@triton.jit
 def forward_values(Z1, state, mini_batch, tile: tl.constexpr):
     """Of a chunk, at the weights before the mini-batch: G2 W2ᵀ; G1; X̄2 and gelu' at P1."""
     W1, b1, W2 = state
@@ -156,6 +100,26 @@ def add_chunk(Z1, state, dW2, mini_batch, sums, tile: tl.constexpr):
     X2_W2 = dot(X2, tl.trans(W2), tile, sums[1])
     X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, sums[2])
     return X2_bar_X2, X2_W2, X2_bar_W2, dot(X2, tl.trans(dW2), tile, sums[3])
+
+
+@triton.jit
+def through_output(dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last, gamma, eps, tile: tl.constexpr):
+    """Through O = Q + LN(P2) and the outer layer's steps; outer is X̄2 W2 + b2 and X2 dW2 + db2.
+
+    Returns -dP2; what of -dG2 does not pass through G1; -dC2; what the tokens add to dγ; C2 and -dP2 G2ᵀ; and
+    Σ G2 ∘ (X2 dW2 + db2).
+    """
+    X2_bar_W2, X2_dW2 = outer
+    lr, lr_columns = own_rates[:, None], own_rates[None, :]
+    C2 = tl.where(causal(tile), X2_bar_X2 + 1.0, 0.0)
+    A2 = C2 * lr_columns
+    p_hat, p_r = recentred(X2_bar_W2 + minus_scale * dot(A2, G2_rows, tile), eps, tile)
+    minus_dP2 = layer_norm_backward(gamma * dO, p_hat, -p_r, tile)
+    dP2_G2 = dot(minus_dP2, tl.trans(G2_rows), tile)
+    minus_dC2 = tl.where(causal(tile), minus_scale * lr_columns * dP2_G2, 0.0)
+    minus_dG2 = dot(tl.trans(A2), minus_scale * minus_dP2, tile, s_last * lr * X2_dW2)
+    along_dW = tl.sum(G2_rows.to(tl.float32) * X2_dW2, 1)
+    return minus_dP2, minus_dG2, minus_dC2, dO * p_hat, (C2, dP2_G2), along_dW
 
 
 @triton.jit
@@ -313,18 +277,14 @@ def mlp_backward_kernel(
                 X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2 = add_chunk(Z1, (W1, b1, W2), dW2, mini_batch, sums, tile)
 
             # Through the output and the outer layer's steps.
-            C2 = tl.where(causal(tile), X2_bar_X2 + 1.0, 0.0)
-            A2 = C2 * lr_columns
-            p_hat, p_r = recentred(own(X2_bar_W2, tile) + b2 + minus_scale * dot(A2, G2_rows, tile), eps, tile)
             dO = tl.load(grads[0] + here, mask=mask, other=0.0).to(tl.float32)
-            d_gamma += dO * p_hat
+            outer = own(X2_bar_W2, tile) + b2, own(X2_dW2, tile) + db2
+            minus_dP2, minus_dG2, minus_dC2, d_gamma_terms, pairs, along_dW = through_output(
+                dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last, gamma, eps, tile
+            )
+            C2, dP2_G2 = pairs
+            d_gamma += d_gamma_terms
             d_beta += dO
-            minus_dP2 = layer_norm_backward(gamma * dO, p_hat, -p_r, tile)
-            dP2_G2 = dot(minus_dP2, tl.trans(G2_rows), tile)
-            minus_dC2 = tl.where(causal(tile), minus_scale * lr_columns * dP2_G2, 0.0)
-            X2_dW2_rows = own(X2_dW2, tile) + db2
-            minus_dG2 = dot(tl.trans(A2), minus_scale * minus_dP2, tile, s_last * lr * X2_dW2_rows)
-            along_dW = tl.sum(G2_rows.to(tl.float32) * X2_dW2_rows, 1)
             expanded_dP2 = expanded(minus_dP2, tile)
 
             # Through the hidden layer's outputs and steps.
@@ -343,7 +303,7 @@ def mlp_backward_kernel(
                     store_state(d_state, contiguous, (dW1, db1, dW2), place, chunk, tile)
                     store_part(scratch, minus_dZ1, place, chunk, tile)
             wait_for_stores(tile)
-            d_scale += A1 * dP1_G1 + A2 * dP2_G2
+            d_scale += A1 * dP1_G1 + C2 * lr_columns * dP2_G2
             d_last_scale -= committed * own_rates * along_dW
             minus_dlr = tl.sum(minus_scale * (C1 * dP1_G1 + C2 * dP2_G2), 0)
             tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr - s_last * along_dW, mask=rows)
