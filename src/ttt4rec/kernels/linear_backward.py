@@ -29,7 +29,6 @@ from .primitives import (
     parameter_mask,
     parameter_offsets,
     program_place,
-    recentred,
     rounded,
     row_offsets,
     row_token,
@@ -187,7 +186,7 @@ def linear_backward_kernel(
 
             # Through the inner gradient.
             K, Q = expanded(k_rows, tile), expanded(q_rows, tile)
-            x_hat, r = recentred(dot(K, W, tile, b), eps, tile)
+            x_hat, r = normalised(dot(K, W, tile, b), eps, tile)
             v_rows = tl.load(v + here, mask=mask, other=0.0)
             error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
             minus_dZ, minus_de, minus_d_gamma = inner_gradient_backward(

@@ -21,14 +21,13 @@ from .primitives import (
     dot,
     expanded,
     first_rows,
-    layer_norm_backward,
+    inner_gradient,
     load_layer_norm,
     mini_batch_place,
     normalised,
     parameter_mask,
     parameter_offsets,
     program_place,
-    recentred,
     rounded,
     row_offsets,
     row_token,
@@ -57,7 +56,7 @@ def linear_forward_kernel(
 ):
     """One program: P heads of one sequence, mini-batch after mini-batch, W and b in registers.
 
-    Z = K W + b                 x̂, r = recentred(Z)
+    Z = K W + b                 x̂, r = normalised(Z)
     y = γ ∘ (γ ∘ x̂ + β - (V - K))                   G = r (y - mean(y) - x̂ mean(y ∘ x̂))
     U = lr ∘ G, the steps, so that η G = s ∘ U
     out = Q W + b - s ∘ tril(Q Kᵀ + 1) U             O = Q + LN(out)
@@ -94,9 +93,9 @@ def linear_forward_kernel(
             v_rows = tl.load(v + here, mask=mask, other=0.0)
             lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
             K = expanded(k_rows, tile)
-            x_hat, r = recentred(dot(K, W, tile, b), eps, tile)
+            x_hat, r = normalised(dot(K, W, tile, b), eps, tile)
             y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
-            G = rounded(layer_norm_backward(y, x_hat, r, tile), tile)
+            G = rounded(inner_gradient(y, x_hat, r, tile), tile)
             tl.store(G_kept + here, G, mask=mask)
             U = lr[:, None] * G.to(tl.float32)
 

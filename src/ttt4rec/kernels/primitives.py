@@ -110,6 +110,17 @@ def layer_norm_backward(dx_hat, x_hat, r, tile: tl.constexpr):
 
 
 @triton.jit
+def inner_gradient(y, x_hat, r, tile: tl.constexpr):
+    """G = J y, for x̂ of mean nearly zero.
+
+    Its mean is taken off last. An inner step that is too large grows what it should shrink, and would grow a mean of
+    rounding errors from step to step.
+    """
+    G = y - x_hat * mean(y * x_hat, tile)
+    return only_features(r * (G - mean(G, tile)), tile)
+
+
+@triton.jit
 def inner_gradient_backward(dG, dG_dot_G, G, error, x_hat, r, gamma, tile: tl.constexpr):
     """Gradients through G = J y, y = γ ∘ error, error = γ ∘ x̂ + β - (v - k); dG_dot_G is Σ dG ∘ G per row, [R, 1].
 
