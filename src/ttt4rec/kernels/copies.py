@@ -20,12 +20,11 @@ from torch import Tensor
 
 from .primitives import (
     first_rows,
+    parameter_head,
     parameter_mask,
-    parameter_offsets,
     row_offsets,
     tile_offsets,
     weight_mask,
-    weight_offsets,
 )
 
 
@@ -50,8 +49,11 @@ def copy_places(number, head, H, tile: tl.constexpr):
     """Offsets of W1 and b1 in a copy."""
     D: tl.constexpr = tile.head_dim
     numbers: tl.constexpr = D * D + D
-    W = weight_offsets((H * numbers, numbers, D, 1), number, head, tile)
-    return W, parameter_offsets((H * numbers, numbers, 1), number, head, tile) + D * D
+    stacked, features = tl.arange(0, tile.heads * tile.features), tl.arange(0, tile.features)
+    base = (number.to(tl.int64) * H + head) * numbers
+    W = (stacked // tile.features) * numbers + (stacked % tile.features) * D
+    b = parameter_head(tile) * numbers + D * D
+    return base + (W[:, None] + features[None, :]), base + (b[:, None] + features[None, :])
 
 
 @triton.jit

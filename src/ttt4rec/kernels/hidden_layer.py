@@ -11,7 +11,7 @@ mini-batch takes one chunk after the other.
 import triton
 import triton.language as tl
 
-from .primitives import dot, first_rows, parameter_head, parameter_mask, parameter_offsets, row_offsets, token_sums
+from .primitives import dot, first_rows, parameter_head, parameter_mask, row_offsets, token_sums
 
 
 @triton.jit
@@ -66,6 +66,14 @@ def load_hidden(pointer, rows, chunk, tile: tl.constexpr):
 
 
 @triton.jit
+def hidden_state_masks(head, H, chunk, tile: tl.constexpr):
+    """Which elements of a chunk of stacked W1 or W2, [P·F, C], and of b1 exist."""
+    columns, stacked = hidden_columns(chunk, tile), tl.arange(0, tile.heads * tile.features)
+    stacked_exist = (head + stacked // tile.features < H) & (stacked % tile.features < tile.head_dim)
+    return hidden_mask(stacked_exist, columns, tile), hidden_mask(head + parameter_head(tile) < H, columns, tile)
+
+
+@triton.jit
 def hidden_state_places(strides, place, chunk, tile: tl.constexpr):
     """Offsets and masks of a chunk of W1 ``[N, H, D, hidden]``, b1 ``[N, H, hidden]`` and W2 ``[N, H, hidden, D]``.
 
@@ -77,9 +85,8 @@ def hidden_state_places(strides, place, chunk, tile: tl.constexpr):
     columns = hidden_columns(chunk, tile)
     stacked = tl.arange(0, tile.heads * tile.features)
     heads, features = (head + stacked // tile.features).to(tl.int64), (stacked % tile.features).to(tl.int64)
-    W_mask = hidden_mask((heads < H) & (features < tile.head_dim), columns, tile)
+    W_mask, b_mask = hidden_state_masks(head, H, chunk, tile)
     b_heads = head + parameter_head(tile)
-    b_mask = hidden_mask(b_heads < H, columns, tile)
     n, columns = sequence.to(tl.int64), columns.to(tl.int64)
     W1_rows = n * W1_strides[0] + heads * W1_strides[1] + features * W1_strides[2]
     b1_rows = n * b1_strides[0] + b_heads.to(tl.int64) * b1_strides[1]
@@ -131,38 +138,47 @@ def updated_state(state, K, lr, G1, U2, X2, scale, tile: tl.constexpr):
 
 
 @triton.jit
-def copy_layout(memory, H, tile: tl.constexpr):
-    """Pointers to W1, b1, W2 and b2 in copies (see ``copies``), and their strides."""
+def copy_places(number, head, H, chunk, tile: tl.constexpr):
+    """Offsets of a chunk of W1, b1 and W2, and of b2, in a copy (see ``copies``); W2 lies there as W1 does."""
     n: tl.constexpr = tile.hidden
     D: tl.constexpr = tile.head_dim
     numbers: tl.constexpr = 2 * D * n + n + D
-    pointers = memory, memory + D * n, memory + (D * n + n), memory + (2 * D * n + n)
-    W1, b, W2 = (H * numbers, numbers, n, 1), (H * numbers, numbers, 1), (H * numbers, numbers, 1, n)
-    return pointers, (W1, b, W2, b)
+    base = (number.to(tl.int64) * H + head) * numbers
+    stacked, features = tl.arange(0, tile.heads * tile.features), tl.arange(0, tile.features)
+    columns, b_rows = hidden_columns(chunk, tile)[None, :], (parameter_head(tile) * numbers)[:, None]
+    W1 = ((stacked // tile.features) * numbers + (stacked % tile.features) * n)[:, None] + columns
+    b1, b2 = b_rows + (D * n + columns), b_rows + (2 * D * n + n + features[None, :])
+    return base + W1, base + b1, base + (W1 + (D * n + n)), base + b2
 
 
 @triton.jit
 def store_hidden_copy(memory, number, state, b2, head, H, chunk, tile: tl.constexpr):
     """Copy a chunk of W1, b1 and W2, and b2."""
-    pointers, strides = copy_layout(memory, H, tile)
-    store_state(pointers[:3], strides[:3], state, (number, head, H), chunk, tile)
-    b2_at = pointers[3] + parameter_offsets(strides[3], number, head, tile)
-    tl.store(b2_at, b2, mask=parameter_mask(head, H, tile) & first_rows(tile))
+    W1_at, b1_at, W2_at, b2_at = copy_places(number, head, H, chunk, tile)
+    W_mask, b_mask = hidden_state_masks(head, H, chunk, tile)
+    tl.store(memory + W1_at, state[0], mask=W_mask)
+    tl.store(memory + b1_at, state[1], mask=b_mask & first_rows(tile))
+    tl.store(memory + W2_at, state[2], mask=W_mask)
+    tl.store(memory + b2_at, b2, mask=parameter_mask(head, H, tile) & first_rows(tile))
 
 
 @triton.jit
 def load_hidden_copy(memory, number, head, H, chunk, tile: tl.constexpr):
     """A copied chunk of W1, b1 and W2."""
-    pointers, strides = copy_layout(memory, H, tile)
-    return load_state(pointers[:3], strides[:3], (number, head, H), chunk, tile)
+    W1_at, b1_at, W2_at, _ = copy_places(number, head, H, chunk, tile)
+    W_mask, b_mask = hidden_state_masks(head, H, chunk, tile)
+    return (
+        tl.load(memory + W1_at, mask=W_mask, other=0.0),
+        tl.load(memory + b1_at, mask=b_mask, other=0.0),
+        tl.load(memory + W2_at, mask=W_mask, other=0.0),
+    )
 
 
 @triton.jit
 def load_copied_b2(memory, number, head, H, tile: tl.constexpr):
     """Copied b2."""
-    pointers, strides = copy_layout(memory, H, tile)
-    b2_at = pointers[3] + parameter_offsets(strides[3], number, head, tile)
-    return tl.load(b2_at, mask=parameter_mask(head, H, tile), other=0.0)
+    b2_at = copy_places(number, head, H, 0, tile)[3]
+    return tl.load(memory + b2_at, mask=parameter_mask(head, H, tile), other=0.0)
 
 
 @triton.jit
