@@ -220,15 +220,18 @@ def _cost(
     spill: str,
 ) -> Cost:
     """Count in the longest loop and in those inside it that have products."""
-    loops = sorted((b for b in branches if b[0] <= b[1]), key=lambda b: b[0] - b[1])
+    loops = [b for b in branches if b[0] <= b[1]]
     spills = {address for address, text in instructions.items() if re.search(spill, text)}
     products = {address for address, text in instructions.items() if re.search(r"MMA|v_mfma", text)}
-    (start, stop), *inside = loops or [(0, -1)]
-    inner = [b for b in inside if start <= b[0] and b[1] <= stop and any(b[0] <= p <= b[1] for p in products)]
+    start, stop = max(loops, key=lambda b: b[1] - b[0], default=(0, -1))
+    ends: dict[int, int] = {}  # of loops by their beginnings; their code may end behind that of the loop around them
+    for begin, end in loops:
+        if start < begin <= stop and any(begin <= p <= end for p in products):
+            ends[begin] = max(end, ends.get(begin, end))
     counts = {
-        address: times[min(sum(b[0] <= address <= b[1] for b in inner), 2)]
+        address: times[min(sum(begin <= address <= end for begin, end in ends.items()), 2)]
         for address in instructions
-        if start <= address <= stop
+        if start <= address <= max([stop, *ends.values()])
     }
     return Cost(
         registers=registers,

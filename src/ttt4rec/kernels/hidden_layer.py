@@ -22,7 +22,7 @@ def gelu(x):
     gelu' = σ + x δ w'                               gelu'' = δ (2 w' + x w'' + x (1 - 2σ) w'²)
     Beyond ±10 the sigmoid has no more digits to give, and what is left of δ must not meet the cubes of a large x.
     """
-    low = tl.maximum(x, -10.0, propagate_nan=tl.PropagateNan.ALL)
+    low = tl.where(x < -10.0, -10.0, x)
     x = tl.minimum(low, 10.0)
     square = x * x
     slope = 1.5957691216057308 + 0.21406444881780076 * square  # w' = 2c (1 + 3a x²)
