@@ -2,10 +2,10 @@
 
 from .convolution import convolution, convolution_backward
 from .launch import compiler_refusal
-from .linear_backward import linear_backward
-from .linear_forward import linear_forward
-from .mlp_backward import mlp_backward
-from .mlp_forward import mlp_forward
+from .linear_backward import linear_scan_backward
+from .linear_forward import linear_scan
+from .mlp_backward import mlp_scan_backward
+from .mlp_forward import mlp_scan
 from .output import output, output_backward
 from .projection_backward import projection_backward
 from .projection_forward import projection
@@ -15,10 +15,10 @@ __all__ = [
     "compiler_refusal",
     "convolution",
     "convolution_backward",
-    "linear_backward",
-    "linear_forward",
-    "mlp_backward",
-    "mlp_forward",
+    "linear_scan",
+    "linear_scan_backward",
+    "mlp_scan",
+    "mlp_scan_backward",
     "output",
     "output_backward",
     "projection",

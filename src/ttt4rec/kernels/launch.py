@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE, Scan
 from .primitives import Tile
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-MAX_HEAD_DIM = 128
-MAX_MINI_BATCH_SIZE = 64
 
 
 class Blocks(NamedTuple):
@@ -31,7 +30,7 @@ class Blocks(NamedTuple):
 
 HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for bfloat16 and float16
     ("linear_forward", 16): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
-    ("linear_forward", 32): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(2, 2), 64: Blocks(4, 2)},
+    ("linear_forward", 32): {8: Blocks(2, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(2, 2), 64: Blocks(4, 2)},
     ("linear_forward", 64): {16: Blocks(4, 2), 32: Blocks(4, 2), 64: Blocks(8, 1)},
     ("linear_forward", 128): {16: Blocks(8, 2), 64: Blocks(8, 1)},
     ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(2, 1), 64: Blocks(4, 1)},
@@ -85,8 +84,8 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice than sm_9
         ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(1, 1), 64: Blocks(2, 1)},
         ("linear_backward", 32): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(4, 2), 64: Blocks(2, 1)},
         ("linear_backward", 64): {16: Blocks(4, 1), 32: Blocks(4, 1), 64: Blocks(8, 1)},
-        ("mlp_forward", 16): {8: Blocks(2, 2, heads=2), 16: Blocks(2, 2), 64: Blocks(4, 2)},
-        ("mlp_forward", 32): {16: Blocks(4, 2), 64: Blocks(4, 2)},
+        ("mlp_forward", 16): {8: Blocks(2, 1, heads=2), 16: Blocks(2, 1), 64: Blocks(4, 1)},  # in two stages and one
+        ("mlp_forward", 32): {16: Blocks(4, 1), 64: Blocks(4, 1)},  # chunk Triton 3.6 leaves a conversion without code
         ("mlp_forward", 64): {16: Blocks(4, 2, chunks=4), 64: Blocks(4, 2, chunks=8)},
         ("mlp_forward", 128): {16: Blocks(4, 2, chunks=8), 64: Blocks(8, 2, chunks=16)},
         ("mlp_backward", 16): {8: Blocks(2, 1, heads=2), 16: Blocks(4, 1), 64: Blocks(4, 1)},
@@ -251,11 +250,6 @@ def check_compiler(op: str, head_dim: int, mini_batch_size: int) -> None:
         raise ValueError(f"the kernel {refusal}")
 
 
-def num_sequences(q: Tensor, starts: Tensor | None) -> int:
-    """N: one sequence per batch row unless starts says otherwise."""
-    return q.shape[0] if starts is None else starts.numel()
-
-
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors a kernel reads without strides."""
     return tuple(None if x is None else x.contiguous() for x in tensors)
@@ -269,3 +263,25 @@ def new_tokens(x: Tensor, starts: Tensor | None, features: int | None = None) ->
     allocate = torch.empty if starts is None else torch.zeros
     shape = x.shape if features is None else (*x.shape[:-1], features)
     return allocate(shape, dtype=x.dtype, device=x.device)
+
+
+def new_gradients(scan: Scan) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Memory for the gradients of the tokens and the rates, of the weights, and for the sums of every sequence.
+
+    The sums are dγ and dβ, and ds of the mini-batches' outputs and of their updates.
+    """
+    N, (H, D), K = scan.weights[0].shape[0], scan.ln_weight.shape, scan.token_scale.numel()
+
+    def new(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(shape, dtype=torch.float32, device=scan.q.device) for shape in shapes)
+
+    d_tokens = tuple(new_tokens(x, scan.starts) for x in scan[:4])
+    return d_tokens, new(*(tuple(w.shape) for w in scan.weights)), new((N, H, D), (N, H, D), (N, H, K), (N, H, K))
+
+
+def with_sums(results: tuple[Tensor, ...], sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """All gradients of a backward, in the order of the arguments, from those of ``new_gradients``."""
+    d_gamma, d_beta, d_scale, d_last_scale = (x.sum(0) for x in sums)
+    d_scale = d_scale.sum(0)
+    d_scale[-1] += d_last_scale.sum()
+    return *results[:4], d_scale, *results[4:], d_gamma, d_beta

@@ -88,7 +88,7 @@ def configurations(architecture: str) -> Iterator[str]:
     features (TTT-MLP: 16): the compiler takes minutes over larger ones, which spill by the thousand.
     """
     for op, head_dim in launch.HALF:
-        longest = 32 if (op, architecture) == ("mlp_backward", "sm_100") else launch.MAX_MINI_BATCH_SIZE
+        longest = 32 if (op, architecture) == ("mlp_backward", "sm_100") else MAX_MINI_BATCH_SIZE
         sizes = launch.choices(op, head_dim, torch.bfloat16, architecture)
         yield from (f"{op}:{head_dim}:{size}:bf16" for size in sizes if size <= longest)
     for op, head_dim in launch.SINGLE:
