@@ -13,8 +13,9 @@ import pytest
 import torch
 import triton
 
-from ttt4rec.kernels import launch, resources
-from ttt4rec.kernels.aot import DTYPES, TARGETS
+from tools import resources
+from tools.aot import DTYPES, TARGETS
+from ttt4rec.kernels import launch
 
 SAMPLE = [  # of the table's kernels, compiled here
     *(f"linear_{op}:{arch}:16:8:bf16" for op in ("forward", "backward") for arch in TARGETS),
@@ -35,6 +36,7 @@ STATE_SHAPE = {  # stacked heads by what each inner layer puts out
 NUM_WEIGHTS = {"linear": 1, "mlp": 2}  # matrices
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
 
 
 TABLE = resources.read((Path(__file__).parents[1] / "docs" / "resources.md").read_text())
@@ -53,7 +55,9 @@ TRAPS = [("3.6.0", "sm_100", "linear_backward", head_dim, 64) for head_dim in (6
 def in_a_process(*command: str) -> str:
     """What it prints. In a process of its own: under the interpreter nothing is compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout
 
@@ -61,7 +65,7 @@ def in_a_process(*command: str) -> str:
 @pytest.fixture(scope="module")
 def costs() -> dict[str, dict[str, Any]]:
     """What every kernel of the sample costs."""
-    lines = in_a_process("-m", "ttt4rec.kernels.aot", "--json", *SAMPLE).splitlines()
+    lines = in_a_process("-m", "tools.aot", "--json", *SAMPLE).splitlines()
     return {cost["kernel"]: cost for cost in map(json.loads, lines)}
 
 
@@ -146,8 +150,8 @@ def test_architectures_that_were_not_looked_at_take_the_nearest_ones_cuts(name: 
 def test_one_compilation_serves_all_lengths() -> None:
     script = """
 import torch
-from ttt4rec.kernels import aot
-around = [f"{part}_{way}" for part in ("projection", "convolution", "epilogue") for way in ("forward", "backward")]
+from tools import aot
+around = [f"{part}_{way}" for part in ("projection", "convolution", "output") for way in ("forward", "backward")]
 for op in ("linear_forward", "linear_backward", "mlp_forward", "mlp_backward", *around):
     for length in (1, 7, 16, 50, 4096):
         aot.compile_for("sm_90", op, 16, 8, torch.bfloat16, length)

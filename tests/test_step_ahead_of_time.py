@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,14 +26,15 @@ LIMITS = {
 }
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def costs() -> dict[str, dict[str, Any]]:
     """What every kernel costs. In a process of its own: under the interpreter nothing is compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "ttt4rec.kernels.aot", "--json", *LIMITS]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tools.aot", "--json", *LIMITS]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     return {cost["kernel"]: cost for cost in map(json.loads, run.stdout.splitlines())}
 

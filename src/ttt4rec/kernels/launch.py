@@ -1,6 +1,6 @@
 """How kernels are launched: block sizes from a table, types of the matrix products, memory for results.
 
-The table was filled from machine code, not from timings, by ``python -m ttt4rec.kernels.tune``: an entry has no spill
+The table was filled from machine code, not from timings, by ``python -m tools.tune``: an entry has no spill
 in its loop, if any choice has none, and then the fewest instructions per head.
 """
 

@@ -1,4 +1,4 @@
-"""How the launch table was made: ``python -m ttt4rec.kernels.tune linear_backward:sm_90:16:8:bf16 ...``.
+"""How the launch table was made: ``python -m tools.tune linear_backward:sm_90:16:8:bf16 ...``.
 
 Every sensible cut of a kernel is compiled, and its cost read from the machine code. The best has no spill in its loop,
 if any has none, and then the fewest issue slots per mini-batch and head: a warp's instructions times warps by heads, a
@@ -11,7 +11,8 @@ import contextlib
 import io
 import json
 
-from . import launch
+from ttt4rec.kernels import launch
+
 from .aot import DTYPES, Cost, compile_for
 
 SPILL = 16  # instructions

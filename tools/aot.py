@@ -1,6 +1,6 @@
 """Ahead-of-time compilation without a GPU: what a kernel costs on an architecture, read from its machine code.
 
-``python -m ttt4rec.kernels.aot linear_forward:sm_90:16:8:bf16 ...`` prints a table. Kernels are compiled exactly as
+``python -m tools.aot linear_forward:sm_90:16:8:bf16 ...`` prints a table. Kernels are compiled exactly as
 they would be launched: launches are prepared on ``meta`` tensors, behind a driver that only names an architecture.
 Not under the interpreter.
 """
@@ -10,27 +10,45 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import launch
-from .convolution import prepare_convolution_backward, prepare_convolution_forward
-from .epilogue import prepare_epilogue_backward, prepare_epilogue_forward
-from .linear_backward import prepare_linear_backward
-from .linear_forward import prepare_linear_forward
-from .mlp_backward import prepare_mlp_backward
-from .mlp_forward import prepare_mlp_forward
-from .projection_backward import prepare_projection_backward
-from .projection_forward import prepare_projection_forward
-from .step import prepare_token_step
+from ttt4rec.kernels import launch
+from ttt4rec.kernels.convolution import prepare_convolution, prepare_convolution_backward
+from ttt4rec.kernels.linear_backward import prepare_linear_scan_backward
+from ttt4rec.kernels.linear_forward import prepare_linear_scan
+from ttt4rec.kernels.mlp_backward import prepare_mlp_scan_backward
+from ttt4rec.kernels.mlp_forward import prepare_mlp_scan
+from ttt4rec.kernels.output import prepare_output, prepare_output_backward
+from ttt4rec.kernels.projection_backward import prepare_projection_backward
+from ttt4rec.kernels.projection_forward import prepare_projection
+from ttt4rec.kernels.step import prepare_token_step
+from ttt4rec.operators import CONVOLUTIONS, SCANS, Operator, output, projection, token_step
+from ttt4rec.operators.samples import Sizes
 
+KERNELS: dict[str, tuple[Operator[Any], Callable[..., Any], dict[str, Any]]] = {
+    "linear_forward": (SCANS["linear"], prepare_linear_scan, {"segment": 16}),
+    "linear_backward": (SCANS["linear"], prepare_linear_scan_backward, {"segment": 16}),
+    "mlp_forward": (SCANS["mlp"], prepare_mlp_scan, {"segment": 16}),
+    "mlp_backward": (SCANS["mlp"], prepare_mlp_scan_backward, {"segment": 16}),
+    "projection_forward": (projection, prepare_projection, {}),
+    "projection_backward": (projection, prepare_projection_backward, {}),
+    "convolution_forward": (CONVOLUTIONS[2], prepare_convolution, {}),
+    "convolution_backward": (CONVOLUTIONS[2], prepare_convolution_backward, {}),
+    "output_forward": (output, prepare_output, {}),
+    "output_backward": (output, prepare_output_backward, {}),
+    "linear_step": (token_step, prepare_token_step, {}),
+    "mlp_step": (token_step, prepare_token_step, {}),
+}
+"""Operators, what prepares a launch, and options of the sample of which."""
+INNER_LOOPS = ("linear_forward", "linear_backward", "mlp_forward", "mlp_backward")
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -93,82 +111,23 @@ def compile_for(
     width, 4 heads.
     """
     driver.set_active(OfflineDriver(architecture))
-    around = {
-        "projection": _prepare_projection,
-        "convolution": _prepare_convolution,
-        "epilogue": _prepare_epilogue,
-    }
-    prepare = _prepare_step if op.endswith("step") else around.get(op.split("_")[0], _prepare_inner_loop)
-    prepared = prepare(op, head_dim, mini_batch_size, dtype, length)
+    prepared = _prepare(op, Sizes(2, length, 4, head_dim, mini_batch_size), dtype)
     compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options())
     count = _amd_cost if architecture.startswith("gfx") else _nvidia_cost
-    if prepare is not _prepare_inner_loop:
+    if op not in INNER_LOOPS:
         return count(compiled, (1, 1, 1))
     return count(compiled, (0, 1, max(1, prepared.arguments[-1].chunks)))
 
 
-def _prepare_inner_loop(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
-    q = torch.empty(2, length, 4, head_dim, dtype=dtype, device="meta")
-    hidden = 4 * head_dim
-    tokens = q, q, q, _meta(2, length, 4), _meta(mini_batch_size)
-    W, b = _meta(2, 4, head_dim, head_dim), _meta(2, 4, head_dim)
-    W1, b1, W2 = _meta(2, 4, head_dim, hidden), _meta(2, 4, hidden), _meta(2, 4, hidden, head_dim)
-    gamma = beta = _meta(4, head_dim)
-    checkpoints = _meta(0, 4, 1)  # only that it is float32 counts
-    if op == "linear_forward":
-        return prepare_linear_forward(*tokens, W, b, gamma, beta, None, None, 1e-6, 16)[-1]
-    if op == "linear_backward":
-        return prepare_linear_backward(q, W, b, *tokens, W, b, q, checkpoints, gamma, beta, None, None, 1e-6, 16)[-1]
-    if op == "mlp_forward":
-        return prepare_mlp_forward(*tokens, W1, b1, W2, b, gamma, beta, None, None, 1e-6, 16)[-1]
-    weights, Z1 = (W1, b1, W2, b), torch.empty(2, length, 4, hidden, dtype=dtype, device="meta")
-    return prepare_mlp_backward(q, weights, *tokens, weights, Z1, q, checkpoints, gamma, beta, None, None, 1e-6, 16)[-1]
-
-
-def _prepare_projection(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
-    width = 4 * head_dim
-    x, q = _meta(2, length, width).to(dtype), _meta(2, length, 4, head_dim).to(dtype)
-    weights, lr_weight = [_meta(width, width).to(dtype)] * 3, _meta(4, width).to(dtype)
-    cos, positions = _meta(mini_batch_size, head_dim // 2), _meta(length).long()
-    options = (cos, cos, positions, 2, 1.0, dtype)
-    if op == "projection_forward":
-        return prepare_projection_forward(x, weights, lr_weight, _meta(4).to(dtype), *options)[-1]
-    rates = _meta(2, length, 4)
-    return prepare_projection_backward([q] * 3, rates, rates, x, weights, lr_weight, *options)[-1]
-
-
-def _prepare_convolution(
-    op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int
-) -> launch.Launch:
-    x, weights = _meta(2, length, 4 * head_dim).to(dtype), [_meta(4 * head_dim, 4).to(dtype)] * 2
-    cos, places = _meta(mini_batch_size, head_dim // 2), _meta(2, length).long()
-    if op == "convolution_forward":
-        return prepare_convolution_forward(x, weights, [weights[0][:, 0]] * 2, cos, cos, places, places, 0)[-1]
-    return prepare_convolution_backward([x] * 2, x, weights, cos, cos, places, places, 0)[-1]
-
-
-def _prepare_epilogue(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
-    width = 4 * head_dim
-    o, gate = _meta(2, length, 4, head_dim).to(dtype), _meta(2, length, width).to(dtype)
-    mask, parameters = (
-        _meta(2, length).bool(),
-        [_meta(*shape).to(dtype) for shape in ((width,), (width,), (width, width))],
-    )
-    if op == "epilogue_forward":
-        return prepare_epilogue_forward(o, gate, mask, parameters, 1e-6)[-1]
-    return prepare_epilogue_backward(gate.flatten(0, 1), o, gate, mask, parameters, 1e-6)[-1]
-
-
-def _prepare_step(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
-    q, index = _meta(2, 4, head_dim).to(dtype), _meta(2).long()
-    records = _meta(9, 4, 8 * 443)  # of their size, only what divides it counts
-    norm, hidden = _meta(4, head_dim), 0 if op == "linear_step" else 4 * head_dim
-    rates = _meta(2, 4), _meta(mini_batch_size)
-    return prepare_token_step(q, q, q, *rates, norm, norm, index, index, records, hidden, 1e-6)[-1]
-
-
-def _meta(*shape: int) -> Tensor:
-    return torch.empty(shape, device="meta")
+def _prepare(op: str, sizes: Sizes, dtype: torch.dtype) -> launch.Launch:
+    """The launch of a kernel, of a sample without values."""
+    operator, prepare, options = KERNELS[op]
+    if op == "mlp_step":
+        options = {"hidden": 4 * sizes.D}
+    given = operator.sample(sizes, dtype, "meta", **options)
+    if not op.endswith("backward"):
+        return prepare(given)[-1]  # type: ignore[no-any-return]
+    return prepare(given, *operator.backward_sample(operator(given, "triton")))[-1]  # type: ignore[no-any-return]
 
 
 def _nvidia_cost(compiled: Any, times: Times) -> Cost:

@@ -1,4 +1,4 @@
-"""What every kernel of the launch table costs: ``python -m ttt4rec.kernels.resources docs/resources.md``.
+"""What every kernel of the launch table costs: ``python -m tools.resources docs/resources.md``.
 
 Compiles all configurations for all architectures with the installed Triton and rewrites that Triton's sections of the
 file; those of other versions stay. Some minutes of work on two cores, with progress; no GPU is needed.
@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from . import launch
+from ttt4rec.arguments import MAX_MINI_BATCH_SIZE
+from ttt4rec.kernels import launch
+
 from .aot import DTYPES, TARGETS
 
 INTRODUCTION = """# What the kernels cost
 
-Read from machine code that was compiled without a GPU, for 4 heads, by `python -m ttt4rec.kernels.resources
+Read from machine code that was compiled without a GPU, for 4 heads, by `python -m tools.resources
 docs/resources.md`; nothing here is a timing. A row stands for all mini-batch sizes down to the next smaller one, and
 bf16 for fp16 too; of float32, which training takes without autocast, only small shapes are listed. Cut: warps × stages
 of the software pipeline × heads in a program × chunks of TTT-MLP's hidden features, 1 where registers hold the state.
@@ -110,7 +112,7 @@ def measured(architecture: str, configuration: str) -> Row:
     """Compile one configuration, in a process of its own."""
     op, head_dim, mini_batch_size, dtype = configuration.split(":")
     kernel = f"{op}:{architecture}:{head_dim}:{mini_batch_size}:{dtype}"
-    command = [sys.executable, "-m", "ttt4rec.kernels.aot", "--json", kernel]
+    command = [sys.executable, "-m", "tools.aot", "--json", kernel]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"{kernel} does not compile: {run.stderr[-1000:]}")
