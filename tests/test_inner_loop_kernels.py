@@ -12,6 +12,7 @@ from torch import Tensor
 
 from checks import INNERS
 from ttt4rec import kernels, reference
+from ttt4rec.arguments import Scan
 from ttt4rec.kernels import launch
 from ttt4rec.kernels.hidden_layer import gelu
 from ttt4rec.kernels.primitives import program_place
@@ -82,11 +83,16 @@ def make_gradients(inner: str, inputs: Inputs) -> list[Tensor]:
     return [torch.randn(x.shape, generator=generator).to(x) for x in like]
 
 
-def run_forward(
+def make_scan(
     inner: str, inputs: Inputs, spans: tuple[Tensor | None, Tensor | None] = (None, None), segment: int = 2
-) -> tuple[Tensor, ...]:
+) -> Scan:
+    weights = tuple(values(inputs, WEIGHTS[inner]))
+    return Scan(*values(inputs, TOKENS), weights, *values(inputs, LAYER_NORM), *spans, EPS, segment)
+
+
+def run_forward(inner: str, scan: Scan) -> tuple[Tensor, ...]:
     """The outputs, the outgoing weights, and what is kept for the backward."""
-    return getattr(kernels, f"{inner}_forward")(*inputs.values(), *spans, EPS, segment)
+    return getattr(kernels, f"{inner}_scan")(scan)
 
 
 def run_kernels(
@@ -97,11 +103,11 @@ def run_kernels(
     segment: int = 2,
 ) -> dict[str, Tensor]:
     """Outputs by name, and gradients as ``d_<input>``."""
-    o, *outgoing_and_kept = run_forward(inner, inputs, spans, segment)
+    scan = make_scan(inner, inputs, spans, segment)
+    o, *outgoing_and_kept = run_forward(inner, scan)
     num_weights = len(WEIGHTS[inner])
     outgoing, kept = outgoing_and_kept[:num_weights], outgoing_and_kept[num_weights:]
-    arguments = [*values(inputs, (*TOKENS, *WEIGHTS[inner])), *kept, *values(inputs, LAYER_NORM)]
-    backward = getattr(kernels, f"{inner}_backward")(*gradients, *arguments, *spans, EPS, segment)
+    backward = getattr(kernels, f"{inner}_scan_backward")(scan, tuple(kept), tuple(gradients))
     results = {"o": o} | {f"{name}_out": x for name, x in zip(WEIGHTS[inner], outgoing, strict=True)}
     return results | {f"d_{name}": x for name, x in zip(inputs, backward, strict=True)}
 
@@ -294,7 +300,7 @@ def test_same_bits_twice(inner: str) -> None:
 @pytest.mark.parametrize("L", [0, 1, 7])
 def test_weights_are_untouched_before_a_complete_mini_batch(inner: str, L: int) -> None:
     inputs = make_inputs(inner, 2, L, 2, 16, 8)
-    o, *outgoing = run_forward(inner, inputs)
+    o, *outgoing = run_forward(inner, make_scan(inner, inputs))
     assert o.shape == inputs["q"].shape
     for name, w in zip(WEIGHTS[inner], outgoing, strict=False):
         assert torch.equal(w, inputs[name]), name
@@ -402,7 +408,7 @@ def test_offsets_beyond_32_bits(packed: bool) -> None:
 def test_what_the_kernels_cannot_do_is_an_error(inner: str, change: dict[str, object], message: str) -> None:
     shape = {"B": 1, "L": 2, "H": 1, "D": 16, "K": 8} | change
     with pytest.raises(ValueError, match=message):
-        run_forward(inner, make_inputs(inner, **shape))  # type: ignore[arg-type]
+        run_forward(inner, make_scan(inner, make_inputs(inner, **shape)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chunks", [2, 4])

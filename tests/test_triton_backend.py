@@ -9,9 +9,9 @@ from torch._subclasses import FakeTensorMode
 
 from checks import INNERS, assert_close, golden_cases, gradients, inner_inputs, load_golden, run_inner
 from test_golden import layer_of
-from ttt4rec import TTTLayer, ops
-from ttt4rec.functional import choose_backend
+from ttt4rec import TTTLayer
 from ttt4rec.kernels import launch
+from ttt4rec.operators import choose_backend
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,28 +115,6 @@ def test_gradients_of_the_incoming_state(inner):
         assert_close(actual, expected, 2 * FP32)  # both err
 
 
-@pytest.mark.parametrize("spans", ["dense", "packed"])
-@pytest.mark.parametrize("inner", INNERS)
-def test_opcheck(inner, spans):
-    forward, backward = getattr(ops, f"{inner}_scan"), getattr(ops, f"{inner}_scan_backward")
-    torch.library.opcheck(forward, kernel_arguments(inner, spans, requires_grad=True))
-    plain = kernel_arguments(inner, spans, requires_grad=False)
-    tokens, weights, rest = plain[:5], plain[5:-6], plain[-6:]
-    o, *saved = forward(*plain)
-    cotangents = [torch.randn_like(x) for x in (o, *weights)]
-    torch.library.opcheck(backward, (*cotangents, *tokens, *saved, *rest))
-
-
-def kernel_arguments(inner, spans, *, requires_grad):
-    N = 2 if spans == "dense" else 3
-    where = (None, None) if spans == "dense" else (torch.tensor([6, 0, 3]), torch.tensor([4, 3, 0]))
-    named = inner_inputs(inner, B=2 if spans == "dense" else 1, L=5 * N, H=2, D=16, K=4, dtype=torch.float32)
-    for name in named.keys() & {"W1", "b1", "W2", "b2"}:
-        named[name] = named[name].expand(N, *named[name].shape).contiguous()
-    tensors = [x.to(DEVICE).requires_grad_(requires_grad) for x in named.values()]
-    return (*tensors, *(None if x is None else x.to(DEVICE) for x in where), 1e-6, "triton")
-
-
 @pytest.mark.parametrize("inner", INNERS)
 def test_compile_has_no_graph_break_and_does_not_recompile_for_each_length(inner):
     torch._dynamo.reset()
@@ -182,19 +160,19 @@ def test_autocast_is_that_of_scaled_dot_product_attention(inner, backend):
 )
 def test_auto_takes_the_kernels_on_a_gpu_where_they_can_run(backend, cuda, dtype, chosen):
     q = SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(1, 2, 3, 16), device="cuda:0")  # no GPU is needed to choose
-    assert choose_backend(backend, q, 8) == chosen
+    assert choose_backend(backend, q, 16, 8) == chosen
 
 
 def test_auto_takes_no_kernel_whose_backward_would_be_refused(monkeypatch, caplog):
     monkeypatch.setattr(launch, "architecture", lambda: "sm_100")
     q = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 2, 3, 16), device="cuda:0")
     for _ in range(2):
-        assert choose_backend("auto", q, 64, "mlp") == "auto"
+        assert choose_backend("auto", q, 16, 64, "mlp") == "auto"
     assert caplog.text.count("trains TTT-MLP with a mini_batch_size of up to 32, got 64") == 1
     with pytest.raises(RuntimeError, match="'triton' on sm_100 trains TTT-MLP"):
-        choose_backend("triton", q, 64, "mlp")
+        choose_backend("triton", q, 16, 64, "mlp")
     with torch.no_grad():
-        assert choose_backend("auto", q, 64, "mlp") == "triton"
+        assert choose_backend("auto", q, 16, 64, "mlp") == "triton"
 
 
 def test_the_tensors_gpu_is_the_current_one_for_a_call(monkeypatch):
