@@ -51,7 +51,7 @@ class TokenStep(NamedTuple):
     ln_bias: Tensor  # β [H, D]
     slots: Tensor  # the streams' places in the pool, all different, int64 [B]
     offset: Tensor  # how many tokens of their mini-batch they have read, int64 [B]
-    records: Tensor  # of all streams of the pool [N, H, R], contiguous; what is in one tells eager/step.py
+    records: Tensor  # of all streams of the pool [N, H, R], contiguous; what is in one tells inner_models.Record
     hidden: int  # F of TTT-MLP; 0 for TTT-Linear
     eps: float
 

@@ -47,7 +47,7 @@ def linear_forward_kernel(
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
     outputs,  # o and G [B, L, H, D], W1 and b1 after the last complete mini-batch
-    checkpoints,  # [B L // (segment K), H, D² + D]
+    checkpoints,  # [B L // (segment K) + 2, H, D² + D]
     strides,  # of weights; all others are contiguous
     L,
     H,

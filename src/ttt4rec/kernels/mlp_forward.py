@@ -63,7 +63,7 @@ def mlp_forward_kernel(
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
     outputs,  # o [B, L, H, D]; W1, b1, W2, b2 after the last complete mini-batch
-    kept,  # Z1 [B, L, H, hidden], G2 [B, L, H, D] and checkpoints [B L // (segment K), H, 2 D hidden + hidden + D]
+    kept,  # Z1 [B, L, H, hidden], G2 [B, L, H, D] and checkpoints [B L // (segment K) + 2, H, 2 D hidden + hidden + D]
     strides,  # of weights; all others are contiguous
     L,
     H,
