@@ -1,0 +1,3 @@
+#pragma once
+#include "matrix.h"
+#define TENSOR_OPERATIONS
