@@ -20,14 +20,30 @@ SPECIALS = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%laneid", "%warpid", 
 ZEROS = ("%tid.y", "%tid.z", "%cluster_ctarank", "%clusterid.x", "%cluster_ctaid.x")
 KINDS = {"bf16": 0, "f16": 1, "tf32": 2}
 _FRESH = 0x7FC5A5A5  # a NaN, in registers that nothing was written to
-_CACHING = {"nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "volatile", "relaxed", "acquire", "release", "cta", "gpu", "sys"}
+_CACHING = {
+    "nc",
+    "ca",
+    "cg",
+    "cs",
+    "lu",
+    "cv",
+    "wb",
+    "wt",
+    "volatile",
+    "relaxed",
+    "acquire",
+    "release",
+    "cta",
+    "gpu",
+    "sys",
+}
 
 
 class Parameter(NamedTuple):
     """A place that holds a kernel's parameter."""
 
     place: int
-    index: int
+    number: int
     size: int  # bytes
     width: int  # of the register
     signed: bool
@@ -51,8 +67,8 @@ class Program:
     def registers(self, values: list[int]) -> np.ndarray:
         """The image with a launch's parameters, each of them its bits."""
         image = self.image.copy()
-        for place, index, size, width, signed in self.places:
-            value = values[index] & ((1 << 8 * size) - 1)
+        for place, parameter, size, width, signed in self.places:
+            value = values[parameter] & ((1 << 8 * size) - 1)
             if signed and value >> (8 * size - 1):
                 value -= 1 << 8 * size
             _fill(image, place, width, value)

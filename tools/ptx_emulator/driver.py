@@ -127,9 +127,18 @@ class _Launcher:
             raise ValueError("the emulator has neither scratch memory nor clusters of programs")
 
     def __call__(
-        self, x: int, y: int, z: int, stream: int, function: Program, packed: Any, metadata: Any, enter: Any, leave: Any,
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: int,
+        function: Program,
+        packed: Any,
+        metadata: Any,
+        enter: Any,
+        leave: Any,
         *arguments: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not x * y * z:
             return
         if enter is not None:

@@ -102,7 +102,7 @@ class Report:
 class Launch:
     """A program with its arguments."""
 
-    program: Program
+    program: Program = field(repr=False)
     shared: int  # bytes
     grid: tuple[int, int, int]
     parameters: list[int]  # bits of each
@@ -111,7 +111,7 @@ class Launch:
     def run(self, order: int = 0, watched: int = 0) -> tuple[list[Finding], int, int]:
         """Execute it once: findings, instructions of warps, and which instruction wrote the watched byte."""
         image = self.program.registers(self.parameters)
-        regions = (_Region * max(1, len(self.regions)))(*(region[:3] for region in self.regions))
+        regions = (_Region * max(1, len(self.regions)))(*(_Region(*region[:3]) for region in self.regions))
         found = (_Finding * _MOST)()
         state = _Launch(
             self.program.code.ctypes.data,
@@ -177,12 +177,14 @@ class Launch:
         return None
 
     def finding(self, raw: _Finding) -> Finding:
+        """What the core found, in words."""
         accesses = [self.access(raw.instruction, raw.program, raw.thread)]
         if raw.other >= 0:
             accesses.append(self.access(raw.other, raw.other_program, raw.other_thread))
         return Finding(self.program.name, raw.what.decode(), self.place(raw.address), tuple(accesses))
 
     def access(self, instruction: int, program: int = -1, thread: int = -1) -> Access:
+        """An instruction with its line of source."""
         own = self.program.instructions[instruction]
         source = ", inlined into ".join(f"{Path(file).name}:{line}" for file, line in own.source)
         return Access(own.text[:120], source, program, thread)
@@ -198,7 +200,7 @@ class Launch:
 
 
 def _bytes(region: Region) -> np.ndarray:
-    return np.frombuffer((ctypes.c_uint8 * region.size).from_address(region.first), np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * region.size).from_address(region.first))
 
 
 def poison(first: int, size: int) -> None:

@@ -104,7 +104,8 @@ class _Body:
         numbers = re.findall(r"(?:\.loc|inlined_at)\s+(\d+)\s+(\d+)\s+(\d+)", code)
         if len(numbers) > 1:
             self.callers[numbers[0]] = numbers[1]
-        chain, at = [], numbers[0] if numbers else None
+        chain: list[Place] = []
+        at = numbers[0] if numbers else None
         while at is not None and len(chain) < 8:
             chain.append((self.files.get(int(at[0]), at[0]), int(at[1])))
             at = self.callers.get(at)
