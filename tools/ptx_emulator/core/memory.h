@@ -72,8 +72,9 @@ inline void check_write(Frame& f, Space& s, Cell& c, u64 address, int lane, bool
 inline void note_write(Frame& f, Space& s, u64 address, int size, int lane, const u8* value) {
     const bool same = value && std::memcmp(s.at(address), value, size) == 0;
     for (u64 i = s.cell(address); i <= s.cell(address + size - 1); ++i) {
-        check_write(f, s, s.cells[i], address, lane, same);
-        s.cells[i].wrote = stamp(f, lane);
+        Cell& c = s.cells[i];
+        check_write(f, s, c, address, lane, same);
+        if (!same || (s.shared && c.wrote.program != f.m.program)) c.wrote = stamp(f, lane);
     }
 }
 
