@@ -81,6 +81,7 @@ def test_reads_after_writes(distance: int, barrier: str, what: str | None) -> No
     [
         (1, "bar.warp.sync -1; st.shared.b32 [%r3], %r6;", None),
         (1, "st.shared.b32 [%r3], %r6;", OVER_LANES),
+        (1, "shfl.sync.idx.b32 %r9, %r6, 0, 31, -1; st.shared.b32 [%r3], %r6;", None),  # all have read
         (32, "bar.sync 0; st.shared.b32 [%r3], %r6;", None),
         (32, "bar.warp.sync -1; st.shared.b32 [%r3], %r6;", READ_WARPS),
         (32, "setp.ge.u32 %p1, %r0, 32; @%p1 st.shared.b32 [%r3], %r6;", OVER_WARPS),

@@ -188,7 +188,7 @@ class _Decoder:
     def address(self, operand: Operand, space: str) -> list[int]:
         if not isinstance(operand, Address):
             raise UnknownPtxError(f"operand {operand} instead of an address")
-        return [self.source(operand.base, 4 if space == "shared" else 8), operand.offset]
+        return [self.source(operand.base, 8 if space == "global" else 4), operand.offset]
 
     # instructions
 
@@ -385,6 +385,61 @@ class _Decoder:
             "wgmma.mma_async", KINDS[found[3]], columns, depth, int(in_registers), *transposed,
             int(negated_a < 0), int(negated_b < 0), accumulate, self.source(operands[2], 8), *left, *result,
         )  # fmt: skip
+
+    # tensor memory and barriers in memory
+
+    def do_mbarrier(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
+        kind = ".".join(part for part in modifiers if not part.startswith("shared") and part != "b64")
+        if kind == "init":
+            self.emit("mbarrier.init", *self.address(operands[0], "shared"), self.source(operands[1], 4))
+        elif kind == "inval":
+            self.emit("mbarrier.inval", *self.address(operands[0], "shared"))
+        elif kind == "try_wait.parity":
+            where = self.address(operands[1], "shared")
+            self.emit("mbarrier.try_wait.parity", *where, self.target(operands[0], 0), self.source(operands[2], 4))
+        else:
+            raise UnknownPtxError("unknown instruction")
+
+    def do_tcgen05(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
+        kind = modifiers[0]
+        if kind.startswith("fence") or kind == "relinquish_alloc_permit":
+            self.emit("nop")
+        elif kind in ("wait::ld", "wait::st"):
+            self.emit(f"tcgen05.{kind}")
+        elif kind in ("ld", "st"):
+            self.tensor_access(kind, modifiers, operands)
+        elif modifiers[1] != "cta_group::1":
+            raise UnknownPtxError("more than one program to a product")
+        elif kind == "alloc":
+            self.access("shared", 4)
+            self.emit("tcgen05.alloc", *self.address(operands[0], "shared"), number(str(operands[1])))
+        elif kind == "dealloc":
+            self.emit("tcgen05.dealloc", self.source(operands[0], 4), number(str(operands[1])))
+        elif kind == "commit" and modifiers[2] == "mbarrier::arrive::one":
+            self.emit("tcgen05.commit", *self.address(operands[0], "shared"))
+        elif kind == "mma" and modifiers[2:] == ["kind::f16"] and len(operands) == 5:
+            self.access("shared", 2)
+            result, left, right, how, keep = operands
+            inside = isinstance(left, Address)
+            where = self.address(left, "tensor") if inside else [self.source(left, 8), 0]
+            self.emit(
+                "tcgen05.mma", int(inside), *self.address(result, "tensor"), *where, self.source(right, 8),
+                self.source(how, 4), self.source(keep, 0),
+            )  # fmt: skip
+        else:
+            raise UnknownPtxError("unknown instruction")
+
+    def tensor_access(self, kind: str, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
+        load = kind == "ld"
+        halves = {"16x32bx2": 2, "32x32b": 1}.get(modifiers[3])
+        if halves is None or modifiers[-1] != "b32" or len(modifiers) != 6:
+            raise UnknownPtxError("unknown shape of tensor memory")
+        address, values = (operands[1], operands[0]) if load else (operands[0], operands[-1])
+        split = number(str(operands[2 if load else 1])) if halves == 2 else 0
+        places = [(self.target if load else self.source)(name, 4) for name in self.several(values)]
+        if len(places) != int(modifiers[4][1:]):
+            raise UnknownPtxError("other registers than its shape's")
+        self.emit(f"tcgen05.{kind}", halves, len(places), split, *self.address(address, "tensor"), *places)
 
 
 def number(text: str) -> int:

@@ -47,7 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     from .driver import emulated
 
-    triton.knobs.runtime.interpret = False  # what is assigned here beats the environment, which tests may change
+    triton.knobs.runtime.interpret = False  # what is assigned here beats the environment
+    os.environ["TRITON_INTERPRET"] = "1"  # by which libraries tell whether kernels take tensors of the CPU
     manager = emulated(architecture, strict=config.getoption("--emulate-findings") == "fail")
     config.stash[_STATE] = manager, manager.__enter__(), poisoning()
 

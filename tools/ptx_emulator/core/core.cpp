@@ -39,15 +39,16 @@ static void run_return(Frame& f) {
     f.w.active &= ~f.mask;
     if (f.w.alive) return;
     if (f.w.copies.size() + f.w.copy_groups.size()) f.stop("end with an asynchronous copy under way");
+    if (f.w.tensor_store >= 0 || f.w.tensor_load >= 0) f.stop("end with an access to tensor memory under way");
     if (f.w.products.size() + f.w.product_groups.size()) f.stop("end with an asynchronous matrix product under way");
 }
 static void run_barrier(Frame& f) {
     if (f.mask != f.w.alive) return f.stop("barrier that a part of the warp does not reach");
     f.w.waiting = true;
     f.w.barrier_at = f.instruction;
-    ++f.w.barrier;
+    ++f.w.barrier, ++f.w.together;
 }
-static void run_warp_barrier(Frame& f) { ++f.w.barrier; }
+static void run_warp_barrier(Frame& f) { ++f.w.barrier, ++f.w.together; }
 static void run_nothing(Frame&) {}
 static void run_proxy_fence(Frame& f) { f.w.fence = f.m.time; }
 // a: mode, result, predicate, value, lane, clamp
@@ -65,6 +66,7 @@ static void run_shuffle(Frame& f) {
     for (int lane = 0; lane < LANES; ++lane)
         if (f.has(lane)) f.reg<u32>(1)[lane] = out[lane];
     f.predicate(2) = (f.predicate(2) & ~f.mask) | (inside & f.mask);
+    f.w.together += f.mask == ALL;
 }
 // a: leading lane, predicate
 static void run_elect(Frame& f) {
@@ -116,7 +118,7 @@ void Machine::report(const char* what, s32 instruction, u64 address, s32 thread,
 void Machine::begin(s32 number) {
     program = number;
     ++barrier;
-    barriers.clear();
+    barriers.clear(), uncommitted.clear(), unread.clear();
     tensor_columns = 0;
     std::fill(shared_bytes.begin(), shared_bytes.end(), 0xFF);
     for (Cell& c : shared.cells) c.copy = -1, c.matrix_reads = 0;
@@ -201,6 +203,7 @@ void Machine::run() {
     for (s32 number : sequence(programs, launch.order, 0)) {
         begin(number);
         while (advance()) {}
+        if (tensor_columns) report("end without a release of tensor memory", warps[0].pc - 1, 0, 0);
         if (failed) return;
     }
     for (const Space& s : global)

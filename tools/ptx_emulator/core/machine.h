@@ -84,15 +84,23 @@ struct Warp {
     bool waiting = false;
     s32 barrier_at = -1;  // instruction
     u32 barrier = 1;      // how many bar.warp.sync and bar.sync it has passed
+    u32 together = 1;     // the same and its shuffles: all lanes have come so far, and with them their reads
     u64 fence = 0;        // time of its last fence between the proxies
     bool polling = false;
     std::vector<Copy> copies;
     std::deque<std::vector<Copy>> copy_groups;
+    s32 tensor_load = -1, tensor_store = -1;  // instructions that were not waited for
     std::vector<u64> products;  // cells that its matrix products read
     std::deque<std::vector<u64>> product_groups;
 };
 
-struct MatrixBarrier { u32 expected = 0, arrived = 0, phase = 0; std::vector<u64> reads; };
+struct TensorUse { u32 first, last; s32 instruction; };  // columns that a matrix product writes
+
+struct MatrixBarrier {  // in shared memory
+    u32 expected = 0, arrived = 0, phase = 0;
+    std::vector<TensorUse> uses;  // of products that nobody has waited for
+    std::vector<u64> reads;       // cells of shared memory that they read
+};
 
 struct Machine {
     Launch& launch;
@@ -104,6 +112,8 @@ struct Machine {
     std::vector<u32> tensor_memory;  // [lane][column]
     u32 tensor_columns = 0;
     std::map<u32, MatrixBarrier> barriers;  // by address
+    std::vector<TensorUse> uncommitted;     // as in a barrier, of products that reach none yet
+    std::vector<u64> unread;
     s32 program = 0;
     u32 barrier = 0;  // bar.sync passed, of all programs
     u64 time = 0;

@@ -44,10 +44,11 @@ inline void note_read(Frame& f, Space& s, u64 address, int size, int lane) {
         races(f, s, c.wrote, RACES[0], address, lane);
         const bool same = c.read.program == f.m.program;
         if (!same || c.read.barrier != f.m.barrier) c.warps = 0;
-        if (!same || c.read.thread / LANES != f.w.id || c.read.warp_barrier != f.w.barrier) c.lanes = 0;
+        if (!same || c.read.thread / LANES != f.w.id || c.read.warp_barrier != f.w.together) c.lanes = 0;
         c.warps |= 1u << f.w.id, c.lanes |= 1u << lane;
         if (c.first_reader < 0) c.first_reader = f.m.program;
         c.read = stamp(f, lane);
+        c.read.warp_barrier = f.w.together;
     }
 }
 
@@ -64,7 +65,7 @@ inline void check_write(Frame& f, Space& s, Cell& c, u64 address, int lane, bool
         f.m.report(RACES[2][2], f.instruction, address, f.thread(lane), &other);
     } else if (now && c.warps & ~(1u << f.w.id)) {
         f.m.report(RACES[2][1], f.instruction, address, f.thread(lane), &other);
-    } else if (here && same_warp && c.read.warp_barrier == f.w.barrier && c.lanes & ~(1u << lane)) {
+    } else if (here && same_warp && c.read.warp_barrier == f.w.together && c.lanes & ~(1u << lane)) {
         f.m.report(RACES[2][0], f.instruction, address, f.thread(lane), &other);
     }
 }
