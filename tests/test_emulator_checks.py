@@ -81,7 +81,7 @@ def test_reads_after_writes(distance: int, barrier: str, what: str | None) -> No
     [
         (1, "bar.warp.sync -1; st.shared.b32 [%r3], %r6;", None),
         (1, "st.shared.b32 [%r3], %r6;", OVER_LANES),
-        (1, "shfl.sync.idx.b32 %r9, %r6, 0, 31, -1; st.shared.b32 [%r3], %r6;", None),  # all have read
+        (1, "shfl.sync.idx.b32 %r9, %r6, 0, 31, -1; st.shared.b32 [%r3], %r6;", OVER_LANES),
         (32, "bar.sync 0; st.shared.b32 [%r3], %r6;", None),
         (32, "bar.warp.sync -1; st.shared.b32 [%r3], %r6;", READ_WARPS),
         (32, "setp.ge.u32 %p1, %r0, 32; @%p1 st.shared.b32 [%r3], %r6;", OVER_WARPS),
@@ -108,11 +108,10 @@ def test_writes_to_one_place(value: str, what: str | None) -> None:
     assert what in kinds if what else not kinds
 
 
-def test_results_that_depend_on_the_order_of_warps() -> None:
-    body = f"""{OWN} {SHARED} shr.u32 %r8, %r0, 5; st.shared.b32 [%r1], %r8; bar.sync 0; ld.shared.b32 %r6, [%r1];
+@pytest.mark.parametrize("unit", ["shr.u32 %r8, %r0, 5;", "and.b32 %r8, %r0, 31;"])
+def test_results_that_depend_on_the_order_of_warps_or_lanes(unit: str) -> None:
+    body = f"""{OWN} {SHARED} {unit} st.shared.b32 [%r1], %r8; bar.sync 0; ld.shared.b32 %r6, [%r1];
         st.global.b32 [%d11], %r6;"""
-    kinds = found(body, numbers(64), np.zeros(64, np.uint32), threads=64, shared=256)
-    assert WRITE_WARPS in kinds
     report = check(body, [numbers(64), np.zeros(64, np.uint32)], threads=64, shared=256)
     (finding,) = (each for each in report.findings if each.what.startswith("results that depend on the order"))
     assert finding.place == "64 elements of array 1, element 0"
@@ -195,6 +194,14 @@ def test_warps_exchange_through_global_memory() -> None:
     assert y.tolist() == [i ^ 32 for i in range(64)]
     kinds = found(OWN + body.format(barrier=""), numbers(64), y, threads=64)
     assert READ_WARPS in kinds
+
+
+@pytest.mark.parametrize(("between", "what"), [("", OVER_LANES), ("shfl.sync.idx.b32 %r6, %r6, 0, 31, -1;", None)])
+def test_lanes_meet_in_a_shuffle_before_they_overwrite_global_memory(between: str, what: str | None) -> None:
+    body = f"""{OWN} xor.b32 %r5, %r0, 1; mad.wide.u32 %d12, %r5, 4, %d0; ld.global.b32 %r6, [%d12]; {between}
+        st.global.b32 [%d10], %r6;"""
+    kinds = found(body, numbers(32), numbers(32))
+    assert what in kinds if what else not kinds
 
 
 COPY = f"{OWN} {SHARED} cp.async.ca.shared.global [%r3], [%d10], 4; cp.async.commit_group;"

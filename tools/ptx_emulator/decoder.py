@@ -248,6 +248,9 @@ class _Decoder:
 
     do_exit = do_ret
 
+    def do_trap(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
+        self.emit("trap")
+
     def do_bar(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
         kind = [part for part in modifiers if part != "aligned"]
         if kind == ["warp", "sync"] and number(str(operands[0])) & 0xFFFFFFFF == 0xFFFFFFFF:

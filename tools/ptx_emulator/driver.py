@@ -79,7 +79,7 @@ class EmulatedDriver:
         self.emulator = emulator
         self.number = number  # of the device too: Triton keeps compiled kernels per device
         self.utils = self
-        self.launcher_cls = functools.partial(_Launcher, emulator)
+        self.launcher_cls = _Launcher
         self.loaded: Path | None = None
 
     def get_current_device(self) -> int:
@@ -117,8 +117,10 @@ class EmulatedDriver:
 
 
 class _Launcher:
-    def __init__(self, emulator: Emulator, source: Any, metadata: Any) -> None:
-        self.emulator, self.shared = emulator, metadata.shared
+    """Launches one kernel under whichever emulator is active then: Triton keeps it as long as the kernel."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.shared = metadata.shared
         self.signature: dict[str, Any] = {
             name if isinstance(name, str) else source.fn.arg_names[name[0]]: kind
             for name, kind in source.signature.items()
@@ -155,7 +157,7 @@ class _Launcher:
                 f"{function.name} takes {len(function.parameters)} parameters, its launch gives {len(parameters)}"
             )
         parameters += [0] * missing
-        self.emulator.execute(Launch(function, self.shared, (x, y, z), parameters, merged(regions)))
+        driver.active.emulator.execute(Launch(function, self.shared, (x, y, z), parameters, merged(regions)))
         if leave is not None:
             leave(metadata)
 

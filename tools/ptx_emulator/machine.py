@@ -11,7 +11,10 @@ import numpy as np
 from .build import core
 from .decoder import SHARED_BASE, SPECIALS, Program
 
-ORDERS = (0, 1)  # of programs and warps: as they are numbered, and backwards; beyond: shuffled by this number
+ORDERS = (
+    0,
+    1,
+)  # of programs, warps and lanes: as they are numbered, and backwards; beyond: warps and programs shuffled
 POISON = 0x7FFD  # each half of a word of memory that nobody wrote; also in core/machine.h
 _MOST = 200  # findings of a launch
 
@@ -150,7 +153,7 @@ class Launch:
                 findings.append(
                     Finding(
                         self.program.name,
-                        f"results that depend on the order of programs and warps (orders {orders[0]} and {order})",
+                        f"results that depend on the order of programs, warps and lanes ({orders[0]} and {order})",
                         place,
                         (self.access(writer),) if writer >= 0 else (),
                     )

@@ -83,11 +83,14 @@ class _Body:
         self.source: tuple[Place, ...] = ()
 
     def read(self, text: str) -> None:
-        rest = ""
+        rest, assembly = "", False
         for line in text.splitlines():
-            code = line.split("//")[0].strip()
+            code, _, comment = (part.strip() for part in line.partition("//"))
+            if comment.endswith("inline asm"):  # within it LLVM counts the lines of the assembly on from the source's
+                assembly = comment.startswith("begin")
             if code.startswith(".loc"):
-                self.locate(code)
+                if not assembly:
+                    self.locate(code)
                 continue
             if code:
                 rest = self.statements(f"{rest} {code}".strip())

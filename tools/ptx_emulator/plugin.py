@@ -5,10 +5,11 @@ to memory that must not be read, marks it too.
 """
 
 import functools
+import json
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +19,7 @@ from .machine import poison
 
 if TYPE_CHECKING:
     from .driver import Emulator
-    from .machine import Finding
+    from .machine import Launch
 
 _STATE = pytest.StashKey[Any]()
 
@@ -32,6 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("fail", "list"),
         default="fail",
         help="whether races and the like fail the test that launches the kernel, or are only listed at the end",
+    )
+    group.addoption("--emulate-report", metavar="FILE", help="what was executed and found, as JSON")
+    group.addoption(
+        "--emulate-mutations",
+        action="store_true",
+        help="at each kernel's first launch, try it without each of its barriers, waits, fences and masks in turn",
     )
 
 
@@ -49,8 +56,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
     triton.knobs.runtime.interpret = False  # what is assigned here beats the environment
     os.environ["TRITON_INTERPRET"] = "1"  # by which libraries tell whether kernels take tensors of the CPU
-    manager = emulated(architecture, strict=config.getoption("--emulate-findings") == "fail")
-    config.stash[_STATE] = manager, manager.__enter__(), poisoning()
+    strict, mutations = config.getoption("--emulate-findings") == "fail", _Mutations()
+    inspect = mutations.add if config.getoption("--emulate-mutations") else None
+    manager = emulated(architecture, strict=strict, inspect=inspect)
+    config.stash[_STATE] = manager, manager.__enter__(), poisoning(), mutations
+
+
+class _Mutations:
+    """What became of the kernels that were tried without something, one line or more for each."""
+
+    def __init__(self) -> None:
+        self.lines: dict[int, list[str]] = {}  # by the decoded program, of which Triton keeps one
+
+    def add(self, launch: "Launch") -> None:
+        """Try a program that was not tried before."""
+        from .mutation import mutate, summary
+
+        if id(launch.program) not in self.lines:
+            head = f"{launch.program.name}, {launch.program.threads} threads:"
+            self.lines[id(launch.program)] = [head, *(f"  {line}" for line in summary(mutate(launch)))]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -72,29 +96,43 @@ def _fresh_memory_is_marked(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say what was executed."""
+    """Say what was executed, and what was found."""
     state = config.stash.get(_STATE, None)
     if state is None:
         return
-    emulator: Emulator = state[1]
-    kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0, 0])
-    for record in emulator.records:
-        values = 1, record.report.instructions, record.seconds, len(record.report.findings)
-        kernels[record.report.kernel] = [a + b for a, b in zip(kernels[record.report.kernel], values, strict=True)]
-    terminalreporter.section(f"kernels executed for {emulator.architecture}")
-    for name, (launches, instructions, seconds, findings) in sorted(kernels.items()):
+    summary = _summary(state[1])
+    if (path := config.getoption("--emulate-report")) is not None:
+        Path(path).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    terminalreporter.section(f"kernels executed for {summary['architecture']} by Triton {summary['triton']}")
+    for name, kernel in summary["kernels"].items():
         terminalreporter.line(
-            f"{name:32} {launches:6.0f} launches {instructions:12,.0f} warp instructions {seconds:8.1f} s"
-            f" {findings:4.0f} findings"
+            f"{name:32} {kernel['launches']:6} launches {kernel['instructions']:12,} warp instructions "
+            f"{kernel['seconds']:8.1f} s {len(kernel['findings']):4} findings"
         )
-    different: dict[Any, Finding] = {}
-    for record in emulator.records:
+    for kernel in summary["kernels"].values():
+        terminalreporter.line("".join(f"{finding}\n" for finding in kernel["findings"]))
+    for lines in state[3].lines.values():
+        terminalreporter.line("\n".join(lines))
+
+
+def _summary(emulator: "Emulator") -> dict[str, Any]:
+    """What was executed by kernel; findings of the same kind at the same lines are one."""
+    import triton
+
+    kernels: dict[str, dict[str, Any]] = {}
+    for record in sorted(emulator.records, key=lambda record: record.report.kernel):
+        kernel = kernels.setdefault(
+            record.report.kernel, {"launches": 0, "instructions": 0, "seconds": 0.0, "findings": {}}
+        )
+        kernel["launches"] += 1
+        kernel["instructions"] += record.report.instructions
+        kernel["seconds"] += record.seconds
         for finding in record.report.findings:
-            different.setdefault(
-                (finding.kernel, finding.what, *(access.source for access in finding.accesses)), finding
-            )
-    for finding in different.values():
-        terminalreporter.line(str(finding))
+            key = finding.what, *(access.source for access in finding.accesses)
+            kernel["findings"].setdefault(key, str(finding))
+    for kernel in kernels.values():
+        kernel["findings"] = list(kernel["findings"].values())
+    return {"architecture": emulator.architecture, "triton": triton.__version__, "kernels": kernels}
 
 
 def poisoning() -> list[tuple[object, str, Callable[..., Any]]]:

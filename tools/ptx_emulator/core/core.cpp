@@ -50,6 +50,7 @@ static void run_barrier(Frame& f) {
 }
 static void run_warp_barrier(Frame& f) { ++f.w.barrier, ++f.w.together; }
 static void run_nothing(Frame&) {}
+static void run_trap(Frame& f) { f.stop("trap"); }
 static void run_proxy_fence(Frame& f) { f.w.fence = f.m.time; }
 // a: mode, result, predicate, value, lane, clamp
 static void run_shuffle(Frame& f) {
@@ -80,7 +81,7 @@ static void run_elect(Frame& f) {
 static const std::vector<Operation>& table() {
     static const std::vector<Operation> all = {
 #include "registers.inc"
-        {"bra", "", run_branch}, {"ret exit", "", run_return}, {"nop", "", run_nothing},
+        {"bra", "", run_branch}, {"ret exit", "", run_return}, {"nop", "", run_nothing}, {"trap", "", run_trap},
         {"bar.sync", "", run_barrier}, {"=bar.warp.sync", "", run_warp_barrier}, {"fence.proxy.async", "", run_proxy_fence},
         {"shfl.sync", "", run_shuffle}, {"elect.sync", "", run_elect},
         {"ld.global", "", run_load<false>}, {"ld.shared", "", run_load<true>},

@@ -35,6 +35,10 @@ inline Stamp stamp(const Frame& f, int lane) {
     return {f.m.program, f.thread(lane), f.instruction, f.m.barrier, f.w.barrier, f.m.time};
 }
 
+// Until when a lane's read and another's write are not ordered. In global memory a shuffle, where all lanes meet, is
+// enough: what was read may have passed through it. Shared memory is held to barriers.
+inline u32 reads(const Frame& f, const Space& s) { return s.shared ? f.w.barrier : f.w.together; }
+
 inline void note_read(Frame& f, Space& s, u64 address, int size, int lane) {
     for (u64 i = s.cell(address); i <= s.cell(address + size - 1); ++i) {
         Cell& c = s.cells[i];
@@ -44,11 +48,11 @@ inline void note_read(Frame& f, Space& s, u64 address, int size, int lane) {
         races(f, s, c.wrote, RACES[0], address, lane);
         const bool same = c.read.program == f.m.program;
         if (!same || c.read.barrier != f.m.barrier) c.warps = 0;
-        if (!same || c.read.thread / LANES != f.w.id || c.read.warp_barrier != f.w.together) c.lanes = 0;
+        if (!same || c.read.thread / LANES != f.w.id || c.read.warp_barrier != reads(f, s)) c.lanes = 0;
         c.warps |= 1u << f.w.id, c.lanes |= 1u << lane;
         if (c.first_reader < 0) c.first_reader = f.m.program;
         c.read = stamp(f, lane);
-        c.read.warp_barrier = f.w.together;
+        c.read.warp_barrier = reads(f, s);
     }
 }
 
@@ -65,7 +69,7 @@ inline void check_write(Frame& f, Space& s, Cell& c, u64 address, int lane, bool
         f.m.report(RACES[2][2], f.instruction, address, f.thread(lane), &other);
     } else if (now && c.warps & ~(1u << f.w.id)) {
         f.m.report(RACES[2][1], f.instruction, address, f.thread(lane), &other);
-    } else if (here && same_warp && c.read.warp_barrier == f.w.together && c.lanes & ~(1u << lane)) {
+    } else if (here && same_warp && c.read.warp_barrier == reads(f, s) && c.lanes & ~(1u << lane)) {
         f.m.report(RACES[2][0], f.instruction, address, f.thread(lane), &other);
     }
 }
@@ -134,7 +138,8 @@ template <bool SHARED> void run_load(Frame& f) {
 }
 template <bool SHARED> void run_store(Frame& f) {
     const int element = f.a[0], count = f.a[1], width = f.a[2];
-    for (int lane = 0; lane < LANES && !f.m.failed; ++lane) {
+    for (int i = 0; i < LANES && !f.m.failed; ++i) {
+        const int lane = f.m.launch.order == 1 ? LANES - 1 - i : i;  // which one wins is open
         if (!f.has(lane)) continue;
         u8 value[32];
         for (int i = 0; i < count; ++i)
