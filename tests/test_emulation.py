@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ARCHITECTURES = ("sm_80", "sm_90")
+OWN = "tests/emulated.py"  # small kernels for the emulator itself
 SAMPLE = [  # of the kernels' tests
     "test_inner_loop_kernels.py::test_low_precision_is_no_worse_than_torch[2-36-2-16-8-dtype0-linear]",
     "test_inner_loop_kernels.py::test_low_precision_is_no_worse_than_torch[2-36-2-16-8-dtype0-mlp]",
@@ -34,6 +34,14 @@ KERNELS = {
 }  # fmt: skip
 
 
+REPLICAS = {  # sums that several lanes hold differ in their last bit from lane to lane, since one product is fused
+    "fused_backward_kernel": "write after another lane's write",
+    "linear_step_kernel": "write after another",
+    "mlp_step_kernel": "write after another",
+}
+ON_SM_100 = ("test_projection.py", "test_epilogue.py")  # of the sample: with products in tensor memory
+
+
 def emulate(architecture: str, *arguments: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--emulate", architecture, *arguments]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -41,16 +49,17 @@ def emulate(architecture: str, *arguments: str) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "sm_100"])
-def test_small_kernels(architecture: str) -> None:
-    emulate(architecture, "tests/emulated.py")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_every_kernel(architecture: str, tmp_path: Path) -> None:
+    """Results are right, and nothing is found but what is known."""
     path = tmp_path / "report.json"
-    nodes = [f"tests/{name}" for name in SAMPLE]
+    sample = [name for name in SAMPLE if architecture != "sm_100" or name.startswith(ON_SM_100)]
+    nodes = [OWN, *(f"tests/{name}" for name in sample)]
     emulate(architecture, "--emulate-findings", "list", "--emulate-report", str(path), *nodes)
-    report: dict[str, Any] = json.loads(path.read_text())
-    assert set(report["kernels"]) == KERNELS
+    kernels: dict[str, Any] = json.loads(path.read_text())["kernels"]
+    if architecture != "sm_100":
+        assert set(kernels) == KERNELS
+    for name, kernel in kernels.items():
+        for finding in kernel["findings"]:
+            assert REPLICAS.get(name, "none") in finding or "depend on the order" in finding

@@ -146,16 +146,6 @@ def test_bytes_chosen_by_prmt() -> None:
     assert apply("prmt.b32", np.uint32, np.resize(x, 6), np.resize(y, 6), chosen).tolist() == list(selectors.values())
 
 
-@pytest.mark.parametrize("table", [0x80, 0xFE, 0x96, 0xE8, 0xCA])
-def test_lop3(table: int) -> None:
-    x, y, z = (np.random.default_rng(i).integers(0, 1 << 32, 32, dtype=np.uint32) for i in range(3))
-    constant = np.full(32, table, np.uint32)
-    result = apply("lop3.b32", np.uint32, x, y, z, constant)
-    for bit in range(32):
-        index = (x >> bit & 1) << 2 | (y >> bit & 1) << 1 | (z >> bit & 1)
-        assert np.array_equal(result >> bit & 1, table >> index & 1)
-
-
 def test_funnel_shifts() -> None:
     low, high = np.full(6, 0x89ABCDEF, np.uint32), np.full(6, 0x01234567, np.uint32)
     by = np.array([0, 4, 16, 31, 32, 36], np.uint32)

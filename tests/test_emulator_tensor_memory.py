@@ -134,7 +134,7 @@ OVERWRITTEN = "write to what an asynchronous matrix product may still read"
     [
         ({"after": "bar.sync 0;"}, "access to tensor memory that a matrix product may still write"),
         ({"stored": ""}, "matrix product while tensor memory is read or written"),
-        ({"fence": ""}, "matrix product reads what was stored before it without a fence.proxy.async"),
+        ({"fence": ""}, "matrix product of what was stored without a fence.proxy.async"),
         ({"after": f"st.shared.b32 [%r1+1024], %r0; {WAIT}"}, OVERWRITTEN),
         ({"after": WAIT.replace("[%r6], 0", "[%r6], 1")}, "deadlock: all warps wait for barriers in memory"),
     ],
@@ -155,7 +155,7 @@ def test_what_is_wrong_with_a_product(change: dict[str, str], what: str) -> None
         (f"{SPLIT.format(op='ld', n=1)} {{%r20}}, [%r5 + 0], 1;", "read of tensor memory that nobody wrote"),
         (
             f"{SPLIT.format(op='st', n=1)} [%r3 + 0], 1, {{%r20}};",
-            "access to lanes of tensor memory that are another warp's",
+            "access to another warp's lanes",
         ),
     ],
 )

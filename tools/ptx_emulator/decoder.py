@@ -5,18 +5,14 @@ before a warp begins, so that an operand always is the number of a place.
 """
 
 import re
-import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from .build import operations
 from .parser import Address, Instruction, Operand, UnknownPtxError, parse
+from .program import SHARED_BASE, SPECIALS, Parameter, Program, fill
 
-SHARED_BASE = 1024  # where shared memory begins; also in core/machine.h
-SPECIALS = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%laneid", "%warpid", "%nctaid.x")
 ZEROS = ("%tid.y", "%tid.z", "%cluster_ctarank", "%clusterid.x", "%cluster_ctaid.x")
 KINDS = {"bf16": 0, "f16": 1, "tf32": 2}
 _FRESH = 0x7FC5A5A5  # a NaN, in registers that nothing was written to
@@ -39,42 +35,6 @@ _CACHING = {
 }
 
 
-class Parameter(NamedTuple):
-    """A place that holds a kernel's parameter."""
-
-    place: int
-    number: int
-    size: int  # bytes
-    width: int  # of the register
-    signed: bool
-
-
-@dataclass
-class Program:
-    """A kernel that the core can run."""
-
-    name: str
-    threads: int
-    parameters: list[int]  # bytes of each
-    instructions: list[Instruction]  # by number; some stand for several
-    code: np.ndarray
-    offsets: np.ndarray
-    image: np.ndarray  # registers of a warp when it begins
-    places: list[Parameter]
-    specials: list[int]
-    granules: tuple[int, int]  # log2 of the smallest access, shared and global
-
-    def registers(self, values: list[int]) -> np.ndarray:
-        """The image with a launch's parameters, each of them its bits."""
-        image = self.image.copy()
-        for place, parameter, size, width, signed in self.places:
-            value = values[parameter] & ((1 << 8 * size) - 1)
-            if signed and value >> (8 * size - 1):
-                value -= 1 << 8 * size
-            _fill(image, place, width, value)
-        return image
-
-
 def decode(text: str) -> Program:
     """Read a module with one kernel.
 
@@ -82,11 +42,6 @@ def decode(text: str) -> Program:
         UnknownPtxError: an instruction, named, or another part of it that the emulator does not know.
     """
     return _Decoder(text).program()
-
-
-def _fill(image: np.ndarray, place: int, width: int, value: int) -> None:
-    kind = {2: np.uint16, 4: np.uint32, 8: np.uint64}[width]
-    image[place : place + 8 * width].view(kind)[:] = value & ((1 << 8 * width) - 1)
 
 
 class _Decoder:
@@ -119,7 +74,7 @@ class _Decoder:
         image = np.full(self.words, _FRESH, np.uint32)
         for (value, size), place in self.constants.items():
             if size:
-                _fill(image, place, size, value)
+                fill(image, place, size, value)
             else:
                 image[place] = -value & 0xFFFFFFFF
         sizes = [len(each) for each in self.code]
@@ -453,9 +408,3 @@ def number(text: str) -> int:
         return int(text.rstrip("U"), 0)
     except ValueError:
         raise UnknownPtxError(f"unknown name {text}") from None
-
-
-def float_bits(value: float, kind: str) -> int:
-    """The bits of an argument of type ``fp32`` or ``fp64``."""
-    whole, number_kind = {"fp32": ("I", "f"), "fp64": ("Q", "d")}[kind]
-    return int(struct.unpack(whole, struct.pack(number_kind, value))[0])

@@ -5,6 +5,7 @@ arguments. The binary itself is not executed but the PTX that it was assembled f
 """
 
 import functools
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from .decoder import Program, decode, float_bits
+from .decoder import decode
 from .machine import ORDERS, Finding, Launch, Region, Report, merged
+from .program import Program
 
 MAX_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 
@@ -180,7 +182,8 @@ def _bits(name: str, kind: str, value: Any) -> int:
     if kind.startswith("*"):
         return 0 if value is None else int(value.data_ptr())
     if kind in ("fp32", "fp64"):
-        return float_bits(value, kind)
+        whole, number = {"fp32": ("I", "f"), "fp64": ("Q", "d")}[kind]
+        return int(struct.unpack(whole, struct.pack(number, value))[0])
     if kind[0] in "iu" and kind[1:].isdigit():
         return int(value)
     raise ValueError(f"argument {name} of type {kind}: the emulator takes pointers, integers, fp32 and fp64")

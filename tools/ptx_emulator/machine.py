@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .build import core
-from .decoder import SHARED_BASE, SPECIALS, Program
+from .program import SHARED_BASE, SPECIALS, Program
 
 ORDERS = (
     0,

@@ -110,7 +110,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             f"{kernel['seconds']:8.1f} s {len(kernel['findings']):4} findings"
         )
     for kernel in summary["kernels"].values():
-        terminalreporter.line("".join(f"{finding}\n" for finding in kernel["findings"]))
+        for finding in kernel["findings"]:
+            terminalreporter.line(finding)
     for lines in state[3].lines.values():
         terminalreporter.line("\n".join(lines))
 

@@ -6,20 +6,12 @@
 #include "matrix.h"
 #include "tensor_memory.h"
 
-#define ONE [](Frame& f)
 #define OP1(NAMES, D, X, VALUE) \
-    {NAMES, signature<D, X>(), ONE { const Lanes<X> p(f, 1); \
-        set<D>(f, [&](int lane) -> D { const X x = p[lane]; return VALUE; }); }},
+    {NAMES, signature<D, X>(), [](Frame& f) { each_lane<D, X>(f, [](X x) -> D { return VALUE; }); }},
 #define OP2(NAMES, D, X, Y, VALUE) \
-    {NAMES, signature<D, X, Y>(), ONE { const Lanes<X> p(f, 1); const Lanes<Y> q(f, 2); \
-        set<D>(f, [&](int lane) -> D { const X x = p[lane]; const Y y = q[lane]; return VALUE; }); }},
-#define OP3(NAMES, D, X, Y, Z, VALUE) \
-    {NAMES, signature<D, X, Y, Z>(), ONE { const Lanes<X> p(f, 1); const Lanes<Y> q(f, 2); const Lanes<Z> r(f, 3); \
-        set<D>(f, [&](int lane) -> D { const X x = p[lane]; const Y y = q[lane]; const Z z = r[lane]; return VALUE; }); }},
-#define OP4(NAMES, D, X, Y, Z, T, VALUE) \
-    {NAMES, signature<D, X, Y, Z, T>(), ONE { const Lanes<X> p(f, 1); const Lanes<Y> q(f, 2); const Lanes<Z> r(f, 3); \
-        const Lanes<T> s(f, 4); set<D>(f, [&](int lane) -> D { \
-            const X x = p[lane]; const Y y = q[lane]; const Z z = r[lane]; const T t = s[lane]; return VALUE; }); }},
+    {NAMES, signature<D, X, Y>(), [](Frame& f) { each_lane<D, X, Y>(f, [](X x, Y y) -> D { return VALUE; }); }},
+#define OP3(NAMES, D, X, Y, Z, VALUE) {NAMES, signature<D, X, Y, Z>(), [](Frame& f) { \
+    each_lane<D, X, Y, Z>(f, [](X x, Y y, Z z) -> D { return VALUE; }); }},
 
 static void go_on(Warp& w) {  // where the lanes are that are furthest behind
     w.pc = w.parked.begin()->first;
@@ -58,10 +50,10 @@ static void run_shuffle(Frame& f) {
     for (int lane = 0; lane < LANES; ++lane) {
         const int by = f.reg<u32>(4)[lane] & 31, clamp = f.reg<u32>(5)[lane] & 31;
         const int segment = f.reg<u32>(5)[lane] >> 8 & 31, first = lane & segment, last = first | (clamp & ~segment);
-        const int from = f.a[0] == 0 ? lane ^ by : f.a[0] == 1 ? first | (by & ~segment) : f.a[0] == 2 ? lane - by : lane + by;
-        const bool good = f.a[0] == 2 ? from >= last : from <= last;
-        if (good && !f.has(from)) return f.stop("shuffle from a lane that takes no part", 0, lane);
-        out[lane] = f.reg<u32>(3)[good ? from : lane];
+        const int from[4] = {lane ^ by, first | (by & ~segment), lane - by, lane + by}, j = from[f.a[0]];
+        const bool good = f.a[0] == 2 ? j >= last : j <= last;
+        if (good && !f.has(j)) return f.stop("shuffle from a lane that takes no part", 0, lane);
+        out[lane] = f.reg<u32>(3)[good ? j : lane];
         inside |= u32(good) << lane;
     }
     for (int lane = 0; lane < LANES; ++lane)
@@ -82,8 +74,8 @@ static const std::vector<Operation>& table() {
     static const std::vector<Operation> all = {
 #include "registers.inc"
         {"bra", "", run_branch}, {"ret exit", "", run_return}, {"nop", "", run_nothing}, {"trap", "", run_trap},
-        {"bar.sync", "", run_barrier}, {"=bar.warp.sync", "", run_warp_barrier}, {"fence.proxy.async", "", run_proxy_fence},
-        {"shfl.sync", "", run_shuffle}, {"elect.sync", "", run_elect},
+        {"bar.sync", "", run_barrier}, {"=bar.warp.sync", "", run_warp_barrier},
+        {"fence.proxy.async", "", run_proxy_fence}, {"shfl.sync", "", run_shuffle}, {"elect.sync", "", run_elect},
         {"ld.global", "", run_load<false>}, {"ld.shared", "", run_load<true>},
         {"st.global", "", run_store<false>}, {"st.shared", "", run_store<true>},
         {"cp.async", "", run_copy}, {"cp.async.commit_group", "", run_copy_commit},
@@ -113,7 +105,8 @@ Machine::Machine(Launch& l) : launch(l) {
 void Machine::report(const char* what, s32 instruction, u64 address, s32 thread, const Stamp* other) {
     const Stamp none, &o = other ? *other : none;
     if (launch.num_findings == launch.max_findings || !seen.insert({what, instruction, o.instruction}).second) return;
-    launch.findings[launch.num_findings++] = {what, instruction, o.instruction, program, thread, o.program, o.thread, address};
+    launch.findings[launch.num_findings++] = {
+        what, instruction, o.instruction, program, thread, o.program, o.thread, address};
 }
 
 void Machine::begin(s32 number) {
@@ -124,14 +117,14 @@ void Machine::begin(s32 number) {
     std::fill(shared_bytes.begin(), shared_bytes.end(), 0xFF);
     for (Cell& c : shared.cells) c.copy = -1, c.matrix_reads = 0;
     const u64 begin = (reinterpret_cast<u64>(registers.data()) + 63) & ~63ull;
-    const s32 x = number % launch.grid[0], y = number / launch.grid[0] % launch.grid[1], z = number / launch.grid[0] / launch.grid[1];
+    const s32 *grid = launch.grid, x = number % grid[0], y = number / grid[0] % grid[1], z = number / grid[0] / grid[1];
     for (size_t i = 0; i < warps.size(); ++i) {
         Warp& w = warps[i] = Warp();
         w.id = int(i);
         w.registers = reinterpret_cast<u32*>(begin) + i * launch.words;
         std::memcpy(w.registers, launch.image, launch.words * sizeof(u32));
         for (s32 lane = 0; lane < LANES; ++lane) {
-            const s32 values[7] = {w.id * LANES + lane, x, y, z, lane, w.id, launch.grid[0]};
+            const s32 values[7] = {w.id * LANES + lane, x, y, z, lane, w.id, grid[0]};
             for (int k = 0; k < 7; ++k)
                 if (launch.specials[k] >= 0) w.registers[launch.specials[k] + lane] = u32(values[k]);
         }
@@ -153,7 +146,7 @@ static void step(Machine& m, Warp& w) {
         ++m.launch.instructions, ++m.time;
         if (!f.mask) continue;
         const Operation& operation = operations[code[0]];
-        if (*operation.names == '=' && f.mask != ALL) f.stop("instruction for the whole warp that a part of it executes");
+        if (*operation.names == '=' && f.mask != ALL) f.stop("instruction of a whole warp that a part of it executes");
         else operation.run(f);
     }
 }
@@ -193,7 +186,7 @@ void Machine::release() {
         else if (w.waiting) report("warps wait at different barriers", w.barrier_at, 0, w.id * LANES);
     if (!first) return;
     for (Warp& w : warps) {
-        if (!w.alive) return stop("barrier that a warp which has ended does not reach", first->barrier_at, 0, w.id * LANES);
+        if (!w.alive) return stop("barrier that an ended warp does not reach", first->barrier_at, 0, w.id * LANES);
         w.waiting = false;
     }
     ++barrier;

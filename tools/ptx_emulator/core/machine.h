@@ -145,7 +145,12 @@ struct Frame {
     u32& predicate(int i) const { return w.registers[a[i]]; }
     bool has(int lane) const { return mask >> lane & 1; }
     int thread(int lane) const { return w.id * LANES + lane; }
-    void stop(const char* what, u64 address = 0, int lane = 0) const { m.stop(what, instruction, address, thread(lane)); }
+    void report(const char* what, u64 address, int lane, const Stamp* other = nullptr) const {
+        m.report(what, instruction, address, thread(lane), other);
+    }
+    void stop(const char* what, u64 address = 0, int lane = 0) const {
+        m.stop(what, instruction, address, thread(lane));
+    }
 };
 
 using Run = void (*)(Frame&);
@@ -179,6 +184,13 @@ template <class T, class F> inline void set(Frame& f, F value) {
         for (int lane = 0; lane < LANES; ++lane)
             if (f.has(lane)) f.reg<T>(0)[lane] = out[lane];
     }
+}
+template <class D, class... X, class F, size_t... I> void each_lane(Frame& f, F value, std::index_sequence<I...>) {
+    const std::tuple<Lanes<X>...> operands{Lanes<X>(f, int(I) + 1)...};
+    set<D>(f, [&](int lane) { return value(std::get<I>(operands)[lane]...); });
+}
+template <class D, class... X, class F> void each_lane(Frame& f, F value) {
+    each_lane<D, X...>(f, value, std::index_sequence_for<X...>());
 }
 template <class... T> std::string signature() {
     return {(std::is_same_v<T, bool> ? 'p' : char('0' + sizeof(T)))...};

@@ -86,8 +86,7 @@ inline float fetch(Frame& f, const Descriptor& d, int kind, int outer, int k, st
         reads.push_back(i);
         const Warp* writer = c.wrote.program == f.m.program ? &f.m.warps[c.wrote.thread / LANES] : nullptr;
         if (writer && writer->fence < c.wrote.time && f.w.fence < c.wrote.time)
-            f.m.report("matrix product reads what was stored before it without a fence.proxy.async", f.instruction, address,
-                       f.thread(0), &c.wrote);
+            f.report("matrix product of what was stored without a fence.proxy.async", address, 0, &c.wrote);
     }
     u32 raw = 0;
     std::memcpy(&raw, p, size);
@@ -97,13 +96,13 @@ inline void release_reads(Frame& f, const std::vector<u64>& reads) {
     for (u64 i : reads) --f.m.shared.cells[i].matrix_reads;
 }
 
-// a: kind, N, K, A in registers, transposed A, B, negated A, B, how to accumulate (-1 always, -2 never, or a predicate),
-// descriptor of B, then A's descriptor or registers (4), D (N / 2)
+// a: kind, N, K, A in registers, transposed A, B, negated A, B, whether to accumulate (-1 always, -2 never, or a
+// predicate), descriptor of B, then A's descriptor or registers (4), D (N / 2)
 inline void run_wgmma(Frame& f) {
     const int kind = f.a[0], N = f.a[1], K = f.a[2], accumulate = f.a[8];
     const bool keep = accumulate == -1 || (accumulate >= 0 && f.w.registers[accumulate] & 1);
     double sign = f.a[6] == f.a[7] ? 1 : -1;
-    double a[64][16];
+    double a[16][16];
     std::vector<double> b(size_t(K) * N), sums(16 * N);
     if (f.a[3])
         each_operand(kind, 4, [&](int lane, int i, int half) {

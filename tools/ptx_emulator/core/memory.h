@@ -4,12 +4,12 @@
 
 // Which two accesses were not ordered: in the order of Machine::conflict's results.
 static const char* const RACES[3][3] = {
-    {"read after write by another lane without a barrier of the warp", "read after write by another warp without a barrier",
-     "read of what another program wrote"},
-    {"write after write by another lane without a barrier of the warp", "write after write by another warp without a barrier",
-     "write where another program wrote"},
-    {"write after read by another lane without a barrier of the warp", "write after read by another warp without a barrier",
-     "write where another program read"},
+    {"read after another lane's write without a barrier of the warp",
+     "read after another warp's write without a barrier", "read of what another program wrote"},
+    {"write after another lane's write without a barrier of the warp",
+     "write after another warp's write without a barrier", "write where another program wrote"},
+    {"write after another lane's read without a barrier of the warp",
+     "write after another warp's read without a barrier", "write where another program read"},
 };
 
 inline void races(Frame& f, Space& s, const Stamp& old, const char* const kinds[3], u64 address, int lane) {
@@ -25,10 +25,10 @@ inline void races(Frame& f, Space& s, const Stamp& old, const char* const kinds[
 
 inline void under_way(Frame& f, const Cell& c, u64 address, int lane, bool writes) {
     Stamp other{f.m.program, f.thread(lane), c.copy};
-    if (c.copy >= 0) f.m.report("access to where an asynchronous copy is under way", f.instruction, address, f.thread(lane), &other);
+    if (c.copy >= 0) f.report("access to where an asynchronous copy is under way", address, lane, &other);
     other.instruction = c.matrix_instruction;
     if (writes && c.matrix_reads)
-        f.m.report("write to what an asynchronous matrix product may still read", f.instruction, address, f.thread(lane), &other);
+        f.report("write to what an asynchronous matrix product may still read", address, lane, &other);
 }
 
 inline Stamp stamp(const Frame& f, int lane) {
@@ -44,7 +44,7 @@ inline void note_read(Frame& f, Space& s, u64 address, int size, int lane) {
         Cell& c = s.cells[i];
         under_way(f, c, address, lane, false);
         if (s.shared && c.wrote.program != f.m.program)
-            f.m.report("read of shared memory that nobody wrote", f.instruction, address, f.thread(lane));
+            f.report("read of shared memory that nobody wrote", address, lane);
         races(f, s, c.wrote, RACES[0], address, lane);
         const bool same = c.read.program == f.m.program;
         if (!same || c.read.barrier != f.m.barrier) c.warps = 0;
@@ -66,11 +66,11 @@ inline void check_write(Frame& f, Space& s, Cell& c, u64 address, int lane, bool
     Stamp other = c.read;
     if (!s.shared && c.first_reader >= 0 && (c.first_reader != f.m.program || !here)) {
         if (here) other.program = c.first_reader, other.thread = -1;
-        f.m.report(RACES[2][2], f.instruction, address, f.thread(lane), &other);
+        f.report(RACES[2][2], address, lane, &other);
     } else if (now && c.warps & ~(1u << f.w.id)) {
-        f.m.report(RACES[2][1], f.instruction, address, f.thread(lane), &other);
+        f.report(RACES[2][1], address, lane, &other);
     } else if (here && same_warp && c.read.warp_barrier == reads(f, s) && c.lanes & ~(1u << lane)) {
-        f.m.report(RACES[2][0], f.instruction, address, f.thread(lane), &other);
+        f.report(RACES[2][0], address, lane, &other);
     }
 }
 
@@ -94,7 +94,7 @@ inline Space* find(Frame& f, bool shared, u64 address, int size, int lane) {
         for (Space& s : f.m.global)
             if (!found && s.holds(address, size)) found = f.m.last_global = &s;
     }
-    if (!found) f.stop(shared ? "access beyond shared memory" : "access to global memory that is no argument's", address, lane);
+    if (!found) f.stop(shared ? "access beyond shared memory" : "access to memory that is no argument's", address, lane);
     else if (address % size) f.stop("misaligned access", address, lane), found = nullptr;
     return found;
 }
@@ -107,7 +107,7 @@ inline const u8* load(Frame& f, bool shared, u64 address, int size, int lane) {
     if (!shared && s->element > 1)
         for (int i = 0; i + s->element <= size; i += s->element)
             if (std::memcmp(p + i, &POISON, std::min(s->element, 4)) == 0)
-                f.m.report("read of global memory that nobody wrote", f.instruction, address + i, f.thread(lane));
+                f.report("read of global memory that nobody wrote", address + i, lane);
     return p;
 }
 
@@ -168,9 +168,10 @@ inline void run_copy(Frame& f) {
         Space* s = find(f, true, c.to, size, lane);
         if (live < 0 || live > size) f.stop("copy of more bytes than it has", c.to, lane);
         if (!s || f.m.failed || (live && !find(f, false, c.from, size, lane))) return;
-        for (u64 i = s->cell(c.to); i <= s->cell(c.to + size - 1); ++i) check_write(f, *s, s->cells[i], c.to, lane, false);
+        const u64 begin = s->cell(c.to), end = s->cell(c.to + size - 1) + 1;
+        for (u64 i = begin; i < end; ++i) check_write(f, *s, s->cells[i], c.to, lane, false);
         if (f.m.launch.order == 1) finish_copy(f, c);  // at the first moment; still not to be touched before the last
-        for (u64 i = s->cell(c.to); i <= s->cell(c.to + size - 1); ++i) s->cells[i].copy = f.instruction;
+        for (u64 i = begin; i < end; ++i) s->cells[i].copy = f.instruction;
         f.w.copies.push_back(c);
     }
 }

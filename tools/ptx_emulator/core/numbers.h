@@ -54,7 +54,9 @@ inline f16 to_f16(float x) {
     return {u16(sign | (size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13)};
 }
 // To the nearest number with ten bits behind the point, ties away from zero.
-inline u32 to_tf32(float x) { return x == x ? (bits<u32>(x) + (std::isinf(x) ? 0 : 0x1000)) & 0xFFFFE000u : 0x7FFFFFFFu; }
+inline u32 to_tf32(float x) {
+    return x == x ? (bits<u32>(x) + (std::isinf(x) ? 0 : 0x1000)) & 0xFFFFE000u : 0x7FFFFFFFu;
+}
 // What a matrix product makes of an operand of that kind.
 inline float from_tf32(u32 raw) { return bits<float>(raw & 0xFFFFE000u); }
 
@@ -114,13 +116,5 @@ inline u32 permuted(u32 x, u32 y, u32 selector) {
         const u32 choice = selector >> 4 * i & 15, byte = bytes >> 8 * (choice & 7) & 255;
         result |= (choice & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
     }
-    return result;
-}
-
-// Any function of three bits, by its table.
-inline u32 logic(u32 x, u32 y, u32 z, u32 table) {
-    u32 result = 0;
-    for (u32 k = 0; k < 8; ++k)
-        if (table >> k & 1) result |= (k & 4 ? x : ~x) & (k & 2 ? y : ~y) & (k & 1 ? z : ~z);
     return result;
 }

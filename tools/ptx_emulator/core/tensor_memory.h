@@ -22,10 +22,10 @@ inline void tensor_in_use(Frame& f, u32 first, u32 count) {
         for (const TensorUse& use : b.uses)
             if (first < use.last && use.first < first + count) {
                 const Stamp other{f.m.program, -1, use.instruction};
-                f.m.report("access to tensor memory that a matrix product may still write", f.instruction, first, f.thread(0), &other);
+                f.report("access to tensor memory that a matrix product may still write", first, 0, &other);
             }
     for (const TensorUse& use : f.m.uncommitted)
-        if (first < use.last && use.first < first + count) f.stop("access to what an uncommitted matrix product writes", first);
+        if (first < use.last && use.first < first + count) f.stop("access to what a matrix product writes", first);
 }
 
 // a: where to put the address, offset, columns
@@ -38,7 +38,7 @@ inline void run_tensor_alloc(Frame& f) {
 }
 // a: address, columns
 inline void run_tensor_dealloc(Frame& f) {
-    if (f.m.tensor_columns != u32(f.a[1]) || f.reg<u32>(0)[0]) return f.stop("release of other tensor memory than was allocated");
+    if (f.m.tensor_columns != u32(f.a[1]) || f.reg<u32>(0)[0]) return f.stop("release of other tensor memory");
     f.m.tensor_columns = 0;
 }
 
@@ -47,7 +47,7 @@ inline void run_tensor_dealloc(Frame& f) {
 template <class F> void each_tensor_word(Frame& f, F visit) {
     const TensorAddress base{f.reg<u32>(3)[0] + u32(f.a[4])};
     const u32 count = f.a[1], split = f.a[2], lanes = f.a[0] == 2 ? 16 : 32;
-    if (base.lane() / 32 != u32(f.w.id) % 4) return f.stop("access to lanes of tensor memory that are another warp's", base.raw);
+    if (base.lane() / 32 != u32(f.w.id) % 4) return f.stop("access to another warp's lanes", base.raw);
     tensor_in_use(f, base.column(), count);
     if (lanes == 16) tensor_in_use(f, base.column() + split, count);
     for (u32 lane = 0; lane < LANES; ++lane)
@@ -59,7 +59,7 @@ template <class F> void each_tensor_word(Frame& f, F visit) {
 }
 inline void run_tensor_load(Frame& f) {
     each_tensor_word(f, [&](u32 lane, u32 i, u32& word) {
-        if (word == UNWRITTEN) f.m.report("read of tensor memory that nobody wrote", f.instruction, 0, f.thread(lane));
+        if (word == UNWRITTEN) f.report("read of tensor memory that nobody wrote", 0, lane);
         f.reg<u32>(5 + i)[lane] = word;
     });
     f.w.tensor_load = f.instruction;
@@ -86,13 +86,14 @@ inline void run_tensor_product(Frame& f) {
     const int kind = (how >> 7 & 7) ? BF16 : F16;
     const u64 a_raw = f.a[0] ? 0 : f.reg<u64>(3)[leader], b_raw = f.reg<u64>(5)[leader];
     const Descriptor a = tensor_descriptor(a_raw, how >> 15 & 1), b = tensor_descriptor(b_raw, how >> 16 & 1);
-    if (f.mask & (f.mask - 1) || (M != 64 && M != 128) || !N || (how & 0x3F) != 0x10 || (how >> 7 & 7) > 1 || (how >> 10 & 7) != (how >> 7 & 7)
-        || (!f.a[0] && !a.row) || !b.row)
+    const bool known = (M == 64 || M == 128) && N && (how & 0x3F) == 0x10 && (how >> 7 & 7) < 2
+        && (how >> 10 & 7) == (how >> 7 & 7) && (f.a[0] || a.row) && b.row;
+    if (!known || f.mask & (f.mask - 1))
         return f.stop("matrix product of a kind that the emulator does not know", how);
     for (const Warp& w : f.m.warps)
         for (s32 access : {w.tensor_load, w.tensor_store}) {
             const Stamp other{f.m.program, w.id * LANES, access};
-            if (access >= 0) f.m.report("matrix product while tensor memory is read or written", f.instruction, 0, f.thread(leader), &other);
+            if (access >= 0) f.report("matrix product while tensor memory is read or written", 0, leader, &other);
         }
     const TensorAddress d{f.reg<u32>(1)[leader] + u32(f.a[2])};
     const TensorAddress left{f.a[0] ? f.reg<u32>(3)[leader] + u32(f.a[4]) : 0};
@@ -104,14 +105,15 @@ inline void run_tensor_product(Frame& f) {
     for (u32 row = 0; row < M && !f.m.failed; ++row) {
         for (u32 k = 0; k < 16; ++k) {
             if (!f.a[0]) own[k] = fetch(f, a, kind, row, k, f.m.unread);
-            else if (const u32* word = tensor_word(f, left.lane() + lane_of(row), left.column() + k / 2)) own[k] = element(kind, *word >> 16 * (k & 1));
+            else if (const u32* word = tensor_word(f, left.lane() + lane_of(row), left.column() + k / 2))
+                own[k] = element(kind, *word >> 16 * (k & 1));
         }
         std::fill(sums.begin(), sums.end(), 0.0);
         for (u32 k = 0; k < 16; ++k)
             for (u32 j = 0; j < N; ++j) sums[j] += own[k] * right[k * N + j];
         for (u32 j = 0; j < N; ++j)
             if (u32* word = tensor_word(f, d.lane() + lane_of(row), d.column() + j)) {
-                if (keep && *word == UNWRITTEN) f.m.report("matrix product adds to tensor memory that nobody wrote", f.instruction, j, f.thread(leader));
+                if (keep && *word == UNWRITTEN) f.report("sum with tensor memory that nobody wrote", j, leader);
                 *word = bits<u32>(towards_zero(sign * sums[j] + (keep ? double(bits<float>(*word)) : 0.0)));
             }
     }
@@ -136,7 +138,7 @@ inline void run_barrier_inval(Frame& f) {
     const u64 address = address_of<true>(f, lane, 0), value = u64(f.instruction) << 32;
     MatrixBarrier* b = memory_barrier(f, lane);
     if (!b) return;
-    if (!b->uses.empty()) return f.stop("end of a barrier in memory that a matrix product has still to reach", address, lane);
+    if (!b->uses.empty()) return f.stop("end of a barrier that a product has still to reach", address, lane);
     f.m.barriers.erase(u32(address));
     store(f, true, address, 8, lane, &value);
 }
@@ -163,8 +165,9 @@ inline void run_barrier_wait(Frame& f) {
 }
 
 #define TENSOR_OPERATIONS \
-    {"=tcgen05.alloc", "", run_tensor_alloc}, {"=tcgen05.dealloc", "", run_tensor_dealloc}, {"=tcgen05.ld", "", run_tensor_load}, \
-    {"=tcgen05.st", "", run_tensor_store}, {"=tcgen05.wait::ld", "", run_tensor_wait_load}, \
-    {"=tcgen05.wait::st", "", run_tensor_wait_store}, {"tcgen05.mma", "", run_tensor_product}, \
-    {"tcgen05.commit", "", run_tensor_commit}, {"mbarrier.init", "", run_barrier_init}, \
+    {"=tcgen05.alloc", "", run_tensor_alloc}, {"=tcgen05.dealloc", "", run_tensor_dealloc}, \
+    {"=tcgen05.ld", "", run_tensor_load}, {"=tcgen05.st", "", run_tensor_store}, \
+    {"=tcgen05.wait::ld", "", run_tensor_wait_load}, {"=tcgen05.wait::st", "", run_tensor_wait_store}, \
+    {"tcgen05.mma", "", run_tensor_product}, {"tcgen05.commit", "", run_tensor_commit}, \
+    {"mbarrier.init", "", run_barrier_init}, \
     {"mbarrier.inval", "", run_barrier_inval}, {"mbarrier.try_wait.parity", "", run_barrier_wait},

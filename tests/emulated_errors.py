@@ -1,0 +1,76 @@
+"""How exact the compiled kernels are, as a table: ``bash scripts/test.sh --emulate sm_90 tests/emulated_errors.py``.
+
+Errors are norms relative to float64's results, the largest over outputs and gradients; beside each stands that of the
+same computation in PyTorch in the same dtype.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import test_epilogue
+import test_inner_loop_kernels as inner_loop
+import test_projection
+from test_step import step_arguments
+from ttt4rec import eager, kernels, ops
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHAPES = [  # inner model, B, L, H, D, K
+    ("linear", 2, 21, 4, 16, 8), ("linear", 1, 70, 2, 16, 64), ("linear", 1, 35, 2, 32, 16),
+    ("linear", 1, 35, 1, 64, 16), ("linear", 1, 130, 1, 64, 64), ("linear", 1, 17, 1, 128, 16),
+    ("mlp", 2, 21, 4, 16, 8), ("mlp", 1, 33, 1, 16, 32), ("mlp", 1, 37, 1, 32, 16), ("mlp", 1, 20, 1, 64, 16),
+]  # fmt: skip
+Row = tuple[str, float, float]
+
+
+def norm_errors(actual: list[Tensor], exact: list[Tensor]) -> float:
+    return max(test_projection.norm_errors(actual, exact))
+
+
+def inner_loops(dtype: torch.dtype) -> Iterator[Row]:
+    for inner, *shape in SHAPES:
+        inputs = inner_loop.make_inputs(inner, *shape, dtype=dtype)
+        gradients = inner_loop.make_gradients(inner, inputs)
+        exact = inner_loop.run_definition(inner, inputs, gradients)
+        plain = inner_loop.errors(inner_loop.run_definition(inner, inputs, gradients, dtype=dtype), exact)
+        own = inner_loop.errors(inner_loop.run_kernels(inner, inputs, gradients), exact)
+        yield f"{inner} D {shape[3]} K {shape[4]}", max(own.values()), max(plain.values())
+
+
+def steps(dtype: torch.dtype) -> Iterator[Row]:
+    for inner in ("linear", "mlp"):
+        arguments = step_arguments(inner, torch.float32, D=16)
+        arguments[:3] = [x.to(dtype) for x in arguments[:3]]
+        copies = [[x.clone() if isinstance(x, Tensor) else x for x in arguments] for _ in range(2)]
+        doubles = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
+        exact = ops.token_step(*doubles)
+        own, plain = (ops.token_step(*c[:-1], b) for c, b in zip(copies, ("triton", "eager"), strict=True))
+        yield f"{inner} step D 16", norm_errors([own], [exact]), norm_errors([plain], [exact])
+
+
+def around(dtype: torch.dtype) -> Iterator[Row]:
+    inputs = test_projection.make_inputs(2, 40, 4, 16, dtype)
+    rope = test_projection.make_rope(2, 40, 16, 8, "shared", torch.float32)
+    exact = test_projection.defined_results(inputs, rope, 2)
+    results = (run(inputs, rope, 2, dtype) for run in (test_projection.run_kernels, test_projection.run_eager))
+    yield "projection, width 64", *(norm_errors(r, exact) for r in results)
+    shape = (2, 40, 24, 4, 3, 2)
+    own, exact = test_projection.convolution_results(kernels, dtype, True, *shape)
+    plain, _ = test_projection.convolution_results(eager, dtype, True, *shape)
+    yield "convolution, width 24", norm_errors(own, exact), norm_errors(plain, exact)
+    given = test_epilogue.make_inputs(2, 40, 4, 16, True, dtype=dtype)
+    exact = test_epilogue.defined_results(given)
+    yield "epilogue, width 64", *(norm_errors(test_epilogue.run(p, given), exact) for p in (kernels, eager))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", [inner_loops, steps, around])
+def test_errors(part, dtype, pytestconfig, capsys):
+    """At most twice PyTorch's, but for what float32's rounding comes to."""
+    for kernel, error, usual in part(DTYPES[dtype]):
+        with capsys.disabled():
+            architecture = pytestconfig.getoption("--emulate")
+            print(f"\n| {kernel} | {dtype} | {architecture} | {error:.1e} | {usual:.1e} |", end="", flush=True)
+        assert error <= 2 * max(usual, inner_loop.FP32_TOLERANCE), kernel
