@@ -357,6 +357,12 @@ AWAITED = "wgmma.wait_group.sync.aligned 0; bar.sync 0; st.shared.b32 [%r3], 1;"
             MULTIPLYING,
         ),
         (FENCED, "", PRODUCT_AT_END),
+        (
+            FENCED,
+            f"mov.b32 %r9, %r104; {AWAITED} add.f32 %r9, %r104, %r9;",
+            None,
+        ),  # copies are the assembler's to order
+        (FENCED, f"add.f32 %r9, %r104, %r104; {AWAITED}", "use of a register that a matrix product may still write"),
         ("fence.proxy.async.shared::cta;", AWAITED, READ_WARPS),
         (FENCED, AWAITED.replace("bar.sync 0;", ""), OVER_WARPS),
     ],

@@ -87,6 +87,10 @@ class Finding:
     place: str
     accesses: tuple[Access, ...]
 
+    def key(self) -> tuple[str, ...]:
+        """The same for the same fault at other addresses and in other threads."""
+        return self.kernel, self.what, *(access.text + access.source for access in self.accesses)
+
     def __str__(self) -> str:
         lines = [f"{self.kernel}: {self.what}, {self.place}", *(str(access) for access in self.accesses)]
         return "\n    ".join(lines)
@@ -159,7 +163,7 @@ class Launch:
                     )
                 )
         self.restore(first)
-        unlike = {(f.what, *(access.text + access.source for access in f.accesses)): f for f in reversed(findings)}
+        unlike = {finding.key(): finding for finding in reversed(findings)}
         return Report(self.program.name, list(reversed(unlike.values())), instructions)
 
     def memory(self) -> list[np.ndarray]:

@@ -129,8 +129,8 @@ def _summary(emulator: "Emulator") -> dict[str, Any]:
         kernel["instructions"] += record.report.instructions
         kernel["seconds"] += record.seconds
         for finding in record.report.findings:
-            key = finding.what, *(access.source for access in finding.accesses)
-            kernel["findings"].setdefault(key, str(finding))
+            places = finding.what, *(access.source for access in finding.accesses)
+            kernel["findings"].setdefault(places, str(finding))
     for kernel in kernels.values():
         kernel["findings"] = list(kernel["findings"].values())
     return {"architecture": emulator.architecture, "triton": triton.__version__, "kernels": kernels}

@@ -32,7 +32,7 @@ static void run_return(Frame& f) {
     if (f.w.alive) return;
     if (f.w.copies.size() + f.w.copy_groups.size()) f.stop("end with an asynchronous copy under way");
     if (f.w.tensor_store >= 0 || f.w.tensor_load >= 0) f.stop("end with an access to tensor memory under way");
-    if (f.w.products.size() + f.w.product_groups.size()) f.stop("end with an asynchronous matrix product under way");
+    if (!f.w.products.empty() || f.w.product_groups.size()) f.stop("end with an asynchronous matrix product under way");
 }
 static void run_barrier(Frame& f) {
     if (f.mask != f.w.alive) return f.stop("barrier that a part of the warp does not reach");
@@ -131,6 +131,20 @@ void Machine::begin(s32 number) {
     }
 }
 
+// Arithmetic on registers that a product may still write. To copy them is allowed: the assembler waits then.
+static void check_registers(Frame& f, const Operation& operation) {
+    if (operation.signature.empty() || std::strncmp(operation.names, "mov", 3) == 0) return;
+    const auto check = [&](const Products& products) {
+        for (const auto& [place, instruction] : products.registers)
+            if (std::find(f.a, f.a + operation.signature.size(), place) != f.a + operation.signature.size()) {
+                const Stamp other{f.m.program, f.thread(0), instruction};
+                f.report("use of a register that a matrix product may still write", 0, 0, &other);
+            }
+    };
+    check(f.w.products);
+    for (const Products& group : f.w.product_groups) check(group);
+}
+
 // Until the warp waits, ends or fails.
 static void step(Machine& m, Warp& w) {
     const std::vector<Operation>& operations = table();
@@ -146,6 +160,7 @@ static void step(Machine& m, Warp& w) {
         ++m.launch.instructions, ++m.time;
         if (!f.mask) continue;
         const Operation& operation = operations[code[0]];
+        if (!w.products.empty() || !w.product_groups.empty()) check_registers(f, operation);
         if (*operation.names == '=' && f.mask != ALL) f.stop("instruction of a whole warp that a part of it executes");
         else operation.run(f);
     }

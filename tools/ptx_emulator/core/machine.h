@@ -75,6 +75,13 @@ struct Copy {
     s32 instruction;
 };
 
+struct Products {  // of matrices, under way
+    std::vector<u64> reads;                     // cells of shared memory
+    std::vector<std::pair<s32, s32>> registers;  // that they write, and the instruction
+
+    bool empty() const { return reads.empty() && registers.empty(); }
+};
+
 struct Warp {
     int id = 0;
     u32* registers = nullptr;
@@ -90,8 +97,8 @@ struct Warp {
     std::vector<Copy> copies;
     std::deque<std::vector<Copy>> copy_groups;
     s32 tensor_load = -1, tensor_store = -1;  // instructions that were not waited for
-    std::vector<u64> products;  // cells that its matrix products read
-    std::deque<std::vector<u64>> product_groups;
+    Products products;
+    std::deque<Products> product_groups;
 };
 
 struct TensorUse { u32 first, last; s32 instruction; };  // columns that a matrix product writes

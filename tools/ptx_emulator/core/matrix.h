@@ -113,13 +113,14 @@ inline void run_wgmma(Frame& f) {
     if (!f.a[3]) {
         const Descriptor own = Descriptor::wgmma(f.reg<u64>(10)[0], f.a[4]);
         for (int row = 0; row < 16 && !f.m.failed; ++row)
-            for (int k = 0; k < K; ++k) a[row][k] = fetch(f, own, kind, f.w.id % 4 * 16 + row, k, f.w.products);
+            for (int k = 0; k < K; ++k) a[row][k] = fetch(f, own, kind, f.w.id % 4 * 16 + row, k, f.w.products.reads);
     }
     for (int k = 0; k < K && !f.m.failed; ++k)
-        for (int j = 0; j < N; ++j) b[k * N + j] = fetch(f, right, kind, j, k, f.w.products);
+        for (int j = 0; j < N; ++j) b[k * N + j] = fetch(f, right, kind, j, k, f.w.products.reads);
     for (int row = 0; row < 16; ++row)
         for (int k = 0; k < K; ++k)
             for (int j = 0; j < N; ++j) sums[row * N + j] += a[row][k] * b[k * N + j];
+    for (int i = 0; i < N / 2; ++i) f.w.products.registers.push_back({f.a[14 + i], f.instruction});
     for (int i = 0; i < N / 2; ++i)
         for (int lane = 0; lane < LANES; ++lane) {
             const Place p = accumulator(lane, i % 4);
@@ -129,9 +130,9 @@ inline void run_wgmma(Frame& f) {
 }
 inline void run_wgmma_commit(Frame& f) {
     f.w.product_groups.push_back(std::move(f.w.products));
-    f.w.products.clear();
+    f.w.products = {};
 }
 inline void run_wgmma_wait(Frame& f) {
     for (; f.w.product_groups.size() > size_t(f.a[0]); f.w.product_groups.pop_front())
-        release_reads(f, f.w.product_groups.front());
+        release_reads(f, f.w.product_groups.front().reads);
 }
