@@ -11,10 +11,7 @@ import numpy as np
 from .build import core
 from .program import SHARED_BASE, SPECIALS, Program
 
-ORDERS = (
-    0,
-    1,
-)  # of programs, warps and lanes: as they are numbered, and backwards; beyond: warps and programs shuffled
+ORDERS = (0, 1)  # of programs, warps and lanes: as they are numbered, and backwards
 POISON = 0x7FFD  # each half of a word of memory that nobody wrote; also in core/machine.h
 _MOST = 200  # findings of a launch
 

@@ -166,20 +166,13 @@ static void step(Machine& m, Warp& w) {
     }
 }
 
-static std::vector<s32> sequence(s32 n, s32 order, u32 salt) {
-    std::vector<s32> out(n);
-    for (s32 i = 0; i < n; ++i) out[i] = order == 1 ? n - 1 - i : i;
-    for (u32 i = n, state = u32(order) * 2654435761u + salt; order > 1 && i > 1; --i) {
-        state = state * 1664525u + 1013904223u;
-        std::swap(out[i - 1], out[(state >> 8) % i]);
-    }
-    return out;
-}
+// The i-th of n programs, warps or lanes in the launch's order.
+static s32 in_order(const Launch& launch, s32 i, s32 n) { return launch.order ? n - 1 - i : i; }
 
 bool Machine::advance() {
     bool running = false, moved = false;
-    for (s32 i : sequence(s32(warps.size()), launch.order, barrier)) {
-        Warp& w = warps[i];
+    for (s32 i = 0; i < s32(warps.size()); ++i) {
+        Warp& w = warps[in_order(launch, i, s32(warps.size()))];
         if (!w.alive || w.waiting) continue;
         const bool polled = w.polling;
         const s32 pc = w.pc;
@@ -209,8 +202,8 @@ void Machine::release() {
 
 void Machine::run() {
     const s32 programs = launch.grid[0] * launch.grid[1] * launch.grid[2];
-    for (s32 number : sequence(programs, launch.order, 0)) {
-        begin(number);
+    for (s32 i = 0; i < programs; ++i) {
+        begin(in_order(launch, i, programs));
         while (advance()) {}
         if (tensor_columns) report("end without a release of tensor memory", warps[0].pc - 1, 0, 0);
         if (failed) return;

@@ -31,7 +31,7 @@ struct Launch {  // as Python fills it
     s32 threads, shared, grid[3];
     s32 specials[7];  // registers of %tid.x, %ctaid.x, .y, .z, %laneid, %warpid, %nctaid.x; -1: not used
     s32 shared_granule, global_granule;  // log2 of the bytes that are checked as one
-    s32 order;  // 0: all in order, copies at the last moment; 1: backwards, copies at the first; else shuffled
+    s32 order;  // 0: all in order, copies at the last moment; 1: backwards, copies at the first
     const Region* regions;
     s32 num_regions;
     u64 watched;  // address in global memory

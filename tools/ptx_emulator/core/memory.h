@@ -94,7 +94,8 @@ inline Space* find(Frame& f, bool shared, u64 address, int size, int lane) {
         for (Space& s : f.m.global)
             if (!found && s.holds(address, size)) found = f.m.last_global = &s;
     }
-    if (!found) f.stop(shared ? "access beyond shared memory" : "access to memory that is no argument's", address, lane);
+    const char* const outside = shared ? "access beyond shared memory" : "access to memory that is no argument's";
+    if (!found) f.stop(outside, address, lane);
     else if (address % size) f.stop("misaligned access", address, lane), found = nullptr;
     return found;
 }
