@@ -34,10 +34,14 @@ KERNELS = {
 }  # fmt: skip
 
 
-REPLICAS = {  # sums that several lanes hold differ in their last bit from lane to lane, since one product is fused
-    "fused_backward_kernel": "write after another lane's write",
-    "linear_step_kernel": "write after another",
-    "mlp_step_kernel": "write after another",
+LANES_DIFFER = (
+    "write after another",
+    "depend on the order",
+)  # in the last bit of a sum, as one of them fuses a product
+KNOWN = {
+    "fused_backward_kernel": (*LANES_DIFFER, "write to what an asynchronous matrix product may still read"),
+    "linear_step_kernel": LANES_DIFFER,
+    "mlp_step_kernel": LANES_DIFFER,
 }
 ON_SM_100 = ("test_projection.py", "test_epilogue.py")  # of the sample: with products in tensor memory
 
@@ -62,4 +66,4 @@ def test_every_kernel(architecture: str, tmp_path: Path) -> None:
         assert set(kernels) == KERNELS
     for name, kernel in kernels.items():
         for finding in kernel["findings"]:
-            assert REPLICAS.get(name, "none") in finding or "depend on the order" in finding
+            assert any(kind in finding for kind in KNOWN.get(name, ())), finding
