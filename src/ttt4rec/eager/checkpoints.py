@@ -23,8 +23,9 @@ class Checkpoints:
     @classmethod
     def empty(cls, tokens: int, mini_batch_size: int, segment: int, weights: Sequence[Tensor]) -> "Checkpoints":
         """For that many tokens in all sequences together."""
-        shape = tokens // (segment * mini_batch_size) + 2, weights[0].shape[1], sum(w.shape[2:].numel() for w in weights)
-        return cls(weights[0].new_zeros(shape), mini_batch_size, segment)
+        H, numbers = weights[0].shape[1], sum(w.shape[2:].numel() for w in weights)
+        number = tokens // (segment * mini_batch_size) + 2
+        return cls(weights[0].new_zeros(number, H, numbers), mini_batch_size, segment)
 
     def write(self, chunk: RowChunk, part: MiniBatch, rows: Sequence[Tensor]) -> None:
         """Keep the weights, ``[R, in + 1, out]`` a layer, of the sequences that have this mini-batch."""
