@@ -1,11 +1,11 @@
 """Kernels compiled for GPUs that need not be there: what they cost, and how they update the state."""
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def test_what_does_not_compile_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_every_kernel_has_its_blocks_or_is_refused(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "architecture", lambda: architecture)
     ops = ("linear_forward", "linear_backward", "mlp_forward", "mlp_backward")
-    for op, D, K, dtype in product(ops, (1, 16, 17, 64, 128), range(1, 65), (torch.float32, torch.bfloat16)):
+    for op, D, K, dtype in itertools.product(ops, (1, 16, 17, 64, 128), range(1, 65), (torch.float32, torch.bfloat16)):
         if launch.compiler_refusal(op, D, K) is None:
             launch.blocks(op, D, K, dtype, architecture, 4)
 
@@ -174,11 +174,14 @@ def state_shape(kernel: str) -> str | None:
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in SAMPLE if state_shape(kernel)])
 def test_state_is_updated_by_a_float32_subtraction(kernel: str, costs: dict[str, dict[str, Any]]) -> None:
-    """Never inside the tensor core's accumulator, which rounds towards zero: the walk back could not rebuild W."""
+    """Never inside the tensor core's accumulator, which rounds towards zero: errors of one sign would add up.
+
+    The forward carries the weights, so does the replay, and the walk back their gradients.
+    """
     carried = carried_tensors(costs[kernel]["ttgir"], state_shape(kernel) or "")
     subtracted = {name: subtraction(name, costs[kernel]["ttgir"]) for name in carried}
     inner, direction = kernel.split(":")[0].split("_")
-    assert len(carried) == NUM_WEIGHTS[inner] * (1 if direction == "forward" else 2)  # weights, and their gradients
+    assert len(carried) == NUM_WEIGHTS[inner] * (1 if direction == "forward" else 2)
     assert all(subtracted.values()), subtracted
     for name in carried:
         assert not accumulates_into(name, costs[kernel]["ttgir"]), name
@@ -192,14 +195,30 @@ def test_float32_products_are_three_tf32_products(op: str, costs: dict[str, dict
     assert single == 3 * half
 
 
+def innermost_loops(ttgir: str) -> list[str]:
+    """First lines of the loops that have none inside."""
+    lines, found = ttgir.splitlines(), []
+    for i, line in enumerate(lines):
+        if "scf.for" in line:
+            end = line[: len(line) - len(line.lstrip())] + "}"
+            inside = itertools.takewhile(lambda inner, end=end: not inner.startswith(end), lines[i + 1 :])
+            if not any("scf.for" in inner for inner in inside):
+                found.append(line)
+    return found
+
+
 def carried_tensors(ttgir: str, shape: str) -> list[str]:
-    """Names of the float32 tensors of a shape that the walk over the mini-batches carries along."""
-    loop = max((line for line in ttgir.splitlines() if "scf.for" in line), key=len)
-    names = re.findall(r"(%[\w.$-]+) = ", loop.split("iter_args(")[1].split(") -> (")[0])
-    types = re.findall(
-        r"tensor<(?:[^<>]|<[^<>]*>)*>|![\w.]+(?:<(?:[^<>]|<[^<>]*>)*>)?|\b[if]\d+\b", loop.split(") -> (")[1]
-    )
-    return [name for name, kind in zip(names, types, strict=False) if kind.startswith(f"tensor<{shape}xf32")]
+    """Names of the float32 tensors of a shape that walks over mini-batches carry along."""
+    found = []
+    for loop in innermost_loops(ttgir):
+        if ") -> (" in loop:
+            names = re.findall(r"(%[\w.$-]+) = ", loop.split("iter_args(")[1].split(") -> (")[0])
+            types = re.findall(
+                r"tensor<(?:[^<>]|<[^<>]*>)*>|![\w.]+(?:<(?:[^<>]|<[^<>]*>)*>)?|\b[if]\d+\b", loop.split(") -> (")[1]
+            )
+            pairs = zip(names, types, strict=False)
+            found += [name for name, kind in pairs if kind.startswith(f"tensor<{shape}xf32")]
+    return found
 
 
 def subtraction(name: str, ttgir: str) -> bool:

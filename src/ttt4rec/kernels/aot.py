@@ -37,12 +37,17 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+Times = tuple[int, int, int]
+"""How often an instruction of the longest loop counts, of a loop inside it, and of one inside that."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one compiled kernel needs; loop is the longest backward branch, the walk over the mini-batches."""
+    """What one compiled kernel needs; loop is the walk over the mini-batches.
+
+    That is the longest backward branch, or, where that one goes from segment to segment, what lies in loops inside it.
+    """
 
     registers: int  # per thread
     spills: int  # instructions that store or load spilled registers
@@ -97,7 +102,9 @@ def compile_for(
     prepared = prepare(op, head_dim, mini_batch_size, dtype, length)
     compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options())
     count = _amd_cost if architecture.startswith("gfx") else _nvidia_cost
-    return count(compiled, prepared.arguments[-1].chunks if op in ("mlp_forward", "mlp_backward") else 1)
+    if prepare is not _prepare_inner_loop:
+        return count(compiled, (1, 1, 1))
+    return count(compiled, (0, 1, max(1, prepared.arguments[-1].chunks)))
 
 
 def _prepare_inner_loop(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
@@ -107,14 +114,15 @@ def _prepare_inner_loop(op: str, head_dim: int, mini_batch_size: int, dtype: tor
     W, b = _meta(2, 4, head_dim, head_dim), _meta(2, 4, head_dim)
     W1, b1, W2 = _meta(2, 4, head_dim, hidden), _meta(2, 4, hidden), _meta(2, 4, hidden, head_dim)
     gamma = beta = _meta(4, head_dim)
+    checkpoints = _meta(0, 4, 1)  # only that it is float32 counts
     if op == "linear_forward":
-        return prepare_linear_forward(*tokens, W, b, gamma, beta, None, None, 1e-6)[-1]
+        return prepare_linear_forward(*tokens, W, b, gamma, beta, None, None, 1e-6, 16)[-1]
     if op == "linear_backward":
-        return prepare_linear_backward(q, W, b, *tokens, W, b, q, gamma, beta, None, None, 1e-6)[-1]
+        return prepare_linear_backward(q, W, b, *tokens, W, b, q, checkpoints, gamma, beta, None, None, 1e-6, 16)[-1]
     if op == "mlp_forward":
-        return prepare_mlp_forward(*tokens, W1, b1, W2, b, gamma, beta, None, None, 1e-6)[-1]
+        return prepare_mlp_forward(*tokens, W1, b1, W2, b, gamma, beta, None, None, 1e-6, 16)[-1]
     weights, Z1 = (W1, b1, W2, b), torch.empty(2, length, 4, hidden, dtype=dtype, device="meta")
-    return prepare_mlp_backward(q, weights, *tokens, weights, Z1, q, gamma, beta, None, None, 1e-6)[-1]
+    return prepare_mlp_backward(q, weights, *tokens, weights, Z1, q, checkpoints, gamma, beta, None, None, 1e-6, 16)[-1]
 
 
 def _prepare_projection(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int) -> launch.Launch:
@@ -163,7 +171,7 @@ def _meta(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-def _nvidia_cost(compiled: Any, chunks: int) -> Cost:
+def _nvidia_cost(compiled: Any, times: Times) -> Cost:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -180,10 +188,10 @@ def _nvidia_cost(compiled: Any, chunks: int) -> Cost:
         target = re.search(r"BRA.*? `?\(?(?:\.L_x_\d+|0x([0-9a-f]+))", text)
         if target and target[1]:
             branches.append((int(target[1], 16), address))
-    return _cost(compiled, chunks, registers, instructions, branches, r"\b(LDL|STL)\b")
+    return _cost(compiled, times, registers, instructions, branches, r"\b(LDL|STL)\b")
 
 
-def _amd_cost(compiled: Any, chunks: int) -> Cost:
+def _amd_cost(compiled: Any, times: Times) -> Cost:
     code = compiled.asm["amdgcn"]
     registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
     instructions: dict[int, str] = {}
@@ -200,35 +208,38 @@ def _amd_cost(compiled: Any, chunks: int) -> Cost:
         if branch and branch[1] in labels:
             branches.append((labels[branch[1]], address))
     spill = r"scratch_(load|store)|buffer_(load|store)\S* .*\bs32\b"
-    return _cost(compiled, chunks, registers, instructions, branches, spill)
+    return _cost(compiled, times, registers, instructions, branches, spill)
 
 
 def _cost(
     compiled: Any,
-    chunks: int,
+    times: Times,
     registers: int,
     instructions: dict[int, str],
     branches: list[tuple[int, int]],
     spill: str,
 ) -> Cost:
-    """Count in the longest loop; a loop with products inside it is one over chunks, and counts once for each."""
-    loops = sorted((b for b in branches if b[0] <= b[1]), key=lambda b: b[0] - b[1])
+    """Count in the longest loop and in those inside it that have products."""
+    loops = [b for b in branches if b[0] <= b[1]]
     spills = {address for address, text in instructions.items() if re.search(spill, text)}
     products = {address for address, text in instructions.items() if re.search(r"MMA|v_mfma", text)}
-    (start, stop), *inside = loops or [(0, -1)]
-    inner = [b for b in inside if start <= b[0] and b[1] <= stop and any(b[0] <= p <= b[1] for p in products)]
-    times = {
-        address: chunks if any(b[0] <= address <= b[1] for b in inner) else 1
+    start, stop = max(loops, key=lambda b: b[1] - b[0], default=(0, -1))
+    ends: dict[int, int] = {}  # of loops by their beginnings; their code may end behind that of the loop around them
+    for begin, end in loops:
+        if start < begin <= stop and any(begin <= p <= end for p in products):
+            ends[begin] = max(end, ends.get(begin, end))
+    counts = {
+        address: times[min(sum(begin <= address <= end for begin, end in ends.items()), 2)]
         for address in instructions
-        if start <= address <= stop
+        if start <= address <= max([stop, *ends.values()])
     }
     return Cost(
         registers=registers,
         spills=len(spills),
-        loop_spills=sum(n for address, n in times.items() if address in spills),
+        loop_spills=sum(n for address, n in counts.items() if address in spills),
         shared_memory=compiled.metadata.shared,
-        loop_instructions=sum(times.values()),
-        tensor_core=sum(n for address, n in times.items() if address in products),
+        loop_instructions=sum(counts.values()),
+        tensor_core=sum(n for address, n in counts.items() if address in products),
         ttgir=compiled.asm["ttgir"],
     )
 

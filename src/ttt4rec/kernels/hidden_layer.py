@@ -11,7 +11,7 @@ mini-batch takes one chunk after the other.
 import triton
 import triton.language as tl
 
-from .primitives import dot, first_rows, parameter_head, row_offsets
+from .primitives import dot, first_rows, parameter_head, parameter_mask, row_offsets, token_sums
 
 
 @triton.jit
@@ -20,14 +20,17 @@ def gelu(x):
 
     By the sigmoid, since ½ (1 + tanh(w/2)) = σ(w); with δ = σ (1 - σ) = exp(-w) σ²,
     gelu' = σ + x δ w'                               gelu'' = δ (2 w' + x w'' + x (1 - 2σ) w'²)
+    Beyond ±10 the sigmoid has no more digits to give, and what is left of δ must not meet the cubes of a large x.
     """
+    low = tl.where(x < -10.0, -10.0, x)
+    x = tl.minimum(low, 10.0)
     square = x * x
     slope = 1.5957691216057308 + 0.21406444881780076 * square  # w' = 2c (1 + 3a x²)
-    exponential = tl.exp2(tl.minimum(x * (-2.302208198144325 - 0.1029432395800235 * square), 126.0))  # exp(-w), finite
+    exponential = tl.exp2(x * (-2.302208198144325 - 0.1029432395800235 * square))  # exp(-w)
     sigmoid = 1.0 / (1.0 + exponential)
     delta = exponential * sigmoid * sigmoid  # 1 - σ would cancel
     curve = 2.0 * slope + x * (0.4281288976356015 * x + (1.0 - 2.0 * sigmoid) * slope * slope)
-    return x * sigmoid, sigmoid + x * delta * slope, delta * curve
+    return low * sigmoid, sigmoid + x * delta * slope, delta * curve
 
 
 @triton.jit
@@ -63,6 +66,14 @@ def load_hidden(pointer, rows, chunk, tile: tl.constexpr):
 
 
 @triton.jit
+def hidden_state_masks(head, H, chunk, tile: tl.constexpr):
+    """Which elements of a chunk of stacked W1 or W2, [P·F, C], and of b1 exist."""
+    columns, stacked = hidden_columns(chunk, tile), tl.arange(0, tile.heads * tile.features)
+    stacked_exist = (head + stacked // tile.features < H) & (stacked % tile.features < tile.head_dim)
+    return hidden_mask(stacked_exist, columns, tile), hidden_mask(head + parameter_head(tile) < H, columns, tile)
+
+
+@triton.jit
 def hidden_state_places(strides, place, chunk, tile: tl.constexpr):
     """Offsets and masks of a chunk of W1 ``[N, H, D, hidden]``, b1 ``[N, H, hidden]`` and W2 ``[N, H, hidden, D]``.
 
@@ -74,9 +85,8 @@ def hidden_state_places(strides, place, chunk, tile: tl.constexpr):
     columns = hidden_columns(chunk, tile)
     stacked = tl.arange(0, tile.heads * tile.features)
     heads, features = (head + stacked // tile.features).to(tl.int64), (stacked % tile.features).to(tl.int64)
-    W_mask = hidden_mask((heads < H) & (features < tile.head_dim), columns, tile)
+    W_mask, b_mask = hidden_state_masks(head, H, chunk, tile)
     b_heads = head + parameter_head(tile)
-    b_mask = hidden_mask(b_heads < H, columns, tile)
     n, columns = sequence.to(tl.int64), columns.to(tl.int64)
     W1_rows = n * W1_strides[0] + heads * W1_strides[1] + features * W1_strides[2]
     b1_rows = n * b1_strides[0] + b_heads.to(tl.int64) * b1_strides[1]
@@ -109,12 +119,66 @@ def load_state(pointers, strides, place, chunk, tile: tl.constexpr):
 
 
 @triton.jit
-def store_state(pointers, state, place, chunk, tile: tl.constexpr):
-    """Store a chunk of W1, b1 and W2 in contiguous memory."""
-    W1, b1, W2 = hidden_state_places(contiguous_strides(place, tile), place, chunk, tile)
+def store_state(pointers, strides, state, place, chunk, tile: tl.constexpr):
+    """Store a chunk of W1, b1 and W2."""
+    W1, b1, W2 = hidden_state_places(strides, place, chunk, tile)
     tl.store(pointers[0] + W1[0], state[0], mask=W1[1])
     tl.store(pointers[1] + b1[0], state[1], mask=b1[1] & first_rows(tile))
     tl.store(pointers[2] + W2[0], state[2], mask=W2[1])
+
+
+@triton.jit
+def updated_state(state, K, lr, G1, U2, X2, scale, tile: tl.constexpr):
+    """A chunk of W1, b1 and W2 after a mini-batch; ``updated`` tells why products are subtracted whole."""
+    W1, b1, W2 = state
+    b1 -= scale * token_sums(lr * G1, tile)
+    W1 -= scale * dot(tl.trans(lr * K), G1, tile)
+    W2 -= scale * dot(tl.trans(U2), X2, tile)
+    return W1, b1, W2
+
+
+@triton.jit
+def copy_places(number, head, H, chunk, tile: tl.constexpr):
+    """Offsets of a chunk of W1, b1 and W2, and of b2, in a copy (see ``copies``); W2 lies there as W1 does."""
+    n: tl.constexpr = tile.hidden
+    D: tl.constexpr = tile.head_dim
+    numbers: tl.constexpr = 2 * D * n + n + D
+    base = (number.to(tl.int64) * H + head) * numbers
+    stacked, features = tl.arange(0, tile.heads * tile.features), tl.arange(0, tile.features)
+    columns, b_rows = hidden_columns(chunk, tile)[None, :], (parameter_head(tile) * numbers)[:, None]
+    W1 = ((stacked // tile.features) * numbers + (stacked % tile.features) * n)[:, None] + columns
+    b1, b2 = b_rows + (D * n + columns), b_rows + (2 * D * n + n + features[None, :])
+    return base + W1, base + b1, base + (W1 + (D * n + n)), base + b2
+
+
+@triton.jit
+def store_hidden_copy(memory, number, state, b2, head, H, chunk, tile: tl.constexpr):
+    """Copy a chunk of W1, b1 and W2, and b2."""
+    W1_at, b1_at, W2_at, b2_at = copy_places(number, head, H, chunk, tile)
+    W_mask, b_mask = hidden_state_masks(head, H, chunk, tile)
+    tl.store(memory + W1_at, state[0], mask=W_mask)
+    tl.store(memory + b1_at, state[1], mask=b_mask & first_rows(tile))
+    tl.store(memory + W2_at, state[2], mask=W_mask)
+    tl.store(memory + b2_at, b2, mask=parameter_mask(head, H, tile) & first_rows(tile))
+
+
+@triton.jit
+def load_hidden_copy(memory, number, head, H, chunk, tile: tl.constexpr):
+    """A copied chunk of W1, b1 and W2."""
+    W1_at, b1_at, W2_at, _ = copy_places(number, head, H, chunk, tile)
+    W_mask, b_mask = hidden_state_masks(head, H, chunk, tile)
+    return (
+        tl.load(memory + W1_at, mask=W_mask, other=0.0),
+        tl.load(memory + b1_at, mask=b_mask, other=0.0),
+        tl.load(memory + W2_at, mask=W_mask, other=0.0),
+    )
+
+
+@triton.jit
+def load_copied_b2(memory, number, head, H, tile: tl.constexpr):
+    """Copied b2."""
+    b2_at = copy_places(number, head, H, 0, tile)[3]
+    return tl.load(memory + b2_at, mask=parameter_mask(head, H, tile), other=0.0)
 
 
 @triton.jit
@@ -136,6 +200,6 @@ def load_centred_state(pointers, strides, place, chunk, tile: tl.constexpr):
 
 @triton.jit
 def wait_for_stores(tile: tl.constexpr):
-    """Until all threads of the program see what each of them has stored of a state in chunks."""
+    """Until all threads of the program see what each of them has stored of a state, or its gradient, in chunks."""
     if tile.chunks > 1:
         tl.debug_barrier()

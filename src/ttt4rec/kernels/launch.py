@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
 
 HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for bfloat16 and float16
     ("linear_forward", 16): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
-    ("linear_forward", 32): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(2, 2), 64: Blocks(4, 2)},
+    ("linear_forward", 32): {8: Blocks(2, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(2, 2), 64: Blocks(4, 2)},
     ("linear_forward", 64): {16: Blocks(4, 2), 32: Blocks(4, 2), 64: Blocks(8, 1)},
     ("linear_forward", 128): {16: Blocks(8, 2), 64: Blocks(8, 1)},
     ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(2, 1), 64: Blocks(4, 1)},
@@ -85,8 +85,8 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice than sm_9
         ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(1, 1), 64: Blocks(2, 1)},
         ("linear_backward", 32): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(4, 2), 64: Blocks(2, 1)},
         ("linear_backward", 64): {16: Blocks(4, 1), 32: Blocks(4, 1), 64: Blocks(8, 1)},
-        ("mlp_forward", 16): {8: Blocks(2, 2, heads=2), 16: Blocks(2, 2), 64: Blocks(4, 2)},
-        ("mlp_forward", 32): {16: Blocks(4, 2), 64: Blocks(4, 2)},
+        ("mlp_forward", 16): {8: Blocks(2, 1, heads=2), 16: Blocks(2, 1), 64: Blocks(4, 1)},  # in two stages and one
+        ("mlp_forward", 32): {16: Blocks(4, 1), 64: Blocks(4, 1)},  # chunk Triton 3.6 leaves a conversion without code
         ("mlp_forward", 64): {16: Blocks(4, 2, chunks=4), 64: Blocks(4, 2, chunks=8)},
         ("mlp_forward", 128): {16: Blocks(4, 2, chunks=8), 64: Blocks(8, 2, chunks=16)},
         ("mlp_backward", 16): {8: Blocks(2, 1, heads=2), 16: Blocks(4, 1), 64: Blocks(4, 1)},

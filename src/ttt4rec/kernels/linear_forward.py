@@ -3,9 +3,9 @@
 
 """TTT-Linear forward: the whole inner loop of every sequence and head in one launch.
 
-The backward rebuilds W by adding back what the forward subtracted, so both must round alike: the kept G is the rounded
-one that U is made of, and a product is subtracted from W as a whole. Accumulated inside a tensor core, which rounds
-towards zero, the differences would add up; ``W += dot(...)`` compiles to just that, ``W -= s * dot(...)`` does not.
+The way back replays the updates, so the kept G is the rounded one that U is made of. A product is subtracted from W as
+a whole. Accumulated inside a tensor core, which rounds towards zero, errors of one sign would add up; ``W += dot(...)``
+compiles to just that, ``W -= s * dot(...)`` does not.
 """
 
 import torch
@@ -13,31 +13,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import copies, launch
+from .copies import checkpoint_number, store_copy
 from .primitives import (
     causal,
     centred,
     dot,
     expanded,
     first_rows,
-    layer_norm_backward,
+    inner_gradient,
     load_layer_norm,
+    mini_batch_place,
     normalised,
     parameter_mask,
     parameter_offsets,
     program_place,
     rounded,
-    row_head,
     row_offsets,
     row_token,
     tile_offsets,
-    token_sums,
+    updated,
     weight_mask,
     weight_offsets,
 )
 
 
-@triton.jit(do_not_specialize=["L", "H"])
+@triton.jit(do_not_specialize=["L", "H", "segment"])
 def linear_forward_kernel(
     tokens,  # q, k, v [B, L, H, D]
     rates,  # inner_lr [B, L, H], token_scale [K]
@@ -45,9 +46,11 @@ def linear_forward_kernel(
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
     outputs,  # o and G [B, L, H, D], W1 and b1 after the last complete mini-batch
+    checkpoints,  # [B L // (segment K) + 2, H, D² + D]
     strides,  # of weights; all others are contiguous
     L,
     H,
+    segment,  # mini-batches
     eps,
     tile: tl.constexpr,
 ):
@@ -66,9 +69,7 @@ def linear_forward_kernel(
     W_strides, b_strides = strides
     sequence, head, first, length = program_place(spans, L, H, tile)
 
-    positions, features = row_token(tile), tl.arange(0, tile.features)
-    head_exists = head + row_head(tile) < H
-    columns = features[None, :] < tile.head_dim
+    positions = row_token(tile)
     b_mask = parameter_mask(head, H, tile)
     elements = tile_offsets(H, tile)
     D: tl.constexpr = tile.head_dim
@@ -81,39 +82,40 @@ def linear_forward_kernel(
     W = centred(tl.load(W_in, mask=W_mask, other=0.0), tile)
     b = centred(tl.load(b_in, mask=b_mask, other=0.0), tile)
 
-    for start in tl.range(0, length, tile.mini_batch):
-        rows = head_exists & (positions < min(tile.mini_batch, length - start))
-        mask = rows[:, None] & columns
-        at = (first + start) * H + head
-        here = at * D + elements
-        k_rows = tl.load(k + here, mask=mask, other=0.0)
-        v_rows = tl.load(v + here, mask=mask, other=0.0)
-        lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
-        K = expanded(k_rows, tile)
-        x_hat, r = normalised(dot(K, W, tile, b), eps, tile)
-        y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
-        G = rounded(layer_norm_backward(y, x_hat, r, tile), tile)
-        tl.store(G_kept + here, G, mask=mask)
-        U = lr[:, None] * G.to(tl.float32)
+    for begin in tl.range(0, length, segment * tile.mini_batch, num_stages=1):
+        if begin > 0:
+            store_copy(checkpoints, checkpoint_number(first + begin, segment, tile), W, b, head, H, tile)
+        for start in tl.range(begin, min(begin + segment * tile.mini_batch, length), tile.mini_batch):
+            rows, mask = mini_batch_place(start, length, head, H, tile)
+            at = (first + start) * H + head
+            here = at * D + elements
+            k_rows = tl.load(k + here, mask=mask, other=0.0)
+            v_rows = tl.load(v + here, mask=mask, other=0.0)
+            lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
+            K = expanded(k_rows, tile)
+            x_hat, r = normalised(dot(K, W, tile, b), eps, tile)
+            y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
+            G = rounded(inner_gradient(y, x_hat, r, tile), tile)
+            tl.store(G_kept + here, G, mask=mask)
+            U = lr[:, None] * G.to(tl.float32)
 
-        q_rows = tl.load(q + here, mask=mask, other=0.0)
-        Q = expanded(q_rows, tile)
-        C = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
-        p_hat, _ = normalised(dot(Q, W, tile, b) - scale * dot(C, U, tile), eps, tile)
-        out = q_rows.to(tl.float32) + gamma * p_hat + beta
-        tl.store(o + here, rounded(out, tile), mask=mask)
+            q_rows = tl.load(q + here, mask=mask, other=0.0)
+            Q = expanded(q_rows, tile)
+            C = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
+            p_hat, _ = normalised(dot(Q, W, tile, b) - scale * dot(C, U, tile), eps, tile)
+            out = q_rows.to(tl.float32) + gamma * p_hat + beta
+            tl.store(o + here, rounded(out, tile), mask=mask)
 
-        # A last, short mini-batch is not committed.
-        committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
-        W -= committed_scale * dot(tl.trans(K), U, tile)
-        b -= committed_scale * token_sums(U, tile)
+            # A last, short mini-batch is not committed.
+            committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
+            W, b = updated(W, b, K, U, committed_scale, tile)
 
     # Give the rows' means back; without an update, give back exactly what came.
-    updated = length >= tile.mini_batch
+    changed = length >= tile.mini_batch
     incoming_W = tl.load(W_in, mask=W_mask, other=0.0)
     incoming_b = tl.load(b_in, mask=b_mask, other=0.0)
-    W = tl.where(updated, W + (incoming_W - centred(incoming_W, tile)), incoming_W)
-    b = tl.where(updated, b + (incoming_b - centred(incoming_b, tile)), incoming_b)
+    W = tl.where(changed, W + (incoming_W - centred(incoming_W, tile)), incoming_W)
+    b = tl.where(changed, b + (incoming_b - centred(incoming_b, tile)), incoming_b)
     tl.store(W1_out + weight_offsets((H * D * D, D * D, D, 1), sequence, head, tile), W, mask=W_mask)
     once = b_mask & first_rows(tile)
     tl.store(b1_out + parameter_offsets((H * D, D, 1), sequence, head, tile), b, mask=once)
@@ -133,7 +135,8 @@ def linear_forward(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    segment: int,
+) -> tuple[Tensor, ...]:
     """Run the inner loop of TTT-Linear. Tokens outside every sequence get zero outputs.
 
     Args:
@@ -150,16 +153,17 @@ def linear_forward(
             batch row is one sequence, N = B.
         lengths: their lengths ``[N]``, or None.
         eps: added to the layer norm's variance.
+        segment: mini-batches between two checkpoints.
 
     Returns:
-        o ``[B, L, H, D]`` in q's dtype; W1 and b1 after each sequence's last complete mini-batch, float32; and the
-        inner gradients G ``[B, L, H, D]`` in q's dtype, which the backward needs.
+        o ``[B, L, H, D]`` in q's dtype; W1 and b1 after each sequence's last complete mini-batch, float32; and what the
+        backward needs: the inner gradients G ``[B, L, H, D]`` in q's dtype, and the checkpoints (see ``copies``).
 
     Raises:
         ValueError: if the kernels do not run that dtype, head dimension or mini-batch size.
     """
     results, prepared = prepare_linear_forward(
-        q, k, v, inner_lr, token_scale, W1, b1, ln_weight, ln_bias, starts, lengths, eps
+        q, k, v, inner_lr, token_scale, W1, b1, ln_weight, ln_bias, starts, lengths, eps, segment
     )
     prepared.run()
     return results
@@ -178,7 +182,8 @@ def prepare_linear_forward(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], launch.Launch]:
+    segment: int,
+) -> tuple[tuple[Tensor, ...], launch.Launch]:
     """Allocate the results and make the launch that fills them; arguments as in ``linear_forward``."""
     L, H = q.shape[1:3]
     N, K = launch.num_sequences(q, starts), token_scale.numel()
@@ -186,6 +191,7 @@ def prepare_linear_forward(
     o, G = launch.new_tokens(q, starts), launch.new_tokens(q, starts)
     W1_out = torch.empty(W1.shape, dtype=torch.float32, device=q.device)
     b1_out = torch.empty(b1.shape, dtype=torch.float32, device=q.device)
+    checkpoints = copies.new_checkpoints(q, (W1, b1), K, segment)
     arguments = (
         launch.contiguous(q, k, v),
         launch.contiguous(inner_lr, token_scale),
@@ -193,11 +199,13 @@ def prepare_linear_forward(
         launch.contiguous(ln_weight, ln_bias),
         launch.contiguous(starts, lengths),
         (o, G, W1_out, b1_out),
+        checkpoints,
         (W1.stride(), b1.stride()),
         L,
         H,
+        segment,
         eps,
         tile,
     )
     grid = (N * triton.cdiv(H, choice.heads),)
-    return (o, W1_out, b1_out, G), launch.Launch(linear_forward_kernel, grid, arguments, choice)
+    return (o, W1_out, b1_out, G, checkpoints), launch.Launch(linear_forward_kernel, grid, arguments, choice)

@@ -1,11 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # Jit functions are typed by Triton when they are compiled.
 
-"""TTT-MLP backward: one launch that walks the mini-batches from the last to the first and rebuilds the state.
+"""TTT-MLP backward: one launch that walks the mini-batches from the last to the first, segment by segment.
 
-From the kept Z1 and G2 all four weights are rebuilt: X2 = gelu(Z1) gives W2 back, W2 gives G1 and G1 gives W1 back.
-The hidden features are passed over three times. Every pass computes the forward's values again; where there is only one
-chunk the compiler sees that they are the same.
+The updates of a segment are replayed first, which leaves the forward's weights before each mini-batch in memory, that
+is in the cache. On the walk back the hidden features are passed over three times. Every pass computes the forward's
+values again; where there is only one chunk the compiler sees that they are the same.
 """
 
 import torch
@@ -13,35 +13,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import copies, launch
+from .copies import first_state, load_steps
 from .hidden_layer import (
     contiguous_strides,
     gelu,
     hidden_columns,
     hidden_mask,
     hidden_offsets,
-    load_centred_state,
+    load_copied_b2,
     load_hidden,
+    load_hidden_copy,
     load_state,
     store_state,
     wait_for_stores,
 )
+from .mlp_replay import first_weights, replay
 from .primitives import (
     causal,
-    centred,
     dot,
     expanded,
     first_rows,
     inner_gradient_backward,
     layer_norm_backward,
     load_layer_norm,
+    mini_batch_place,
     own,
     parameter_mask,
     parameter_offsets,
     program_place,
     recentred,
     rounded,
-    row_head,
     row_offsets,
     row_token,
     store_head_sums,
@@ -86,24 +88,38 @@ def forward_values(Z1, state, mini_batch, tile: tl.constexpr):
 
 
 @triton.jit
-def rebuild(Z1, state, dW2, mini_batch, sums, tile: tl.constexpr):
-    """Rebuild a chunk of W1, b1 and W2; add what it contributes to X̄2 X2ᵀ, X2 W2, X̄2 W2 and X2 dW2.
+def add_chunk(Z1, state, dW2, mini_batch, sums, tile: tl.constexpr):
+    """Add what a chunk contributes to X̄2 X2ᵀ, X2 W2, X̄2 W2 and X2 dW2.
 
     The last product decides how all tiles of a loop are spread over the warps: it must not be a square of tokens.
     """
-    W1, b1, W2 = state
-    K, _, G2, U2, _, lr, _, s_last = mini_batch
-    X2, slope, _ = gelu(Z1)
-    W2 -= -s_last * dot(tl.trans(U2), X2, tile)
-    G1 = dot(G2, W2, tile) * slope
-    W1 -= -s_last * dot(tl.trans(lr * K), G1, tile)
-    b1 -= -s_last * token_sums(lr * G1, tile)
-    _, _, X2_bar, _ = forward_values(Z1, (W1, b1, W2), mini_batch, tile)
+    _, _, W2 = state
+    X2, _, _ = gelu(Z1)
+    _, _, X2_bar, _ = forward_values(Z1, state, mini_batch, tile)
     X2_bar_X2 = dot(X2_bar, tl.trans(X2), tile, sums[0])
     X2_W2 = dot(X2, tl.trans(W2), tile, sums[1])
     X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, sums[2])
-    X2_dW2 = dot(X2, tl.trans(dW2), tile, sums[3])
-    return W1, b1, W2, (X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2)
+    return X2_bar_X2, X2_W2, X2_bar_W2, dot(X2, tl.trans(dW2), tile, sums[3])
+
+
+@triton.jit
+def through_output(dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last, gamma, eps, tile: tl.constexpr):
+    """Through O = Q + LN(P2) and the outer layer's steps; outer is X̄2 W2 + b2 and X2 dW2 + db2.
+
+    Returns -dP2; what of -dG2 does not pass through G1; -dC2; what the tokens add to dγ; C2 and -dP2 G2ᵀ; and
+    Σ G2 ∘ (X2 dW2 + db2).
+    """
+    X2_bar_W2, X2_dW2 = outer
+    lr, lr_columns = own_rates[:, None], own_rates[None, :]
+    C2 = tl.where(causal(tile), X2_bar_X2 + 1.0, 0.0)
+    A2 = C2 * lr_columns
+    p_hat, p_r = recentred(X2_bar_W2 + minus_scale * dot(A2, G2_rows, tile), eps, tile)
+    minus_dP2 = layer_norm_backward(gamma * dO, p_hat, -p_r, tile)
+    dP2_G2 = dot(minus_dP2, tl.trans(G2_rows), tile)
+    minus_dC2 = tl.where(causal(tile), minus_scale * lr_columns * dP2_G2, 0.0)
+    minus_dG2 = dot(tl.trans(A2), minus_scale * minus_dP2, tile, s_last * lr * X2_dW2)
+    along_dW = tl.sum(G2_rows.to(tl.float32) * X2_dW2, 1)
+    return minus_dP2, minus_dG2, minus_dC2, dO * p_hat, (C2, dP2_G2), along_dW
 
 
 @triton.jit
@@ -150,28 +166,29 @@ def through_inputs(Z1, minus_dZ1, state, d_state, K, minus_dZ2, dZ1_W1, tile: tl
     return dW1, db1, dW2, dZ1_W1
 
 
-@triton.jit(do_not_specialize=["L", "H"])
+@triton.jit(do_not_specialize=["L", "H", "segment"])
 def mlp_backward_kernel(
     grads,  # of o [B, L, H, D]; of W1, b1, W2, b2
     tokens,  # q, k, v and the forward's G2 [B, L, H, D], Z1 [B, L, H, hidden]
     rates,  # inner_lr [B, L, H], token_scale [K]
-    weights,  # the outgoing W1 [N, H, D, hidden], b1 [N, H, hidden], W2 [N, H, hidden, D], b2 [N, H, D]
+    weights,  # the incoming W1 [N, H, D, hidden], b1 [N, H, hidden], W2 [N, H, hidden, D], b2 [N, H, D]
+    memory,  # checkpoints and states [number, H, 2 D hidden + hidden + D], and each sequence's first state [N] or None
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
     d_tokens,  # of q, k, v [B, L, H, D] and inner_lr [B, L, H]
-    d_weights,  # of the incoming W1, b1, W2, b2
+    d_weights,  # of W1, b1, W2, b2
     partial_sums,  # per sequence: γ and β's gradients [N, H, D], s's and the updates' share of s_last's [N, H, K]
-    scratch,  # for chunks: W1, b1, W2 as they are walked back, and a part of a mini-batch's -dZ1 [N, H, R, hidden]
+    scratch,  # for chunks: a part of a mini-batch's -dZ1 [N, H, R, hidden]
     strides,  # of W1, b1, W2, b2 and of their gradients; all others are contiguous
     L,
     H,
+    segment,  # mini-batches
     eps,
     tile: tl.constexpr,
 ):
     """One program: P heads of one sequence, from the last mini-batch to the first.
 
-    X2, G1, U1, U2, P1, X̄2, P2 and C1 = tril(Q Kᵀ + 1), C2 = tril(X̄2 X2ᵀ + 1) as in the forward, at the rebuilt
-    W2 ← W2 + s_last X2ᵀ U2,  W1 ← W1 + s_last Kᵀ U1
+    X2, G1, U1, U2, P1, X̄2, P2 and C1 = tril(Q Kᵀ + 1), C2 = tril(X̄2 X2ᵀ + 1) as in the forward, at its weights.
     dP2 = layer norm's backward of γ ∘ dO            dC2 = tril(-s ∘ dP2 U2ᵀ)
     dP1 = (dP2 W2ᵀ + dC2 X2) ∘ gelu'(P1)             dC1 = tril(-s ∘ dP1 U1ᵀ)
     dU2 = C2ᵀ (-s ∘ dP2) - s_last (X2 dW2 + db2)     dU1 = C1ᵀ (-s ∘ dP1) - s_last (K dW1 + db1)
@@ -185,15 +202,13 @@ def mlp_backward_kernel(
 
     In the code, as in TTT-Linear's, all but dO, dq and the parameters' gradients carry the opposite sign.
     """
-    q, k, v, G2_kept, Z1_kept = tokens
+    q, _, v, _, Z1_kept = tokens
     inner_lr, token_scale = rates
     dq, dk, dv, d_lr = d_tokens
-    state, d_state = (scratch[0], scratch[1], scratch[2]), (d_weights[0], d_weights[1], d_weights[2])
-    outgoing, outgoing_strides = (weights[0], weights[1], weights[2]), (strides[0], strides[1], strides[2])
-    d_outgoing, d_outgoing_strides = (grads[1], grads[2], grads[3]), (strides[4], strides[5], strides[6])
+    checkpoints, states, first_states = memory
     sequence, head, first, length = program_place(spans, L, H, tile)
-    place = sequence, head, H
-    contiguous = contiguous_strides(place, tile)
+    walk, place = (sequence, first, length, head, H), (sequence, head, H)
+    d_state, contiguous = d_weights[:3], contiguous_strides(place, tile)
 
     R: tl.constexpr = tile.rows
     F: tl.constexpr = tile.features
@@ -201,23 +216,17 @@ def mlp_backward_kernel(
     C: tl.constexpr = tile.chunk
     D: tl.constexpr = tile.head_dim
     positions = row_token(tile)
-    head_exists = head + row_head(tile) < H
-    columns = tl.arange(0, tile.features)[None, :] < tile.head_dim
-    elements = tile_offsets(H, tile)
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
     minus_scale = -tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     b_mask = parameter_mask(head, H, tile)
-    b2 = tl.load(weights[3] + parameter_offsets(strides[3], sequence, head, tile), mask=b_mask, other=0.0)
-    b2 = centred(b2, tile)
     db2 = tl.load(grads[4] + parameter_offsets(strides[7], sequence, head, tile), mask=b_mask, other=0.0)
     if tile.chunks == 1:
-        W1, b1, W2 = load_centred_state(outgoing, outgoing_strides, place, 0, tile)
-        dW1, db1, dW2 = load_state(d_outgoing, d_outgoing_strides, place, 0, tile)
+        dW1, db1, dW2 = load_state(grads[1:4], strides[4:7], place, 0, tile)
     else:
         for chunk in tl.range(0, tile.chunks, num_stages=1):
-            store_state(state, load_centred_state(outgoing, outgoing_strides, place, chunk, tile), place, chunk, tile)
-            store_state(d_state, load_state(d_outgoing, d_outgoing_strides, place, chunk, tile), place, chunk, tile)
+            loaded = load_state(grads[1:4], strides[4:7], place, chunk, tile)
+            store_state(d_state, contiguous, loaded, place, chunk, tile)
     wait_for_stores(tile)
 
     d_gamma, d_beta = tl.zeros((R, F), tl.float32), tl.zeros((R, F), tl.float32)
@@ -225,114 +234,116 @@ def mlp_backward_kernel(
     no_pairs, no_rows = tl.zeros((R, R), tl.float32), tl.zeros((R, PF), tl.float32)
     Z1 = tl.zeros((R, C), tl.float32)
     minus_dZ1 = Z1
+    state = first_state(first_states, sequence, L, segment, tile)
     num_mini_batches = tl.cdiv(length, tile.mini_batch)
-    for t in tl.range(0, num_mini_batches):
-        start = (num_mini_batches - 1 - t) * tile.mini_batch
-        rows = head_exists & (positions < min(tile.mini_batch, length - start))
-        mask = rows[:, None] & columns
-        at = (first + start) * H + head
-        here = at * D + elements
-        Z1_here = Z1_kept + at * tile.hidden
-        k_rows = tl.load(k + here, mask=mask, other=0.0)
-        q_rows = tl.load(q + here, mask=mask, other=0.0)
-        G2_rows = tl.load(G2_kept + here, mask=mask, other=0.0)
-        own_rates = tl.where(rows, tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0), 0.0)
-        lr, lr_columns = own_rates[:, None], own_rates[None, :]
-        K, Q, G2 = expanded(k_rows, tile), expanded(q_rows, tile), expanded(G2_rows, tile)
-        committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
-        s_last = committed * last_scale
-        U2_rows = lr * G2_rows.to(tl.float32)
-        C1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
-        A1 = C1 * lr_columns
-        mini_batch = K, Q, G2, expanded(U2_rows, tile), A1, lr, minus_scale, s_last
-
-        # Rebuild the weights before the mini-batch, and the forward's values.
-        b2 -= -s_last * token_sums(U2_rows, tile)
-        X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2 = no_pairs, no_rows, no_rows, no_rows
+    num_segments = tl.cdiv(num_mini_batches, segment)
+    for s in tl.range(0, num_segments, num_stages=1):
+        begin = (num_segments - 1 - s) * segment
+        end = min(begin + segment, num_mini_batches)
+        tl.debug_barrier()  # until all threads have read the states of the segment behind
         for chunk in tl.range(0, tile.chunks, num_stages=1):
-            Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
-            if tile.chunks > 1:
-                W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
-                dW1, db1, dW2 = load_state(d_state, contiguous, place, chunk, tile)
-            sums = X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2
-            W1, b1, W2, sums = rebuild(Z1, (W1, b1, W2), dW2, mini_batch, sums, tile)
-            X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2 = sums
-            if tile.chunks > 1:
-                store_state(state, (W1, b1, W2), place, chunk, tile)
-        wait_for_stores(tile)
+            chunk_state, b2 = first_weights(weights, strides, checkpoints, walk, begin, segment, chunk, tile)
+            replay(chunk_state, b2, tokens, rates, states, state, walk, begin, end, chunk, tile)
+        tl.debug_barrier()
+        for t in tl.range(0, end - begin):
+            start = (end - 1 - t) * tile.mini_batch
+            rows, mask = mini_batch_place(start, length, head, H, tile)
+            at = (first + start) * H + head
+            here = at * D + tile_offsets(H, tile)
+            Z1_here = Z1_kept + at * tile.hidden
+            before = state + (end - 1 - t - begin)
+            q_rows = tl.load(q + here, mask=mask, other=0.0)
+            k_rows, G2_rows, own_rates = load_steps(tokens, inner_lr, at, rows, mask, H, tile)
+            lr, lr_columns = own_rates[:, None], own_rates[None, :]
+            K, Q, G2 = expanded(k_rows, tile), expanded(q_rows, tile), expanded(G2_rows, tile)
+            committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
+            s_last = committed * last_scale
+            U2_rows = lr * G2_rows.to(tl.float32)
+            C1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
+            A1 = C1 * lr_columns
+            mini_batch = K, Q, G2, expanded(U2_rows, tile), A1, lr, minus_scale, s_last
 
-        # Through the output and the outer layer's steps.
-        C2 = tl.where(causal(tile), X2_bar_X2 + 1.0, 0.0)
-        A2 = C2 * lr_columns
-        p_hat, p_r = recentred(own(X2_bar_W2, tile) + b2 + minus_scale * dot(A2, G2_rows, tile), eps, tile)
-        dO = tl.load(grads[0] + here, mask=mask, other=0.0).to(tl.float32)
-        d_gamma += dO * p_hat
-        d_beta += dO
-        minus_dP2 = layer_norm_backward(gamma * dO, p_hat, -p_r, tile)
-        dP2_G2 = dot(minus_dP2, tl.trans(G2_rows), tile)
-        minus_dC2 = tl.where(causal(tile), minus_scale * lr_columns * dP2_G2, 0.0)
-        X2_dW2_rows = own(X2_dW2, tile) + db2
-        minus_dG2 = dot(tl.trans(A2), minus_scale * minus_dP2, tile, s_last * lr * X2_dW2_rows)
-        along_dW = tl.sum(G2_rows.to(tl.float32) * X2_dW2_rows, 1)
-        expanded_dP2 = expanded(minus_dP2, tile)
-
-        # Through the hidden layer's outputs and steps.
-        dP1_G1, dP1_W1, G1_dW1, E_W2 = no_pairs, no_rows, no_rows, no_rows
-        for chunk in tl.range(0, tile.chunks, num_stages=1):
-            if tile.chunks > 1:
+            # The forward's values.
+            b2 = load_copied_b2(states, before, head, H, tile)
+            if tile.chunks == 1:
+                W1, b1, W2 = load_hidden_copy(states, before, head, H, 0, tile)
+            X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2 = no_pairs, no_rows, no_rows, no_rows
+            for chunk in tl.range(0, tile.chunks, num_stages=1):
                 Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
-                W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
-                dW1, db1, dW2 = load_state(d_state, contiguous, place, chunk, tile)
-            through = dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW
-            dW1, db1, dW2, minus_dZ1, through = through_outputs(
-                Z1, (W1, b1, W2), (dW1, db1, dW2), mini_batch, expanded_dP2, minus_dC2, through, tile
-            )
-            dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW = through
-            if tile.chunks > 1:
-                store_state(d_state, (dW1, db1, dW2), place, chunk, tile)
-                store_part(scratch[3], minus_dZ1, place, chunk, tile)
-        wait_for_stores(tile)
-        d_scale += A1 * dP1_G1 + A2 * dP2_G2
-        d_last_scale -= committed * own_rates * along_dW
-        minus_dlr = tl.sum(minus_scale * (C1 * dP1_G1 + C2 * dP2_G2), 0)
-        tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr - s_last * along_dW, mask=rows)
-        minus_dC1 = tl.where(causal(tile), minus_scale * lr_columns * dP1_G1, 0.0)
-        d_q = dO - dot(minus_dC1, k_rows, tile) - own(dP1_W1, tile)
-        tl.store(dq + here, rounded(d_q, tile), mask=mask)
+                if tile.chunks > 1:
+                    W1, b1, W2 = load_hidden_copy(states, before, head, H, chunk, tile)
+                    dW1, db1, dW2 = load_state(d_state, contiguous, place, chunk, tile)
+                sums = X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2
+                X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2 = add_chunk(Z1, (W1, b1, W2), dW2, mini_batch, sums, tile)
 
-        # Through the inner gradient.
-        x_hat, r = recentred(own(X2_W2, tile) + b2, eps, tile)
-        v_rows = tl.load(v + here, mask=mask, other=0.0)
-        error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
-        minus_dG2 += own(E_W2, tile)
-        along_G2 = tl.sum(minus_dG2 * G2_rows.to(tl.float32), 1)[:, None]
-        minus_dZ2, minus_de, minus_d_gamma = inner_gradient_backward(
-            minus_dG2, along_G2, G2_rows.to(tl.float32), error, x_hat, r, gamma, tile
-        )
-        d_gamma -= minus_d_gamma
-        d_beta -= minus_de
-        tl.store(dv + here, rounded(minus_de, tile), mask=mask)
-        db2 -= token_sums(minus_dP2, tile) + token_sums(minus_dZ2, tile)
-        d_k = -dot(tl.trans(minus_dC1), q_rows, tile, minus_de + s_last * lr * own(G1_dW1, tile))
-        expanded_dZ2 = expanded(minus_dZ2, tile)
-        dZ1_W1 = no_rows
-        for chunk in tl.range(0, tile.chunks, num_stages=1):
-            if tile.chunks > 1:
-                Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
-                W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
-                dW1, db1, dW2 = load_state(d_state, contiguous, place, chunk, tile)
-                minus_dZ1 = load_part(scratch[3], place, chunk, tile)
-            dW1, db1, dW2, dZ1_W1 = through_inputs(
-                Z1, minus_dZ1, (W1, b1, W2), (dW1, db1, dW2), K, expanded_dZ2, dZ1_W1, tile
+            # Through the output and the outer layer's steps.
+            dO = tl.load(grads[0] + here, mask=mask, other=0.0).to(tl.float32)
+            outer = own(X2_bar_W2, tile) + b2, own(X2_dW2, tile) + db2
+            minus_dP2, minus_dG2, minus_dC2, d_gamma_terms, pairs, along_dW = through_output(
+                dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last, gamma, eps, tile
             )
-            if tile.chunks > 1:
-                store_state(d_state, (dW1, db1, dW2), place, chunk, tile)
-        wait_for_stores(tile)
-        # Subtracted, as in the forward: a sum would move the product behind the state's.
-        tl.store(dk + here, rounded(d_k - own(dZ1_W1, tile), tile), mask=mask)
+            C2, dP2_G2 = pairs
+            d_gamma += d_gamma_terms
+            d_beta += dO
+            expanded_dP2 = expanded(minus_dP2, tile)
+
+            # Through the hidden layer's outputs and steps.
+            dP1_G1, dP1_W1, G1_dW1, E_W2 = no_pairs, no_rows, no_rows, no_rows
+            for chunk in tl.range(0, tile.chunks, num_stages=1):
+                if tile.chunks > 1:
+                    Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
+                    W1, b1, W2 = load_hidden_copy(states, before, head, H, chunk, tile)
+                    dW1, db1, dW2 = load_state(d_state, contiguous, place, chunk, tile)
+                through = dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW
+                dW1, db1, dW2, minus_dZ1, through = through_outputs(
+                    Z1, (W1, b1, W2), (dW1, db1, dW2), mini_batch, expanded_dP2, minus_dC2, through, tile
+                )
+                dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW = through
+                if tile.chunks > 1:
+                    store_state(d_state, contiguous, (dW1, db1, dW2), place, chunk, tile)
+                    store_part(scratch, minus_dZ1, place, chunk, tile)
+            wait_for_stores(tile)
+            d_scale += A1 * dP1_G1 + C2 * lr_columns * dP2_G2
+            d_last_scale -= committed * own_rates * along_dW
+            minus_dlr = tl.sum(minus_scale * (C1 * dP1_G1 + C2 * dP2_G2), 0)
+            tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr - s_last * along_dW, mask=rows)
+            minus_dC1 = tl.where(causal(tile), minus_scale * lr_columns * dP1_G1, 0.0)
+            d_q = dO - dot(minus_dC1, k_rows, tile) - own(dP1_W1, tile)
+            tl.store(dq + here, rounded(d_q, tile), mask=mask)
+
+            # Through the inner gradient.
+            x_hat, r = recentred(own(X2_W2, tile) + b2, eps, tile)
+            v_rows = tl.load(v + here, mask=mask, other=0.0)
+            error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
+            minus_dG2 += own(E_W2, tile)
+            along_G2 = tl.sum(minus_dG2 * G2_rows.to(tl.float32), 1)[:, None]
+            minus_dZ2, minus_de, minus_d_gamma = inner_gradient_backward(
+                minus_dG2, along_G2, G2_rows.to(tl.float32), error, x_hat, r, gamma, tile
+            )
+            d_gamma -= minus_d_gamma
+            d_beta -= minus_de
+            tl.store(dv + here, rounded(minus_de, tile), mask=mask)
+            db2 -= token_sums(minus_dP2, tile) + token_sums(minus_dZ2, tile)
+            d_k = -dot(tl.trans(minus_dC1), q_rows, tile, minus_de + s_last * lr * own(G1_dW1, tile))
+            expanded_dZ2 = expanded(minus_dZ2, tile)
+            dZ1_W1 = no_rows
+            for chunk in tl.range(0, tile.chunks, num_stages=1):
+                if tile.chunks > 1:
+                    Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
+                    W1, b1, W2 = load_hidden_copy(states, before, head, H, chunk, tile)
+                    dW1, db1, dW2 = load_state(d_state, contiguous, place, chunk, tile)
+                    minus_dZ1 = load_part(scratch, place, chunk, tile)
+                dW1, db1, dW2, dZ1_W1 = through_inputs(
+                    Z1, minus_dZ1, (W1, b1, W2), (dW1, db1, dW2), K, expanded_dZ2, dZ1_W1, tile
+                )
+                if tile.chunks > 1:
+                    store_state(d_state, contiguous, (dW1, db1, dW2), place, chunk, tile)
+            wait_for_stores(tile)
+            # Subtracted, as in the forward: a sum would move the product behind the state's.
+            tl.store(dk + here, rounded(d_k - own(dZ1_W1, tile), tile), mask=mask)
 
     if tile.chunks == 1:
-        store_state(d_state, (dW1, db1, dW2), place, 0, tile)
+        store_state(d_state, contiguous, (dW1, db1, dW2), place, 0, tile)
     once = b_mask & first_rows(tile)
     tl.store(d_weights[3] + parameter_offsets((H * D, D, 1), sequence, head, tile), db2, mask=once)
     store_head_sums(partial_sums[0], d_gamma, sequence, head, H, tile)
@@ -359,19 +370,20 @@ def mlp_backward(
     b2: Tensor,
     Z1: Tensor,
     G2: Tensor,
+    checkpoints: Tensor,
     ln_weight: Tensor,
     ln_bias: Tensor,
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    segment: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``mlp_forward``'s first eleven arguments, in their order; those of the four weights per sequence.
 
     Args:
         grad_o: gradient of the outputs ``[B, L, H, D]``.
         grad_W1: of the outgoing W1 ``[N, H, D, hidden]``, float32; the next three alike.
-        W1: the outgoing weights of the forward, from which the walk back starts, as the next three.
-        Z1: what the forward kept, as G2.
+        Z1: what the forward kept, as G2 and the checkpoints.
 
     The others are the forward's arguments, and the same errors are raised. Sums over sequences are taken in a fixed
     order: two runs give the same bits.
@@ -379,7 +391,7 @@ def mlp_backward(
     launch.check_compiler("mlp_backward", q.shape[-1], token_scale.numel())
     results, sums, prepared = prepare_mlp_backward(
         grad_o, (grad_W1, grad_b1, grad_W2, grad_b2), q, k, v, inner_lr, token_scale, (W1, b1, W2, b2), Z1, G2,
-        ln_weight, ln_bias, starts, lengths, eps,
+        checkpoints, ln_weight, ln_bias, starts, lengths, eps, segment,
     )  # fmt: skip
     prepared.run()
     d_gamma, d_beta, d_scale, d_last_scale = (x.sum(0) for x in sums)
@@ -400,11 +412,13 @@ def prepare_mlp_backward(
     weights: tuple[Tensor, ...],
     Z1: Tensor,
     G2: Tensor,
+    checkpoints: Tensor,
     ln_weight: Tensor,
     ln_bias: Tensor,
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    segment: int,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], launch.Launch]:
     """Allocate the results and the sums per sequence, and make the launch that fills them."""
     L, H, D = q.shape[1:]
@@ -417,12 +431,13 @@ def prepare_mlp_backward(
 
     weight_shapes = tuple(tuple(w.shape) for w in weights)
     d_weights, sums = new(*weight_shapes), new((N, H, D), (N, H, D), (N, H, K), (N, H, K))
-    scratch = new(*weight_shapes[:3], (N, H, tile.rows, hidden)) if tile.chunks > 1 else (None,) * 4
+    (scratch,) = new((N, H, tile.rows, hidden)) if tile.chunks > 1 else (None,)
     arguments = (
         (grad_o.contiguous(), *grad_weights),
         launch.contiguous(q, k, v, G2, Z1),
         launch.contiguous(inner_lr, token_scale),
         weights,
+        (checkpoints, *copies.new_states(q, lengths, weights, K, segment)),
         launch.contiguous(ln_weight, ln_bias),
         launch.contiguous(starts, lengths),
         tuple(d_tokens),
@@ -432,6 +447,7 @@ def prepare_mlp_backward(
         tuple(w.stride() for w in (*weights, *grad_weights)),
         L,
         H,
+        segment,
         eps,
         tile,
     )

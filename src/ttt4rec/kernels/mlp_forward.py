@@ -7,7 +7,7 @@ The state has 8D² numbers a head. Where registers hold them, they stay there fr
 the hidden features are worked on in chunks, whose weights wait in the memory of the results, that is in the cache.
 
 The kept Z1 and G2 are the rounded ones that everything else is made of, and products are subtracted from the state as a
-whole, for the reason that TTT-Linear's forward gives.
+whole, for the reasons that TTT-Linear's forward gives.
 """
 
 import torch
@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import copies, launch
+from .copies import checkpoint_number
 from .hidden_layer import (
     centred_columns,
     contiguous_strides,
@@ -26,7 +27,9 @@ from .hidden_layer import (
     load_centred_state,
     load_hidden,
     load_state,
+    store_hidden_copy,
     store_state,
+    updated_state,
     wait_for_stores,
 )
 from .primitives import (
@@ -37,13 +40,13 @@ from .primitives import (
     first_rows,
     layer_norm_backward,
     load_layer_norm,
+    mini_batch_place,
     own,
     parameter_mask,
     parameter_offsets,
     program_place,
     recentred,
     rounded,
-    row_head,
     row_offsets,
     row_token,
     tile_offsets,
@@ -51,7 +54,7 @@ from .primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["L", "H"])
+@triton.jit(do_not_specialize=["L", "H", "segment"])
 def mlp_forward_kernel(
     tokens,  # q, k, v [B, L, H, D]
     rates,  # inner_lr [B, L, H], token_scale [K]
@@ -59,10 +62,11 @@ def mlp_forward_kernel(
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
     outputs,  # o [B, L, H, D]; W1, b1, W2, b2 after the last complete mini-batch
-    kept,  # Z1 [B, L, H, hidden] and G2 [B, L, H, D]
+    kept,  # Z1 [B, L, H, hidden], G2 [B, L, H, D] and checkpoints [B L // (segment K) + 2, H, 2 D hidden + hidden + D]
     strides,  # of weights; all others are contiguous
     L,
     H,
+    segment,  # mini-batches
     eps,
     tile: tl.constexpr,
 ):
@@ -91,8 +95,6 @@ def mlp_forward_kernel(
     C: tl.constexpr = tile.chunk
     D: tl.constexpr = tile.head_dim
     positions = row_token(tile)
-    head_exists = head + row_head(tile) < H
-    columns = tl.arange(0, tile.features)[None, :] < tile.head_dim
     b2_mask = parameter_mask(head, H, tile)
     elements = tile_offsets(H, tile)
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
@@ -105,78 +107,82 @@ def mlp_forward_kernel(
     else:
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             loaded = load_centred_state(incoming, incoming_strides, place, chunk, tile)
-            store_state(state, loaded, place, chunk, tile)
+            store_state(state, contiguous, loaded, place, chunk, tile)
     wait_for_stores(tile)
 
     Z1 = tl.zeros((R, C), tl.float32)
     Q_W1 = Z1
-    for start in tl.range(0, length, tile.mini_batch):
-        rows = head_exists & (positions < min(tile.mini_batch, length - start))
-        mask = rows[:, None] & columns
-        at = (first + start) * H + head
-        here = at * D + elements
-        k_rows = tl.load(k + here, mask=mask, other=0.0)
-        v_rows = tl.load(v + here, mask=mask, other=0.0)
-        q_rows = tl.load(q + here, mask=mask, other=0.0)
-        own_rates = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
-        lr, lr_columns = own_rates[:, None], own_rates[None, :]
-        K, Q = expanded(k_rows, tile), expanded(q_rows, tile)
-        X2_W2 = tl.zeros((R, PF), tl.float32)
-        for chunk in tl.range(0, tile.chunks, num_stages=1):
-            if tile.chunks > 1:
-                W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
-            kept_Z1 = rounded(dot(K, W1, tile, b1), tile)
-            Z1_here = kept[0] + at * tile.hidden + hidden_offsets(chunk, H, tile)
-            tl.store(Z1_here, kept_Z1, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile))
-            Z1, Q_W1 = kept_Z1.to(tl.float32), dot(Q, W1, tile, b1)
-            X2_W2 = dot(gelu(Z1)[0], tl.trans(W2), tile, X2_W2)
-        wait_for_stores(tile)
-        x_hat, r = recentred(own(X2_W2, tile) + b2, eps, tile)
-        y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
-        G2_rows = rounded(layer_norm_backward(y, x_hat, r, tile), tile)
-        tl.store(kept[1] + here, G2_rows, mask=mask)
-        G2, U2 = expanded(G2_rows, tile), lr * G2_rows.to(tl.float32)
-        U2_sums, U2 = token_sums(U2, tile), expanded(U2, tile)
+    for begin in tl.range(0, length, segment * tile.mini_batch, num_stages=1):
+        if begin > 0:
+            number = checkpoint_number(first + begin, segment, tile)
+            for chunk in tl.range(0, tile.chunks, num_stages=1):
+                if tile.chunks > 1:
+                    W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
+                store_hidden_copy(kept[2], number, (W1, b1, W2), b2, head, H, chunk, tile)
+        for start in tl.range(begin, min(begin + segment * tile.mini_batch, length), tile.mini_batch):
+            rows, mask = mini_batch_place(start, length, head, H, tile)
+            at = (first + start) * H + head
+            here = at * D + elements
+            k_rows = tl.load(k + here, mask=mask, other=0.0)
+            v_rows = tl.load(v + here, mask=mask, other=0.0)
+            q_rows = tl.load(q + here, mask=mask, other=0.0)
+            own_rates = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
+            lr, lr_columns = own_rates[:, None], own_rates[None, :]
+            K, Q = expanded(k_rows, tile), expanded(q_rows, tile)
+            X2_W2 = tl.zeros((R, PF), tl.float32)
+            for chunk in tl.range(0, tile.chunks, num_stages=1):
+                if tile.chunks > 1:
+                    W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
+                kept_Z1 = rounded(dot(K, W1, tile, b1), tile)
+                Z1_here = kept[0] + at * tile.hidden + hidden_offsets(chunk, H, tile)
+                tl.store(Z1_here, kept_Z1, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile))
+                Z1, Q_W1 = kept_Z1.to(tl.float32), dot(Q, W1, tile, b1)
+                X2_W2 = dot(gelu(Z1)[0], tl.trans(W2), tile, X2_W2)
+            wait_for_stores(tile)
+            x_hat, r = recentred(own(X2_W2, tile) + b2, eps, tile)
+            y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
+            G2_rows = rounded(layer_norm_backward(y, x_hat, r, tile), tile)
+            tl.store(kept[1] + here, G2_rows, mask=mask)
+            G2, U2 = expanded(G2_rows, tile), lr * G2_rows.to(tl.float32)
+            U2_sums, U2 = token_sums(U2, tile), expanded(U2, tile)
 
-        A1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0) * lr_columns
-        # A last, short mini-batch is not committed.
-        committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
-        X2_bar_W2 = tl.zeros((R, PF), tl.float32)
-        A2_G2 = tl.zeros((R, F), tl.float32)
-        for chunk in tl.range(0, tile.chunks, num_stages=1):
-            if tile.chunks > 1:
-                W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
-                Z1 = load_hidden(kept[0] + at * tile.hidden + hidden_offsets(chunk, H, tile), rows, chunk, tile)
-                Q_W1 = dot(Q, W1, tile, b1)
-            X2, slope, _ = gelu(Z1)
-            G1 = dot(G2, W2, tile) * slope
-            X2_bar, _, _ = gelu(Q_W1 - scale * dot(A1, G1, tile))
-            A2 = dot(X2_bar, tl.trans(X2), tile) + tl.where(chunk == 0, 1.0, 0.0)
-            A2_G2 = dot(tl.where(causal(tile), A2, 0.0) * lr_columns, G2_rows, tile, A2_G2)
-            X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, X2_bar_W2)
-            b1 -= committed_scale * token_sums(lr * G1, tile)
-            W1 -= committed_scale * dot(tl.trans(lr * K), G1, tile)
-            W2 -= committed_scale * dot(tl.trans(U2), X2, tile)
-            if tile.chunks > 1:
-                store_state(state, (W1, b1, W2), place, chunk, tile)
-        wait_for_stores(tile)
-        # Subtracted, since a product that something is added to moves to the sum, here behind that of the state: the
-        # last product of the loop decides how all tiles are spread over the warps.
-        p_hat, _ = recentred(own(X2_bar_W2, tile) - (scale * A2_G2 - b2), eps, tile)
-        out = q_rows.to(tl.float32) + gamma * p_hat + beta
-        tl.store(outputs[0] + here, rounded(out, tile), mask=mask)
-        b2 -= committed_scale * U2_sums
+            A1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0) * lr_columns
+            # A last, short mini-batch is not committed.
+            committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
+            X2_bar_W2 = tl.zeros((R, PF), tl.float32)
+            A2_G2 = tl.zeros((R, F), tl.float32)
+            for chunk in tl.range(0, tile.chunks, num_stages=1):
+                if tile.chunks > 1:
+                    W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
+                    Z1 = load_hidden(kept[0] + at * tile.hidden + hidden_offsets(chunk, H, tile), rows, chunk, tile)
+                    Q_W1 = dot(Q, W1, tile, b1)
+                X2, slope, _ = gelu(Z1)
+                G1 = dot(G2, W2, tile) * slope
+                X2_bar, _, _ = gelu(Q_W1 - scale * dot(A1, G1, tile))
+                A2 = dot(X2_bar, tl.trans(X2), tile) + tl.where(chunk == 0, 1.0, 0.0)
+                A2_G2 = dot(tl.where(causal(tile), A2, 0.0) * lr_columns, G2_rows, tile, A2_G2)
+                X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, X2_bar_W2)
+                W1, b1, W2 = updated_state((W1, b1, W2), K, lr, G1, U2, X2, committed_scale, tile)
+                if tile.chunks > 1:
+                    store_state(state, contiguous, (W1, b1, W2), place, chunk, tile)
+            wait_for_stores(tile)
+            # Subtracted, since a product that something is added to moves to the sum, here behind that of the state:
+            # the last product of the loop decides how all tiles are spread over the warps.
+            p_hat, _ = recentred(own(X2_bar_W2, tile) - (scale * A2_G2 - b2), eps, tile)
+            out = q_rows.to(tl.float32) + gamma * p_hat + beta
+            tl.store(outputs[0] + here, rounded(out, tile), mask=mask)
+            b2 -= committed_scale * U2_sums
 
     # Give the means of W2 and b2 back; without an update, give back exactly what came.
-    updated = length >= tile.mini_batch
+    changed = length >= tile.mini_batch
     for chunk in tl.range(0, tile.chunks, num_stages=1):
         if tile.chunks > 1:
             W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
         _, _, incoming_W2 = load_state(incoming, incoming_strides, place, chunk, tile)
-        W2 = tl.where(updated, W2 + (incoming_W2 - centred_columns(incoming_W2, tile)), incoming_W2)
-        store_state(state, (W1, b1, W2), place, chunk, tile)
+        W2 = tl.where(changed, W2 + (incoming_W2 - centred_columns(incoming_W2, tile)), incoming_W2)
+        store_state(state, contiguous, (W1, b1, W2), place, chunk, tile)
     incoming_b2 = tl.load(b2_in, mask=b2_mask, other=0.0)
-    b2 = tl.where(updated, b2 + (incoming_b2 - centred(incoming_b2, tile)), incoming_b2)
+    b2 = tl.where(changed, b2 + (incoming_b2 - centred(incoming_b2, tile)), incoming_b2)
     once = b2_mask & first_rows(tile)
     tl.store(outputs[4] + parameter_offsets((H * D, D, 1), sequence, head, tile), b2, mask=once)
 
@@ -197,6 +203,7 @@ def mlp_forward(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    segment: int,
 ) -> tuple[Tensor, ...]:
     """Run the inner loop of TTT-MLP. Tokens outside every sequence get zero outputs.
 
@@ -210,10 +217,11 @@ def mlp_forward(
 
     Returns:
         o ``[B, L, H, D]`` in q's dtype; the four weights after each sequence's last complete mini-batch, float32; and,
-        in q's dtype, what the backward needs: Z1 ``[B, L, H, hidden]`` and G2 ``[B, L, H, D]``.
+        what the backward needs: Z1 ``[B, L, H, hidden]`` and G2 ``[B, L, H, D]`` in q's dtype, and the checkpoints (see
+        ``copies``).
     """
     results, prepared = prepare_mlp_forward(
-        q, k, v, inner_lr, token_scale, W1, b1, W2, b2, ln_weight, ln_bias, starts, lengths, eps
+        q, k, v, inner_lr, token_scale, W1, b1, W2, b2, ln_weight, ln_bias, starts, lengths, eps, segment
     )
     prepared.run()
     return results
@@ -234,6 +242,7 @@ def prepare_mlp_forward(
     starts: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    segment: int,
 ) -> tuple[tuple[Tensor, ...], launch.Launch]:
     """Allocate the results and make the launch that fills them; arguments as in ``mlp_forward``."""
     L, H = q.shape[1:3]
@@ -243,6 +252,7 @@ def prepare_mlp_forward(
     o, G2 = launch.new_tokens(q, starts), launch.new_tokens(q, starts)
     Z1 = launch.new_tokens(q, starts, hidden)
     outgoing = tuple(torch.empty(w.shape, dtype=torch.float32, device=q.device) for w in weights)
+    checkpoints = copies.new_checkpoints(q, weights, K, segment)
     arguments = (
         launch.contiguous(q, k, v),
         launch.contiguous(inner_lr, token_scale),
@@ -250,12 +260,13 @@ def prepare_mlp_forward(
         launch.contiguous(ln_weight, ln_bias),
         launch.contiguous(starts, lengths),
         (o, *outgoing),
-        (Z1, G2),
+        (Z1, G2, checkpoints),
         tuple(w.stride() for w in weights),
         L,
         H,
+        segment,
         eps,
         tile,
     )
     grid = (N * triton.cdiv(H, choice.heads),)
-    return (o, *outgoing, Z1, G2), launch.Launch(mlp_forward_kernel, grid, arguments, choice)
+    return (o, *outgoing, Z1, G2, checkpoints), launch.Launch(mlp_forward_kernel, grid, arguments, choice)

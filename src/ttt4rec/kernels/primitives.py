@@ -110,6 +110,17 @@ def layer_norm_backward(dx_hat, x_hat, r, tile: tl.constexpr):
 
 
 @triton.jit
+def inner_gradient(y, x_hat, r, tile: tl.constexpr):
+    """G = J y, for x̂ of mean nearly zero.
+
+    Its mean is taken off last. An inner step that is too large grows what it should shrink, and would grow a mean of
+    rounding errors from step to step.
+    """
+    G = y - x_hat * mean(y * x_hat, tile)
+    return only_features(r * (G - mean(G, tile)), tile)
+
+
+@triton.jit
 def inner_gradient_backward(dG, dG_dot_G, G, error, x_hat, r, gamma, tile: tl.constexpr):
     """Gradients through G = J y, y = γ ∘ error, error = γ ∘ x̂ + β - (v - k); dG_dot_G is Σ dG ∘ G per row, [R, 1].
 
@@ -173,6 +184,12 @@ def token_sums(x, tile: tl.constexpr):
 
 
 @triton.jit
+def updated(W, b, K, U, scale, tile: tl.constexpr):
+    """W - s Kᵀ U and b - s Σ_j U_j, the products summed by themselves: weights, which may be larger, round once."""
+    return W - scale * dot(tl.trans(K), U, tile), b - scale * token_sums(U, tile)
+
+
+@triton.jit
 def causal(tile: tl.constexpr):
     """Pairs i >= j of tokens of one head, [R, R]."""
     rows = tl.arange(0, tile.rows)
@@ -220,6 +237,14 @@ def program_place(spans, L, H, tile: tl.constexpr):
         first = tl.load(starts + sequence).to(tl.int64)
         length = tl.load(lengths + sequence).to(tl.int32)
     return sequence, head, first, length
+
+
+@triton.jit
+def mini_batch_place(start, length, head, H, tile: tl.constexpr):
+    """Of the mini-batch at a sequence's token start: which rows exist [R], and which elements [R, F]."""
+    exist = head + row_head(tile) < H
+    rows = exist & (row_token(tile) < min(tile.mini_batch, length - start))
+    return rows, rows[:, None] & (tl.arange(0, tile.features)[None, :] < tile.head_dim)
 
 
 @triton.jit
