@@ -1,7 +1,15 @@
 #!/usr/bin/env bash
-# Set up .venv and run the tests; arguments go to pytest.
+# Set up .venv and run the tests; arguments go to pytest. With --emulate sm_90 and no tests named, those of the kernels
+# alone run, on what was compiled for that architecture (docs/emulation.md).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" test
 # Threads that spin while they wait make these small computations up to ten times slower on a busy machine.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-exec python -m pytest -q "$@"
+kernel_tests=()
+if [[ " $*" == *" --emulate"* && "$*" != *tests/* ]]; then
+  for name in inner_loop_kernels step_kernels projection epilogue triton_backend compile; do
+    kernel_tests+=("tests/test_$name.py")
+  done
+  kernel_tests+=(tests/emulated.py)
+fi
+exec python -m pytest -q "$@" "${kernel_tests[@]}"

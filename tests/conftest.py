@@ -23,6 +23,7 @@ settings.register_profile(
 )
 settings.load_profile("ttt4rec")
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read when the kernels are imported
+pytest_plugins = ("tools.ptx_emulator.plugin",)  # the option --emulate
 torch.set_num_threads(1)  # operands are tiny; several threads would only wait for each other
 
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import resource
 import threading
 import tracemalloc
@@ -69,6 +70,17 @@ def test_a_line_without_an_end(name, tmp_path):
     path, messages = write(tmp_path / name, content), []
     assert peak(lambda: messages.append(refused(path))) < 24 * MIB
     assert messages[0].startswith(f"{path} line 3: ")
+
+
+def test_of_many_bad_rows_a_few_are_kept(tmp_path):
+    path = write(tmp_path / "a.csv.gz", [header("a.csv"), *[b"x\n" * 1000] * 100])
+    message = f"{path} line 2: expected 4 fields, got 1 (the first of 100000 bad lines: 2, 3, 4, 5, 6, ...)"
+
+    def refused():
+        with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+            read_interactions(path)
+
+    assert peak(refused) < 2 * MIB
 
 
 ENDLESS = {

@@ -471,6 +471,14 @@ def test_without_a_home(fresh, monkeypatch, caplog):
     assert "set $TTT4REC_CACHE" in message
 
 
+def test_a_cache_that_leads_to_itself(fresh, monkeypatch, caplog):
+    loop = fresh.with_name("loop")
+    loop.symlink_to(loop)
+    monkeypatch.setenv("TTT4REC_CACHE", str(loop))
+    assert "loop" in auto_runs_eagerly(caplog)
+    assert "HOME" not in caplog.text
+
+
 @pytest.mark.parametrize("case", ["read-only", "unreadable"])
 def test_a_cache_that_refuses(case, fresh, monkeypatch, caplog):
     """Of permissions, which do not bind the user root, who may run this test."""

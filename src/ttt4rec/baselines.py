@@ -101,8 +101,9 @@ class MambaMixer(HistoryMixer):
         nn.init.normal_(self.rate, std=STD)
         nn.init.zeros_(self.rate_bias)
         nn.init.ones_(self.skip)
-        with torch.no_grad():
-            self.log_decay.copy_(torch.arange(1.0, self.state_size + 1, device=self.log_decay.device).log())
+        with torch.no_grad():  # of the parameter's own kind, which may be split among processes
+            wide = torch.promote_types(self.log_decay.dtype, torch.float32)
+            self.log_decay.copy_(torch.ones_like(self.log_decay, dtype=wide).cumsum(1).log())
 
     def read(self, x: Tensor, real: Tensor | None) -> Tensor:
         """x ``[N, L, width]`` to the same shape."""

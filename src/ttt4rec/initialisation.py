@@ -39,7 +39,9 @@ class DrawNormal:
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            nn.init.zeros_(module.weight[module.padding_idx])
+            with torch.no_grad():  # a row of a table that is split among processes is a copy, which to fill is no use
+                rows = torch.ones_like(module.weight[:, :1], dtype=torch.int64).cumsum(0) - 1
+                module.weight.masked_fill_(rows == module.padding_idx, 0)
 
     def __reduce__(self) -> tuple[type, tuple[nn.Module | None]]:
         return DrawNormal, (self._module(),)  # a copy of a module gets one of its own

@@ -294,7 +294,7 @@ class TTTLayer(nn.Module):
             return torch.zeros_like(lr)
         if self.max_inner_step is not None:
             lr = torch.minimum(lr, self.max_inner_step / (1 + k.to(lr.dtype).square().sum(-1)))
-        return lr if self.inner_lr_scale == 1 else lr * self.inner_lr_scale
+        return lr * self.inner_lr_scale  # also by one: torch.compile would make a program for each side of a branch
 
     def load_release_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Load weights of the original ``ttt-lm-pytorch`` TTTLinear or TTTMLP.

@@ -43,12 +43,16 @@ def folder() -> Path:
     """
     chosen = os.environ.get("TTT4REC_CACHE")
     try:
-        place = (Path(chosen) if chosen else Path.home() / ".cache" / "ttt4rec" / "native").resolve()
+        place = Path(chosen) if chosen else Path.home() / ".cache" / "ttt4rec" / "native"
     except RuntimeError as error:
         raise BuildError(
             "there is no place for compiled libraries: $HOME is not set and the system knows no home folder; "
             "set $TTT4REC_CACHE to a folder of your own"
         ) from error
+    try:
+        place = place.resolve()
+    except RuntimeError as error:  # of older Pythons; newer ones leave it to what follows
+        raise BuildError(f"the cache of compiled libraries cannot be used: {error}") from error
     if place.exists():
         _check_owner(place)
         _check_parents(place)

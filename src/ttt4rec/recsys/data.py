@@ -8,7 +8,7 @@ import gzip
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from decimal import Decimal, InvalidOperation
@@ -30,7 +30,7 @@ _SEPARATORS = {".inter": "\t", ".tsv": "\t", ".csv": ","}
 _DATE = re.compile(r"\s*\d{4}-\d\d-\d\d")
 _FINER_THAN_MICROSECONDS = re.compile(r"\.\d{6}0*[1-9]")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what the error handler surrogateescape makes of bytes
-_SHOWN = 200  # characters of what a file holds in an error message
+_SHOWN, _NAMED = 200, 5  # characters of what a file holds, and bad rows, in an error message
 _ROWS_PER_CHUNK = 256  # few enough objects alive that the garbage collector stays out of the way
 
 
@@ -267,7 +267,7 @@ def _read_rows(path: Path, text: TextFile, reader: _Reader, columns: _Columns) -
     users: list[IntArray] = []
     items: list[IntArray] = []
     times: list[TimeArray | NDArray[np.object_]] = []
-    problems: list[tuple[int, str]] = []
+    problems = Problems(path, "line")
     while chunk := [(reader.line_num, row) for row in text.some(reader, _ROWS_PER_CHUNK)]:
         rows = [row for _, row in chunk if row]
         if not rows:
@@ -275,12 +275,12 @@ def _read_rows(path: Path, text: TextFile, reader: _Reader, columns: _Columns) -
         try:
             user_column, item_column, time_column = _parse_chunk(rows, columns)
         except ValueError:
-            problems += [(line, what) for line, row in chunk if row and (what := _problem(row, columns))]
+            problems.add((line, what) for line, row in chunk if row and (what := _problem(row, columns)))
             continue
         users.append(user_codes.encode(user_column))
         items.append(item_codes.encode(item_column))
         times.append(time_column)
-    report_problems(path, problems, "line")
+    problems.report()
     if not users:
         raise DataError(f"{path}: expected rows after the header, got none")
     return Interactions(
@@ -292,14 +292,33 @@ def _read_rows(path: Path, text: TextFile, reader: _Reader, columns: _Columns) -
     )
 
 
-def report_problems(path: Path, problems: Sequence[tuple[int, str]], place: str) -> None:
-    """Raise DataError if there are any: what is wrong with the first, how many there are and where."""
-    if len(problems) == 1:
-        raise DataError(f"{path} {place} {problems[0][0]}: {problems[0][1]} (the only bad {place})")
-    if problems:
-        where = ", ".join(str(number) for number, _ in problems[:5]) + (", ..." if len(problems) > 5 else "")
-        count = f"the first of {len(problems)} bad {place}s: {where}"
-        raise DataError(f"{path} {place} {problems[0][0]}: {problems[0][1]} ({count})")
+class Problems:
+    """What is wrong with a file: the first bad row, where the next ones are, and how many. No more is kept.
+
+    Args:
+        path: the file.
+        place: what its places are called, ``"line"`` or ``"row"``.
+    """
+
+    def __init__(self, path: Path, place: str) -> None:
+        self._path, self._place = path, place
+        self._first, self._count = list[tuple[int, str]](), 0
+
+    def add(self, found: Iterable[tuple[int, str]]) -> None:
+        """Bad rows, the number of each and what is wrong with it."""
+        for problem in found:
+            self._count += 1
+            if len(self._first) < _NAMED:
+                self._first.append(problem)
+
+    def report(self) -> None:
+        """Raise DataError if there are any."""
+        if not self._count:
+            return
+        (number, what), place = self._first[0], self._place
+        where = ", ".join(str(number) for number, _ in self._first) + (", ..." if self._count > _NAMED else "")
+        count = f"the first of {self._count} bad {place}s: {where}" if self._count > 1 else f"the only bad {place}"
+        raise DataError(f"{self._path} {place} {number}: {what} ({count})")
 
 
 def _join_times(path: Path, chunks: Sequence[TimeArray | NDArray[np.object_]]) -> TimeArray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ttt4rec.recsys.data import Codes, DataError, IntArray, Interactions, TimeArray, report_problems
+from ttt4rec.recsys.data import Codes, DataError, IntArray, Interactions, Problems, TimeArray
 from ttt4rec.validation import printable
 
 _ROWS_PER_BATCH, _BYTES_PER_BATCH = 1 << 17, 1 << 26
@@ -80,7 +80,7 @@ def _read(path: Path, file: Any, fields: dict[str, str], size: int) -> Interacti
     encoded = {what: np.empty(rows, dtype=np.int64) for what in codes}
     floating = types.is_floating(file.schema_arrow.field(fields["time"]).type)
     times: TimeArray = np.empty(rows, dtype=np.float64 if floating else np.int64)
-    problems: list[tuple[int, str]] = []
+    problems = Problems(path, "row")
     start = 0
     for batch in file.iter_batches(batch_size=size, columns=list(fields.values())):
         here = slice(start, start + batch.num_rows)
@@ -100,9 +100,9 @@ def _read(path: Path, file: Any, fields: dict[str, str], size: int) -> Interacti
         times[here], wrong = _times(batch.column(fields["time"]))
         bad |= wrong
         places = (start + 1 + np.flatnonzero(bad)).tolist()
-        problems += [(place, "expected two ids and a finite time, got a blank") for place in places]
+        problems.add((place, "expected two ids and a finite time, got a blank") for place in places)
         start = here.stop
-    report_problems(path, problems, "row")
+    problems.report()
     if start < rows:
         raise DataError(f"{path}: expected {rows} rows, as its metadata says, got {start}")
     if floating and bool((times == np.floor(times)).all()):
