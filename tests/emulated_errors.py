@@ -5,17 +5,19 @@ same computation in PyTorch in the same dtype.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-import test_epilogue
 import test_inner_loop_kernels as inner_loop
+import test_output
 import test_projection
 from test_step import step_arguments
-from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer, eager, kernels, ops
+from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer, eager, kernels
+from ttt4rec.arguments import TokenStep
+from ttt4rec.operators import token_step
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 SHAPES = [  # inner model, B, L, H, D, K; the last ones not in float32, whose kernels take minutes to compile
@@ -29,7 +31,7 @@ SHAPES = [  # inner model, B, L, H, D, K; the last ones not in float32, whose ke
 Row = tuple[str, float, float]
 
 
-def norm_errors(actual: list[Tensor], exact: list[Tensor]) -> float:
+def norm_errors(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return max(test_projection.norm_errors(actual, exact))
 
 
@@ -46,12 +48,12 @@ def inner_loops(dtype: torch.dtype) -> Iterator[Row]:
 def steps(dtype: torch.dtype) -> Iterator[Row]:
     for inner in ("linear", "mlp"):
         q, k, v, *rest = step_arguments(inner, torch.float32, D=16)
-        arguments = [*(x.to(dtype) for x in (q, k, v)), *rest]
-        copies = [[x.clone() if isinstance(x, Tensor) else x for x in arguments] for _ in range(2)]
-        doubles = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
-        exact = ops.token_step(*doubles)
-        own, plain = (ops.token_step(*c[:-1], b) for c, b in zip(copies, ("triton", "eager"), strict=True))
-        yield f"{inner} step D 16", norm_errors([own], [exact]), norm_errors([plain], [exact])
+        given = TokenStep(*(x.to(dtype) for x in (q, k, v)), *rest)
+        copies = [TokenStep(*(x.clone() if isinstance(x, Tensor) else x for x in given)) for _ in range(2)]
+        doubles = TokenStep(*(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given))
+        exact = token_step(doubles, "eager")
+        own, plain = (token_step(c, b) for c, b in zip(copies, ("triton", "eager"), strict=True))
+        yield f"{inner} step D 16", norm_errors(own, exact), norm_errors(plain, exact)
 
 
 def around(dtype: torch.dtype) -> Iterator[Row]:
@@ -64,9 +66,9 @@ def around(dtype: torch.dtype) -> Iterator[Row]:
     own, exact = test_projection.convolution_results(kernels, dtype, True, *shape)
     plain, _ = test_projection.convolution_results(eager, dtype, True, *shape)
     yield "convolution, width 24", norm_errors(own, exact), norm_errors(plain, exact)
-    given = test_epilogue.make_inputs(2, 40, 4, 16, True, dtype=dtype)
-    exact = test_epilogue.defined_results(given)
-    yield "epilogue, width 64", *(norm_errors(test_epilogue.run(p, given), exact) for p in (kernels, eager))
+    given = test_output.make_inputs(2, 40, 4, 16, True, dtype=dtype)
+    exact = test_output.defined_results(given)
+    yield "output, width 64", *(norm_errors(test_output.run(p, given), exact) for p in (kernels, eager))
 
 
 def training_steps(dtype: torch.dtype) -> Iterator[Row]:

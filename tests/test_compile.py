@@ -1,6 +1,6 @@
 """``torch.compile(fullgraph=True)`` of layers on every backend and of models: no graph break, and the same numbers.
 
-The backend "auto" alone is in ``test_ops``.
+The backend "auto" alone is in ``test_operators``.
 """
 
 import pytest

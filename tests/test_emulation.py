@@ -19,12 +19,12 @@ SAMPLE = [  # of the kernels' tests
     "test_inner_loop_kernels.py::test_low_precision_is_no_worse_than_torch[2-36-2-16-8-dtype0-linear]",
     "test_inner_loop_kernels.py::test_low_precision_is_no_worse_than_torch[2-36-2-16-8-dtype0-mlp]",
     "test_step_kernels.py::test_half_precision_is_rounded_once[dtype0]",
-    "test_step_kernels.py::test_opcheck[linear]",
+    "test_operators.py::test_opcheck_forward[token_step-triton-0]",
     "test_projection.py::test_kernels_in_low_precision_are_no_worse_than_torch[dtype0-same-everything]",
     "test_projection.py::test_kernels_in_low_precision_are_no_worse_than_torch[dtype0-same-nothing]",
     "test_projection.py::test_convolution_kernels_in_low_precision_are_no_worse_than_torch[dtype0]",
-    "test_epilogue.py::test_kernels_in_low_precision_are_no_worse_than_torch[dtype0-everything]",
-    "test_epilogue.py::test_kernels_match_definition[shape0-True-nothing]",
+    "test_output.py::test_kernels_in_low_precision_are_no_worse_than_torch[dtype0-everything]",
+    "test_output.py::test_kernels_match_definition[shape0-True-nothing]",
 ]
 KERNELS = {
     "linear_forward_kernel", "linear_backward_kernel", "mlp_forward_kernel", "mlp_backward_kernel",
@@ -43,7 +43,7 @@ KNOWN = {
     "linear_step_kernel": LANES_DIFFER,
     "mlp_step_kernel": LANES_DIFFER,
 }
-ON_SM_100 = ("test_projection.py", "test_epilogue.py")  # of the sample: with products in tensor memory
+ON_SM_100 = ("test_projection.py", "test_output.py")  # of the sample: with products in tensor memory
 
 
 def emulate(architecture: str, *arguments: str) -> None:
