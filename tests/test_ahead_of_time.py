@@ -47,7 +47,10 @@ UNSPILLED = {  # D and K without a spill in the loop, on sm_90 and sm_100
     "mlp_forward": [(16, 8), (16, 16), (32, 8), (32, 16)],
     "mlp_backward": [],
 }
-
+FEW_SPILLS = [  # of some 1,500 instructions, where the oldest Triton leaves fewer than a table's costs may differ by
+    *(("3.6.0", architecture, "mlp_forward", 16, 16) for architecture in ("sm_90", "sm_100")),
+    *(("3.6.0", "sm_100", "linear_backward", head_dim, K) for head_dim, K in ((32, 8), (64, 16))),
+]
 
 TRAPS = [("3.6.0", "sm_100", "linear_backward", head_dim, 64) for head_dim in (64, 128)]
 
@@ -107,8 +110,7 @@ def test_all_kernels_fit_and_the_important_ones_do_not_spill(version: str, archi
         assert r.loop_instructions > 100  # fewer, and the loop was not found
         shape = r.head_dim, r.mini_batch_size
         if architecture in ("sm_90", "sm_100") and r.dtype == "bf16" and shape in UNSPILLED[r.op]:
-            few = 8 if (version, r.op, shape) == ("3.6.0", "mlp_forward", (16, 16)) else 0
-            assert r.loop_spills <= few, r
+            assert r.loop_spills <= (8 if (version, architecture, r.op, *shape) in FEW_SPILLS else 0), r
 
 
 @pytest.mark.parametrize("trap", TRAPS)

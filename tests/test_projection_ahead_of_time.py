@@ -59,7 +59,7 @@ LIMITS = {
     "output_backward:sm_100:16:8:bf16": (160, 0, 0, 28672),
     "output_backward:gfx942:16:8:bf16": (160, 0, 0, 10240),
     "output_backward:sm_80:32:8:bf16": (196, 0, 0, 3072),
-    "output_backward:sm_90:32:8:bf16": (255, 0, 0, 74752),
+    "output_backward:sm_90:32:8:bf16": (255, 3, 0, 74752),
     "output_backward:sm_100:32:8:bf16": (208, 0, 0, 56320),
     "output_backward:gfx942:32:8:bf16": (180, 0, 0, 37888),
     "output_backward:sm_90:128:8:bf16": (196, 0, 0, 5120),
