@@ -2,16 +2,17 @@
 
 The forward keeps the weights before every segment of mini-batches. The walk back takes one segment after the other,
 from the last. It replays the segment's updates, forwards, and then goes back over it with the weights before each of
-its mini-batches at hand. They are the forward's, to the last bit.
+its mini-batches at hand. They are the forward's, to the last bit. A long segment is done in parts, for the memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .checkpoints import Checkpoints, layers
-from .layout import MiniBatch, RowChunk, by_token, row_chunks
+from .checkpoints import HELD_BYTES, LEAST_HELD, Checkpoints, layers, room_for, steps_ahead
+from .layout import CACHE_BYTES, MiniBatch, RowChunk, by_token, row_chunks
 from .tiles import Normalised, Rates
 
 ForwardStep = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
@@ -93,20 +94,16 @@ def walk_backward(
     dO_all, q_all, k_all, v_all, *kept_all, lr_all = (by_token(x, spans[0]) for x in (grad_o, *tokens, *kept, inner_lr))
     results = [by_token(x, spans[0]) for x in d_tokens]
     kept_weights = Checkpoints(checkpoints, token_scale.numel(), segment)
-    for chunk in _chunks(tokens[0], spans, token_scale, weights):
+    for chunk in _chunks(tokens[0], spans, token_scale, weights, LEAST_HELD):
         d_rows = [chunk.affine(W, b, dtype) for W, b in layers(grad_weights)]
         gamma, beta = (chunk.per_head(p, dtype) for p in layer_norm)
-        before: list[list[Tensor]] = []  # the weights before each mini-batch of a segment, those done with taken away
-        for part in reversed(chunk.mini_batches):
+        own_replay = partial(_replay, replay, k_all, kept_all, lr_all, scale)
+        for part, rows in _from_the_last(chunk, segment, kept_weights, weights, own_replay):
             n, r = part.rows, part.length
-            if not before:
-                parts = chunk.mini_batches[part.place // segment * segment : part.place + 1]
-                rows = kept_weights.read(chunk, parts[0], weights)
-                before = _replayed(replay, parts, rows, k_all, kept_all, lr_all, scale)
             rates = Rates(part.read(lr_all, dtype), scale[:r, :r], part.complete)
             q, k = part.read_with_one(q_all, dtype), part.read_with_one(k_all, dtype)
             own = (part.read(dO_all, dtype), q, k, *(part.read(x, dtype) for x in (v_all, *kept_all)))
-            *d_qkv, dgamma, dbeta = step(*own, gamma[:n], beta[:n], before.pop(), [W[:n] for W in d_rows], rates, eps)
+            *d_qkv, dgamma, dbeta = step(*own, gamma[:n], beta[:n], rows, [W[:n] for W in d_rows], rates, eps)
             d_lr, d_scale_part = rates.backward()
             for source, out in zip((*d_qkv, d_lr), results, strict=True):
                 part.write(source, out)
@@ -118,23 +115,50 @@ def walk_backward(
     return *d_tokens, d_scale, *incoming, *d_layer_norm
 
 
-def _replayed(
-    replay: ReplayStep,
-    parts: Sequence[MiniBatch],
-    rows: list[Tensor],
+def _from_the_last(
+    chunk: RowChunk, segment: int, checkpoints: Checkpoints, weights: Sequence[Tensor], replay: Callable[..., None]
+) -> Iterator[tuple[MiniBatch, list[Tensor]]]:
+    """Every mini-batch of a chunk, from the last, with fresh weights before it."""
+    for first in reversed(range(0, len(chunk.mini_batches), segment)):
+        parts = chunk.mini_batches[first : first + segment]
+        rows = checkpoints.read(chunk, parts[0], weights)
+        room = room_for(sum(W.numel() * W.element_size() for W in rows))
+        yield from _segment_from_the_last(parts, rows, room, replay)
+
+
+def _segment_from_the_last(
+    parts: Sequence[MiniBatch], rows: list[Tensor], room: int, replay: Callable[..., None]
+) -> Iterator[tuple[MiniBatch, list[Tensor]]]:
+    """As above, of a segment or the end of one, with at most ``room`` states held; rows are those before the first."""
+    while len(parts) > room:
+        ahead = steps_ahead(len(parts), room)
+        later = [W.clone() for W in rows]
+        for part in parts[:ahead]:
+            replay(part, later)
+        yield from _segment_from_the_last(parts[ahead:], later, room - 1, replay)
+        parts = parts[:ahead]
+    before = []
+    for part in parts[:-1]:
+        before.append([W[: part.rows].clone() for W in rows])
+        replay(part, rows)
+    before.append([W[: parts[-1].rows] for W in rows])
+    for part in reversed(parts):
+        yield part, before.pop()
+
+
+def _replay(
+    step: ReplayStep,
     k: Tensor,
     kept: Sequence[Tensor],
     inner_lr: Tensor,
     scale: Tensor,
-) -> list[list[Tensor]]:
-    """The weights before each mini-batch of a segment; rows are those before the first, and are overwritten."""
-    dtype, before = rows[0].dtype, []
-    for part in parts[:-1]:
-        before.append([W[: part.rows].clone() for W in rows])
-        rates = Rates(part.read(inner_lr, dtype), scale, part.complete)
-        own = (part.read_with_one(k, dtype), *(part.read(x, dtype) for x in kept))
-        replay(*own, [W[: part.rows] for W in rows], rates)
-    return [*before, [W[: parts[-1].rows] for W in rows]]
+    part: MiniBatch,
+    weights: Sequence[Tensor],
+) -> None:
+    """The update of one mini-batch, which is not a sequence's last, once more, in place."""
+    dtype, rows = weights[0].dtype, [W[: part.rows] for W in weights]
+    rates = Rates(part.read(inner_lr, dtype), scale, part.complete)
+    step(part.read_with_one(k, dtype), *(part.read(x, dtype) for x in kept), rows, rates)
 
 
 def _causal_scale(token_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,7 +176,14 @@ def _for_tokens(
 
 
 def _chunks(
-    q: Tensor, spans: tuple[Tensor | None, Tensor | None], token_scale: Tensor, weights: Sequence[Tensor]
+    q: Tensor,
+    spans: tuple[Tensor | None, Tensor | None],
+    token_scale: Tensor,
+    weights: Sequence[Tensor],
+    states: int = 0,
 ) -> Iterator[RowChunk]:
-    widest = token_scale.numel() * weights[0].shape[-1] * weights[0].element_size()
-    return row_chunks(q, *spans, token_scale.numel(), widest)
+    """Chunks of rows, small enough for that many states to be held."""
+    size = weights[0].element_size()
+    widest = token_scale.numel() * weights[0].shape[-1] * size
+    state = sum(w.shape[2:].numel() for w in weights) * size
+    return row_chunks(q, *spans, token_scale.numel(), max(widest, states * state * CACHE_BYTES // HELD_BYTES))

@@ -2,9 +2,9 @@
 //
 // The forward reads each token once and keeps the weights in cache. Of every `segment` mini-batches but the first it
 // writes down the weights before them. The walk back takes one segment after the other, from the last: it replays the
-// updates, forwards, from the weights written down, keeps the weights before each mini-batch of the segment in cache,
-// and goes back over them. So it works at the forward's very weights. Rows are independent of each other: which of them
-// a thread takes changes no number.
+// updates, forwards, from the weights written down, holds the weights before each mini-batch of the segment in cache,
+// and goes back over them; a segment with more of them than the cache takes is done in parts. So it works at the
+// forward's very weights. Rows are independent of each other: which of them a thread takes changes no number.
 
 #include <algorithm>
 #include <vector>
