@@ -1,6 +1,9 @@
 """Gradients are as exact as the reference's, whatever the size of the inputs, weights and updates."""
 
+import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from exactness import (
     token_sizes,
 )
 from ttt4rec import TTTLayer, functional
+from ttt4rec.eager import checkpoints
 
 BACKENDS = ("native", "eager")
 TOKENS = ("q", "k", "v", "inner_lr")
@@ -63,10 +67,15 @@ def test_of_the_inner_loop(case):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("inner", INNERS)
 def test_on_average_of_many_draws(inner, scale):
+    check_on_average(inner, scale, 12)
+
+
+def check_on_average(inner, scale, draws, change=lambda inputs: None):
     """One draw scatters; the mean of the ratios does not."""
     logs = {backend: {} for backend in BACKENDS}
-    for _ in range(12):
+    for _ in range(draws):
         inputs = operator_inputs(inner, scale)
+        change(inputs)
         exact = operator_results(inner, inputs, torch.float64, backend="reference")
         plain = distances(operator_results(inner, inputs, backend="reference"), exact)
         for backend in BACKENDS:
@@ -75,6 +84,21 @@ def test_on_average_of_many_draws(inner, scale):
     for backend in BACKENDS:
         ratios = {name: math.exp(sum(values) / len(values)) for name, values in logs[backend].items()}
         assert max(ratios.values()) <= 2, (backend, ratios)
+
+
+def near_values(inputs):
+    inputs["v"] = inputs["k"] + 0.01 * torch.randn_like(inputs["k"])
+
+
+def far_mean(inputs):
+    inputs["b2" if "b2" in inputs else "b1"] += 100
+
+
+@pytest.mark.parametrize(("change", "scale"), [(near_values, 1e4), (far_mean, 1.0)])
+@pytest.mark.parametrize("inner", INNERS)
+def test_of_small_differences_of_large_numbers(inner, change, scale):
+    """What the inner loss and the layer norm subtract first is small beside its terms."""
+    check_on_average(inner, scale, 12, change)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3, 1e4, "mixed"])
@@ -135,6 +159,55 @@ def test_the_segments_change_no_bit(inner, backend, monkeypatch):
         for ours, expected in zip(found, results[1], strict=True):
             for name, x in ours.items():
                 assert torch.equal(x, expected[name]), (segment, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("inner", INNERS)
+def test_a_segment_replayed_in_parts_changes_no_bit(inner, backend, monkeypatch):
+    """More mini-batches than states are held."""
+    monkeypatch.setattr(checkpoints, "HELD_BYTES", 1)
+    inputs = {n: x.float() for n, x in inner_inputs(inner, B=1, L=130, H=1, D=64, K=1).items()}
+    cu_seqlens = torch.tensor([0, 9, 126, 130])
+    results = []
+    for segment in (1, 117):
+        monkeypatch.setattr(functional, "segment_length", lambda *_, length=segment: length)
+        results.append(operator_results(inner, inputs, backend=backend, cu_seqlens=cu_seqlens))
+    for name, x in results[0].items():
+        assert torch.equal(x, results[1][name]), name
+
+
+def test_states_held_and_mini_batches_served():
+    """As many as binomials say, with none replayed more often than need be."""
+
+    def times(mini_batches, room):
+        if mini_batches <= room:
+            return 1
+        ahead = checkpoints.steps_ahead(mini_batches, room)
+        assert 0 < ahead < mini_batches
+        return max(1 + times(ahead, room), times(mini_batches - ahead, room - 1))
+
+    for room in (2, 3, 8):
+        for mini_batches in range(1, 60):
+            least = next(t for t in itertools.count(1) if math.comb(room + t - 1, t) >= mini_batches)
+            assert times(mini_batches, room) == least
+
+
+def test_the_walk_back_holds_little():
+    """Small mini-batches of large heads have segments of hundreds, each with weights of 132 kB."""
+    code = """
+import resource, sys, torch
+from ttt4rec import TTTLayer
+torch.set_num_threads(1)
+for backend in ("native", "eager"):
+    layer = TTTLayer(64, 1, inner="mlp", mini_batch_size=1, backend=backend)
+    for length in (3, 520):
+        layer(torch.randn(1, length, 64)).sum().backward()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    native_small, native, eager_small, eager = (int(line) / 1024 for line in found.split())
+    assert native - native_small < 16  # MiB; all states are 70
+    assert eager - eager_small < 32
 
 
 @pytest.mark.parametrize("D", [8, 64])

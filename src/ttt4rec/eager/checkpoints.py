@@ -7,12 +7,16 @@ begin among the same segment K tokens. The last two are spare: a size that may b
 """
 
 from collections.abc import Iterator, Sequence
+from math import comb
 
 import torch
 from torch import Tensor
 
 from ..arguments import Scan
 from .layout import MiniBatch, RowChunk
+
+HELD_BYTES, LEAST_HELD = 12 << 20, 8
+"""States before mini-batches that the walk back holds for a chunk of rows: so many bytes, and eight states at least."""
 
 
 class Checkpoints:
@@ -49,3 +53,22 @@ class Checkpoints:
 def layers(weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """(W, b) of every inner layer."""
     return zip(weights[::2], weights[1::2], strict=True)
+
+
+def room_for(state_bytes: int) -> int:
+    """How many states of a chunk the walk back holds."""
+    return max(LEAST_HELD, HELD_BYTES // state_bytes)
+
+
+def steps_ahead(mini_batches: int, room: int) -> int:
+    """How far to go ahead among mini-batches that are more than the room for states.
+
+    That many mini-batches are served from a state before the first: go ahead, serve those behind from there with one
+    state less, and go back to those before. If none is replayed more than t times, ``comb(room + t - 1, t)`` can be
+    served: those held all at once if t is 1, or those behind, as many with one state less, and those before, as many
+    with one time less.
+    """
+    times = 1
+    while comb(room + times - 1, times) < mini_batches:
+        times += 1
+    return max(mini_batches - comb(room + times - 2, times), 1)

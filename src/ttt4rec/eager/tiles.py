@@ -17,8 +17,8 @@ class Normalised:
     """The layer norm of z without its affine part: ``x_hat``, and products with its Jacobian."""
 
     def __init__(self, z: Tensor, eps: float) -> None:
-        self._z = z
-        self.x_hat, self._mean, self.inverse_std = torch.native_layer_norm(z, (z.shape[-1],), None, None, eps)
+        self._z = z - z.mean(-1, keepdim=True)  # PyTorch's products with its mean cancel where that is large
+        self.x_hat, self._mean, self.inverse_std = torch.native_layer_norm(self._z, (z.shape[-1],), None, None, eps)
 
     def jacobian_product(self, grad: Tensor) -> Tensor:
         """r (grad - mean(grad) - x̂ mean(grad ∘ x̂)); the Jacobian is symmetric, so this serves both directions."""
@@ -33,7 +33,8 @@ class InnerGradient:
     def __init__(self, Z: Tensor, k: Tensor, v: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> None:
         self._norm = Normalised(Z, eps)
         self._gamma = gamma
-        self._error = torch.addcmul(beta, gamma, self._norm.x_hat).add_(k).sub_(v)  # LN(Z) - (v - k)
+        # LN(Z) - (v - k); v - k by itself, as both may be larger by far.
+        self._error = torch.addcmul(beta, gamma, self._norm.x_hat).sub_(v - k)
         self._y = self._error * gamma
 
     def value(self) -> Tensor:

@@ -6,13 +6,14 @@ its mini-batches at hand. They are the forward's, to the last bit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..arguments import Scan
-from .checkpoints import Checkpoints, layers
-from .layout import MiniBatch, RowChunk, by_token, row_chunks
+from .checkpoints import HELD_BYTES, LEAST_HELD, Checkpoints, layers, room_for, steps_ahead
+from .layout import CACHE_BYTES, MiniBatch, RowChunk, by_token, row_chunks
 from .tiles import Normalised, Rates
 
 ForwardStep = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
@@ -80,20 +81,16 @@ def walk_backward(
     q_all, k_all, v_all, lr_all, dO_all, *kept_all = by_tokens
     results = [by_token(x, scan.starts) for x in d_tokens]
     kept_weights = Checkpoints(checkpoints, scan)
-    for chunk in _chunks(scan):
+    for chunk in _chunks(scan, LEAST_HELD):
         d_rows = [chunk.affine(W, b, dtype) for W, b in layers(grad_weights)]
         gamma, beta = (chunk.per_head(p, dtype) for p in (scan.ln_weight, scan.ln_bias))
-        before: list[list[Tensor]] = []  # the weights before each mini-batch of a segment, those done with taken away
-        for part in reversed(chunk.mini_batches):
+        own_replay = partial(_replay, replay, k_all, kept_all, lr_all, scale)
+        for part, rows in _from_the_last(chunk, scan.segment, kept_weights, own_replay):
             n, r = part.rows, part.length
-            if not before:
-                parts = chunk.mini_batches[part.place // scan.segment * scan.segment : part.place + 1]
-                before = _replayed(replay, parts, kept_weights.read(chunk, parts[0]), k_all, kept_all, lr_all, scale)
             rates = Rates(part.read(lr_all, dtype), scale[:r, :r], part.complete)
             q, k = part.read_with_one(q_all, dtype), part.read_with_one(k_all, dtype)
             own = (part.read(dO_all, dtype), q, k, *(part.read(x, dtype) for x in (v_all, *kept_all)))
-            d_weights = [W[:n] for W in d_rows]
-            *d_qkv, dgamma, dbeta = step(*own, gamma[:n], beta[:n], before.pop(), d_weights, rates, scan.eps)
+            *d_qkv, dgamma, dbeta = step(*own, gamma[:n], beta[:n], rows, [W[:n] for W in d_rows], rates, scan.eps)
             d_lr, d_scale_part = rates.backward()
             for source, out in zip((*d_qkv, d_lr), results, strict=True):
                 part.write(source, out)
@@ -105,23 +102,50 @@ def walk_backward(
     return *d_tokens, d_scale, *incoming, *d_layer_norm
 
 
-def _replayed(
-    replay: ReplayStep,
-    parts: Sequence[MiniBatch],
-    rows: list[Tensor],
+def _from_the_last(
+    chunk: RowChunk, segment: int, checkpoints: Checkpoints, replay: Callable[..., None]
+) -> Iterator[tuple[MiniBatch, list[Tensor]]]:
+    """Every mini-batch of a chunk, from the last, with fresh weights before it."""
+    for first in reversed(range(0, len(chunk.mini_batches), segment)):
+        parts = chunk.mini_batches[first : first + segment]
+        rows = checkpoints.read(chunk, parts[0])
+        room = room_for(sum(W.numel() * W.element_size() for W in rows))
+        yield from _segment_from_the_last(parts, rows, room, replay)
+
+
+def _segment_from_the_last(
+    parts: Sequence[MiniBatch], rows: list[Tensor], room: int, replay: Callable[..., None]
+) -> Iterator[tuple[MiniBatch, list[Tensor]]]:
+    """As above, of a segment or the end of one, with at most ``room`` states held; rows are those before the first."""
+    while len(parts) > room:
+        ahead = steps_ahead(len(parts), room)
+        later = [W.clone() for W in rows]
+        for part in parts[:ahead]:
+            replay(part, later)
+        yield from _segment_from_the_last(parts[ahead:], later, room - 1, replay)
+        parts = parts[:ahead]
+    before = []
+    for part in parts[:-1]:
+        before.append([W[: part.rows].clone() for W in rows])
+        replay(part, rows)
+    before.append([W[: parts[-1].rows] for W in rows])
+    for part in reversed(parts):
+        yield part, before.pop()
+
+
+def _replay(
+    step: ReplayStep,
     k: Tensor,
     kept: Sequence[Tensor],
     inner_lr: Tensor,
     scale: Tensor,
-) -> list[list[Tensor]]:
-    """The weights before each mini-batch of a segment; rows are those before the first, and are overwritten."""
-    dtype, before = rows[0].dtype, []
-    for part in parts[:-1]:
-        before.append([W[: part.rows].clone() for W in rows])
-        rates = Rates(part.read(inner_lr, dtype), scale, part.complete)
-        own = (part.read_with_one(k, dtype), *(part.read(x, dtype) for x in kept))
-        replay(*own, [W[: part.rows] for W in rows], rates)
-    return [*before, [W[: parts[-1].rows] for W in rows]]
+    part: MiniBatch,
+    weights: Sequence[Tensor],
+) -> None:
+    """The update of one mini-batch, which is not a sequence's last, once more, in place."""
+    dtype, rows = weights[0].dtype, [W[: part.rows] for W in weights]
+    rates = Rates(part.read(inner_lr, dtype), scale, part.complete)
+    step(part.read_with_one(k, dtype), *(part.read(x, dtype) for x in kept), rows, rates)
 
 
 def _causal_scale(scan: Scan) -> Tensor:
@@ -136,6 +160,10 @@ def _for_tokens(shape: Sequence[int], dtype: torch.dtype, scan: Scan) -> Tensor:
     return make(tuple(shape), dtype=dtype, device=scan.q.device)
 
 
-def _chunks(scan: Scan) -> Iterator[RowChunk]:
-    W1, K = scan.weights[0], scan.token_scale.numel()
-    return row_chunks(scan.q, scan.starts, scan.lengths, K, K * W1.shape[-1] * W1.element_size())
+def _chunks(scan: Scan, states: int = 0) -> Iterator[RowChunk]:
+    """Chunks of rows, small enough for that many states to be held."""
+    weights, K = scan.weights, scan.token_scale.numel()
+    size = weights[0].element_size()
+    widest, state = K * weights[0].shape[-1] * size, sum(w.shape[2:].numel() for w in weights) * size
+    row_bytes = max(widest, states * state * CACHE_BYTES // HELD_BYTES)
+    return row_chunks(scan.q, scan.starts, scan.lengths, K, row_bytes)

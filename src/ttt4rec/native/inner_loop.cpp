@@ -2,9 +2,9 @@
 //
 // The forward reads each token once and keeps the weights in cache. Of every `segment` mini-batches but the first it
 // writes down the weights before them. The walk back takes one segment after the other, from the last: it replays the
-// updates, forwards, from the weights written down, keeps the weights before each mini-batch of the segment in cache,
-// and goes back over them. So it works at the forward's very weights. Rows are independent of each other: which of them
-// a thread takes changes no number.
+// updates, forwards, from the weights written down, holds the weights before each mini-batch of the segment in cache,
+// and goes back over them; a segment with more of them than the cache takes is done in parts. So it works at the
+// forward's very weights. Rows are independent of each other: which of them a thread takes changes no number.
 
 #include <algorithm>
 #include <vector>
@@ -49,6 +49,21 @@ struct Place {
   int64_t at(int i) const { return (token + i) * H + head; }
 };
 
+// The states before several mini-batches that the walk back holds: about what the second cache takes, and some at least.
+constexpr int64_t HELD_BYTES = 1 << 20, LEAST_HELD = 8;
+
+// `room` states serve (room + times - 1 over times) mini-batches if none is replayed more than `times` times: hold them
+// all (once); or go ahead, serve those behind from there with one state less, and go back to those before with one time
+// less. This is how far to go ahead among that many mini-batches, more than the room.
+int64_t steps_ahead(int64_t mini_batches, int64_t room) {
+  int64_t served = room, with_one_less = room - 1;
+  for (int64_t times = 2; served < mini_batches; ++times) {
+    served = served * (room + times - 1) / times;
+    with_one_less = with_one_less * (room + times - 2) / times;
+  }
+  return std::max<int64_t>(mini_batches - with_one_less, 1);
+}
+
 class Row {
  public:
   Row(const Call& call, int64_t states)
@@ -85,8 +100,8 @@ class Row {
     }
     for (int64_t end = mini_batches(n), first; end > 0; end = first) {
       first = (end - 1) / call_.segment * call_.segment;
-      replay(n, head, first, end);
-      for (int64_t m = end - 1; m >= first; --m) backward(n, head, m, states_[m - first]);
+      load(n, head, first);
+      back(n, head, first, end, 0);
     }
     for (int i = 0; i < WEIGHTS; ++i) write_weights(i, n, head, model_.gradients(i), call_.d_weights[i]);
   }
@@ -128,19 +143,29 @@ class Row {
     }
   }
 
-  // The states before mini-batches first to end - 1, a segment.
-  void replay(int64_t n, int64_t head, int64_t first, int64_t end) {
-    if (first == 0) {
-      start(n, head);
-    } else {
-      const T* from = checkpoint(n, head, first);
-      for (int i = 0; i < WEIGHTS; from += Model::SIZES[i++]) std::copy_n(from, Model::SIZES[i], states_[0].weights[i]);
+  // The weights before mini-batch `first` of a segment, into states_[0].
+  void load(int64_t n, int64_t head, int64_t first) {
+    if (first == 0) return start(n, head);
+    const T* from = checkpoint(n, head, first);
+    for (int i = 0; i < WEIGHTS; from += Model::SIZES[i++]) std::copy_n(from, Model::SIZES[i], states_[0].weights[i]);
+  }
+
+  // Back over mini-batches first to end - 1. states_[at] has the weights before them and stays; those behind it are free.
+  void back(int64_t n, int64_t head, int64_t first, int64_t end, int64_t at) {
+    for (int64_t room = states_.size() - at, middle; end - first > room; end = middle) {
+      middle = first + steps_ahead(end - first, room);
+      for (int64_t m = first; m < middle; ++m) replay(n, head, m, states_[at + (m > first)], &states_[at + 1]);
+      back(n, head, middle, end, at + 1);
     }
-    for (int64_t m = first; m < end; ++m) {
-      const Rates rates = read(n, head, m);
-      for (int i = 0; i < KEPT; ++i) place_.read(call_.kept[i], Model::KEPT[i], kept_[i]);
-      model_.replay(rates, t_.k, kept_, states_[m - first], m + 1 < end ? &states_[m - first + 1] : nullptr);
-    }
+    State* const own = &states_[at];
+    for (int64_t m = first, i = 0; m < end; ++m, ++i) replay(n, head, m, own[i], m + 1 < end ? &own[i + 1] : nullptr);
+    for (int64_t m = end - 1; m >= first; --m) backward(n, head, m, own[m - first]);
+  }
+
+  void replay(int64_t n, int64_t head, int64_t m, State& state, State* next) {
+    const Rates rates = read(n, head, m);
+    for (int i = 0; i < KEPT; ++i) place_.read(call_.kept[i], Model::KEPT[i], kept_[i]);
+    model_.replay(rates, t_.k, kept_, state, next);
   }
 
   void backward(int64_t n, int64_t head, int64_t m, const State& state) {
@@ -197,7 +222,8 @@ TTT_EXPORT int ttt_forward(const Call* call, int64_t begin, int64_t end) try {
 TTT_EXPORT int ttt_backward(const Call* call, int64_t begin, int64_t end) try {
   int64_t longest = 0;
   for (int64_t i = begin; i < end; ++i) longest = std::max(longest, call->lengths[i / call->H]);
-  Row row(*call, std::min((longest + call->K - 1) / call->K, call->segment));
+  const int64_t fit = HELD_BYTES / (State::numbers(call->K) * sizeof(T)), room = std::max(fit, LEAST_HELD);
+  Row row(*call, std::min({(longest + call->K - 1) / call->K, call->segment, room}));
   for (int64_t i = begin; i < end; ++i) row.backward(i / call->H, i % call->H);
   return 0;
 } catch (const std::bad_alloc&) {

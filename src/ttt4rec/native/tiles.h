@@ -140,16 +140,18 @@ struct Normalised {
 
   void set(int r, const T* z, T eps) {
     for (int i = 0; i < r; ++i) {
-      V total{}, squares{};
+      V total{}, rest{}, squares{};
       for (int n = 0; n < D; n += LANES) total += load(z + i * D + n);
       const T mean = sum(total) / D;
       for (int n = 0; n < D; n += LANES) {
         const V centred = load(z + i * D + n) - mean;
+        rest += centred;
         squares += centred * centred;
         store(x_hat + i * D + n, centred);
       }
+      const T rounded = sum(rest) / D;  // off the mean, which may be larger than the deviations by far
       inverse_std[i] = 1 / std::sqrt(sum(squares) / D + eps);
-      for (int n = 0; n < D; n += LANES) store(x_hat + i * D + n, load(x_hat + i * D + n) * inverse_std[i]);
+      for (int n = 0; n < D; n += LANES) store(x_hat + i * D + n, (load(x_hat + i * D + n) - rounded) * inverse_std[i]);
     }
   }
 
@@ -185,7 +187,8 @@ struct InnerGradient {
     for (int i = 0; i < r; ++i) {
       for (int n = 0; n < D; n += LANES) {
         const int at = i * D + n;
-        const V g = load(gamma + n), e = load(norm.x_hat + at) * g + load(beta + n) + load(k + at) - load(v + at);
+        const V g = load(gamma + n), target = load(v + at) - load(k + at);  // by itself: both may be larger by far
+        const V e = load(norm.x_hat + at) * g + load(beta + n) - target;
         store(error + at, e);
         store(y + at, e * g);
       }
