@@ -24,6 +24,7 @@ from exactness import (
 )
 from ttt4rec import TTTLayer, functional
 from ttt4rec.eager import checkpoints
+from ttt4rec.inner_models import INNER_MODELS
 
 BACKENDS = ("native", "eager")
 TOKENS = ("q", "k", "v", "inner_lr")
@@ -217,8 +218,8 @@ def test_checkpoints_are_small_beside_what_is_kept_of_the_tokens(inner, D, K):
     inputs = operator_inputs(inner, 1.0, L=1, H=1, D=D, K=K)
     weights = [x.unsqueeze(0) for n, x in inputs.items() if n[0] in "Wb"]
     numbers = sum(w.numel() for w in weights)
-    kept = functional.segment_length(K, tuple(weights)) * K * (4 * D + (4 * D if inner == "mlp" else 0))
-    assert 8 * numbers <= kept
+    tokens = K * functional.segment_length(INNER_MODELS[inner], tuple(weights), K)
+    assert 8 * numbers <= tokens * (8 * D if inner == "mlp" else 4 * D)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
