@@ -1,6 +1,6 @@
 """The inner models, one row each: weights, what a forward keeps of them, and how a stream's record is laid out.
 
-Whoever adds an inner model adds a row here and its mathematics to the backends; docs/extending.md leads through it.
+Whoever adds an inner model adds a row here and its mathematics to the backends.
 """
 
 from itertools import accumulate
