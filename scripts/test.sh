@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" test
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 kernel_tests=()
 if [[ " $*" == *" --emulate"* && "$*" != *tests/* ]]; then
-  for name in inner_loop_kernels step_kernels projection epilogue triton_backend compile; do
+  for name in inner_loop_kernels step_kernels projection output triton_backend compile; do
     kernel_tests+=("tests/test_$name.py")
   done
   kernel_tests+=(tests/emulated.py)
