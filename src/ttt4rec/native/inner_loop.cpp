@@ -40,13 +40,26 @@ struct Place {
   int64_t H, token, head;
   int r;
 
-  void read(const T* x, int width, T* tile) const {
-    for (int i = 0; i < r; ++i) std::copy_n(x + at(i) * width, width, tile + i * width);
+  template <int WIDTH>
+  void read(const T* x, T* tile) const {
+    for (int i = 0; i < r; ++i) copy<WIDTH>(x + at(i) * WIDTH, tile + i * WIDTH);
   }
-  void write(const T* tile, int width, T* x) const {
-    for (int i = 0; i < r; ++i) std::copy_n(tile + i * width, width, x + at(i) * width);
+  template <int WIDTH>
+  void write(const T* tile, T* x) const {
+    for (int i = 0; i < r; ++i) copy<WIDTH>(tile + i * WIDTH, x + at(i) * WIDTH);
   }
   int64_t at(int i) const { return (token + i) * H + head; }
+
+ private:
+  // As vectors: for so few numbers calls of memmove take a multiple.
+  template <int WIDTH>
+  static void copy(const T* from, T* to) {
+    if constexpr (WIDTH == 1) {
+      *to = *from;
+    } else {
+      for (int n = 0; n < WIDTH; n += LANES) store(to + n, load(from + n));
+    }
+  }
 };
 
 // The states before several mini-batches that the walk back holds: about what the second cache takes, and some at least.
@@ -84,11 +97,12 @@ class Row {
     for (int64_t m = 0; m < mini_batches(n); ++m) {
       if (m % call_.segment == 0 && m > 0) copy_weights(states_[0].weights, checkpoint(n, head, m));
       const Rates rates = read(n, head, m);
-      place_.read(call_.q, D, t_.q);
-      place_.read(call_.v, D, t_.v);
+      place_.read<D>(call_.q, t_.q);
+      place_.read<D>(call_.v, t_.v);
       model_.forward(rates, t_, kept_, states_[0]);
-      place_.write(t_.o, D, call_.o);
-      for (int i = 0; i < KEPT; ++i) place_.write(kept_[i], Model::KEPT[i], call_.kept[i]);
+      place_.write<D>(t_.o, call_.o);
+      if constexpr (F > 0) place_.write<F>(kept_[0], call_.kept[0]);
+      place_.write<D>(kept_[KEPT - 1], call_.kept[KEPT - 1]);
     }
     for (int i = 0; i < WEIGHTS; ++i) write_weights(i, n, head, states_[0].weights[i], call_.outgoing[i]);
   }
@@ -164,25 +178,26 @@ class Row {
 
   void replay(int64_t n, int64_t head, int64_t m, State& state, State* next) {
     const Rates rates = read(n, head, m);
-    for (int i = 0; i < KEPT; ++i) place_.read(call_.kept[i], Model::KEPT[i], kept_[i]);
+    if constexpr (F > 0) place_.read<F>(call_.kept[0], kept_[0]);
+    place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
     model_.replay(rates, t_.k, kept_, state, next);
   }
 
   void backward(int64_t n, int64_t head, int64_t m, const State& state) {
     Rates rates = read(n, head, m);
     rates.d_scale = d_scale_;
-    place_.read(call_.q, D, t_.q);
-    place_.read(call_.v, D, t_.v);
-    place_.read(call_.grad_o, D, t_.o);
-    place_.read(call_.kept[KEPT - 1], D, kept_[KEPT - 1]);
+    place_.read<D>(call_.q, t_.q);
+    place_.read<D>(call_.v, t_.v);
+    place_.read<D>(call_.grad_o, t_.o);
+    place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
     std::fill_n(d_lr_, rates.r, T(0));
     for (T* sum : {t_.d_gamma, t_.d_beta}) std::fill_n(sum, D, T(0));
     std::fill_n(d_scale_, K_, T(0));
     model_.backward(rates, t_, kept_, state);
-    place_.write(t_.dq, D, call_.dq);
-    place_.write(t_.dk, D, call_.dk);
-    place_.write(t_.dv, D, call_.dv);
-    place_.write(d_lr_, 1, call_.d_lr);
+    place_.write<D>(t_.dq, call_.dq);
+    place_.write<D>(t_.dk, call_.dk);
+    place_.write<D>(t_.dv, call_.dv);
+    place_.write<1>(d_lr_, call_.d_lr);
     const int64_t at = n * call_.H + head;
     add<D>(call_.d_gamma + at * D, t_.d_gamma);
     add<D>(call_.d_beta + at * D, t_.d_beta);
@@ -195,8 +210,8 @@ class Row {
     place_ = {call_.H, call_.starts[n] + m * K_, head, r};
     t_.gamma = call_.gamma + head * D;
     t_.beta = call_.beta + head * D;
-    place_.read(call_.k, D, t_.k);
-    place_.read(call_.lr, 1, lr_);
+    place_.read<D>(call_.k, t_.k);
+    place_.read<1>(call_.lr, lr_);
     return {K_, r, call_.scale, lr_, nullptr, d_lr_};
   }
 
