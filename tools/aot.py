@@ -155,7 +155,7 @@ def _amd_cost(compiled: Any, times: Times) -> Cost:
     registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
     instructions: dict[int, str] = {}
     labels: dict[str, int] = {}
-    for line in code.split("s_endpgm")[0].splitlines():
+    for line in code.split(".Lfunc_end")[0].splitlines():  # blocks may lie behind the end of the program
         text = line.split(";")[0].strip()
         if label := re.match(r"(\.LBB\w+):", text):
             labels[label[1]] = len(instructions)
@@ -178,14 +178,16 @@ def _cost(
     branches: list[tuple[int, int]],
     spill: str,
 ) -> Cost:
-    """Count in the longest loop and in those inside it that have products."""
+    """Count in the first loop that has products, which is that of the segments, and in those of it that have some."""
     loops = [b for b in branches if b[0] <= b[1]]
     spills = {address for address, text in instructions.items() if re.search(spill, text)}
     products = {address for address, text in instructions.items() if re.search(r"MMA|v_mfma", text)}
-    start, stop = max(loops, key=lambda b: b[1] - b[0], default=(0, -1))
+    multiply = [b for b in loops if any(b[0] <= p <= b[1] for p in products)]
+    # not the longest: code of a loop inside may stand behind the end of the one around it
+    start, stop = min(multiply or loops, key=lambda b: (b[0], -b[1]), default=(0, -1))
     ends: dict[int, int] = {}  # of loops by their beginnings; their code may end behind that of the loop around them
     for begin, end in loops:
-        if start < begin <= stop and any(begin <= p <= end for p in products):
+        if start < begin <= stop and (begin, end) in multiply:
             ends[begin] = max(end, ends.get(begin, end))
     counts = {
         address: times[min(sum(begin <= address <= end for begin, end in ends.items()), 2)]

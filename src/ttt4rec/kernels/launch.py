@@ -82,7 +82,7 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice than sm_9
         ("linear_forward", 32): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
         ("linear_forward", 64): {16: Blocks(2, 2), 32: Blocks(4, 2), 64: Blocks(8, 2)},
         ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(1, 1), 64: Blocks(2, 1)},
-        ("linear_backward", 32): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(4, 2), 64: Blocks(2, 1)},
+        ("linear_backward", 32): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(2, 1), 64: Blocks(2, 1)},
         ("linear_backward", 64): {16: Blocks(4, 1), 32: Blocks(4, 1), 64: Blocks(8, 1)},
         ("mlp_forward", 16): {8: Blocks(2, 1, heads=2), 16: Blocks(2, 1), 64: Blocks(4, 1)},  # in two stages and one
         ("mlp_forward", 32): {16: Blocks(4, 1), 64: Blocks(4, 1)},  # chunk Triton 3.6 leaves a conversion without code
@@ -236,7 +236,7 @@ def compiler_refusal(op: str, head_dim: int, mini_batch_size: int) -> str | None
     if op == "mlp_backward":
         return f"on sm_100 trains TTT-MLP with a mini_batch_size of up to 32, got {mini_batch_size}"
     version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if op == "linear_backward" and version <= (3, 6) and head_dim > 32:
+    if op == "linear_backward" and version <= (3, 6) and head_dim > 64:
         return (
             f"on sm_100 trains head dimension {head_dim} with mini_batch_size {mini_batch_size} under a Triton newer "
             f"than 3.6, got {triton.__version__}"
