@@ -159,7 +159,9 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self.begin_to_wait()
         if len(self.connections) > MAX_CONNECTIONS:
-            next(iter(self.idle)).transport.abort()
+            longest = next(iter(self.idle))
+            longest.end_to_wait()  # at once: of several that come together, each has another one cut off
+            longest.transport.abort()
 
     def begin_to_wait(self) -> None:
         self.end_to_wait()
