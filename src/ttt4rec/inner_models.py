@@ -72,11 +72,6 @@ MLP = InnerModel("mlp", ("W1", "b1", "W2", "b2"), ("Z1", "G2"), expansion=4)
 INNER_MODELS = {model.name: model for model in (LINEAR, MLP)}
 
 
-def inner_model(num_weights: int) -> InnerModel:
-    """The inner model that has so many weights, such as those of a state."""
-    return next(model for model in INNER_MODELS.values() if len(model.weights) == num_weights)
-
-
 def record_layout(head_dim: int, hidden: int, mini_batch_size: int) -> Record:
     """Of the inner model with so many hidden features, 0 for TTT-Linear."""
     return (MLP if hidden else LINEAR).record(head_dim, hidden, mini_batch_size)
