@@ -28,9 +28,11 @@ import logging
 import pathlib
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import anyio
 import torch
@@ -39,11 +41,11 @@ from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.json_schema import models_json_schema
 from starlette.convertors import PathConvertor, register_url_convertor
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ttt4rec.files import locked
 from ttt4rec.recsys.data import DataError
@@ -52,13 +54,15 @@ from ttt4rec.recsys.online import OnlineRecommender
 from ttt4rec.recsys.recommend import Recommender
 
 MAX_BODY_BYTES, MAX_EVENTS, MAX_USERS, MAX_K, MAX_ID = 1 << 20, 1000, 100, 1000, 200
-MAX_WORKING = 4  # requests; more wait, since they would only take time from each other
+MAX_HEADER_BYTES = 1 << 16
+MAX_WORKING = 2  # requests; more wait, since they would only take time from each other
 MAX_WAIT_SECONDS = 0.6  # then a request is answered by 503
 MAX_BODIES_BYTES = 64 << 20  # of all requests that wait; more are answered by 503
 MAX_CONNECTIONS = 800  # less than the 1,024 files that a process may often open
 PATIENCE_SECONDS = BODY_SECONDS = 5  # with a client that sends no header or does not read; and for a body
 SNAPSHOT_SECONDS, CHECK_SECONDS = 300, 3600
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+COMPONENT = "#/components/schemas/{model}"  # of openapi.json
 WATCHED = {"/health", "/metrics"}  # which never wait
 
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
@@ -91,9 +95,21 @@ class Recommending(Strict):
     exclude_seen: bool = True
 
 
-class Recommended(BaseModel):
+class Observed(BaseModel):
+    new: list[bool]
+
+
+class Item(BaseModel):
     item_id: str
     score: float
+
+
+class Recommended(BaseModel):
+    recommendations: list[list[Item]]
+
+
+Form = TypeVar("Form", bound=Strict)
+Answer = Callable[[Form], bytes]  # in JSON
 
 
 class AnyText(PathConvertor):
@@ -133,6 +149,18 @@ def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: every[status] for status in statuses}
 
 
+def takes(form: type[Strict]) -> dict[str, Any]:
+    """For openapi.json: the body of a route."""
+    schema = {"$ref": COMPONENT.format(model=form.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def mistaken(*wrong: tuple[list[str | int], str]) -> Response:
+    """Where and what, without what was sent."""
+    detail = [{"where": where, "what": what} for where, what in wrong[:10]]
+    return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
+
+
 class Metrics:
     """What Prometheus may know."""
 
@@ -147,13 +175,14 @@ class Metrics:
             gauge.set_function(lambda name=name: online.stats()[name])
 
 
-class Connection(H11Protocol):
+class Connection(HttpToolsProtocol):
     """uvicorn's, which is cut off if the client keeps it waiting, or has done so for the longest of too many.
 
     A client does so until a whole header has come, and while it does not read its answer.
     """
 
     idle: ClassVar[dict["Connection", asyncio.TimerHandle]] = {}
+    header_bytes = 0  # that have come of a header that is not whole
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -175,8 +204,20 @@ class Connection(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete and not self.flow.write_paused:
             self.end_to_wait()
 
-    def handle_events(self) -> None:
-        super().handle_events()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.header_bytes:
+            self.header_bytes += len(data)
+            if self.header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+                self.send_400_response(f"A header must have at most {MAX_HEADER_BYTES} bytes.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.header_bytes = 1
+
+    def on_headers_complete(self) -> None:
+        self.header_bytes = 0
+        super().on_headers_complete()
         self.end_if_at_work()
 
     def pause_writing(self) -> None:
@@ -191,6 +232,7 @@ class Connection(H11Protocol):
         if not self.transport.is_closing():
             self.begin_to_wait()
         super().on_response_complete()
+        self.end_if_at_work()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.end_to_wait()
@@ -204,6 +246,50 @@ class RefusedError(Exception):
         self.answer = JSONResponse({"detail": why}, status, headers)
 
 
+class Places:
+    """For so many at work; who comes while all are taken waits in turn, so long and no longer.
+
+    That nobody is let in costs little, so that those who are turned away take no time from those who are served.
+    """
+
+    def __init__(self, free: int, seconds: float) -> None:
+        self.free, self.seconds = free, seconds
+        self.waiting: deque[tuple[float, asyncio.Future[bool]]] = deque()  # with the time when each has waited enough
+        self.timer: asyncio.TimerHandle | None = None  # for the first of them
+
+    async def take(self) -> bool:
+        """Whether there was one."""
+        if self.free:
+            self.free -= 1
+            return True
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
+        self.waiting.append((loop.time() + self.seconds, turn))
+        self.timer = self.timer or loop.call_later(self.seconds, self.turn_away)
+        return await turn
+
+    def give_back(self) -> None:
+        """To the one who came first."""
+        while self.waiting:
+            _, turn = self.waiting.popleft()
+            if not turn.done():  # else he is gone
+                turn.set_result(True)
+                return
+        self.free += 1
+
+    def turn_away(self) -> None:
+        """All who have waited enough."""
+        loop, self.timer = asyncio.get_running_loop(), None
+        while self.waiting:
+            end, turn = self.waiting[0]
+            if end > loop.time() and not turn.done():
+                self.timer = loop.call_at(end, self.turn_away)
+                return
+            self.waiting.popleft()
+            if not turn.done():
+                turn.set_result(False)
+
+
 class Gate:
     """Lets in requests that have come as a whole, so many at once, the others in turn or not at all.
 
@@ -212,7 +298,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, metrics: Metrics, hosts: Sequence[str]) -> None:
         self.app, self.metrics, self.hosts = app, metrics, {host.lower() for host in hosts}
-        self.places = anyio.Semaphore(MAX_WORKING)
+        self.places = Places(MAX_WORKING, MAX_WAIT_SECONDS)
         self.held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -225,7 +311,7 @@ class Gate:
             nonlocal place
             if place:
                 place = False
-                self.places.release()
+                self.places.give_back()
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -243,11 +329,13 @@ class Gate:
 
         unread = True
         try:
-            self.check_host(Headers(scope=scope).get("host", ""))
-            await self.read(scope, receive, body)
+            headers = dict(scope["headers"])
+            self.check_host(headers.get(b"host", b"").decode("latin-1"))
+            await self.read(headers.get(b"content-length", b"0"), receive, body)
             if scope["path"] not in WATCHED:
-                await self.enter()
-                place = True
+                place = await self.places.take()
+                if not place:
+                    raise RefusedError(503, "too many requests wait; send it again later", **{"retry-after": "1"})
             await self.app(scope, receive_body, answer)
         except RefusedError as refused:
             await refused.answer(scope, receive, answer)
@@ -265,33 +353,26 @@ class Gate:
                 400, f"Host must be one of {sorted(self.hosts)}, to which --allowed-host adds; given {host!r}"
             )
 
-    async def read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
+    async def read(self, announced: bytes, receive: Receive, body: bytearray) -> None:
         """The whole body."""
-        announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
-            raise RefusedError(413, f"a body must have at most {MAX_BODY_BYTES} bytes; given {announced[:20]}")
+        if announced.isdigit() and int(announced) > MAX_BODY_BYTES:
+            raise RefusedError(413, f"a body must have at most {MAX_BODY_BYTES} bytes; given {announced[:20].decode()}")
         with anyio.move_on_after(BODY_SECONDS):
             while True:
                 message = await receive()
-                if len(body) + len(message.get("body", b"")) > MAX_BODY_BYTES:
+                part = message.get("body", b"")
+                if len(body) + len(part) > MAX_BODY_BYTES:
                     raise RefusedError(413, f"a body must have at most {MAX_BODY_BYTES} bytes; given more")
-                body += message.get("body", b"")
-                self.held += len(message.get("body", b""))
+                body += part
+                self.held += len(part)
                 if self.held > MAX_BODIES_BYTES:
                     raise RefusedError(503, "too many large requests wait; send it again later", **{"retry-after": "1"})
                 if not message.get("more_body", False):
                     return
         raise RefusedError(408, f"a body must come within {BODY_SECONDS} seconds")
 
-    async def enter(self) -> None:
-        """Wait for a place; those who came first have the first."""
-        with anyio.move_on_after(MAX_WAIT_SECONDS):
-            await self.places.acquire()
-            return
-        raise RefusedError(503, "too many requests wait; send it again later", **{"retry-after": "1"})
 
-
-def make_app(online: OnlineRecommender, hosts: Sequence[str] = ("localhost", "127.0.0.1", "[::1]")) -> FastAPI:
+def make_app(online: OnlineRecommender, hosts: Sequence[str] = ("localhost", "127.0.0.1", "[::1]")) -> ASGIApp:
     """The service; the states are saved and the log is checked now and then, the states also when it ends.
 
     Args:
@@ -330,43 +411,64 @@ def make_app(online: OnlineRecommender, hosts: Sequence[str] = ("localhost", "12
         save()
 
     app = FastAPI(title="ttt4rec", lifespan=lifespan, responses=described(400, 408, 413, 503))
-    app.add_middleware(Gate, metrics=metrics, hosts=hosts)
 
     @app.exception_handler(DataError)
     async def refuse(_: Request, error: DataError) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 409)
 
     @app.exception_handler(RequestValidationError)
-    async def refuse_form(_: Request, error: RequestValidationError) -> Response:
-        wrong = [{"where": list(e["loc"]), "what": e["msg"]} for e in error.errors()[:10]]  # without what was sent
-        return Response(json.dumps({"detail": wrong}), 422, media_type="application/json")
+    async def refuse_path(_: Request, error: RequestValidationError) -> Response:
+        return mistaken(*((list(e["loc"]), e["msg"]) for e in error.errors()))
+
+    @app.exception_handler(ValidationError)
+    async def refuse_form(_: Request, error: ValidationError) -> Response:
+        return mistaken(*((["body", *e["loc"]], e["msg"]) for e in error.errors()))
 
     @app.exception_handler(OSError)
     async def unavailable(_: Request, error: OSError) -> JSONResponse:
         logger.error("the event log: %s", error)
         return JSONResponse({"detail": "the event log is not available"}, 503)
 
-    # Plain functions run in threads, so that none of them keeps the others waiting for the disk.
+    workers = ThreadPoolExecutor(MAX_WORKING)  # so that no request keeps the others waiting for the disk
 
-    @app.post("/events", responses=described(409, 422))
-    def observe(body: Events) -> dict[str, list[bool]]:
+    async def work(function: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(workers, function)
+
+    def post(path: str, form: type[Form], answer: type[BaseModel], *refusals: int) -> Callable[[Answer[Form]], None]:
+        """A function from the form to JSON becomes a route: FastAPI's own way costs more than the work of an event."""
+
+        def add(function: Answer[Form]) -> None:
+            async def endpoint(request: Request) -> Response:
+                given = request.headers.get("content-type", "none")
+                if given.partition(";")[0].strip().lower() != "application/json":
+                    return mistaken((["header", "content-type"], f"must be application/json; given {given[:50]}"))
+                text = await request.body()
+                done = await work(lambda: function(form.model_validate_json(text)))
+                return Response(done, media_type="application/json")
+
+            app.post(path, response_model=answer, responses=described(*refusals), openapi_extra=takes(form))(endpoint)
+
+        return add
+
+    @post("/events", Events, Observed, 409, 422)
+    def observe(body: Events) -> bytes:
         columns = ([getattr(e, name) for e in body.events] for name in ("user_id", "item_id", "event_id", "time"))
         users, items, names, times = columns
         new = online.observe(users, items, event_ids=names, times=times)
-        for is_new in new:
-            metrics.events.labels(str(is_new).lower()).inc()
-        return {"new": new}
+        for is_new in (True, False):
+            metrics.events.labels(str(is_new).lower()).inc(new.count(is_new))
+        return json.dumps({"new": new}).encode()
 
-    @app.post("/recommendations", responses=described(422))
-    def recommend(body: Recommending) -> dict[str, list[list[Recommended]]]:
+    @post("/recommendations", Recommending, Recommended, 422)
+    def recommend(body: Recommending) -> bytes:
         best = online.recommend(body.user_ids, body.k, exclude_seen=body.exclude_seen)
         metrics.recommended.inc(len(best))
-        named = [[Recommended(item_id=item, score=score) for item, score in items] for items in best]
-        return {"recommendations": named}
+        named = [[{"item_id": item, "score": score} for item, score in items] for items in best]
+        return json.dumps({"recommendations": named}).encode()
 
     @app.delete("/users/{user_id:text}", status_code=204, response_class=Response, responses=described(422))
-    def forget(user_id: Annotated[str, Path(min_length=1, max_length=MAX_ID)]) -> None:
-        online.forget([user_id])
+    async def forget(user_id: Annotated[str, Path(min_length=1, max_length=MAX_ID)]) -> None:
+        await work(lambda: online.forget([user_id]))
 
     @app.get("/health", response_model=dict[str, str])
     def health() -> Any:
@@ -379,7 +481,10 @@ def make_app(online: OnlineRecommender, hosts: Sequence[str] = ("localhost", "12
     def show_metrics() -> PlainTextResponse:
         return PlainTextResponse(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    return app
+    forms = models_json_schema([(Events, "validation"), (Recommending, "validation")], ref_template=COMPONENT)
+    openapi = app.openapi()  # is kept, and shown
+    openapi["components"]["schemas"] |= forms[1]["$defs"]
+    return Gate(app, metrics, hosts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -432,7 +537,7 @@ def serve(args: argparse.Namespace) -> None:
             horizon=horizon,
         )
         app = make_app(online, args.allowed_host)
-        uvicorn.run(app, host=args.host, port=args.port, http=Connection, access_log=False)
+        uvicorn.run(app, host=args.host, port=args.port, http=Connection, access_log=False, proxy_headers=False)
     finally:
         log.close()
 

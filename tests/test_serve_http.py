@@ -143,7 +143,7 @@ def metrics(client):
 
 JSON = {"content-type": "application/json"}
 BAD = {
-    "no json": ("/events", {"content": b"{", "headers": JSON}, "JSON decode error"),
+    "no json": ("/events", {"content": b"{", "headers": JSON}, "Invalid JSON"),
     "no events": ("/events", {"json": {}}, "Field required"),
     "no text": ("/events", {"json": {"events": [{"user_id": 5, "item_id": "i1"}]}}, "valid string"),
     "empty id": ("/events", {"json": {"events": [{"user_id": "", "item_id": "i1"}]}}, "at least 1 character"),
@@ -170,7 +170,7 @@ BAD = {
     "k": ("/recommendations", {"json": {"user_ids": ["u"], "k": 0}}, "greater than or equal to 1"),
     "large k": ("/recommendations", {"json": {"user_ids": ["u"], "k": 1001}}, "less than or equal to 1000"),
     "users": ("/recommendations", {"json": {"user_ids": ["u"] * 101}}, "at most 100 items"),
-    "text": ("/recommendations", {"json": {"user_ids": "u"}}, "valid list"),
+    "text": ("/recommendations", {"json": {"user_ids": "u"}}, "valid array"),
 }
 
 
@@ -194,6 +194,20 @@ def test_bodies_are_limited(client):
         status = 413
     assert status == 413
     assert observe(client, ("fritz", "i1")).status_code == 200
+
+
+def test_headers_are_limited(client):
+    """Also one that never ends."""
+    with asked(client, "GET /health HTTP/1.1\r\nHost: localhost\r\nX-Much: ") as connection:
+        connection.settimeout(3)
+        try:
+            for _ in range(200):
+                connection.sendall(b"x" * 4096)
+                time.sleep(0.001)
+        except OSError:
+            pass
+        answer = received(connection)  # until it is closed
+    assert not answer or b"400 Bad Request" in answer
 
 
 def test_many_clients_at_once(client):
