@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from ttt4rec.eager import walk
-from ttt4rec.native import calls
+from ttt4rec.native import inner_loop, step
 
 settings.register_profile(
     "ttt4rec",
@@ -57,6 +57,7 @@ def _poison() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walk, "torch", PoisonedTorch())
-        patch.setattr(calls, "torch", PoisonedTorch())
+        patch.setattr(inner_loop, "torch", PoisonedTorch())
+        patch.setattr(step, "torch", PoisonedTorch())
         patch.setattr(torch.Tensor, "new_empty", poisoned)
         yield

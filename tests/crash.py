@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from recsys_data import make_model, make_split
-from ttt4rec.recsys.train import METRICS_FILE, TrainOptions, fit
+from ttt4rec.recsys.training.train import METRICS_FILE, TrainOptions, fit
 
 OPTIONS = TrainOptions(epochs=5, patience=5, targets_per_batch=128, learning_rate=1e-2, inner_lr_warmup=7)
 

@@ -7,7 +7,7 @@ import threading
 import torch
 
 from ttt4rec import TTT4Rec, TTT4RecConfig
-from ttt4rec.recsys.events import Tail
+from ttt4rec.recsys.online.events import Tail
 
 ITEMS = tuple(f"i{j}" for j in range(12))
 

@@ -23,8 +23,8 @@ import torch
 from checks import ROUNDING
 from crash import fork, wait
 from online_data import ITEMS, batch_scores, history, make_model, slot_bytes
-from ttt4rec.recsys.events import SQLiteEventLog
 from ttt4rec.recsys.online import OnlineRecommender
+from ttt4rec.recsys.online.events import SQLiteEventLog
 
 MODEL = make_model(0, inner="mlp", block_conv=True)
 USERS = [f"u{n}" for n in range(12)]

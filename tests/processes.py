@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from crash import fork, wait
-from ttt4rec.recsys.parallel import processes
+from ttt4rec.recsys.training.parallel import processes
 
 
 def together(world_size, function):

@@ -13,10 +13,10 @@ from recbole.utils import init_seed
 import recbole_metrics
 from recsys_data import write_events
 from ttt4rec.recsys.data import build_histories, filter_k_core, keep_item_codes, read_interactions
-from ttt4rec.recsys.evaluate import evaluate
+from ttt4rec.recsys.data.split import split_by_ratio
+from ttt4rec.recsys.data.windows import evaluation_prefixes
 from ttt4rec.recsys.recbole import RECBOLE_DEFAULTS, TTT4Rec
-from ttt4rec.recsys.split import split_by_ratio
-from ttt4rec.recsys.windows import evaluation_prefixes
+from ttt4rec.recsys.training.evaluate import evaluate
 
 MIXERS = [{"inner": "mlp"}, {"inner": "linear", "backbone": "mamba"}, {"mixer": "narm"}]
 

@@ -6,7 +6,7 @@ import torch
 
 from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.recsys.data import build_histories, read_interactions
-from ttt4rec.recsys.split import split_by_ratio
+from ttt4rec.recsys.data.split import split_by_ratio
 
 NUM_ITEMS = 24
 

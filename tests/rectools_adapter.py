@@ -9,7 +9,7 @@ from rectools.dataset import Dataset
 from rectools.models import BERT4RecModel, SASRecModel
 
 from recsys_data import NUM_ITEMS, write_events
-from ttt4rec.layer import TTTLayer
+from ttt4rec.layers.ttt import TTTLayer
 from ttt4rec.recsys.data import build_histories, read_interactions
 from ttt4rec.recsys.rectools import TTTLayers, TTTLightningModule
 

@@ -14,7 +14,7 @@ from benchmarks.adaptation.training import adapting
 from checks import assert_close
 from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.recsys.data import Histories
-from ttt4rec.recsys.split import split_by_ratio
+from ttt4rec.recsys.data.split import split_by_ratio
 
 SMALL = Population(items=30, length=12, dimensions=3)
 

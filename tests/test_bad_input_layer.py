@@ -14,8 +14,8 @@ from checks import (
     state_tensors,
 )
 from ttt4rec import TTTLayer, ttt_linear, ttt_mlp
-from ttt4rec.release import _LAYER_NAMES
-from ttt4rec.validation import check_cu_seqlens, check_mask
+from ttt4rec.layers.original_weights import _LAYER_NAMES
+from ttt4rec.layers.validation import check_cu_seqlens, check_mask
 
 ERRORS = (ValueError, TypeError, RuntimeError)
 

@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from recsys_data import make_model, make_split
-from ttt4rec import TTT4Rec, TTT4RecConfig, baselines
-from ttt4rec.baselines import MambaMixer, NARMMixer
-from ttt4rec.blocks import AttentionMixer, GRUMixer
-from ttt4rec.masked import hide_next, hide_some
-from ttt4rec.recsys.evaluate import evaluate
+from ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec.models import mixers
+from ttt4rec.models.blocks import AttentionMixer, GRUMixer
+from ttt4rec.models.cloze import hide_next, hide_some
+from ttt4rec.models.mixers import MambaMixer, NARMMixer
+from ttt4rec.recsys.data.windows import evaluation_prefixes
 from ttt4rec.recsys.recommend import Recommender
-from ttt4rec.recsys.train import TrainOptions, fit
-from ttt4rec.recsys.windows import evaluation_prefixes
+from ttt4rec.recsys.training.evaluate import evaluate
+from ttt4rec.recsys.training.train import TrainOptions, fit
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 TARGETS = torch.tensor([6, 7, 8, 0, 10, 11, 12])  # histories 5 6 7 [8] and 8 9 10 11 [12]; 9 is no target
@@ -38,7 +39,7 @@ def randomised(module):
 
 @pytest.mark.parametrize("at_once", [1, 1 << 20])
 def test_narm_is_its_definition(x, monkeypatch, at_once):
-    monkeypatch.setattr(baselines, "ELEMENTS_AT_ONCE", at_once)
+    monkeypatch.setattr(mixers, "ELEMENTS_AT_ONCE", at_once)
     mixer = randomised(NARMMixer(6))
     y = mixer(x)
     for row in range(2):
@@ -118,7 +119,7 @@ def selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
 def mamba_ssm(tmp_path, monkeypatch):
     """A package of that name, without anything in it; its folder of operations."""
 
-    def forget(clear=baselines.find_scan.cache_clear):
+    def forget(clear=mixers.find_scan.cache_clear):
         clear()
         for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
             del sys.modules[name]
@@ -133,11 +134,11 @@ def mamba_ssm(tmp_path, monkeypatch):
 
 def test_mamba_ssm_is_called_as_it_documents(x, monkeypatch, mamba_ssm):
     (mamba_ssm / "selective_scan_interface.py").write_text(f"from {__name__} import selective_scan_fn")
-    fused = baselines.find_scan("cuda")
-    assert baselines.find_scan("cpu") is baselines.plain_scan
+    fused = mixers.find_scan("cuda")
+    assert mixers.find_scan("cpu") is mixers.plain_scan
     mixer, x = randomised(MambaMixer(6)).float().requires_grad_(False), x.float()
     plain = mixer(x)
-    monkeypatch.setattr(baselines, "find_scan", lambda device_type: fused)
+    monkeypatch.setattr(mixers, "find_scan", lambda device_type: fused)
     # the two sum 32 products in different orders, seven tokens deep
     torch.testing.assert_close(mixer(x), plain, rtol=0, atol=7 * 32 * 2**-24 * float(plain.abs().max()))
 
@@ -145,7 +146,7 @@ def test_mamba_ssm_is_called_as_it_documents(x, monkeypatch, mamba_ssm):
 def test_a_mamba_ssm_that_does_not_load_is_warned_of(mamba_ssm):
     (mamba_ssm / "selective_scan_interface.py").write_text("import no_such_extension")
     with pytest.warns(UserWarning, match="loop over the tokens: mamba-ssm does not load.*no_such_extension"):
-        assert baselines.find_scan("cuda") is baselines.plain_scan
+        assert mixers.find_scan("cuda") is mixers.plain_scan
 
 
 def test_bidirectional_attention_is_its_definition(x):
@@ -178,7 +179,7 @@ def test_the_hide_rate():
 
 @pytest.mark.parametrize("at_once", [1, 1 << 16])
 def test_every_target_has_a_history_of_its_own(monkeypatch, at_once):
-    monkeypatch.setattr("ttt4rec.masked.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("ttt4rec.models.cloze.TOKENS_AT_ONCE", at_once)
     parts = list(hide_next(IDS, TARGETS, CU_SEQLENS, 2))
     assert len(parts) == (6 if at_once == 1 else 1)
     rows = [row for part in parts for row in part.ids[0].tensor_split(part.cu_seqlens[1:-1])]

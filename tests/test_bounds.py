@@ -17,11 +17,10 @@ from pyarrow import parquet
 from crash import fork, wait
 from recsys_data import make_model, make_split, rows_of
 from ttt4rec.cli import main
-from ttt4rec.recsys import data as reading
-from ttt4rec.recsys import datasets, text
-from ttt4rec.recsys import parquet as parquet_reading
-from ttt4rec.recsys.data import DataError, read_interactions
-from ttt4rec.recsys.public import load_public
+from ttt4rec.recsys.data import DataError, datasets, read_interactions, text
+from ttt4rec.recsys.data import parquet as parquet_reading
+from ttt4rec.recsys.data import reading as reading
+from ttt4rec.recsys.data.public import load_public
 from ttt4rec.recsys.recommend import Recommender
 
 MIB = 1 << 20

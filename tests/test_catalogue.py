@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttt4rec import catalogue
+from ttt4rec.models import full_softmax
 
 N, V, C = 37, 101, 8
 
@@ -34,8 +34,8 @@ def gradients(function, h, table, items, weights, reduction="none"):
 
 @pytest.fixture(params=[N * 7, N * V - 1, 1 << 23], ids=["blocks", "two-blocks", "whole"])
 def _block(request, monkeypatch):
-    monkeypatch.setattr(catalogue, "SCORES_PER_BLOCK", request.param)
-    monkeypatch.setattr(catalogue, "FEW_ROWS", 8)  # so that a sum goes by items, and by 36 and all rows at a time
+    monkeypatch.setattr(full_softmax, "SCORES_PER_BLOCK", request.param)
+    monkeypatch.setattr(full_softmax, "FEW_ROWS", 8)  # so that a sum goes by items, and by 36 and all rows at a time
 
 
 @pytest.mark.usefixtures("_block")
@@ -45,13 +45,13 @@ def _block(request, monkeypatch):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_loss_and_gradients_are_those_of_all_scores(monkeypatch, dtype, scale, compiled, reduction):
     if not compiled:
-        monkeypatch.setattr(catalogue.native, "softmax_refusal", lambda *_: "cannot be compiled: a test says so")
+        monkeypatch.setattr(full_softmax.native, "softmax_refusal", lambda *_: "cannot be compiled: a test says so")
     h, table, items = case(dtype, scale)
     weights = torch.randn(N)
     wide = [x.to(torch.promote_types(dtype, torch.float32)) for x in (h, table)]
     exact = gradients(dense_nll, h.double(), table.double(), items, weights.double(), reduction)
     dense = gradients(dense_nll, *wide, items, weights, reduction)
-    given = gradients(catalogue.nll, h, table, items, weights, reduction)
+    given = gradients(full_softmax.nll, h, table, items, weights, reduction)
     assert [x.dtype for x in given] == [torch.promote_types(dtype, torch.float32), dtype, dtype]
     highest = (h.double() @ table.double().T).abs().max()
     relative = torch.finfo(given[0].dtype).eps * highest  # of exp(score - log of the sum), either rounded
@@ -64,11 +64,11 @@ def test_loss_and_gradients_are_those_of_all_scores(monkeypatch, dtype, scale, c
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_gradients_of_a_narrow_table_are_summed_in_float32(monkeypatch, reduction):
-    monkeypatch.setattr(catalogue, "SCORES_PER_BLOCK", 4 * V)
-    monkeypatch.setattr(catalogue, "FEW_ROWS", 4)
+    monkeypatch.setattr(full_softmax, "SCORES_PER_BLOCK", 4 * V)
+    monkeypatch.setattr(full_softmax, "FEW_ROWS", 4)
     many = 4096  # equal terms, four at a time: a sum in bfloat16 would stop growing at 256 of them
     h, table, items = torch.ones(many, C).bfloat16(), torch.zeros(V + 1, C).bfloat16(), torch.full((many,), 7)
-    _, _, grad = gradients(catalogue.nll, h, table, items, torch.ones(many), reduction)
+    _, _, grad = gradients(full_softmax.nll, h, table, items, torch.ones(many), reduction)
     exact = torch.full((V,), many / V, dtype=torch.float64)
     exact[7 - 1] -= many
     assert ((grad[1:].double() / exact[:, None] - 1).abs() <= torch.finfo(torch.bfloat16).eps / 2).all()
@@ -76,24 +76,24 @@ def test_gradients_of_a_narrow_table_are_summed_in_float32(monkeypatch, reductio
 
 @pytest.mark.parametrize("few", [1, 64], ids=["rows", "blocks-of-items"])
 def test_gradients_against_differences_and_the_operators_contract(monkeypatch, few):
-    monkeypatch.setattr(catalogue, "SCORES_PER_BLOCK", 3 * 4)
-    monkeypatch.setattr(catalogue, "FEW_ROWS", few)
+    monkeypatch.setattr(full_softmax, "SCORES_PER_BLOCK", 3 * 4)
+    monkeypatch.setattr(full_softmax, "FEW_ROWS", few)
     h, table, items = torch.randn(3, 2).double(), torch.randn(8, 2).double(), torch.tensor([1, 7, 7])
     h.requires_grad_(), table.requires_grad_()
     for reduction in ("none", "sum", "mean"):
-        assert torch.autograd.gradcheck(partial(catalogue.nll, items=items, reduction=reduction), (h, table))
-    torch.library.opcheck(catalogue.catalogue_nll, (h, table, items))
-    torch.library.opcheck(catalogue.catalogue_total_nll, (h, table, items))
-    _, *kept = (x.detach() for x in catalogue.catalogue_nll(h, table, items))
+        assert torch.autograd.gradcheck(partial(full_softmax.nll, items=items, reduction=reduction), (h, table))
+    torch.library.opcheck(full_softmax.catalogue_nll, (h, table, items))
+    torch.library.opcheck(full_softmax.catalogue_total_nll, (h, table, items))
+    _, *kept = (x.detach() for x in full_softmax.catalogue_nll(h, table, items))
     arguments = (torch.randn(3).double(), h.detach(), table.detach(), items, *kept)
-    torch.library.opcheck(catalogue.catalogue_nll_backward, arguments)
+    torch.library.opcheck(full_softmax.catalogue_nll_backward, arguments)
 
 
 @pytest.mark.usefixtures("_block")
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_a_second_derivative_is_an_error(reduction):
     h, table, items = case()
-    loss = catalogue.nll(h.requires_grad_(), table, items, reduction).sum()
+    loss = full_softmax.nll(h.requires_grad_(), table, items, reduction).sum()
     (first,) = torch.autograd.grad(loss, h, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         first.square().sum().backward()
@@ -104,19 +104,19 @@ def test_a_second_derivative_is_an_error(reduction):
 def test_one_gradient_without_the_other(reduction):
     h, table, items = case()
     weights = torch.ones(N)
-    _, *both = gradients(catalogue.nll, h, table, items, weights, reduction)
+    _, *both = gradients(full_softmax.nll, h, table, items, weights, reduction)
     for wanted, expected in zip((h, table), both, strict=True):
-        loss = catalogue.nll(*(x.requires_grad_(x is wanted) for x in (h, table)), items, reduction).sum()
+        loss = full_softmax.nll(*(x.requires_grad_(x is wanted) for x in (h, table)), items, reduction).sum()
         assert torch.equal(torch.autograd.grad(loss, wanted)[0], expected)
 
 
 def test_a_sum_is_differentiated_as_it_is_computed_where_that_pays(monkeypatch):
-    calls, operator = [], catalogue.catalogue_total_nll
-    monkeypatch.setattr(catalogue, "catalogue_total_nll", lambda *inputs: calls.append(1) or operator(*inputs))
+    calls, operator = [], full_softmax.catalogue_total_nll
+    monkeypatch.setattr(full_softmax, "catalogue_total_nll", lambda *inputs: calls.append(1) or operator(*inputs))
 
     def taken(h, table, items, reduction="sum"):
         calls.clear()
-        catalogue.nll(h, table, items, reduction)
+        full_softmax.nll(h, table, items, reduction)
         return bool(calls)
 
     h, table, items = case()
@@ -130,20 +130,20 @@ def test_a_sum_is_differentiated_as_it_is_computed_where_that_pays(monkeypatch):
             assert not taken(h, table, items)
         wanted.requires_grad_(False)
     table.requires_grad_()
-    monkeypatch.setattr(catalogue, "SCORES_PER_BLOCK", (N - 1) * V)
+    monkeypatch.setattr(full_softmax, "SCORES_PER_BLOCK", (N - 1) * V)
     assert not taken(h, table, items)  # fewer rows than there are, and than are worth a visit of the table
     assert taken(h[:-1], table, items[:-1])
-    assert catalogue._rows_at_once(torch.empty(9, C)) == min(catalogue.CACHED_ROWS, (N - 1) * V // 8)
+    assert full_softmax._rows_at_once(torch.empty(9, C)) == min(full_softmax.CACHED_ROWS, (N - 1) * V // 8)
 
 
 def test_operators_with_inputs_of_other_strides():
     h, table, items = case()
     h, table = h.T.contiguous().T, table.T.contiguous().T
-    loss, lse = catalogue.catalogue_nll(h, table, items)
-    torch.library.opcheck(catalogue.catalogue_nll_backward, (torch.ones_like(loss), h, table, items, lse))
+    loss, lse = full_softmax.catalogue_nll(h, table, items)
+    torch.library.opcheck(full_softmax.catalogue_nll_backward, (torch.ones_like(loss), h, table, items, lse))
     h.requires_grad_(), table.requires_grad_()
-    torch.library.opcheck(catalogue.catalogue_nll, (h, table, items))
-    torch.library.opcheck(catalogue.catalogue_total_nll, (h, table, items))
+    torch.library.opcheck(full_softmax.catalogue_nll, (h, table, items))
+    torch.library.opcheck(full_softmax.catalogue_total_nll, (h, table, items))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -151,7 +151,7 @@ def test_an_item_that_does_not_exist_in_a_compiled_program(reduction):
     h, table, items = case()
     items[3] = V + 1
     torch._dynamo.reset()
-    compiled = torch.compile(catalogue.nll, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(full_softmax.nll, backend="aot_eager", fullgraph=True)
     with pytest.raises(ValueError, match="from 1 to 101; given"):
         compiled(h.requires_grad_(), table, items, reduction)
 
@@ -161,9 +161,9 @@ def test_an_item_that_does_not_exist_in_a_compiled_program(reduction):
 def test_traced_in_one_graph(reduction):
     h, table, items = case()
     arguments = (h.requires_grad_(), table.requires_grad_(), items, reduction)
-    compiled = torch.compile(catalogue.nll, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(full_softmax.nll, backend="aot_eager", fullgraph=True)
     torch._dynamo.reset()
-    given, expected = compiled(*arguments), catalogue.nll(*arguments)
+    given, expected = compiled(*arguments), full_softmax.nll(*arguments)
     torch.testing.assert_close(given, expected)
     for own, true in zip(*(torch.autograd.grad(x.sum(), (h, table)) for x in (given, expected)), strict=True):
         torch.testing.assert_close(own, true)
@@ -173,10 +173,10 @@ def test_traced_in_one_graph(reduction):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_autocast_leaves_the_scores_alone(reduction):
     h, table, items = case()
-    expected = gradients(catalogue.nll, h, table, items, torch.ones(N), reduction)
+    expected = gradients(full_softmax.nll, h, table, items, torch.ones(N), reduction)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = catalogue.nll(h.requires_grad_(), table.requires_grad_(), items, reduction)
-        assert torch.equal(catalogue.ranks(h, table, items), ranks_of_all_scores(h, table, items))
+        loss = full_softmax.nll(h.requires_grad_(), table.requires_grad_(), items, reduction)
+        assert torch.equal(full_softmax.ranks(h, table, items), ranks_of_all_scores(h, table, items))
     given = loss.detach(), *torch.autograd.grad(loss, (h, table), torch.ones_like(loss))
     for a, b in zip(given, expected, strict=True):
         assert torch.equal(a, b)
@@ -204,7 +204,9 @@ def ranks_of_all_scores(h, table, items):
 )
 def test_rank_is_the_mean_over_all_orders_of_ties(rows):
     table = torch.cat((torch.zeros(1, len(rows[0][0])), torch.eye(len(rows[0][0]))))
-    given = catalogue.ranks(torch.tensor([row for row, _ in rows]).float(), table, torch.tensor([x for _, x in rows]))
+    given = full_softmax.ranks(
+        torch.tensor([row for row, _ in rows]).float(), table, torch.tensor([x for _, x in rows])
+    )
     for rank, (scores, item) in zip(given.tolist(), rows, strict=True):
         best = sorted(scores, reverse=True).index(scores[item - 1]) + 1
         worst = len(scores) - sorted(scores).index(scores[item - 1])
@@ -215,18 +217,18 @@ def test_rank_is_the_mean_over_all_orders_of_ties(rows):
 @pytest.mark.parametrize("levels", [None, 2])
 @pytest.mark.parametrize("many", [1, 1 << 20], ids=["whole-rows", "blocks-of-items"])
 def test_ranks_are_those_of_all_scores(monkeypatch, levels, many):
-    monkeypatch.setattr(catalogue, "MANY_ROWS", many)
+    monkeypatch.setattr(full_softmax, "MANY_ROWS", many)
     h, table, items = case(torch.float64)
     if levels:  # many ties
         h, table = h.clamp(-1, 1).round(), table.clamp(-1, 1).round()
-    assert torch.equal(catalogue.ranks(h, table, items), ranks_of_all_scores(h, table, items))
+    assert torch.equal(full_softmax.ranks(h, table, items), ranks_of_all_scores(h, table, items))
 
 
 @given(st.lists(st.sampled_from([-math.inf, -1e38, -1e-45, 0.0, 1e-45, 1.0, 3e38, math.inf]), min_size=1))
 def test_ranks_of_scores_that_differ_by_next_to_nothing_or_are_infinite(values):
     table = torch.tensor([0.0, *values])[:, None]
     everything = torch.arange(1, len(table))
-    given = catalogue.ranks(torch.ones(len(values), 1), table, everything)
+    given = full_softmax.ranks(torch.ones(len(values), 1), table, everything)
     assert torch.equal(given, dense_ranks(table[1:].T.expand(len(values), -1), everything))
 
 
@@ -234,7 +236,7 @@ def test_ranks_of_scores_that_differ_by_next_to_nothing_or_are_infinite(values):
 def test_ties_of_equal_items_survive_rounding():
     h, table, items = case()
     table[1:] = table[1]
-    assert catalogue.ranks(h, table, items).tolist() == [(V + 1) / 2] * N
+    assert full_softmax.ranks(h, table, items).tolist() == [(V + 1) / 2] * N
 
 
 @pytest.mark.usefixtures("_block")
@@ -250,7 +252,7 @@ def test_top_k_is_a_stable_sort_of_all_scores(k, levels, exclude):
         seen = (torch.arange(N).repeat(2), torch.cat((items, items % V + 1)))
         scores[seen[0], seen[1] - 1] = -torch.inf
     expected, columns = scores.sort(dim=1, descending=True, stable=True)
-    best, found = catalogue.top_k(h, table, k, seen)
+    best, found = full_softmax.top_k(h, table, k, seen)
     torch.testing.assert_close(best, expected[:, :k], rtol=0, atol=1e-5)
     if levels:  # whole numbers, so that ties are ties however the product is taken
         assert torch.equal(found, columns[:, :k] + 1)
@@ -261,7 +263,7 @@ def test_top_k_is_a_stable_sort_of_all_scores(k, levels, exclude):
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=12), st.integers(1, 12))
 def test_top_k_orders_any_floats(values, k):
     table = torch.tensor([0.0, *values])[:, None]
-    best, items = catalogue.top_k(torch.ones(1, 1), table, k)
+    best, items = full_softmax.top_k(torch.ones(1, 1), table, k)
     expected = sorted(range(len(values)), key=lambda j: (-values[j], j))[:k]
     assert items[0].tolist() == [j + 1 for j in expected]
     assert best[0].tolist() == [values[j] for j in expected]
@@ -275,16 +277,16 @@ def test_what_was_seen_takes_no_part_in_ranks():
     rows, others = rows[keep], others[keep]
     scores = h @ table[1:].T
     scores[rows, others - 1] = -torch.inf
-    given = catalogue.ranks(h, table, items, (rows, others))
+    given = full_softmax.ranks(h, table, items, (rows, others))
     assert torch.equal(given, dense_ranks(scores, items))
 
 
 def test_nothing_to_do():
     h, table, items = case()
-    assert catalogue.nll(h[:0], table, items[:0]).shape == (0,)
-    assert catalogue.nll(h[:0].requires_grad_(), table, items[:0], "sum") == 0
-    assert catalogue.ranks(h[:0], table, items[:0]).shape == (0,)
-    assert catalogue.top_k(h[:0], table, 3)[1].shape == (0, 3)
+    assert full_softmax.nll(h[:0], table, items[:0]).shape == (0,)
+    assert full_softmax.nll(h[:0].requires_grad_(), table, items[:0], "sum") == 0
+    assert full_softmax.ranks(h[:0], table, items[:0]).shape == (0,)
+    assert full_softmax.top_k(h[:0], table, 3)[1].shape == (0, 3)
 
 
 @pytest.mark.usefixtures("_block")
@@ -292,14 +294,14 @@ def test_scores_that_are_not_numbers():
     h, table, items = case()
     table[V // 2, 0] = math.nan
     with pytest.raises(ValueError, match="NaN"):
-        catalogue.ranks(h, table, items)
+        full_softmax.ranks(h, table, items)
     with pytest.raises(ValueError, match="NaN"):
-        catalogue.top_k(h, table, 3)
-    assert catalogue.nll(h, table, items).isnan().all()
-    assert catalogue.nll(h.requires_grad_(), table, items, "sum").isnan()
+        full_softmax.top_k(h, table, 3)
+    assert full_softmax.nll(h, table, items).isnan().all()
+    assert full_softmax.nll(h.requires_grad_(), table, items, "sum").isnan()
 
 
-@pytest.mark.parametrize("function", [catalogue.nll, catalogue.ranks])
+@pytest.mark.parametrize("function", [full_softmax.nll, full_softmax.ranks])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -319,7 +321,7 @@ def test_wrong_arguments(function, change, error, message):
 
 def test_wrong_reduction():
     with pytest.raises(ValueError, match="'none', 'sum' and 'mean', given 'average'"):
-        catalogue.nll(*case(), "average")
+        full_softmax.nll(*case(), "average")
 
 
 @pytest.mark.parametrize("wrong", [11, 0, -1])
@@ -327,11 +329,11 @@ def test_what_was_seen_must_be_items(wrong):
     h, table, rows = torch.randn(2, 4), torch.randn(11, 4), torch.tensor([0, 1])
     for seen in (torch.tensor([1, wrong]), torch.tensor([wrong, 1])):
         with pytest.raises(ValueError, match=f"items must be from 1 to 10; given .*{wrong}"):
-            catalogue.top_k(h, table, 3, (rows, seen))
+            full_softmax.top_k(h, table, 3, (rows, seen))
         with pytest.raises(ValueError, match="items must be from 1 to 10"):
-            catalogue.ranks(h, table, torch.tensor([2, 3]), (rows, seen))
+            full_softmax.ranks(h, table, torch.tensor([2, 3]), (rows, seen))
 
 
 def test_wrong_k():
     with pytest.raises(ValueError, match="k of at least 1, given 0"):
-        catalogue.top_k(*case()[:2], 0)
+        full_softmax.top_k(*case()[:2], 0)

@@ -13,12 +13,12 @@ import torch
 
 from recsys_data import write_events
 from ttt4rec import TTT4Rec
+from ttt4rec.atomic_files import write_json
 from ttt4rec.cli import main, make_parser
-from ttt4rec.files import write_json
-from ttt4rec.model import MIXERS, TTT4RecConfig
-from ttt4rec.recsys.checkpoint import load_checkpoint
-from ttt4rec.recsys.losses import LOSSES
-from ttt4rec.recsys.train import CHECKPOINT_FILE, TrainOptions
+from ttt4rec.models.ttt4rec import MIXERS, TTT4RecConfig
+from ttt4rec.recsys.training.checkpoint import load_checkpoint
+from ttt4rec.recsys.training.losses import LOSSES
+from ttt4rec.recsys.training.train import CHECKPOINT_FILE, TrainOptions
 
 SMALL = ["--width", "16", "--num-heads", "2", "--ffn-width", "16", "--max-len", "8", "--targets-per-batch", "128"]
 
@@ -211,7 +211,7 @@ def test_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ttt4rec.commands.fit", interrupted)
+    monkeypatch.setattr("ttt4rec.recsys.commands.fit", interrupted)
     data = write_events(tmp_path / "ring.inter")
     assert main(["train", str(data), "--out", str(tmp_path / "run"), *SMALL]) == 130
     assert "same command again" in capsys.readouterr().err
@@ -349,7 +349,7 @@ def test_what_is_too_large_is_one_line(run, capsys, monkeypatch, error):
     def fails(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("ttt4rec.commands.write_report", fails)
+    monkeypatch.setattr("ttt4rec.recsys.commands.write_report", fails)
     assert main(["report", str(run / "run"), "--out", str(run / "both")]) == 2
     assert capsys.readouterr().err == f"ttt4rec: error: {str(error) or 'MemoryError'}\n"
 

@@ -48,7 +48,7 @@ found = {
     "save a model": attempt(lambda: model.save(f"{folder}/model")),
     "load a model": attempt(lambda: TTT4Rec.load(f"{folder}/oldmodel")),
 }
-for name in ("recsys", "recsys.train", "recsys.recbole", "recsys.rectools", "commands"):
+for name in ("recsys", "recsys.train", "recsys.recbole", "recsys.rectools", "recsys.commands"):
     found[name] = attempt(lambda: importlib.import_module(f"ttt4rec.{name}"))
 for command in ("train x --out y", "evaluate x", "recommend x --user 1", "report x --out y"):
     assert main(command.split()) == 2

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from crash import OPTIONS, fork, survive, train, wait
 from recsys_data import make_model, make_split
-from ttt4rec import TTT4Rec, files
-from ttt4rec.recsys.checkpoint import save_checkpoint
+from ttt4rec import TTT4Rec, atomic_files
 from ttt4rec.recsys.recommend import Recommender
-from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, fit
+from ttt4rec.recsys.training.checkpoint import save_checkpoint
+from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, fit
 
 
 def test_killed_at_random_moments(tmp_path):
@@ -38,7 +38,7 @@ def test_killed_while_a_file_is_replaced(tmp_path, nth, moment):
         replace(source, target)
 
     def child():
-        files.os.replace = fatal
+        atomic_files.os.replace = fatal
         train(split, tmp_path / "run")
 
     assert wait(fork(child)) == 9
@@ -59,8 +59,8 @@ def limited(size, function):
 def test_a_checksum_is_of_names_types_and_shapes_too():
     x = torch.arange(4, dtype=torch.int32)
     alike = [{"x": x}, {"y": x}, {"x": x.view(torch.float32)}, {"x": x.view(2, 2)}, {"x": x[:2], "y": x[2:]}]
-    assert len({files.checksum(tensors) for tensors in alike}) == 5
-    assert files.checksum({"a": x, "b": x + 1}) == files.checksum({"b": x + 1, "a": x})
+    assert len({atomic_files.checksum(tensors) for tensors in alike}) == 5
+    assert atomic_files.checksum({"a": x, "b": x + 1}) == atomic_files.checksum({"b": x + 1, "a": x})
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
@@ -118,7 +118,7 @@ def test_a_save_cut_off_between_files_is_never_a_mixture(tmp_path, monkeypatch, 
         replace(source, target)
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(files.os, "replace", cut_off)
+        patch.setattr(atomic_files.os, "replace", cut_off)
         new.save(tmp_path)
     if nth in (0, 4):
         assert Recommender.load(tmp_path).histories.item_ids == (new if nth else split).histories.item_ids
@@ -129,9 +129,9 @@ def test_a_save_cut_off_between_files_is_never_a_mixture(tmp_path, monkeypatch, 
 
 def test_what_is_renamed_is_on_disk(tmp_path, monkeypatch):
     calls, sync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(files.os, "fsync", lambda h: (calls.append(os.readlink(f"/proc/self/fd/{h}")), sync(h)))
-    monkeypatch.setattr(files.os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
-    files.write_json(tmp_path / "a.json", {"a": 1})
+    monkeypatch.setattr(atomic_files.os, "fsync", lambda h: (calls.append(os.readlink(f"/proc/self/fd/{h}")), sync(h)))
+    monkeypatch.setattr(atomic_files.os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
+    atomic_files.write_json(tmp_path / "a.json", {"a": 1})
     partial, rename, folder = calls
     assert partial.startswith(f"{tmp_path}/a.json.")
     assert (rename, folder) == ("rename", str(tmp_path))
@@ -139,7 +139,7 @@ def test_what_is_renamed_is_on_disk(tmp_path, monkeypatch):
 
 def test_two_writers_of_a_file_do_not_share_a_partial_one(tmp_path):
     path = tmp_path / "a"
-    with files.replacing(path) as one, files.replacing(path) as two:
+    with atomic_files.replacing(path) as one, atomic_files.replacing(path) as two:
         one.write_text("one")
         two.write_text("two")
     assert path.read_text() == "one"
@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_training(tmp_path, monk
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ttt4rec.recsys.train.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("ttt4rec.recsys.training.train.tempfile.TemporaryFile", refuse)
     with pytest.raises(PermissionError):
         fit(make_model(split), split, tmp_path / "run", OPTIONS, report=lambda _: pytest.fail("trained in vain"))
 

@@ -15,10 +15,10 @@ from benchmarks.studies.runner import keep, read_results
 from checks import assert_states_identical, make_layer
 from recsys_data import make_model, make_split
 from test_cli import SMALL
-from ttt4rec import TTT4Rec, TTTState, files
+from ttt4rec import TTT4Rec, TTTState, atomic_files
 from ttt4rec.cli import main
-from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
 from ttt4rec.recsys.recommend import Recommender
+from ttt4rec.recsys.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def flips(path, step=1):
@@ -58,7 +58,7 @@ def test_the_header_of_the_weights(saved, tmp_path):
     for some, count in ((flips(path), 8 * 40), (flips(path, step=11), end // 11)):
         for place in itertools.islice(some, count):
             with pytest.raises(ValueError, match="damaged"):
-                files.read_sealed(path), pytest.fail(place)
+                atomic_files.read_sealed(path), pytest.fail(place)
         some.close()
 
 
@@ -171,7 +171,7 @@ def test_a_state_is_replaced_in_one_step(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(files, "_flush", fails)
+    monkeypatch.setattr(atomic_files, "_flush", fails)
     with pytest.raises(OSError, match="no space left"):
         state.save(tmp_path / "state")
     assert (tmp_path / "state").read_bytes() == before

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttt4rec.recsys import datasets
 from ttt4rec.recsys.data import (
     DataError,
     Histories,
     Interactions,
     build_histories,
+    datasets,
     filter_k_core,
     read_interactions,
 )

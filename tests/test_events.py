@@ -13,9 +13,9 @@ import pytest
 
 from crash import fork, wait
 from online_data import MemoryEventLog, history
-from ttt4rec.recsys import events
 from ttt4rec.recsys.data import Histories
-from ttt4rec.recsys.events import DamagedLogError, Event, Known, SQLiteEventLog, Tail, events_of
+from ttt4rec.recsys.online import events
+from ttt4rec.recsys.online.events import DamagedLogError, Event, Known, SQLiteEventLog, Tail, events_of
 
 
 @pytest.fixture(params=["sqlite", "memory"])

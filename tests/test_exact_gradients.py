@@ -22,9 +22,10 @@ from exactness import (
     reference_errors,
     token_sizes,
 )
-from ttt4rec import TTTLayer, functional
+from ttt4rec import TTTLayer
 from ttt4rec.eager import checkpoints
 from ttt4rec.inner_models import INNER_MODELS
+from ttt4rec.layers import functional
 
 BACKENDS = ("native", "eager")
 TOKENS = ("q", "k", "v", "inner_lr")

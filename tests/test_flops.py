@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from checks import BACKBONES, INNERS, inner_inputs, run_inner
-from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer, catalogue
+from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
+from ttt4rec.models import full_softmax
 from ttt4rec.operators import CONVOLUTIONS, SCANS, output, projection
 from ttt4rec.operators.samples import Sizes
 
@@ -97,10 +98,10 @@ def test_the_loss_over_a_catalogue_and_a_whole_model():
     """The loss: the scores, or with the gradients three products; the model: what it counts on the reference."""
     h, table, items = torch.randn(5, 4, requires_grad=True), torch.randn(12, 4), torch.randint(1, 12, (5,))
     scores = 2 * 5 * 4 * 11
-    forward, losses = count(lambda: catalogue.nll(h, table, items))
+    forward, losses = count(lambda: full_softmax.nll(h, table, items))
     assert forward == scores
     assert count(lambda: losses.sum().backward())[0] == 3 * scores
-    forward, loss = count(lambda: catalogue.nll(h, table, items, "sum"))
+    forward, loss = count(lambda: full_softmax.nll(h, table, items, "sum"))
     assert forward == 3 * scores
     assert count(lambda: loss.backward())[0] == 0
     model = TTT4Rec(TTT4RecConfig(20, 16, 2, 2)).eval()

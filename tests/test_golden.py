@@ -5,7 +5,7 @@ import torch
 
 from checks import assert_close, golden_cases, load_golden
 from ttt4rec import TTTLayer
-from ttt4rec.release import _LAYER_NAMES
+from ttt4rec.layers.original_weights import _LAYER_NAMES
 
 TOLERANCE = 1e-6  # the release computes its rotary tables in float32
 

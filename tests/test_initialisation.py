@@ -14,10 +14,10 @@ from torch import nn
 from checks import BACKBONES, INNERS, make_layer
 from processes import together
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
-from ttt4rec.baselines import MambaMixer, NARMMixer
-from ttt4rec.blocks import AttentionMixer, Block, GELUFeedForward, GRUMixer, SwiGLU
-from ttt4rec.convolution import CausalConv
-from ttt4rec.model import MIXERS
+from ttt4rec.layers.convolution import CausalConv
+from ttt4rec.models.blocks import AttentionMixer, Block, GELUFeedForward, GRUMixer, SwiGLU
+from ttt4rec.models.mixers import MambaMixer, NARMMixer
+from ttt4rec.models.ttt4rec import MIXERS
 
 X = torch.linspace(-2, 2, 2 * 7 * 16).view(2, 7, 16)
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 0, 0, 0, 0]])

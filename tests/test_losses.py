@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from recsys_data import make_model, make_split
-from ttt4rec.recsys.losses import LOSSES, Loss, bpr, gbce_beta, generalised_bce, sampled_softmax
-from ttt4rec.recsys.train import TrainOptions, fit
+from ttt4rec.recsys.training.losses import LOSSES, Loss, bpr, gbce_beta, generalised_bce, sampled_softmax
+from ttt4rec.recsys.training.train import TrainOptions, fit
 
 N, S = 5, 7
 

@@ -5,7 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from checks import BACKBONES, INNERS, inner_inputs, run_inner
-from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer, catalogue
+from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
+from ttt4rec.models import full_softmax
 
 MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
 BOUNDS = torch.tensor([0, 5, 5, 14])
@@ -119,7 +120,7 @@ def test_model(backbone, way):
 @pytest.mark.parametrize("what", ["ranks", "top_k"])
 def test_what_needs_values_says_so(what, way):
     h, table, items = torch.randn(2, 4), torch.randn(9, 4), torch.tensor([1, 2])
-    call = {"ranks": lambda h, t, i: catalogue.ranks(h, t, i), "top_k": lambda h, t, i: catalogue.top_k(h, t, 3)}[what]
+    call = {"ranks": full_softmax.ranks, "top_k": lambda h, t, _: full_softmax.top_k(h, t, 3)}[what]
     with pytest.raises(ValueError, match=f"{what} depends on values, which meta and fake tensors do not have"):
         way(lambda: torch.nn.Identity(), lambda _, *given: call(*given), h, table, items)
 

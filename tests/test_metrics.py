@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_metrics import CUTOFFS, FIXTURE, PRIME, made_up
-from ttt4rec import catalogue
-from ttt4rec.recsys.metrics import RankingMetrics
+from ttt4rec.models import full_softmax
+from ttt4rec.recsys.training.metrics import RankingMetrics
 
 
 @settings(max_examples=100, deadline=None)
@@ -72,7 +72,7 @@ def metrics_of(ranks: torch.Tensor) -> dict[str, float]:
 def ranks_of(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Of a target in every row, for a catalogue whose embeddings are unit vectors."""
     table = torch.cat((torch.zeros(1, scores.shape[1]), torch.eye(scores.shape[1])))
-    return catalogue.ranks(scores, table, targets + 1)
+    return full_softmax.ranks(scores, table, targets + 1)
 
 
 @pytest.mark.parametrize("case", RECBOLE.values(), ids=RECBOLE)

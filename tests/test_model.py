@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from checks import golden_cases, load_golden
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
-from ttt4rec.baselines import MambaMixer
-from ttt4rec.blocks import AttentionMixer, Block
-from ttt4rec.model import make_mixer
-from ttt4rec.release import _BLOCK_NAMES, load_release_block
+from ttt4rec.layers.original_weights import _BLOCK_NAMES, load_release_block
+from ttt4rec.models.blocks import AttentionMixer, Block
+from ttt4rec.models.mixers import MambaMixer
+from ttt4rec.models.ttt4rec import make_mixer
 
 TTT_SETTINGS = ("inner", "backbone", "mini_batch_size", "rope_theta", "base_lr", "max_inner_step", "conv_kernel")
 MIXERS = [

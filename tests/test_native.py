@@ -31,7 +31,7 @@ from test_step import read_on, step_arguments
 from ttt4rec import TTTState, native, ttt_linear
 from ttt4rec.arguments import TokenStep
 from ttt4rec.eager import record_parts, row_parts
-from ttt4rec.native import build, cache, calls, softmax, threads
+from ttt4rec.native import build, cache, full_softmax, inner_loop, step, threads
 from ttt4rec.operators import token_step
 
 FP32 = 3e-6  # a few roundings of 6e-8, summed over features, tokens and mini-batches
@@ -91,9 +91,9 @@ def test_libraries_of_different_shapes_share_nothing():
 
 
 CALLS = {  # what crosses into C++, and what there tells its size
-    calls._ScanCall: (build.INNER_LOOP, "ttt_call_size"),
-    calls._StepCall: (build.INNER_LOOP, "ttt_step_call_size"),
-    softmax._Call: (build.SOFTMAX, "softmax_call_size"),
+    inner_loop.ScanCall: (build.INNER_LOOP, "ttt_call_size"),
+    step.StepCall: (build.INNER_LOOP, "ttt_step_call_size"),
+    full_softmax._Call: (build.SOFTMAX, "softmax_call_size"),
 }
 
 

@@ -18,12 +18,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from checks import ROUNDING
 from online_data import ITEMS, MemoryEventLog, batch_scores, history, make_model, slot_bytes
 from test_events import run_threads
-from ttt4rec.recsys import earlier, streams
 from ttt4rec.recsys.data import Histories
-from ttt4rec.recsys.events import Event, SQLiteEventLog
-from ttt4rec.recsys.online import OnlineRecommender
+from ttt4rec.recsys.online import OnlineRecommender, earlier, streams
+from ttt4rec.recsys.online.events import Event, SQLiteEventLog
+from ttt4rec.recsys.online.user_states import Turns, UserStates
 from ttt4rec.recsys.recommend import Recommender
-from ttt4rec.recsys.users import Turns, UserStates
 
 ROUNDED = 2**-24 + ROUNDING  # scores come back in float32, of whatever the model computes in
 USERS = ("u", "v", "w", "x", "y")
@@ -566,7 +565,7 @@ def test_refresh_serves_the_old_model_until_the_new_one_is_ready(monkeypatch):
             assert "v" not in states.users()
             assert_up_to_date(online, "u", ["i1", "i5"], old)
 
-    monkeypatch.setattr("ttt4rec.recsys.online._REFRESHED_AT_ONCE", 1)
+    monkeypatch.setattr("ttt4rec.recsys.online.recommender._REFRESHED_AT_ONCE", 1)
     monkeypatch.setattr(UserStates, "advance", meanwhile)
     online.refresh(new)
     for user, taken in {"u": ["i1", "i5"], "v": [], "w": ["i3"], "x": ["i6"]}.items():

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from processes import together
 from recsys_data import make_model, make_split, write_events
 from ttt4rec import TTT4Rec, TTT4RecConfig, cli
-from ttt4rec.files import locked
-from ttt4rec.recsys import parallel
-from ttt4rec.recsys.evaluate import evaluate
-from ttt4rec.recsys.losses import Loss
-from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, TrainOptions, fit
-from ttt4rec.recsys.windows import evaluation_prefixes, training_windows
+from ttt4rec.atomic_files import locked
+from ttt4rec.recsys.data.windows import evaluation_prefixes, training_windows
+from ttt4rec.recsys.training import parallel
+from ttt4rec.recsys.training.evaluate import evaluate
+from ttt4rec.recsys.training.losses import Loss
+from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, TrainOptions, fit
 
 OPTIONS = TrainOptions(epochs=2, targets_per_batch=64, learning_rate=1e-2)
 
@@ -249,7 +249,7 @@ def test_what_goes_wrong_in_the_first_process_is_told_in_all_and_leaves_the_mode
     def run():
         model = make_model(split, dropout=0.0).double()
         with monkeypatch.context() as patch:
-            patch.setattr("ttt4rec.recsys.train.save_checkpoint", full)
+            patch.setattr("ttt4rec.recsys.training.train.save_checkpoint", full)
             with pytest.raises(OSError, match="No space left"):
                 fit(model, split, tmp_path / "run", OPTIONS)
         with pytest.raises(RuntimeError, match="only here"):

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read when the kernels are imported
 
 from checks import BACKBONES, INNERS, assert_close, gradients, make_layer, relative_error
-from ttt4rec import TTTLayer, blocks, eager, kernels, reference
+from ttt4rec import TTTLayer, eager, kernels, reference
 from ttt4rec.arguments import Convolution, Projection
-from ttt4rec.blocks import Block
+from ttt4rec.layers.projection import Rope, causal_convolutions
+from ttt4rec.models import blocks
+from ttt4rec.models.blocks import Block
 from ttt4rec.operators import projection
-from ttt4rec.projection import Rope, causal_convolutions
 
 KERNEL_CHOICE = sys.modules["ttt4rec.kernels.projection"]  # the package has the function of that name
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

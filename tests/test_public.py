@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from recsys_data import rows_of
-from ttt4rec.recsys import public
-from ttt4rec.recsys.data import DataError, read_interactions
-from ttt4rec.recsys.datasets import load_interactions
-from ttt4rec.recsys.public import PUBLIC, load_public
+from ttt4rec.recsys.data import DataError, public, read_interactions
+from ttt4rec.recsys.data.datasets import load_interactions
+from ttt4rec.recsys.data.public import PUBLIC, load_public
 
 GOWALLA = gzip.compress(
     b"0\t2010-10-19T23:55:27Z\t30.2359091167\t-97.7951395833\t22847\n"

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from recsys_data import rows_of
-from ttt4rec.recsys import parquet as reader
 from ttt4rec.recsys.data import DataError, Interactions, read_interactions
+from ttt4rec.recsys.data import parquet as reader
 
 
 def write(path, users, items, times, **types):

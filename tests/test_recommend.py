@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from recsys_data import NUM_ITEMS, make_model, make_split
 from ttt4rec.recsys.recommend import Recommendations, Recommender
-from ttt4rec.recsys.train import TrainOptions, fit
+from ttt4rec.recsys.training.train import TrainOptions, fit
 
 
 @pytest.fixture(scope="module")

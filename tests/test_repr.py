@@ -8,9 +8,9 @@ import torch
 from checks import make_layer
 from recsys_data import make_model
 from ttt4rec.recsys import Interactions, build_histories
-from ttt4rec.recsys.losses import Loss
-from ttt4rec.recsys.split import split_by_ratio
-from ttt4rec.recsys.windows import training_windows
+from ttt4rec.recsys.data.split import split_by_ratio
+from ttt4rec.recsys.data.windows import training_windows
+from ttt4rec.recsys.training.losses import Loss
 
 
 def interactions(number=30_000):

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from recsys_data import make_model, make_split
-from ttt4rec.recsys.events import SQLiteEventLog
+from ttt4rec.recsys.online.events import SQLiteEventLog
 from ttt4rec.recsys.recommend import Recommender
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "serve_http.py"

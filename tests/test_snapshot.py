@@ -19,10 +19,9 @@ from checks import ROUNDING
 from crash import fork, wait
 from online_data import ITEMS, batch_scores, history, make_model, slot_bytes
 from ttt4rec import TTT4Rec
-from ttt4rec.files import checksum
-from ttt4rec.recsys import snapshot
-from ttt4rec.recsys.events import Event, SQLiteEventLog
-from ttt4rec.recsys.online import OnlineRecommender
+from ttt4rec.atomic_files import checksum
+from ttt4rec.recsys.online import OnlineRecommender, snapshot
+from ttt4rec.recsys.online.events import Event, SQLiteEventLog
 
 MODEL = make_model(0, inner="mlp", backbone="mamba", block_conv=True)
 USERS = tuple(f"u{n}" for n in range(7))

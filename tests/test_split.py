@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt4rec.recsys.data import DataError, Histories, Interactions, build_histories
-from ttt4rec.recsys.report import describe_data
-from ttt4rec.recsys.split import PARTS, Split, split_by_ratio, split_by_time, split_leave_one_out
-from ttt4rec.recsys.windows import evaluation_prefixes, training_windows
+from ttt4rec.recsys.data.split import PARTS, Split, split_by_ratio, split_by_time, split_leave_one_out
+from ttt4rec.recsys.data.windows import evaluation_prefixes, training_windows
+from ttt4rec.recsys.training.report import describe_data
 
 
 def histories_of(lengths: list[int]) -> Histories:

@@ -9,11 +9,11 @@ from pyarrow import parquet
 
 from recsys_data import NUM_ITEMS
 from test_cli import SMALL
+from ttt4rec.checks import printable
 from ttt4rec.cli import main
 from ttt4rec.recsys import DataError, OnlineRecommender, Recommender, SQLiteEventLog, read_interactions
 from ttt4rec.recsys.data import Interactions
-from ttt4rec.recsys.events import Event
-from ttt4rec.validation import printable
+from ttt4rec.recsys.online.events import Event
 
 EVIL = "\x1b[2J\x07\x9b31m\u202egpj\x7f é"
 SHOWN = r"\x1b[2J\x07\x9b31m\u202egpj\x7f é"

@@ -8,12 +8,12 @@ import torch
 
 from recsys_data import NUM_ITEMS, make_model, make_split
 from ttt4rec import TTT4Rec
-from ttt4rec.recsys import progress, train
-from ttt4rec.recsys.checkpoint import load_checkpoint, save_checkpoint
 from ttt4rec.recsys.data import build_histories, read_interactions
-from ttt4rec.recsys.split import split_by_ratio
-from ttt4rec.recsys.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
-from ttt4rec.recsys.windows import training_windows
+from ttt4rec.recsys.data.split import split_by_ratio
+from ttt4rec.recsys.data.windows import training_windows
+from ttt4rec.recsys.training import progress, train
+from ttt4rec.recsys.training.checkpoint import load_checkpoint, save_checkpoint
+from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
 
 OPTIONS = TrainOptions(epochs=4, targets_per_batch=64, learning_rate=1e-2)
 

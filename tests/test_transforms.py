@@ -6,8 +6,9 @@ from torch import func
 from torch.autograd import forward_ad
 
 from checks import BACKBONES, INNERS, assert_close, inner_inputs, make_layer, run_inner
-from ttt4rec import TTT4Rec, TTT4RecConfig, catalogue
-from ttt4rec.model import MIXERS
+from ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec.models import full_softmax
+from ttt4rec.models.ttt4rec import MIXERS
 from ttt4rec.operators import CONVOLUTIONS, OPERATORS, output
 
 WIDTH, STEP = 8, 1e-5
@@ -163,13 +164,13 @@ def test_losses_over_a_catalogue(reduction):
     items = torch.randint(1, 12, (5,))
 
     def loss(h):
-        return catalogue.nll(h, table, items, reduction)
+        return full_softmax.nll(h, table, items, reduction)
 
     v = torch.randn_like(h)
     for transform in ("jvp", "forward-mode", "linearize"):
         assert_close(JVPS[transform](loss, h, v), slope(loss, h, v), 1e-7, transform)
-    by_row = func.vmap(lambda h, item: catalogue.nll(h[None], table, item[None], reduction))(h, items)
-    assert_close(by_row.flatten(), catalogue.nll(h, table, items))
+    by_row = func.vmap(lambda h, item: full_softmax.nll(h[None], table, item[None], reduction))(h, items)
+    assert_close(by_row.flatten(), full_softmax.nll(h, table, items))
     if reduction != "none":
         leaf = h.clone().requires_grad_()
         assert_close(func.grad(loss)(h), torch.autograd.grad(loss(leaf), leaf)[0])
@@ -181,7 +182,7 @@ def test_operators_of_the_catalogue_refuse(name):
     for name_of, transform in TRANSFORMS.items():
         if name_of not in ("batched-gradients", "second-derivative") or name == "catalogue_nll":
             with pytest.raises(RuntimeError, match="cross_entropy of all scores, which is plain PyTorch"):
-                transform(lambda h: getattr(catalogue, name)(h, table, items)[0], h, h)
+                transform(lambda h: getattr(full_softmax, name)(h, table, items)[0], h, h)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -194,7 +195,7 @@ def test_models(mixer):
 
     def loss(table):
         h = func.functional_call(model, {**parameters, "embedding.weight": table}, (ids,))[:, -1]
-        return catalogue.nll(h, table, items, "sum")
+        return full_softmax.nll(h, table, items, "sum")
 
     v = torch.randn_like(table)
     v[0] = 0

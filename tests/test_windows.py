@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt4rec.recsys.data import Histories
-from ttt4rec.recsys.split import Split, split_by_ratio
-from ttt4rec.recsys.windows import Windows, batches, evaluation_prefixes, training_windows
+from ttt4rec.recsys.data.split import Split, split_by_ratio
+from ttt4rec.recsys.data.windows import Windows, batches, evaluation_prefixes, training_windows
 
 Seen = list[tuple[int, tuple[int, ...]]]
 

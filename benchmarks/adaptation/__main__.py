@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ttt4rec.recsys.evaluate import evaluate
-from ttt4rec.recsys.windows import evaluation_prefixes
+from ttt4rec.recsys.data.windows import evaluation_prefixes
+from ttt4rec.recsys.training.evaluate import evaluate
 
 from ..studies.runner import keep, load_split
 from ..studies.study import Data

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ttt4rec import TTT4Rec
-from ttt4rec.recsys.metrics import RankingMetrics
-from ttt4rec.recsys.split import Split
+from ttt4rec.recsys.data.split import Split
+from ttt4rec.recsys.training.metrics import RankingMetrics
 
 from .training import adapting
 

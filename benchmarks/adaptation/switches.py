@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ttt4rec import TTT4Rec
 from ttt4rec.recsys.data import Histories
-from ttt4rec.recsys.split import Split, split_by_ratio
+from ttt4rec.recsys.data.split import Split, split_by_ratio
 
 CUTOFF = 10
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
-from ttt4rec.recsys.split import Split
-from ttt4rec.recsys.train import TrainOptions, fit
+from ttt4rec.recsys.data.split import Split
+from ttt4rec.recsys.training.train import TrainOptions, fit
 
 MIXERS = {
     "TTT-Linear": {"mixer": "ttt", "inner": "linear"},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ttt4rec.heap import keep_freed_memory
+from ttt4rec.malloc import keep_freed_memory
 
 from . import costs, report
 from .grid import STUDIES

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ttt4rec import TTT4Rec, TTT4RecConfig
-from ttt4rec.recsys.losses import LOSSES, Loss
-from ttt4rec.recsys.train import TrainOptions
+from ttt4rec.recsys.training.losses import LOSSES, Loss
+from ttt4rec.recsys.training.train import TrainOptions
 
 from ..environment import environment
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from ttt4rec import TTT4RecConfig
-from ttt4rec.recsys.public import PUBLIC
+from ttt4rec.recsys.data.public import PUBLIC
 
 from .models import PROTOCOL, TUNED
 from .study import LEAVE_ONE_OUT, TEMPORAL, Data, Published, Settings, Study

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from ttt4rec import TTT4Rec
-from ttt4rec.files import json_checksum
+from ttt4rec.atomic_files import json_checksum
 from ttt4rec.recsys import build_histories, filter_k_core, load_interactions
 from ttt4rec.recsys.data import DataError
-from ttt4rec.recsys.evaluate import evaluate
-from ttt4rec.recsys.public import PUBLIC, load_public
-from ttt4rec.recsys.report import describe_data
-from ttt4rec.recsys.split import Split, split_by_ratio, split_by_time, split_leave_one_out
-from ttt4rec.recsys.train import EpochReport, fit
-from ttt4rec.recsys.windows import evaluation_prefixes
+from ttt4rec.recsys.data.public import PUBLIC, load_public
+from ttt4rec.recsys.data.split import Split, split_by_ratio, split_by_time, split_leave_one_out
+from ttt4rec.recsys.data.windows import evaluation_prefixes
+from ttt4rec.recsys.training.evaluate import evaluate
+from ttt4rec.recsys.training.report import describe_data
+from ttt4rec.recsys.training.train import EpochReport, fit
 
 from ..environment import environment
 from .study import LEAVE_ONE_OUT, TEMPORAL, Data, Run

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ttt4rec import TTT4RecConfig
-from ttt4rec.recsys.train import TrainOptions
+from ttt4rec.recsys.training.train import TrainOptions
 
 Settings = Mapping[str, Any]
 """Values of fields of ``TTT4RecConfig`` and ``TrainOptions``, by name; or a value for each data set, by its name."""
