@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.adaptation import __main__ as runner
-from benchmarks.adaptation import report
-from benchmarks.adaptation.ablation import ablated, read
-from benchmarks.adaptation.switches import Population, best_possible, discounted, gains, joined
-from benchmarks.adaptation.training import adapting
 from checks import assert_close
+from studies.adaptation import __main__ as runner
+from studies.adaptation import report
+from studies.adaptation.ablation import ablated, read
+from studies.adaptation.switches import Population, best_possible, discounted, gains, joined
+from studies.adaptation.training import adapting
 from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.data.split import split_by_ratio

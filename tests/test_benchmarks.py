@@ -15,6 +15,7 @@ from benchmarks.contests import FORWARD, PREFILL, STEP, TRAINING, MixerContest, 
 from benchmarks.mixers import TTT, Attention
 from benchmarks.plots import of_equal_tokens, plot
 from benchmarks.recommenders import EVALUATION, MODELS, TRAINING_STEP, RecommenderContest, recommender_contests
+from tools.documents import number
 
 WIDTH = 16
 PRESENT = sides.present("cpu")
@@ -193,8 +194,8 @@ def made_up_result(path, seconds, not_measured):
 
 
 def test_numbers_have_the_digits_that_mean_something():
-    assert [report.number(x) for x in (0.012345, 9.999, 45.67, 1234.5)] == ["0.0123", "10.0", "45.7", "1,234"]
-    assert [report.number(x, 2) for x in (0.1, 9.99, 12.3)] == ["0.10", "10", "12"]
+    assert [number(x) for x in (0.012345, 9.999, 45.67, 1234.5)] == ["0.0123", "10.0", "45.7", "1,234"]
+    assert [number(x, 2) for x in (0.1, 9.99, 12.3)] == ["0.10", "10", "12"]
 
 
 def test_report_names_winners_losers_and_the_absent(tmp_path):

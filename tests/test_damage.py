@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from benchmarks.studies.runner import keep, read_results
 from checks import assert_states_identical, make_layer
 from recsys_data import make_model, make_split
+from studies.runner import keep, read_results
 from test_cli import SMALL
 from ttt4rec import TTT4Rec, TTTState, atomic_files
 from ttt4rec.cli import main

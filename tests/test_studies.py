@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.studies import costs, knobs, report
-from benchmarks.studies.__main__ import main
-from benchmarks.studies.grid import STUDIES
-from benchmarks.studies.models import BEST_RATES, STOPPED_TOO_SOON, UNTRIED
-from benchmarks.studies.runner import find, keep, load_split, read_results, run_all, time_left, train
-from benchmarks.studies.study import LEAVE_ONE_OUT, TEMPORAL, Data, Study
+from studies import costs, knobs, report
+from studies.__main__ import main
+from studies.grid import STUDIES
+from studies.models import BEST_RATES, STOPPED_TOO_SOON, UNTRIED
+from studies.runner import find, keep, load_split, read_results, run_all, time_left, train
+from studies.study import LEAVE_ONE_OUT, TEMPORAL, Data, Study
 from ttt4rec.recsys.data import DataError
 
 TINY = {"width": 8, "num_heads": 2, "ffn_width": 8, "max_len": 6, "epochs": 2}
@@ -194,5 +194,5 @@ def test_the_rates_are_the_best_by_validation(name: str) -> None:
 @pytest.mark.parametrize("path", report.DOCUMENTS, ids=lambda path: path.name)
 def test_the_document_is_up_to_date(path: Path) -> None:
     document = path.read_text()
-    stale = "stale: run `python -m benchmarks.studies report`"
+    stale = "stale: run `python -m studies report`"
     assert report.written(document) == document, stale

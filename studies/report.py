@@ -7,14 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..report import RESULTS, ROOT, number, section, spread
+from tools.documents import ROOT, number, section, spread
+
 from . import costs, knobs
 from .grid import STUDIES
 from .runner import Result, find, read_results
 from .study import Data, Study
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "studies.md", ROOT / "docs" / "paper.md"]
-RUNS_FILE, COSTS_FILE = RESULTS / "studies" / "runs.jsonl", RESULTS / "studies" / "costs.json"
+RESULTS = ROOT / "studies" / "results"
+RUNS_FILE, COSTS_FILE = RESULTS / "runs.jsonl", RESULTS / "costs.json"
 PICTURE = "studies-{}.png"
 METRICS = ("HR@10", "HR@50", "NDCG@10", "NDCG@50")
 VALIDATION = "validation NDCG@10"  # of the best epoch

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.studies run NAME --data FOLDER``, ``costs`` and ``report``."""
+"""``python -m studies run NAME --data FOLDER``, ``costs`` and ``report``."""
 
 import argparse
 from functools import partial
@@ -16,7 +16,7 @@ from .study import Run
 
 def main() -> None:
     """Run a study, or as much of it as is missing, or write up what there is."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train whatever of the studies has no result yet")
     run.add_argument("studies", nargs="+", choices=STUDIES)

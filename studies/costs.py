@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
+from tools.environment import environment
 from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.recsys.training.losses import LOSSES, Loss
 from ttt4rec.recsys.training.train import TrainOptions
-
-from ..environment import environment
 
 CATALOGUES = (3_416, 10_000, 30_000, 100_000, 300_000)
 TARGETS, HISTORY = 2_048, 64

@@ -4,10 +4,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from ..report import RESULTS, ROOT, section, spread
-from ..studies.runner import Result, read_results
+from tools.documents import ROOT, section, spread
 
-RUNS_FILE = RESULTS / "adaptation" / "runs.jsonl"
+from ..runner import Result, read_results
+
+RUNS_FILE = ROOT / "studies" / "results" / "adaptation" / "runs.jsonl"
 DOCUMENT = ROOT / "docs" / "adaptation.md"
 METRICS = ("NDCG@10", "HR@10")
 SWITCHES = ("made-up", "joined")

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.adaptation run [STUDY ...] --data FOLDER --models FOLDER`` and ``... report``."""
+"""``python -m studies.adaptation run [STUDY ...] --data FOLDER --models FOLDER`` and ``... report``."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -10,8 +10,8 @@ import torch
 from ttt4rec.recsys.data.windows import evaluation_prefixes
 from ttt4rec.recsys.training.evaluate import evaluate
 
-from ..studies.runner import keep, load_split
-from ..studies.study import Data
+from ..runner import keep, load_split
+from ..study import Data
 from .ablation import MODES, ablated
 from .report import RUNS_FILE, read, write
 from .switches import Population, best_possible, gains, joined
@@ -82,7 +82,7 @@ STUDIES: dict[str, Study] = {"ablation": ablation, "made-up": made_up, "joined":
 
 def main() -> None:
     """Run whatever of the studies has no result yet, or write up what there is."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.adaptation", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m studies.adaptation", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)}; all if none is named")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tools.environment import environment
 from ttt4rec import TTT4Rec
 from ttt4rec.atomic_files import json_checksum
 from ttt4rec.recsys import build_histories, filter_k_core, load_interactions
@@ -21,7 +22,6 @@ from ttt4rec.recsys.training.evaluate import evaluate
 from ttt4rec.recsys.training.report import describe_data
 from ttt4rec.recsys.training.train import EpochReport, fit
 
-from ..environment import environment
 from .study import LEAVE_ONE_OUT, TEMPORAL, Data, Run
 
 Result = dict[str, Any]
