@@ -4,7 +4,7 @@ Where there is no GPU, kernels run under Triton's interpreter.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -61,3 +61,15 @@ def _poison() -> Iterator[None]:
         patch.setattr(step, "torch", PoisonedTorch())
         patch.setattr(torch.Tensor, "new_empty", poisoned)
         yield
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory of kernels, too, holds NaN, so that a result that is not written fails."""
+    empty = torch.empty
+
+    def poisoned(*shape: int | Sequence[int], **options: object) -> torch.Tensor:
+        x = empty(*shape, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() and x.device.type != "meta" else x
+
+    monkeypatch.setattr(torch, "empty", poisoned)
