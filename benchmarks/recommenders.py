@@ -81,7 +81,7 @@ def _training_step(
     targets: Tensor,
     cu_seqlens: Tensor,
 ) -> Tensor:
-    """One step as ``ttt4rec.recsys.train.fit`` takes it."""
+    """One step as ``ttt4rec.recsys.fit`` takes it."""
     scored = targets != 0
     hidden = model(ids, cu_seqlens=cu_seqlens)[0, scored]
     loss = model.nll(hidden, targets[scored], "mean")
