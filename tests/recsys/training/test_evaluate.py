@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.support.recsys_data import make_model, make_split
 from ttt4rec.models import full_softmax
+from ttt4rec.recsys import evaluate
 from ttt4rec.recsys.data.windows import evaluation_prefixes
-from ttt4rec.recsys.training import evaluate
 
 
 @given(st.lists(st.integers(1, 60), max_size=40))

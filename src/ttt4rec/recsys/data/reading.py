@@ -68,7 +68,7 @@ def read_interactions(
     """
     path = Path(path)
     if path.suffix.lower() == ".parquet":
-        from ttt4rec.recsys.parquet import read_parquet
+        from ttt4rec.recsys.data.parquet import read_parquet
 
         return read_parquet(path, user_field, item_field, time_field)
     separator = _separator_of(path) if separator is None else separator
