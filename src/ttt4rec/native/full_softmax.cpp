@@ -61,7 +61,7 @@ void to_gradient(T* x, int64_t columns, T lse, int64_t column, T grad) {
 
 }  // namespace
 
-// For softmax.py, to be compared with its own.
+// For full_softmax.py, to be compared with its own.
 TTT_EXPORT int64_t softmax_call_size() { return sizeof(Call); }
 
 // Rows begin to end - 1. Both return 0: there is nothing to fail.
