@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt4rec import catalogue
+from ttt4rec.models import full_softmax
 
 from .measure import Call, resident
 
@@ -46,9 +46,9 @@ LIBRARY = "PyTorch's chunked loss"
 LOSSES: dict[str, Way] = {
     "all scores": _dense_loss,
     LIBRARY: _library_loss,
-    "blocks": partial(catalogue.nll, reduction="mean"),
+    "blocks": partial(full_softmax.nll, reduction="mean"),
 }
-RANKS: dict[str, Way] = {"all scores": _dense_ranks, "blocks": catalogue.ranks}
+RANKS: dict[str, Way] = {"all scores": _dense_ranks, "blocks": full_softmax.ranks}
 if not hasattr(torch.nn, "LinearCrossEntropyOptions"):  # before 2.13
     del LOSSES[LIBRARY]
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from tools.environment import environment, load_average
+
 from .contests import Contest
-from .environment import environment, load_average
 from .measure import REPLAY, Outcome, roofs, take_turns
 from .sides import default_device
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt4rec import StatePool, TTTLayer
-from ttt4rec.blocks import AttentionMixer, GRUMixer
+from ttt4rec.models.blocks import AttentionMixer, GRUMixer
 from ttt4rec.reference import rotate, rotation
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
+from tools.environment import environment, load_average
 from ttt4rec import TTT4Rec, TTT4RecConfig
-from ttt4rec.recsys.events import Event, SQLiteEventLog
 from ttt4rec.recsys.online import OnlineRecommender
+from ttt4rec.recsys.online.events import Event, SQLiteEventLog
 
-from .environment import environment, load_average
 from .measure import timed
 
 NUM_ITEMS, HISTORY = 100_000, 50

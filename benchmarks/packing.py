@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ttt4rec.recsys import build_histories, filter_k_core, load_interactions, split_by_ratio
-from ttt4rec.recsys.windows import batches, training_windows
+from ttt4rec.recsys.data.windows import batches, training_windows
 
 print("| data | windows | padded tokens an epoch | packed | saved |\n| --- | --- | --- | --- | --- |")
 for source in sys.argv[1:]:

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .contests import FORWARD, TRAINING
-from .report import PLOTS, Result, Run
+from .measurements import PLOTS, Result, Run
 
 
 def plot(result: Result, folder: Path) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.recsys.data import Histories
-from ttt4rec.recsys.evaluate import evaluate
-from ttt4rec.recsys.split import split_by_ratio
-from ttt4rec.recsys.train import TrainOptions
-from ttt4rec.recsys.windows import batches, evaluation_prefixes, training_windows
+from ttt4rec.recsys.data.split import split_by_ratio
+from ttt4rec.recsys.data.windows import batches, evaluation_prefixes, training_windows
+from ttt4rec.recsys.training.evaluate import evaluate
+from ttt4rec.recsys.training.train import TrainOptions
 
 from .measure import Call
 
@@ -81,7 +81,7 @@ def _training_step(
     targets: Tensor,
     cu_seqlens: Tensor,
 ) -> Tensor:
-    """One step as ``ttt4rec.recsys.train.fit`` takes it."""
+    """One step as ``ttt4rec.recsys.fit`` takes it."""
     scored = targets != 0
     hidden = model(ids, cu_seqlens=cu_seqlens)[0, scored]
     loss = model.nll(hidden, targets[scored], "mean")

@@ -5,24 +5,15 @@
 """
 
 import argparse
-import json
-import re
-import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tools.documents import ROOT, number, section
+
+from .measurements import JSON_FILE, PLOTS, REPORT_FILE, Column, Result, Run, fastest
+
 RESULTS = ROOT / "benchmarks" / "results"
-JSON_FILE, REPORT_FILE, NOTES_FILE = "benchmark.json", "report.md", "notes.md"
 LOGS = {"parity.log": "The kernels against the reference, `pytest -m gpu`"}
-PLOTS = ("time", "memory", "roofline")
-
-
-def section(name: str) -> re.Pattern[str]:
-    """What stands between a document's markers of this name."""
-    return re.compile(rf"(?<=<!-- {name}:begin -->\n).*?(?=<!-- {name}:end -->)", re.DOTALL)
 
 
 SECTION = section("performance")
@@ -31,79 +22,6 @@ READING = (
     "Milliseconds a call: the median over rounds in which all sides took turns, ± half the distance between the "
     "quartiles; the fastest in bold. A column is sequences × tokens."
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """One side of one contest: what was known and what was measured."""
-
-    info: dict[str, Any]
-    stats: dict[str, Any]
-
-    @property
-    def side(self) -> str:
-        """Its label."""
-        return self.info["side"]
-
-    @property
-    def seconds(self) -> float:
-        """Median of a call."""
-        return self.stats["median"]
-
-    def ratio(self, other: "Run") -> float:
-        """How many times as long as another side of the contest: the median of the rounds' ratios."""
-        return statistics.median(a / b for a, b in zip(self.stats["data"], other.stats["data"], strict=True))
-
-
-Column = dict[str, Run | str]
-"""A contest's sides by label: measured, or why not."""
-
-
-class Result:
-    """A file that pytest-benchmark wrote, by tables and columns."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.json = json.loads(path.read_text())
-        self.own = self.json["ttt4rec"]
-        self.runs = [Run(b["extra_info"], b["stats"]) for b in self.json["benchmarks"] if "table" in b["extra_info"]]
-        found: dict[tuple[str, str, str], Run | str] = {
-            (run.info["table"], run.info["column"], run.side): run for run in self.runs
-        }
-        found |= {(row["table"], row["column"], row["side"]): row["why"] for row in self.own["not_measured"]}
-        self.tables: dict[str, dict[str, Column]] = {}
-        for title, column in self.own["contests"]:
-            sides = {side: found[title, column, side] for side in self.own["sides"] if (title, column, side) in found}
-            self.tables.setdefault(title, {})[column] = sides
-
-    def environment(self) -> list[str]:
-        """Sentences on what was measured on, and when."""
-        machine, commit = self.json["machine_info"], self.json["commit_info"]
-        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-        driver = f", driver {machine['driver']}" if machine["driver"] else ""
-        begin, end = self.own["load_average"]
-        changed = ", with changes" if commit.get("dirty") else ""
-        lines = [
-            f"{machine['device']}, {machine['memory_gib']} GiB{driver}; {machine['threads']} threads, "
-            f"load average {begin} before and {end} after; Python {machine['python']}, {versions}; "
-            f"commit {commit['id'][:10]}{changed}, {self.json['datetime'][:10]}."
-        ]
-        for dtype, roofs in self.own["roofs"].items():
-            lines.append(
-                f"Reached in {dtype}: {roofs['copy'] / 1e9:.0f} GB/s when copying, "
-                f"{roofs['matmul'] / 1e12:.2f} TFLOP/s in a matrix product."
-            )
-        return lines + ([self.own["note"]] if self.own["note"] else [])
-
-    def notes(self) -> list[str]:
-        """What a person wrote about this result."""
-        file = self.path.parent / NOTES_FILE
-        return [file.read_text().strip()] if file.exists() else []
-
-
-def fastest(column: Column) -> Run | None:
-    """The side with the smallest median, if any was measured."""
-    return min((run for run in column.values() if isinstance(run, Run)), key=lambda run: run.seconds, default=None)
 
 
 def table(columns: dict[str, Column]) -> list[str]:
@@ -140,17 +58,6 @@ def _verdict(column: Column) -> str:
 
 def _is_ttt(side: str) -> bool:
     return side.startswith(("TTT-Linear (", "TTT-MLP (", "TTT4Rec"))
-
-
-def number(x: float, digits: int = 3) -> str:
-    """So many digits, or all before the point."""
-    return f"{x:,.0f}" if x >= 10 ** (digits - 1) else f"{x:#.{digits}g}".rstrip(".")
-
-
-def spread(values: Sequence[float], *, bold: bool = False) -> str:
-    """Mean ± standard deviation, the latter where there are several."""
-    mean = f"**{statistics.fmean(values):.4f}**" if bold else f"{statistics.fmean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
 def details(result: Result) -> list[str]:
@@ -248,8 +155,8 @@ def main() -> None:
         plot(result, given.folder)
     if given.readme:
         readme = ROOT / "README.md"
-        section = readme_section(committed())
-        readme.write_text(SECTION.sub(lambda _: section, readme.read_text()))
+        text = readme_section(committed())
+        readme.write_text(SECTION.sub(lambda _: text, readme.read_text()))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from .report import JSON_FILE, REPORT_FILE, ROOT
+from tools.documents import ROOT
+
+from .measurements import JSON_FILE, REPORT_FILE
 
 PARITY_SECONDS, RESERVE = 260.0, 40.0
 """At most for the first stage, most of which the compiler takes; and what loading, saving and plotting take."""

@@ -47,11 +47,8 @@ from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ttt4rec.files import locked
-from ttt4rec.recsys.data import DataError
-from ttt4rec.recsys.events import SQLiteEventLog
-from ttt4rec.recsys.online import OnlineRecommender
-from ttt4rec.recsys.recommend import Recommender
+from ttt4rec.atomic_files import locked
+from ttt4rec.recsys import DataError, OnlineRecommender, Recommender, SQLiteEventLog
 
 MAX_BODY_BYTES, MAX_EVENTS, MAX_USERS, MAX_K, MAX_ID = 1 << 20, 1000, 100, 1000, 200
 MAX_HEADER_BYTES = 1 << 16

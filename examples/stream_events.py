@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTState
-from ttt4rec.blocks import BlockState
+from ttt4rec.models.blocks import BlockState
 
 
 def read_event(model: TTT4Rec, item: int, folder: Path) -> Tensor:

@@ -12,13 +12,18 @@ from collections.abc import Sequence
 import torch
 
 from ttt4rec import TTT4Rec, TTT4RecConfig
-from ttt4rec.recsys.data import build_histories, filter_k_core
-from ttt4rec.recsys.datasets import load_interactions
-from ttt4rec.recsys.evaluate import evaluate
-from ttt4rec.recsys.recommend import Recommender
-from ttt4rec.recsys.split import split_by_ratio
-from ttt4rec.recsys.train import EpochReport, TrainOptions, fit
-from ttt4rec.recsys.windows import evaluation_prefixes
+from ttt4rec.recsys import (
+    EpochReport,
+    Recommender,
+    TrainOptions,
+    build_histories,
+    evaluate,
+    evaluation_prefixes,
+    filter_k_core,
+    fit,
+    load_interactions,
+    split_by_ratio,
+)
 
 
 def print_epoch(report: EpochReport) -> None:

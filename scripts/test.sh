@@ -7,9 +7,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" test
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 kernel_tests=()
 if [[ " $*" == *" --emulate"* && "$*" != *tests/* ]]; then
-  for name in inner_loop_kernels step_kernels projection output triton_backend compile; do
-    kernel_tests+=("tests/test_$name.py")
+  for name in kernels/test_{inner_loop_kernels,step_kernels,triton_backend} operators/test_{projection,output} \
+    layers/test_compile emulator/emulated; do
+    kernel_tests+=("tests/$name.py")
   done
-  kernel_tests+=(tests/emulated.py)
 fi
 exec python -m pytest -q "$@" "${kernel_tests[@]}"

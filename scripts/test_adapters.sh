@@ -8,4 +8,4 @@ if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'
 fi
 VENV=.venv-adapters source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" recbole,rectools,test
 export TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 # RecBole's checkpoints hold its configuration, an object, beside the weights
-exec python -m pytest -q tests/recbole_adapter.py tests/rectools_adapter.py "$@"
+exec python -m pytest -q tests/recsys/recbole_adapter.py tests/recsys/rectools_adapter.py "$@"

@@ -4,7 +4,7 @@ Where there is no GPU, kernels run under Triton's interpreter.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from ttt4rec.eager import walk
-from ttt4rec.native import calls
+from ttt4rec.native import inner_loop, step
 
 settings.register_profile(
     "ttt4rec",
@@ -57,6 +57,19 @@ def _poison() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walk, "torch", PoisonedTorch())
-        patch.setattr(calls, "torch", PoisonedTorch())
+        patch.setattr(inner_loop, "torch", PoisonedTorch())
+        patch.setattr(step, "torch", PoisonedTorch())
         patch.setattr(torch.Tensor, "new_empty", poisoned)
         yield
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory of kernels, too, holds NaN, so that a result that is not written fails."""
+    empty = torch.empty
+
+    def poisoned(*shape: int | Sequence[int], **options: object) -> torch.Tensor:
+        x = empty(*shape, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() and x.device.type != "meta" else x
+
+    monkeypatch.setattr(torch, "empty", poisoned)

@@ -1,11 +1,11 @@
 """Test-time-training layers for PyTorch, and the sequential recommender built on them."""
 
-from . import flops
-from .functional import ttt_linear, ttt_mlp
-from .layer import TTTLayer
-from .model import TTT4Rec, TTT4RecConfig
-from .pool import StatePool
-from .state import TTTState
+from .layers.functional import ttt_linear, ttt_mlp
+from .layers.pool import StatePool
+from .layers.state import TTTState
+from .layers.ttt import TTTLayer
+from .models.ttt4rec import TTT4Rec, TTT4RecConfig
+from .operators import flops
 
 flops.register()
 

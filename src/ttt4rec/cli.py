@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ttt4rec.checks import printable
 from ttt4rec.extras import MissingPackageError
-from ttt4rec.validation import printable
 
 _EPILOG = """\
 examples:
@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             args = make_parser().parse_args(argv)
-            from ttt4rec import commands  # after parsing, so that --help need not wait for what only commands need
+            from ttt4rec.recsys import (
+                commands,  # after parsing, so that --help need not wait for what only commands need
+            )
 
             getattr(commands, args.command)(args)
         finally:

@@ -13,8 +13,9 @@ import torch
 from ..arguments import Scan, TokenStep
 from . import build
 from .cache import BuildError
-from .calls import linear_scan, linear_scan_backward, mlp_scan, mlp_scan_backward, token_step
-from .softmax import log_sum_exp, softmax_gradient, softmax_refusal
+from .full_softmax import log_sum_exp, softmax_gradient, softmax_refusal
+from .inner_loop import linear_scan, linear_scan_backward, mlp_scan, mlp_scan_backward
+from .step import token_step
 
 __all__ = [
     "linear_scan",

@@ -24,7 +24,7 @@ from . import cache
 from .cache import BuildError, UntrustedError
 
 SCALARS = {torch.float32: "float", torch.float64: "double"}
-INNER_LOOP, SOFTMAX = ("inner_loop.cpp", "step.cpp"), ("softmax.cpp",)
+INNER_LOOP, SOFTMAX = ("inner_loop.cpp", "step.cpp"), ("full_softmax.cpp",)
 _FUNCTIONS = {INNER_LOOP: ("ttt_forward", "ttt_backward", "ttt_step"), SOFTMAX: ("softmax_forward", "softmax_backward")}
 _SOURCES = Path(__file__).parent
 _FLAGS = (

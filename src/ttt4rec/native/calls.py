@@ -1,162 +1,20 @@
-"""The compiled functions behind the signatures that all backends have; ``ttt4rec.eager`` describes the results."""
+"""What calls of the compiled functions share: their structures' fields, and the way from rows to threads."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..arguments import Scan, TokenStep
-from . import build
 from .threads import share
 
-_Pointer, _Integer = ctypes.c_void_p, ctypes.c_int64
-_TOKENS, _NORM = ("q", "k", "v", "lr", "scale"), ("gamma", "beta")
+POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
+TOKENS, NORM = ("q", "k", "v", "lr", "scale"), ("gamma", "beta")
 
 
-def _fields(kind: Any, *names: str) -> tuple[tuple[str, Any], ...]:
+def fields(kind: Any, *names: str) -> tuple[tuple[str, Any], ...]:
+    """Fields of a structure that have one kind."""
     return tuple((name, kind) for name in names)
 
 
-class _ScanCall(ctypes.Structure):
-    """``Call`` of inner_loop.cpp."""
-
-    _fields_ = (
-        *_fields(_Integer, "H", "K", "segment"),
-        *_fields(_Pointer, "starts", "lengths"),
-        ("eps", ctypes.c_double),
-        *_fields(_Pointer, *_TOKENS, *_NORM),
-        ("weights", _Pointer * 4),
-        ("strides", _Integer * 4),
-        ("kept", _Pointer * 2),
-        *_fields(_Pointer, "checkpoints", "o"),
-        ("outgoing", _Pointer * 4),
-        ("grad_o", _Pointer),
-        ("grad_weights", _Pointer * 4),
-        ("grad_strides", _Integer * 4),
-        *_fields(_Pointer, "dq", "dk", "dv", "d_lr", "d_scale"),
-        ("d_weights", _Pointer * 4),
-        *_fields(_Pointer, "d_gamma", "d_beta"),
-    )
-
-
-class _StepCall(ctypes.Structure):
-    """``Call`` of step.cpp."""
-
-    _fields_ = (
-        *_fields(_Integer, "H", "K", "record"),
-        *_fields(_Pointer, "slots", "offset"),
-        ("eps", ctypes.c_double),
-        *_fields(_Pointer, *_TOKENS, *_NORM, "records", "o"),
-    )
-
-
-class _Call:
-    """A call of the inner loop being prepared: its structure, and the tensors its pointers point into, kept alive."""
-
-    def __init__(self, scan: Scan) -> None:
-        self._call, self._alive, self._dtype = _ScanCall(), list[Tensor](), scan.weights[0].dtype
-        (B, L, H, self.head_dim), weights = scan.q.shape, scan.weights
-        self.hidden = weights[0].shape[-1] if len(weights) == 4 else 0
-        starts, lengths = scan.starts, scan.lengths
-        self._covered = starts is None or lengths is None
-        if starts is None or lengths is None:
-            starts, lengths = torch.arange(B) * L, torch.full((B,), L)
-        elif min(starts.min(), lengths.min()) < 0 or (starts + lengths).max() > B * L:
-            raise ValueError(f"sequences must lie among the {B * L} tokens; given {starts} and {lengths}")
-        self._rows = starts.numel() * H
-        self._call.H, self._call.K, self._call.segment = H, scan.token_scale.numel(), scan.segment
-        self._call.eps = scan.eps
-        self._call.starts, self._call.lengths = self._pointer(starts.long()), self._pointer(lengths.long())
-        given = (*scan[:4], scan.token_scale, scan.ln_weight, scan.ln_bias)
-        for name, x in zip((*_TOKENS, *_NORM), given, strict=True):
-            self.set(name, x)
-        self.set_weights("weights", "strides", weights)
-
-    def set(self, name: str, x: Tensor) -> None:
-        """An argument in the weights' dtype, or the memory for a result."""
-        setattr(self._call, name, self._pointer(x.to(self._dtype)))
-
-    def set_all(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """An array of arguments or of memory for results."""
-        for i, x in enumerate(tensors):
-            getattr(self._call, name)[i] = self._pointer(x)
-
-    def set_weights(self, name: str, strides: str, weights: Sequence[Tensor]) -> None:
-        """Weights ``[N, H, ...]``; those that all sequences share are not copied."""
-        shared = [w.stride(0) == 0 for w in weights]
-        self.set_all(name, [w[:1] if once else w for w, once in zip(weights, shared, strict=True)])
-        for i, (w, once) in enumerate(zip(weights, shared, strict=True)):
-            getattr(self._call, strides)[i] = 0 if once else w.shape[1:].numel()
-
-    def results(self, *shape: int) -> Tensor:
-        """Memory for results ``[B, L, ...]``: zeros where tokens may lie outside every sequence."""
-        return (torch.empty if self._covered else torch.zeros)(shape, dtype=self._dtype)
-
-    def run(self, function: str) -> None:
-        """Call the compiled function for all rows."""
-        library = build.library(self.head_dim, self.hidden, build.SCALARS[self._dtype])
-        _run(getattr(library, function), self._call, self._rows)
-
-    def _pointer(self, x: Tensor) -> int:
-        self._alive.append(x.contiguous())
-        return self._alive[-1].data_ptr()
-
-
-def _forward(scan: Scan) -> tuple[Tensor, ...]:
-    call, weights = _Call(scan), scan.weights
-    o = call.results(*scan.q.shape)
-    B, L, H, D = o.shape
-    kept = [call.results(B, L, H, width) for width in ((call.hidden, D) if call.hidden else (D,))]
-    outgoing = [w.new_empty(w.shape) for w in weights]
-    checkpoints = scan.new_checkpoints()
-    call.set("o", o)
-    call.set_all("kept", kept)
-    call.set("checkpoints", checkpoints)
-    call.set_all("outgoing", outgoing)
-    call.run("ttt_forward")
-    return o.to(scan.q.dtype), *outgoing, *kept, checkpoints
-
-
-def _backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    call, weights, (grad_o, *grad_weights), (*kept_tokens, checkpoints) = _Call(scan), scan.weights, grads, kept
-    call.set("grad_o", grad_o)
-    call.set_weights("grad_weights", "grad_strides", grad_weights)
-    call.set_all("kept", kept_tokens)
-    call.set("checkpoints", checkpoints)
-    d_tokens = [call.results(*x.shape) for x in scan[:4]]
-    (H, D), K = scan.ln_weight.shape, scan.token_scale.numel()
-    d_scale, *d_norm = (weights[0].new_zeros(weights[0].shape[0], H, width) for width in (K, D, D))
-    d_weights = [w.new_empty(w.shape) for w in weights]
-    names = ("dq", "dk", "dv", "d_lr", "d_scale", "d_gamma", "d_beta")
-    for name, x in zip(names, (*d_tokens, d_scale, *d_norm), strict=True):
-        call.set(name, x)
-    call.set_all("d_weights", d_weights)
-    call.run("ttt_backward")
-    d_tokens = [d.to(x.dtype) for d, x in zip(d_tokens, scan[:4], strict=True)]
-    return *d_tokens, d_scale.sum((0, 1)), *d_weights, *(d.sum(0) for d in d_norm)
-
-
-linear_scan = mlp_scan = _forward
-linear_scan_backward = mlp_scan_backward = _backward
-
-
-def token_step(step: TokenStep) -> tuple[Tensor]:
-    """As ``eager.token_step``."""
-    (B, H, D), slots, records, dtype = step.q.shape, step.slots, step.records, step.records.dtype
-    least, most = slots.aminmax()
-    if least < 0 or most >= len(records):  # a compiled program has not looked
-        raise ValueError(f"slots must be from 0 to {len(records) - 1}; given {int(least)} to {int(most)}")
-    o = torch.empty(B, H, D, dtype=dtype)
-    given = [slots.contiguous(), step.offset.contiguous(), *(x.to(dtype).contiguous() for x in step[:7]), records, o]
-    slots_at, offset_at, *pointers = (x.data_ptr() for x in given)
-    sizes = (H, step.token_scale.numel(), records.shape[-1])
-    call = _StepCall(*sizes, slots_at, offset_at, step.eps, *pointers)
-    _run(build.library(D, step.hidden, build.SCALARS[dtype]).ttt_step, call, B * H)
-    return (o.to(step.q.dtype),)
-
-
-def _run(compiled: Callable[..., int], call: ctypes.Structure, rows: int) -> None:
+def run(compiled: Callable[..., int], call: ctypes.Structure, rows: int) -> None:
     """Call a compiled function for all rows, by all threads."""
-    share(lambda begin, end: compiled(ctypes.byref(call), _Integer(begin), _Integer(end)), rows)
+    share(lambda begin, end: compiled(ctypes.byref(call), INTEGER(begin), INTEGER(end)), rows)

@@ -1,4 +1,4 @@
-// The walk over the mini-batches of every (sequence, head), forwards and back: what calls.py calls.
+// The walk over the mini-batches of every (sequence, head), forwards and back: what inner_loop.py calls.
 //
 // The forward reads each token once and keeps the weights in cache. Of every `segment` mini-batches but the first it
 // writes down the weights before them. The walk back takes one segment after the other, from the last: it replays the
@@ -222,7 +222,7 @@ class Row {
 
 }  // namespace
 
-// For calls.py, to be compared with its own.
+// For inner_loop.py, to be compared with its own.
 TTT_EXPORT int64_t ttt_call_size() { return sizeof(Call); }
 
 // Rows begin to end - 1 of the N · H (sequence, head) pairs. Returns 1 if there is no memory.

@@ -1,4 +1,4 @@
-// One token more of many streams, in place: what calls.py calls. The record of a stream and head is that of
+// One token more of many streams, in place: what step.py calls. The record of a stream and head is that of
 // inner_models.py: [W; b] of every layer, then K rows, one for each token of the mini-batch so far.
 
 #include "tiles.h"
@@ -159,7 +159,7 @@ class Step {
 
 }  // namespace
 
-// For calls.py, to be compared with its own.
+// For step.py, to be compared with its own.
 TTT_EXPORT int64_t ttt_step_call_size() { return sizeof(Call); }
 
 // Tokens begin to end - 1 of the B · H. Returns 1 if there is no memory.

@@ -7,10 +7,11 @@
 from typing import Any
 
 from .backends import Backend, check_backend, choose_backend
+from .convolution import CONVOLUTIONS
 from .inner_loop import SCANS
 from .operator import Operator
 from .output import output
-from .projection import CONVOLUTIONS, projection
+from .projection import projection
 from .step import token_step
 
 _ALL: tuple[Operator[Any], ...] = (*SCANS.values(), *CONVOLUTIONS.values(), projection, output, token_step)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE
-from ..transforms import transformed
+from .transforms import transformed
 
 Backend = Literal["auto", "reference", "eager", "native", "triton"]
 PACKAGES = {"triton": "ttt4rec.kernels", "native": "ttt4rec.native", "eager": "ttt4rec.eager"}

@@ -1,7 +1,7 @@
 """The scans: the inner loop of each inner model, over all mini-batches of all sequences.
 
 They always start at a mini-batch boundary; a stream that goes on inside a mini-batch is handled above, in
-``functional``.
+``layers.functional``.
 """
 
 import torch

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ..precision import without_autocast
-from ..transforms import REFERENCE, differentiate
-from ..transforms import operator as without_transforms
 from . import backends
 from .samples import SMALL, Device, Draw, Sizes
+from .transforms import REFERENCE, differentiate
+from .transforms import operator as without_transforms
 
 A = TypeVar("A", bound=tuple[Any, ...])
 Results = tuple[Tensor, ...]
@@ -208,3 +208,8 @@ def _slots(arguments: Any, groups: Mapping[str, Sequence[str]]) -> list[Slot]:
 
 def _one_or_all(results: Sequence[Tensor]) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def numbered(name: str, count: int) -> tuple[str, ...]:
+    """Names of so many arguments or results of one kind."""
+    return tuple(f"{name}_{i}" for i in range(count))

@@ -51,3 +51,9 @@ class Draw(NamedTuple):
     def places(self, K: int, *shape: int) -> Tensor:
         """Integers from 0 to K - 1."""
         return torch.randint(0, K, shape, device=self.device)
+
+
+def angles(sizes: Sizes, draw: Draw) -> tuple[Tensor, Tensor]:
+    """The cos and sin of any angles."""
+    turns = draw.wide.normal(sizes.K, sizes.D // 2)
+    return turns.cos(), turns.sin()

@@ -1,7 +1,10 @@
 """Sequential recommendation with TTT layers: data, splits, training, evaluation and recommendations.
 
-The modules hold the rest: ``windows`` (histories cut for training and evaluation), ``metrics``, ``datasets``, ``plot``.
+The folders hold the rest: ``data``, ``training`` and ``online``; ``recommend`` and the adapters ``recbole`` and
+``rectools`` stand beside them.
 """
+
+import sys
 
 from ttt4rec.extras import missing
 
@@ -15,16 +18,31 @@ try:
         keep_item_codes,
         read_interactions,
     )
-    from ttt4rec.recsys.datasets import load_interactions
-    from ttt4rec.recsys.evaluate import evaluate
-    from ttt4rec.recsys.events import Event, EventLog, SQLiteEventLog
-    from ttt4rec.recsys.online import OnlineRecommender
+    from ttt4rec.recsys.data.datasets import load_interactions
+    from ttt4rec.recsys.data.split import Split, split_by_ratio, split_by_time, split_leave_one_out
+    from ttt4rec.recsys.data.windows import evaluation_prefixes
+    from ttt4rec.recsys.online.events import Event, EventLog, SQLiteEventLog
+    from ttt4rec.recsys.online.recommender import OnlineRecommender
     from ttt4rec.recsys.recommend import Recommendations, Recommender
-    from ttt4rec.recsys.split import Split, split_by_ratio, split_by_time, split_leave_one_out
-    from ttt4rec.recsys.train import EpochReport, TrainOptions, fit
-    from ttt4rec.recsys.windows import evaluation_prefixes
+    from ttt4rec.recsys.training.evaluate import evaluate
+    from ttt4rec.recsys.training.train import EpochReport, TrainOptions, fit
 except ModuleNotFoundError as error:
     raise missing("ttt4rec.recsys", error) from error
+
+_MOVED = {
+    "datasets": "data.datasets",
+    "split": "data.split",
+    "windows": "data.windows",
+    "evaluate": "training.evaluate",
+    "parallel": "training.parallel",
+    "train": "training.train",
+    "events": "online.events",
+}
+"""Modules that once stood here, and where they are; imports from their old places give the same objects."""
+
+for _old, _new in _MOVED.items():
+    sys.modules[f"{__name__}.{_old}"] = sys.modules[f"{__name__}.{_new}"]
+    globals().setdefault(_old, sys.modules[f"{__name__}.{_new}"])  # ``evaluate`` is the function, as it was
 
 __all__ = [
     "DataError",

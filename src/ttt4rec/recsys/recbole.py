@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt4rec import model as models
 from ttt4rec.extras import missing
+from ttt4rec.models import ttt4rec as models
 
 try:
     from recbole.model.abstract_recommender import SequentialRecommender

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ttt4rec.files import check_together, write_together
-from ttt4rec.model import CONFIG_FILE, WEIGHTS_FILE, TTT4Rec
+from ttt4rec.atomic_files import check_together, write_together
+from ttt4rec.models.ttt4rec import CONFIG_FILE, WEIGHTS_FILE, TTT4Rec
 from ttt4rec.recsys.data import DataError, Histories, IntArray
 
 _HISTORIES_AT_ONCE = 512

@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ttt4rec.blocks import Block, make_norm
 from ttt4rec.extras import missing
-from ttt4rec.layer import TTTLayer
+from ttt4rec.layers.ttt import TTTLayer
+from ttt4rec.models.blocks import Block, make_norm
 
 try:
     from rectools.models.nn.transformers.lightning import TransformerLightningModule

@@ -1,1 +1,0 @@
-"""Grids of trainings on real data, run one by one, kept, and written up: ``python -m benchmarks.studies``."""

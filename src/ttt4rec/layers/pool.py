@@ -1,0 +1,166 @@
+"""StatePool: the states of many streams, kept in one place and advanced there one token at a time."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import eager
+from ..inner_models import record_layout
+from ..precision import without_autocast
+from .state import TTTState
+from .validation import check_conv_state, check_slots, check_state
+
+
+class Streaming(Protocol):
+    """A layer whose streams a pool keeps."""
+
+    mini_batch_size: int
+
+    def initial_state(self) -> tuple[Sequence[Tensor], tuple[Tensor, Tensor]]:
+        """What a stream starts with, as it is now.
+
+        The parameters ``(W1, b1)`` or ``(W1, b1, W2, b2)``, and γ and β of the inner layer norm ``[H, D]``.
+        """
+
+
+class StatePool:
+    """The states of ``num_slots`` streams of a TTT layer, preallocated; every slot begins as a new stream.
+
+    ``TTTLayer.make_pool`` makes one, ``TTTLayer.step`` advances streams in it, ``read`` and ``write`` exchange
+    ``TTTState``. Beside the tokens of an unfinished mini-batch it keeps their gradients, so that a step computes none
+    twice; ``docs/serving.md`` tells why.
+
+    Args:
+        num_slots: number of streams N, on the device of the layer's parameters.
+        layer: whose streams they are. Its parameters are looked up when streams start: a parametrised one is another
+            tensor every time, and one that was loaded may have taken another's place.
+        context: shape of the convolutions' context ``(conv_kernel - 1, width)``, with the Mamba backbone.
+
+    Attributes:
+        position: tokens seen, int64 ``[N]``.
+        conv: the last inputs of the convolutions ``[N, conv_kernel - 1, width]``, or None.
+        layer: see above; a layer steps its own pools only.
+        records: what the inner loop needs of a stream and head ``[N, H, R]``, described at ``eager.token_step``.
+        hidden: F of TTT-MLP; 0 for TTT-Linear.
+
+    Raises:
+        ValueError: num_slots is below 1.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        layer: Streaming,
+        context: tuple[int, int] | None = None,
+    ) -> None:
+        if not isinstance(num_slots, int) or num_slots < 1:
+            raise ValueError(f"num_slots must be an integer of at least 1; given {num_slots!r}")
+        self.num_slots, self.mini_batch_size, self.layer = num_slots, layer.mini_batch_size, layer
+        initial, layer_norm = layer.initial_state()
+        H, self._head_dim = layer_norm[0].shape
+        self.hidden = initial[0].shape[2] if len(initial) == 4 else 0
+        numbers = record_layout(self._head_dim, self.hidden, self.mini_batch_size).size
+        like = initial[0].new_empty(0, dtype=torch.promote_types(initial[0].dtype, torch.float32)).detach()
+        self.records = like.new_zeros(num_slots, H, numbers)
+        self.position = like.new_zeros(num_slots, dtype=torch.int64)
+        self.conv = None if context is None else like.new_zeros(num_slots, *context)
+        self.reset(torch.arange(num_slots, device=like.device))
+
+    def __repr__(self) -> str:
+        x = self.records
+        conv = "" if self.conv is None else f", conv {list(self.conv.shape)}"
+        kind = f"{str(x.dtype).removeprefix('torch.')} on {x.device}"
+        shapes = f"records {list(x.shape)}{conv}; mini-batches of {self.mini_batch_size}"
+        return f"StatePool({self.num_slots:,} slots: {shapes}; {kind}, {self.nbytes:,} bytes)"
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        every = [self.records, self.position, *([] if self.conv is None else [self.conv])]
+        return sum(x.numel() * x.element_size() for x in every)
+
+    @torch.no_grad()
+    def read(self, slots: Tensor) -> TTTState:
+        """The states of some streams, copied.
+
+        Args:
+            slots: which, int64 ``[n]``, all different.
+
+        Raises:
+            ValueError: a slot is out of range or given twice. TypeError: slots are not int64.
+        """
+        check_slots(slots, self.num_slots, self.position.device)
+        position = self.position[slots]
+        weights, rows = self._parts(self.records[slots])
+        k, *_, v, lr = eager.row_parts(rows[:, :, :-1], self._head_dim, self.hidden)
+        lack = self.mini_batch_size - 1 - position % self.mini_batch_size
+        k, v, lr = (_moved(x, -lack).transpose(1, 2).contiguous() for x in (k, v, lr))
+        matrices = [w.contiguous() for W in weights for w in (W[:, :, :-1], W[:, :, -1])]
+        conv = None if self.conv is None else self.conv[slots]
+        return TTTState(tuple(matrices), k, v, lr.squeeze(-1), position, conv)
+
+    @torch.no_grad()
+    def write(self, slots: Tensor, state: TTTState) -> None:
+        """Replace some streams.
+
+        Args:
+            slots: which, int64 ``[n]``, all different.
+            state: their new states, of a layer like the pool's.
+
+        Raises:
+            ValueError: a slot is out of range or given twice, or the state is another layer's.
+            TypeError: slots are not int64, or the state has another dtype.
+        """
+        check_slots(slots, self.num_slots, self.position.device)
+        initial, layer_norm = self.layer.initial_state()
+        K, like = self.mini_batch_size, self.records.new_empty(1, 1, *layer_norm[0].shape)
+        names = ("W1", "b1", "W2", "b2")
+        shapes = [(name, tuple(w.shape)) for name, w in zip(names, initial, strict=False)]
+        check_state(state, slots.numel(), shapes, K, like)
+        check_conv_state(state, slots.numel(), None if self.conv is None else tuple(self.conv.shape[1:]))
+        lack = K - 1 - state.position % K
+        pending = (state.pending_k, state.pending_v, state.pending_lr.unsqueeze(-1))
+        k, v, lr = (_moved(x.transpose(1, 2), lack) for x in pending)
+        weights = [
+            torch.cat((W, b.unsqueeze(2)), 2) for W, b in zip(state.weights[::2], state.weights[1::2], strict=True)
+        ]
+        gamma, beta = (p.to(k.dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in layer_norm)
+        records = torch.zeros_like(self.records[slots])
+        targets, rows = self._parts(records.flatten(0, 1))
+        k, v, lr, *weights = (x.flatten(0, 1) for x in (k, v, lr, *weights))
+        for target, W in zip(targets, weights, strict=True):
+            target.copy_(W)
+        with without_autocast(k.device.type):
+            eager.write_rows(rows[:, :-1], k, v, lr, gamma, beta, weights, 1e-6)
+        self.records.index_copy_(0, slots, records)
+        self.position.index_copy_(0, slots, state.position)
+        if self.conv is not None and state.conv is not None:
+            self.conv.index_copy_(0, slots, state.conv)
+
+    @torch.no_grad()
+    def reset(self, slots: Tensor) -> None:
+        """Start new streams in some slots, int64 ``[n]``, all different.
+
+        Raises:
+            ValueError: a slot is out of range or given twice. TypeError: slots are not int64.
+        """
+        check_slots(slots, self.num_slots, self.position.device)
+        for x in (self.records, self.position, *([] if self.conv is None else [self.conv])):
+            x.index_fill_(0, slots, 0)
+        initial, _ = self.layer.initial_state()
+        for target, W, b in zip(self._parts(self.records)[0], initial[::2], initial[1::2], strict=True):
+            matrix = torch.cat((W, b.unsqueeze(1)), 1).to(target.dtype)
+            target.index_copy_(0, slots, matrix.expand(slots.numel(), *matrix.shape))
+
+    def _parts(self, records: Tensor) -> tuple[list[Tensor], Tensor]:
+        return eager.record_parts(records, self._head_dim, self.hidden, self.mini_batch_size)
+
+
+def _moved(x: Tensor, by: Tensor) -> Tensor:
+    """Row ``j + by[n]`` of x ``[n, H, K - 1, width]`` at j; zero where there is none."""
+    source = torch.arange(x.shape[2], device=x.device) + by[:, None]  # [n, K - 1]
+    inside = ((source >= 0) & (source < x.shape[2]))[:, None, :, None]
+    moved = x.gather(2, source.clamp(0, max(0, x.shape[2] - 1))[:, None, :, None].expand_as(x))
+    return torch.where(inside, moved, moved.new_zeros(()))

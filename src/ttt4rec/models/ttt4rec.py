@@ -1,0 +1,395 @@
+"""TTT4Rec: the sequential recommender (Yang, Wang & Ge 2024, arXiv 2409.19142), and its baselines in the same frame."""
+
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..atomic_files import check_together, read_sealed, write_together
+from ..checks import check_choice, check_integer, check_positive, is_number
+from ..layers.initialisation import STD, Device, draw
+from ..layers.original_weights import load_release_block, load_release_model
+from ..layers.ttt import TTTLayer
+from ..layers.validation import check_cu_seqlens, check_mask
+from ..operators.transforms import has_values
+from . import full_softmax
+from .blocks import AttentionMixer, Block, BlockPool, BlockState, GRUMixer, make_norm
+from .cloze import hide_next, hide_some
+from .mixers import MambaMixer, NARMMixer
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+MIXERS = ("ttt", "attention", "gru", "narm", "mamba", "bidirectional")
+
+
+@dataclasses.dataclass(frozen=True)
+class TTT4RecConfig:
+    """The model's shape; the defaults are those of the published TTT4Rec.
+
+    Attributes:
+        num_items: number of items; their ids are 1 .. num_items, 0 is padding.
+        width: size of embeddings and hidden states.
+        num_blocks: residual blocks.
+        num_heads: heads of each mixer.
+        mixer: ``"ttt"``, or a baseline: ``"attention"`` (SASRec), ``"gru"`` (GRU4Rec), ``"narm"`` (NARM), ``"mamba"``
+            (Mamba4Rec), ``"bidirectional"`` (BERT4Rec: attention in both directions, trained to fill in hidden items).
+        inner: TTT's inner model, ``"linear"`` or ``"mlp"``.
+        backbone: TTT's backbone, ``"transformer"`` or ``"mamba"``.
+        mini_batch_size: TTT's K.
+        rope_theta: base of the rotary frequencies.
+        base_lr: TTT's η_base.
+        conv_kernel: taps of the convolutions.
+        block_conv: whether each block begins with a convolution of its own.
+        max_inner_step: TTT's bound on the inner rates; None: none.
+        norm: ``"rms"`` or ``"layer"`` before each sub-layer and at the end.
+        ffn: ``"swiglu"`` or ``"gelu"``.
+        ffn_width: its hidden size.
+        dropout: of the embedded history.
+        max_len: length of history the model is trained and evaluated for.
+        hide_rate: share of the targets that BERT4Rec hides in a training step; the last of a history always is.
+    """
+
+    num_items: int
+    width: int = 64
+    num_blocks: int = 1
+    num_heads: int = 4
+    mixer: str = "ttt"
+    inner: str = "mlp"
+    backbone: str = "transformer"
+    mini_batch_size: int = 8
+    rope_theta: float = 1000.0
+    base_lr: float = 1.0
+    conv_kernel: int = 4
+    block_conv: bool = False
+    max_inner_step: float | None = None
+    norm: str = "rms"
+    ffn: str = "swiglu"
+    ffn_width: int = 256
+    dropout: float = 0.2
+    max_len: int = 50
+    hide_rate: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        sizes = (
+            "num_items",
+            "width",
+            "num_blocks",
+            "num_heads",
+            "mini_batch_size",
+            "conv_kernel",
+            "ffn_width",
+            "max_len",
+        )
+        for name in sizes:
+            check_integer(name, getattr(self, name))
+        if self.width % self.num_heads or self.width // self.num_heads % 2:
+            raise ValueError(
+                f"width must be num_heads times an even head dimension; given {self.width} and {self.num_heads}"
+            )
+        check_choice("mixer", self.mixer, MIXERS)
+        check_choice("inner", self.inner, ("linear", "mlp"))
+        check_choice("backbone", self.backbone, ("transformer", "mamba"))
+        check_choice("norm", self.norm, ("rms", "layer"))
+        check_choice("ffn", self.ffn, ("swiglu", "gelu"))
+        check_positive("rope_theta", self.rope_theta)
+        check_positive("base_lr", self.base_lr)
+        if self.max_inner_step is not None:
+            check_positive("max_inner_step", self.max_inner_step)
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1; given {self.dropout!r}")
+        if not is_number(self.hide_rate) or not 0 <= self.hide_rate <= 1:
+            raise ValueError(f"hide_rate must be from 0 to 1; given {self.hide_rate!r}")
+
+
+def make_mixer(config: TTT4RecConfig, device: Device = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """The sequence mixer that the configuration names."""
+    factory: Any = {"device": device, "dtype": dtype}
+    if config.mixer in ("attention", "bidirectional"):
+        causal = config.mixer == "attention"
+        return AttentionMixer(config.width, config.num_heads, config.rope_theta, causal=causal, **factory)
+    if config.mixer == "gru":
+        return GRUMixer(config.width, **factory)
+    if config.mixer == "narm":
+        return NARMMixer(config.width, **factory)
+    if config.mixer == "mamba":
+        return MambaMixer(config.width, conv_kernel=config.conv_kernel, **factory)
+    return TTTLayer(
+        config.width,
+        config.num_heads,
+        inner=config.inner,  # type: ignore[arg-type]
+        backbone=config.backbone,  # type: ignore[arg-type]
+        mini_batch_size=config.mini_batch_size,
+        rope_theta=config.rope_theta,
+        base_lr=config.base_lr,
+        conv_kernel=config.conv_kernel,
+        max_inner_step=config.max_inner_step,
+        **factory,
+    )
+
+
+class TTT4Rec(nn.Module):
+    """Item ids → embedding → dropout → layer norm → residual blocks → final norm; scores are dot products with items.
+
+    Args:
+        config: the shape.
+        mixer: makes a block's mixer from the configuration; replace it to run another sequence layer in the same
+            model. It must take ``(x, mask=, cu_seqlens=, state=, return_state=)`` as ``TTTLayer`` does.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: TTT4RecConfig,
+        mixer: Callable[..., nn.Module] = make_mixer,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: Any = {"device": device, "dtype": dtype}
+        self.config = config
+        self.embedding: Any = nn.Embedding(config.num_items + 1, config.width, padding_idx=0, **factory)
+        self.dropout = nn.Dropout(config.dropout)
+        self.embedding_norm = nn.LayerNorm(config.width, eps=1e-12, **factory)  # the release's
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width,
+                mixer(config, **factory) if mixer is make_mixer else mixer(config).to(**factory),
+                norm=config.norm,
+                ffn=config.ffn,
+                ffn_width=config.ffn_width,
+                conv_kernel=config.conv_kernel if config.block_conv else None,
+                **factory,
+            )
+            for _ in range(config.num_blocks)
+        )
+        self.norm = make_norm(config.norm, config.width, **factory)
+        hides = config.mixer == "bidirectional"
+        self.hidden_item = nn.Parameter(torch.empty(config.width, **factory)) if hides else None
+        self.reset_parameters()
+        self.apply(draw)
+
+    def reset_parameters(self) -> None:
+        """Draw what is the model's own, BERT4Rec's hidden item, from N(0, 0.02); its modules have their own."""
+        if self.hidden_item is not None:
+            nn.init.normal_(self.hidden_item, std=STD)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        states: Sequence[BlockState] | None = None,
+        return_states: bool = False,
+    ) -> Tensor | tuple[Tensor, list[BlockState]]:
+        """Read histories.
+
+        Args:
+            ids: item ids, int64 ``[B, L]``; 0 pads, on the right or the left.
+            cu_seqlens: int ``[N + 1]``: N histories packed one behind the other in ids ``[1, total]``, without padding.
+            states: one per block, to continue the streams of an earlier call.
+            return_states: also return the states after the last item.
+
+        Returns:
+            Hidden states ``[B, L, width]``, or (hidden states, states).
+
+        Raises:
+            ValueError: a wrong shape or number of states, a gap between a row's items, or cu_seqlens that are no bounds
+                of sequences. TypeError: ids are not int64.
+        """
+        if ids.dim() != 2 or ids.dtype != torch.int64:
+            raise TypeError(f"ids must be int64 [B, L]; given {ids.dtype} {list(ids.shape)}")
+        if states is not None and len(states) != len(self.blocks):
+            raise ValueError(f"states must hold one entry per block, {len(self.blocks)}; given {len(states)}")
+        mask = ids != 0 if cu_seqlens is None else None
+        if mask is not None:
+            check_mask(mask, *ids.shape)
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, *ids.shape)
+        h = self._embed(ids)
+        new_states = []
+        for i, block in enumerate(self.blocks):
+            state = None if states is None else states[i]
+            h = block(h, mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_states)
+            if return_states:
+                h, state = h
+                new_states.append(state)
+        h = self.norm(h)
+        return (h, new_states) if return_states else h
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        h = self.embedding(ids)
+        if self.hidden_item is not None:
+            h = torch.where((ids == 0).unsqueeze(-1), self.hidden_item, h)
+        y: Tensor = self.embedding_norm(self.dropout(h))
+        return y
+
+    def predict(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states from which targets are to be predicted.
+
+        BERT4Rec predicts hidden items. In training mode they are some of the targets, drawn by torch's global
+        generator; in evaluation mode every target is predicted from the at most ``max_len`` items before it, alone.
+
+        Args:
+            ids: packed histories, int64 ``[1, total]``.
+            targets: the item after each input, int64 ``[total]``; 0 where none is to be predicted. The last input of
+                every history has one.
+            cu_seqlens: where the histories begin and the last one ends, int64 ``[N + 1]``.
+
+        Returns:
+            Hidden states ``[P, width]`` and the items to predict from them, int64 ``[P]``, in the order of targets.
+        """
+        if self.hidden_item is None:
+            scored = targets != 0
+            return self(ids, cu_seqlens=cu_seqlens)[0, scored], targets[scored]
+        if self.training:
+            parts = [hide_some(ids, targets, cu_seqlens, self.config.hide_rate)]
+        else:
+            parts = list(hide_next(ids, targets, cu_seqlens, self.config.max_len))
+        hidden = [self(part.ids, cu_seqlens=part.cu_seqlens)[0, part.places] for part in parts]
+        return torch.cat(hidden), torch.cat([part.items for part in parts])
+
+    def make_pools(self, num_slots: int) -> list[BlockPool]:
+        """A pool of new streams for each block, for ``step``.
+
+        Raises:
+            ValueError: a block's mixer is a baseline's.
+        """
+        return [block.make_pool(num_slots) for block in self.blocks]  # type: ignore[operator]
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, pools: Sequence[BlockPool], slots: Tensor) -> Tensor:
+        """Read one item more of each of B streams, whose states in the pools change in place; see ``TTTLayer.step``.
+
+        Args:
+            ids: the streams' next items, int64 ``[B]``, none of them 0.
+            pools: made by ``make_pools``.
+            slots: the streams' places in the pools, int64 ``[B]``, all different.
+
+        Returns:
+            Hidden states ``[B, width]``.
+
+        Raises:
+            ValueError: a wrong shape or number of pools, another model's, a slot out of range or given twice, or, on a
+                CPU, an id of 0. The pools are as before.
+            TypeError: ids or slots are not int64.
+        """
+        if ids.dim() != 1 or ids.dtype != torch.int64:
+            raise TypeError(f"ids must be int64 [B]; given {ids.dtype} {list(ids.shape)}")
+        if len(pools) != len(self.blocks):
+            raise ValueError(f"pools must hold one entry per block, {len(self.blocks)}; given {len(pools)}")
+        for block, pool in zip(self.blocks, pools, strict=True):  # all of them, before the first one changes
+            foreign = isinstance(block.mixer, TTTLayer) and pool.mixer.layer is not block.mixer
+            if foreign or pool.mixer.num_slots != pools[0].mixer.num_slots:
+                raise ValueError("pools must be those of one make_pools; given one of another model, block or size")
+        if ids.is_cpu and has_values(ids) and not bool(ids.all()):
+            raise ValueError("ids must be of items, from 1; given a 0, which pads")
+        h = self._embed(ids)
+        for block, pool in zip(self.blocks, pools, strict=True):
+            h = block.step(h, pool, slots)  # type: ignore[operator]
+        y: Tensor = self.norm(h)
+        return y
+
+    def scores(self, h: Tensor) -> Tensor:
+        """Scores of all items, ``[..., num_items]``, for hidden states ``[..., width]``; column j is item j + 1."""
+        return F.linear(h, self.embedding.weight[1:])
+
+    def nll(self, h: Tensor, items: Tensor, reduction: full_softmax.Reduction = "none") -> Tensor:
+        """Negative log-likelihood of items, int64 ``[N]`` from 1, for hidden states ``[N, width]``.
+
+        The softmax runs over all items, in blocks; nothing of size N times num_items is held. What comes back is
+        ``[N]``, or with reduction ``"sum"`` or ``"mean"``, which train faster, a scalar. See ``full_softmax.nll``.
+        """
+        if isinstance(self.embedding, nn.Embedding):
+            return full_softmax.nll(h, self.embedding.weight, items, reduction)
+        return full_softmax.reduced(self.embedding.nll(h, items), reduction)  # a table of many processes
+
+    def ranks(self, h: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Ranks ``[N]`` of items among all items, 1 being the best; float64. See ``full_softmax.ranks``."""
+        return full_softmax.ranks(h, self.embedding.weight, items, seen)
+
+    def top_k(self, h: Tensor, k: int, seen: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Scores and ids ``[N, k]`` of the best items for hidden states ``[N, width]``. See ``full_softmax.top_k``."""
+        return full_softmax.top_k(h, self.embedding.weight, k, seen)
+
+    def with_items(self, num_items: int) -> "TTT4Rec":
+        """A copy for a larger catalogue: items 1 to the old number as they are, the others as in a new model.
+
+        Raises:
+            ValueError: fewer items than the model has.
+        """
+        if num_items < self.config.num_items:
+            raise ValueError(f"num_items must be at least the model's {self.config.num_items}; given {num_items}")
+        larger = copy.deepcopy(self)
+        larger.config = dataclasses.replace(self.config, num_items=num_items)
+        old = self.embedding.weight
+        larger.embedding = nn.Embedding(
+            num_items + 1, self.config.width, padding_idx=0, device=old.device, dtype=old.dtype
+        )
+        draw(larger.embedding)
+        with torch.no_grad():
+            larger.embedding.weight[: len(old)] = old
+        larger.embedding.weight.requires_grad_(old.requires_grad)
+        return larger
+
+    def load_release_state_dict(self, state_dict: dict[str, Tensor], block: int = 0) -> None:
+        """Load one block's weights from the original ``ttt-lm-pytorch`` Block.
+
+        Raises:
+            ValueError: keys or shapes do not fit; nothing is loaded then.
+        """
+        load_release_block(self.blocks[block], state_dict)
+
+    def load_release_checkpoint(self, state_dict: dict[str, Tensor]) -> None:
+        """Load all weights of a recommender that the original TTT4Rec release trained, which RecBole saved.
+
+        Its file is read with ``torch.load(path, weights_only=False)["state_dict"]`` where RecBole is installed: beside
+        the weights it holds objects of RecBole's. Items keep the codes that RecBole gave them, so that ``num_items`` is
+        the number of rows of its table less one. The row of padding, which there is random, becomes zero here.
+
+        Raises:
+            ValueError: keys or shapes do not fit; nothing is loaded then.
+        """
+        load_release_model(self, state_dict, len(self.blocks))
+        with torch.no_grad():
+            self.embedding.weight[0] = 0
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors``, with checksums (needs the extra ``ttt4rec[recsys]``)."""
+        write_together(Path(folder), WEIGHTS_FILE, self.state_dict(), {CONFIG_FILE: dataclasses.asdict(self.config)})
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str], device: str = "cpu") -> "TTT4Rec":
+        """Read what ``save`` wrote, in evaluation mode and in the type that it was saved in.
+
+        Weights without a checksum, of an older version or another program, are read with a warning.
+
+        Raises:
+            FileNotFoundError: there is no saved model in the folder.
+            ValueError: its files are damaged, belong to something else, or are not of one save.
+        """
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no saved model: {name} is missing")
+        try:
+            weights = read_sealed(folder / WEIGHTS_FILE)
+            check_together(folder, WEIGHTS_FILE, [CONFIG_FILE])
+            settings: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            model = TTT4Rec(TTT4RecConfig(**settings)).to(weights["embedding.weight"].dtype)
+            model.load_state_dict(weights)
+        except (RuntimeError, TypeError, KeyError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{folder} does not hold a TTT4Rec model that this version can read: {reason}") from error
+        return model.to(device).eval()

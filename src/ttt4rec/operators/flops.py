@@ -1,0 +1,129 @@
+"""How many FLOPs the operators take, for ``torch.utils.flop_counter``: those of products, two for each multiply-add.
+
+That module imports triton, which ``import ttt4rec`` is not to do. So the formulas are registered when it is loaded,
+before or after.
+
+T tokens in mini-batches of at most K take, per head, with S the sum of the squares of the mini-batches' sizes::
+
+                    forward                          backward
+    TTT-Linear      6 T D² + 4 S D                   18 T D² + 12 S D
+    TTT-MLP         14 T D F + 4 S (D + F)           40 T D F + 12 S (D + F)
+
+Forward, that are the products of the dual form: k W, q W and the update, and for every layer Q Kᵀ and its product with
+G. A backward takes two products for each, and computes again what the forward did not keep.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..arguments import Convolution, Output, Projection, Scan, TokenStep
+from . import CONVOLUTIONS, SCANS, output, projection, token_step
+from .operator import Operator
+from .transforms import has_values
+
+COUNTER = "torch.utils.flop_counter"
+
+
+def register() -> None:
+    """Tell PyTorch's counter the formulas, now or when it is loaded; the operators are there."""
+    if COUNTER in sys.modules:
+        _register(sys.modules[COUNTER])
+    else:
+        sys.meta_path.insert(0, _WhenLoaded())
+
+
+class _WhenLoaded(importlib.abc.MetaPathFinder):
+    """Leaves the loading of the counter to those who know how, and has the formulas registered behind it."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register(counter: ModuleType) -> None:
+    for operator, forward, backward, count in _FORMULAS:
+        register = counter.register_flop_formula
+        register(operator.overloads, get_raw=True)(partial(_count, operator, forward, count))
+        if operator.backward_overloads is not None:
+            register(operator.backward_overloads, get_raw=True)(partial(_count, operator, backward, count))
+    for name, each in _FULL_SOFTMAX.items():
+        counter.register_flop_formula(getattr(torch.ops.ttt4rec, name), get_raw=True)(partial(_full_softmax, each))
+
+
+def _count(operator: Operator[Any], factors: Any, count: Callable[[Any, Any], int], *flat: Any, **_: Any) -> int:
+    return count(operator.pack(flat[: len(operator.slots)]), factors)
+
+
+def _scan(scan: Scan, factors: tuple[int, int]) -> int:
+    """Of an inner loop: so many FLOPs by tokens times weights, and by pairs of tokens times features."""
+    by_weights, by_pairs = factors
+    (B, L, H, D), K, lengths = scan.q.shape, scan.token_scale.shape[0], scan.lengths
+    tokens = [L] * B if lengths is None or not has_values(lengths) else lengths.tolist()
+    pairs = sum(n // K * K**2 + (n % K) ** 2 for n in tokens)
+    hidden = scan.weights[0].shape[-1]
+    features = D if len(scan.weights) == 2 else D + hidden
+    return int(H * (by_weights * sum(tokens) * D * hidden + by_pairs * pairs * features))
+
+
+def _step(step: TokenStep, _: None) -> int:
+    """Of one token of B streams: as in a forward, with as many tokens before it as there may be."""
+    (B, H, D), K, F = step.q.shape, step.token_scale.shape[0], step.hidden
+    return int(B * H * (14 * D * F + 4 * K * (D + F) if F else 6 * D**2 + 4 * K * D))
+
+
+def _projection(given: Projection, each: int) -> int:
+    tokens, C = given.x.shape[:2].numel(), given.x.shape[2]
+    return int(each * tokens * C * (len(given.weights) * C + given.lr_weight.shape[0]))
+
+
+def _convolution(given: Convolution, each: int) -> int:
+    (B, L, C), weights = given.x.shape, given.weights
+    return int(each * B * (L - given.lead) * C * len(weights) * weights[0].shape[1])
+
+
+def _output(given: Output, each: int) -> int:
+    B, L, H, D = given.o.shape
+    return int(each * B * L * (H * D) ** 2)
+
+
+def _full_softmax(each: int, *args: Any, **_: Any) -> int:
+    """Of hidden states ``[N, C]`` and a table with a row of padding; nothing where gradients are only scaled."""
+    if not each:
+        return 0
+    h, table = args[1:3] if args[0].dim() < 2 else args[:2]
+    return int(each * h.shape[0] * h.shape[1] * (table.shape[0] - 1))
+
+
+_FORMULAS: list[tuple[Operator[Any], Any, Any, Callable[[Any, Any], int]]] = [
+    (SCANS["linear"], (6, 4), (18, 12), _scan),
+    (SCANS["mlp"], (14, 4), (40, 12), _scan),
+    (token_step, None, None, _step),
+    (projection, 2, 4, _projection),
+    *((operator, 2, 4, _convolution) for operator in CONVOLUTIONS.values()),
+    (output, 2, 4, _output),
+]
+_FULL_SOFTMAX = {
+    "catalogue_nll": 2,
+    "catalogue_nll_backward": 6,
+    "catalogue_total_nll": 6,
+    "catalogue_total_nll_backward": 0,
+}

@@ -1,0 +1,254 @@
+"""What the commands of ``ttt4rec.cli`` do with their parsed arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ttt4rec.atomic_files import read_json, write_json
+from ttt4rec.checks import printable
+from ttt4rec.malloc import keep_freed_memory
+from ttt4rec.models.ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec.recsys.data import Histories, Interactions, build_histories, filter_k_core, keep_item_codes
+from ttt4rec.recsys.data.datasets import load_interactions
+from ttt4rec.recsys.data.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
+from ttt4rec.recsys.data.text import DataError, TextFile
+from ttt4rec.recsys.data.windows import evaluation_prefixes
+from ttt4rec.recsys.recommend import Recommendations, Recommender
+from ttt4rec.recsys.training import parallel
+from ttt4rec.recsys.training.evaluate import evaluate as evaluate_windows
+from ttt4rec.recsys.training.report import RUN_FILE, describe_data, write_card, write_report
+from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
+
+_MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
+_NO_SETTINGS = ("command", "device", "threads", "shape_given")  # arguments that say nothing of what was trained
+
+
+def train(args: Namespace) -> None:
+    """Read, filter and split the data, train, rank the test targets, write the folder, show an example."""
+    with parallel.processes(_machine(args)) as device:
+        _train(args, device)
+
+
+def _train(args: Namespace, device: str) -> None:
+    ratios = _ratios(args.split)
+    options = TrainOptions(**_chosen(args, TrainOptions))
+    interactions = load_interactions(
+        args.data, user_field=args.user_field, item_field=args.item_field, time_field=args.time_field
+    )
+    split, cuts = _split(interactions, args, ratios)
+    trained = Recommender.load(args.warm_start, device) if args.warm_start else None
+    if trained is not None:
+        split = dataclasses.replace(split, histories=keep_item_codes(split.histories, trained.histories.item_ids))
+    histories = split.histories
+    for part in ("train", "valid", "test"):
+        if not split.num_targets(part):
+            raise DataError(
+                f"--split-by {args.split_by} --split {args.split} leaves no {part} targets; "
+                "expected some for each of the three parts"
+            )
+    config = _model_config(args, histories.num_items, trained)
+    _describe(histories, split)
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        model = trained.model.with_items(histories.num_items) if trained else TTT4Rec(config).to(device)
+    folder = Path(args.out)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--out expects a folder, given the file {folder}")
+    if (folder / CHECKPOINT_FILE).exists():
+        print(f"{folder} holds a checkpoint: going on from it", flush=True)
+    progress = sys.stderr.isatty() and parallel.rank() == 0
+    if device == "cpu":
+        keep_freed_memory()
+    reports = fit(model, split, folder, options, progress=progress, report=_print_epoch)
+    windows = evaluation_prefixes(split, "test", max_len=model.config.max_len)
+    metrics = evaluate_windows(model, windows, exclude_seen=args.exclude_seen, shared=True, progress=progress)
+    if parallel.rank():
+        return
+    best = max(reports, key=lambda report: report.metrics["NDCG@10"])
+    print(f"best of {len(reports)} epochs: {best.epoch}")
+    recommender = Recommender(model, histories)
+    recommender.save(folder)
+    settings = {name: value for name, value in vars(args).items() if name not in _NO_SETTINGS}
+    settings |= {name: getattr(model.config, name) for name in _chosen(args, TTT4RecConfig)}
+    about = {"settings": settings, "processes": parallel.world_size(), "data": describe_data(split), "cuts": cuts}
+    about |= {"test": metrics}
+    write_json(folder / RUN_FILE, about, [METRICS_FILE])
+    write_report([folder], folder)
+    write_card(folder, recommender, about)
+    print(f"test  {_format(metrics)}")
+    _show_example(recommender)
+    print(f"model in {folder}")
+
+
+def evaluate(args: Namespace) -> None:
+    """Rank the targets of a part by the protocol of the paper."""
+    device = _machine(args)
+    run = _trained(Path(args.folder))
+    recommender = Recommender.load(args.folder, device)
+    split = _split_again(recommender.histories, *run)
+    windows = evaluation_prefixes(split, args.part, max_len=recommender.model.config.max_len)
+    metrics = evaluate_windows(
+        recommender.model,
+        windows,
+        cutoffs=args.cutoffs,
+        exclude_seen=args.exclude_seen,
+        progress=sys.stderr.isatty(),
+    )
+    print(json.dumps(metrics, indent=2) if args.json else f"{args.part}  {_format(metrics)}")
+
+
+def recommend(args: Namespace) -> None:
+    """Print the best items for a user or a history."""
+    recommender = Recommender.load(args.folder, _machine(args))
+    if args.histories is not None:
+        _recommend_file(recommender, args)
+        return
+    result = recommender.recommend(args.user, args.history, k=args.k, exclude_seen=args.exclude_seen)
+    if args.json:
+        print(json.dumps(_as_json(result), indent=2))
+    else:
+        for rank, (item, score) in enumerate(result.items, start=1):
+            print(f"{rank:3d}  {printable(item)}  {score:.4f}")
+    if result.unknown:
+        print(f"not in the catalogue, left out: {', '.join(map(printable, result.unknown))}", file=sys.stderr)
+
+
+def report(args: Namespace) -> None:
+    """Write a report of several runs together."""
+    print(f"report in {write_report(args.folders, args.out)}")
+
+
+def _recommend_file(recommender: Recommender, args: Namespace) -> None:
+    """A line of JSON for each line of a file."""
+    try:
+        with TextFile(Path(args.histories)) as text:
+            while chunk := [_history(line) for line in text.some(text.lines, 4096)]:
+                for result in recommender.recommend_batch(chunk, k=args.k, exclude_seen=args.exclude_seen):
+                    print(json.dumps(_as_json(result)))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{args.histories}: expected UTF-8 text, got the byte {error.object[error.start]:#04x}"
+        ) from error
+
+
+def _history(line: str) -> list[str]:
+    """Item ids, separated by blanks or, where they hold blanks themselves, a JSON array of strings or whole numbers."""
+    try:
+        ids = json.loads(line)
+    except (ValueError, RecursionError):  # the latter of brackets in brackets in brackets
+        return line.split()
+    if not isinstance(ids, list):  # one id that looks like JSON, such as 5
+        return line.split()
+    if not all(type(x) in (str, int) for x in ids):
+        raise DataError(f"expected a history's ids as strings or whole numbers, given the line {line.strip()[:80]!r}")
+    return [str(x) for x in ids]
+
+
+def _as_json(result: Recommendations) -> dict[str, Any]:
+    return {"items": [{"item": item, "score": score} for item, score in result.items], "unknown": result.unknown}
+
+
+def _chosen(args: Namespace, target: type[Any]) -> dict[str, Any]:
+    """The arguments that are fields of a dataclass."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(target) if hasattr(args, f.name)}
+
+
+def _model_config(args: Namespace, num_items: int, trained: Recommender | None) -> TTT4RecConfig:
+    """The shape that the arguments name or, after a warm start, the trained model's, which they may not contradict."""
+    if trained is None:
+        return TTT4RecConfig(num_items=num_items, **_chosen(args, TTT4RecConfig))
+    config = dataclasses.replace(trained.model.config, num_items=num_items)
+    for name in args.shape_given:
+        own, given = getattr(config, name), getattr(args, name)
+        if given != own:
+            raise ValueError(
+                f"--warm-start goes on with the shape of {args.warm_start}, whose {name} is {own}; "
+                f"expected the same or no --{name.replace('_', '-')}, given {given}"
+            )
+    return config
+
+
+def _ratios(text: str) -> tuple[int, int, int]:
+    parts = text.split(":")
+    if len(parts) != 3 or not all(part.isdecimal() and len(part) <= 6 for part in parts):
+        raise ValueError(f"--split expects three whole numbers below 1,000,000 such as 3:2:5, given {text!r}")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def _split(
+    interactions: Interactions, args: Namespace, ratios: tuple[int, int, int]
+) -> tuple[Split, tuple[float, float] | None]:
+    """The split that the arguments name, and the moments at which it cuts if it does so by time."""
+    smallest = {"min_user": args.min_user, "min_item": args.min_item}
+    if args.split_by == "time":
+        return split_by_time(interactions, ratios, **smallest)
+    histories = build_histories(filter_k_core(interactions, **smallest))
+    return _split_again(histories, args.split_by, ratios, None), None
+
+
+def _split_again(
+    histories: Histories, way: str, ratios: tuple[int, int, int], cuts: tuple[float, float] | None
+) -> Split:
+    if cuts is not None:
+        return split_at(histories, *cuts)
+    return split_leave_one_out(histories) if way == "last" else split_by_ratio(histories, ratios)
+
+
+def _trained(folder: Path) -> tuple[str, tuple[int, int, int], tuple[float, float] | None]:
+    """How the run that wrote a folder split its data."""
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise DataError(f"{folder} holds no finished training run: {RUN_FILE} is missing")
+    try:
+        run = read_json(path)
+        cuts = run["cuts"] and (run["cuts"][0], run["cuts"][1])
+        return run["settings"]["split_by"], _ratios(run["settings"]["split"]), cuts
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise DataError(f"{path} is damaged; expected the settings of a training run ({error})") from error
+
+
+def _machine(args: Namespace) -> str:
+    """The device asked for, checked; the number of threads is set on the way."""
+    name: str = args.device
+    if args.threads is not None:
+        if not 1 <= args.threads <= _MOST_THREADS:
+            raise ValueError(f"--threads must be from 1 to {_MOST_THREADS}; given {args.threads}")
+        torch.set_num_threads(args.threads)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device expects a name such as cpu or cuda, given {name!r}") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {name} is not available on this machine")
+    return name
+
+
+def _describe(histories: Histories, split: Split) -> None:
+    parts = " / ".join(f"{split.num_targets(part):,}" for part in ("train", "valid", "test"))
+    print(f"{histories.num_users:,} users, {histories.num_items:,} items, {len(histories.items):,} interactions")
+    print(f"{parts} train / valid / test targets", flush=True)
+
+
+def _print_epoch(report: EpochReport) -> None:
+    valid = "  ".join(f"{name} {report.metrics[name]:.4f}" for name in ("HR@10", "NDCG@10"))
+    seconds = f"{report.train_seconds:.1f} + {report.valid_seconds:.1f} s"
+    print(f"epoch {report.epoch:3d}  loss {report.loss:.4f}  valid {valid}  {seconds}", flush=True)
+
+
+def _show_example(recommender: Recommender) -> None:
+    histories = recommender.histories
+    user = histories.user_ids[0]
+    last = ", ".join(printable(histories.item_ids[code - 1]) for code in histories.history(0)[-5:])
+    best = ", ".join(printable(item) for item, _ in recommender.recommend(user, k=5, exclude_seen=True).items)
+    print(f"user {printable(user)}, whose last items are {last}: next {best}")
+
+
+def _format(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.startswith("MRR"))

@@ -1,0 +1,180 @@
+"""Interactions by the name of a public dataset or by path; ``public`` has the datasets of the paper.
+
+MovieLens-100K is fetched once and kept in a cache directory. It comes from GroupLens Research at the
+University of Minnesota, whose terms allow research use, ask for an acknowledgement in publications, and forbid
+redistribution as well as commercial use without permission; so the file is never part of this package. To be
+cited as: F. Maxwell Harper and Joseph A. Konstan, "The MovieLens Datasets: History and Context", ACM
+Transactions on Interactive Intelligent Systems 5(4), 2015.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ttt4rec.atomic_files import replacing
+from ttt4rec.recsys.data.interactions import Interactions
+from ttt4rec.recsys.data.public import PUBLIC, download, load_public
+from ttt4rec.recsys.data.reading import read_interactions
+from ttt4rec.recsys.data.text import DataError
+
+ML_100K_SHA256 = "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"
+RECBOLE_WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
+RECBOLE_REQUIREMENT = "recbole==1.2.1"
+GROUPLENS_URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
+
+_WHEEL_MEMBER = "recbole/dataset_example/ml-100k/ml-100k.inter"
+_LARGEST_MEMBER = 1 << 24  # of ml-100k's 2 MB; the checksum can be compared only when it is unpacked
+_ZIP_MEMBER = "ml-100k/u.data"
+_HEADER = b"user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+_FAILURES = (
+    OSError,
+    DataError,
+    KeyError,
+    subprocess.SubprocessError,
+    zipfile.BadZipFile,
+    http.client.HTTPException,
+)
+
+
+def load_interactions(source: str | os.PathLike[str], **fields: str) -> Interactions:
+    """Read a dataset by name (``"ml-100k"``, or one of ``PUBLIC``) or a file by path, as ``read_interactions`` does.
+
+    A named dataset is taken from the cache directory (environment variable ``TTT4REC_DATA``, otherwise
+    ``~/.cache/ttt4rec``) or fetched into it.
+
+    Args:
+        source: the name or the path.
+        fields: for a file, ``read_interactions``'s names of the columns.
+
+    Raises:
+        DataError: the name is unknown, no source can be reached, or the file cannot be read.
+    """
+    name, path = os.fspath(source), Path(source)
+    if name in _DATASETS:
+        return read_interactions(_DATASETS[name](cache_directory()))
+    if name in PUBLIC:
+        return load_public(name, cache_directory())
+    if path.suffix or path.exists() or len(path.parts) > 1:
+        return read_interactions(path, **fields)
+    known = ", ".join(map(repr, (*_DATASETS, *PUBLIC)))
+    raise DataError(f"unknown dataset {name!r}: expected one of {known} or the path of a file")
+
+
+def cache_directory() -> Path:
+    """Where fetched datasets are kept; DataError where nothing says so and nobody knows the user's home folder."""
+    configured = os.environ.get("TTT4REC_DATA")
+    try:
+        return Path(configured) if configured else Path.home() / ".cache" / "ttt4rec"
+    except RuntimeError as error:
+        raise DataError(
+            "expected a folder for data sets in $TTT4REC_DATA, as $HOME is not set and the system knows no home folder"
+        ) from error
+
+
+def download_wheel(folder: Path) -> bytes:
+    """The recbole wheel, fetched by pip into ``folder``."""
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        RECBOLE_REQUIREMENT,
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+    ]
+    done = subprocess.run([*pip, "-d", str(folder)], capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise DataError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return next(folder.glob("*.whl")).read_bytes()
+
+
+def fetch_ml_100k(
+    folder: Path,
+    *,
+    get_wheel: Callable[[Path], bytes] = download_wheel,
+    get_url: Callable[[str], bytes] = download,
+) -> Path:
+    """Path of ``ml-100k.inter`` in ``folder``, fetched there unless it is there already.
+
+    The sources are, in this order, the example data of the recbole wheel on the package index and GroupLens's
+    own archive, whose ``u.data`` under a header line is byte for byte the same file. Whatever its origin, the
+    file must have the sha256 ``ML_100K_SHA256``; it is put in place in one step.
+
+    Raises:
+        DataError: no source gave the right file, or ``folder`` cannot be written.
+    """
+    path = folder / "ml-100k.inter"
+    if path.is_file():
+        if _sha256(path.read_bytes()) == ML_100K_SHA256:
+            return path
+        print(f"{path} does not have the expected checksum; fetching it again", file=sys.stderr)
+    sources: dict[str, Callable[[], bytes]] = {
+        f"{RECBOLE_REQUIREMENT} by pip": lambda: _from_wheel(get_wheel),
+        GROUPLENS_URL: lambda: _from_archive(get_url(GROUPLENS_URL)),
+    }
+    reasons = []
+    for name, source in sources.items():
+        print(f"fetching ml-100k from {name} into {folder} (GroupLens terms: research use)", file=sys.stderr)
+        try:
+            content = source()
+            _expect(content, ML_100K_SHA256, path.name)
+        except _FAILURES as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        _keep(path, content)
+        return path
+    raise DataError(
+        f"cannot fetch ml-100k ({'; '.join(reasons)}): expected a source within reach, "
+        f"or {_WHEEL_MEMBER} of the recbole 1.2.1 wheel (sha256 {ML_100K_SHA256}) put at {path} by hand"
+    )
+
+
+_DATASETS: dict[str, Callable[[Path], Path]] = {"ml-100k": fetch_ml_100k}
+
+
+def _from_wheel(get_wheel: Callable[[Path], bytes]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = get_wheel(Path(folder))
+    _expect(wheel, RECBOLE_WHEEL_SHA256, "the wheel")
+    return _member(wheel, _WHEEL_MEMBER)
+
+
+def _from_archive(archive: bytes) -> bytes:
+    return _HEADER + _member(archive, _ZIP_MEMBER)
+
+
+def _member(archive: bytes, name: str) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(archive)) as unpacked:
+        size = unpacked.getinfo(name).file_size  # no more is unpacked than an archive says
+        if size > _LARGEST_MEMBER:
+            raise DataError(f"expected {name} of at most {_LARGEST_MEMBER:,} bytes, got {size:,}")
+        return unpacked.read(name)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _expect(content: bytes, sha256: str, what: str) -> None:
+    given = _sha256(content)
+    if given != sha256:
+        raise DataError(f"expected {what} with sha256 {sha256}, got {given}")
+
+
+def _keep(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        raise DataError(f"expected a writable cache directory {path.parent}, got {error.strerror}") from error

@@ -1,0 +1,88 @@
+"""Ranking the full catalogue for every target of a part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ttt4rec.models.ttt4rec import TTT4Rec
+from ttt4rec.recsys.data.windows import Windows
+from ttt4rec.recsys.training import parallel
+from ttt4rec.recsys.training.metrics import RankingMetrics
+from ttt4rec.recsys.training.progress import progress_bar
+
+TOKENS_PER_BATCH = 16_384
+"""Inputs read at once; enough to fill a CPU's matmuls, small enough for its caches."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: TTT4Rec,
+    windows: Windows,
+    *,
+    cutoffs: Sequence[int] = (10, 50),
+    exclude_seen: bool = False,
+    shared: bool = False,
+    progress: bool = False,
+) -> dict[str, float]:
+    """HR, NDCG and MRR of the model's ranking of all items, every scored target weighing the same.
+
+    Args:
+        model: put into evaluation mode, and back if it was training.
+        windows: whose targets to rank; ``evaluation_prefixes`` gives the paper's protocol.
+        cutoffs: the k of HR@k, NDCG@k and MRR@k.
+        exclude_seen: rank only items that the user has not had before, for the targets that are such items; a repeated
+            target, which could not be recommended, is passed over. Otherwise all items are ranked for all targets.
+        shared: all processes of ``torch.distributed`` call this, and each ranks the targets of a part of the windows.
+        progress: show a progress bar.
+
+    Returns:
+        Metrics by name, as ``RankingMetrics.compute`` gives them.
+
+    Raises:
+        ValueError: there is no target, or a score is NaN.
+    """
+    if shared:
+        windows = windows.take(torch.arange(parallel.rank(), len(windows), parallel.world_size()))
+    training = model.training
+    model.eval()
+    metrics = RankingMetrics(cutoffs)
+    device = model.embedding.weight.device
+    try:
+        with progress_bar(total=windows.num_targets, unit="target", desc="evaluate", enabled=progress) as bar:
+            for indices in _by_length(windows):
+                ids, targets, cu_seqlens = (x.to(device) for x in windows.packed_batch(indices))
+                (hidden, items), seen = model.predict(ids, targets, cu_seqlens), None
+                count = len(items)
+                if exclude_seen:
+                    new, seen = _new_targets(items, *(x.to(device) for x in windows.seen(indices)))
+                    hidden, items = hidden[new], items[new]
+                metrics.update(model.ranks(hidden, items, seen))
+                bar.update(count)
+    finally:
+        model.train(training)
+    if shared:
+        metrics.add_up()
+    return metrics.compute()
+
+
+def _new_targets(items: Tensor, rows: Tensor, seen: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Which targets are not among what was seen before them, and what was seen before those, by their new numbers."""
+    new = torch.ones_like(items, dtype=torch.bool)
+    new[rows[seen == items[rows]]] = False
+    kept = new[rows]
+    return new, ((new.cumsum(0) - 1)[rows[kept]], seen[kept])
+
+
+def _by_length(windows: Windows) -> Iterator[Tensor]:
+    """Batches of windows of like length, about ``TOKENS_PER_BATCH`` inputs each."""
+    order = torch.argsort(windows.lengths, stable=True)
+    start = 0
+    for last, length in enumerate(windows.lengths[order].tolist()):  # the longest of those before it
+        if start < last and length * (last + 1 - start) > TOKENS_PER_BATCH:
+            yield order[start:last]
+            start = last
+    if start < len(order):
+        yield order[start:]

@@ -1,0 +1,477 @@
+"""Training: one causal pass scores every position of a window; early stopping on validation NDCG@10."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt4rec.atomic_files import checksum, locked, remove_partials, replacing
+from ttt4rec.checks import check_choice, check_integer, check_positive, is_number
+from ttt4rec.layers.ttt import TTTLayer
+from ttt4rec.models.ttt4rec import TTT4Rec
+from ttt4rec.native.threads import flushes_denormals
+from ttt4rec.recsys.data import IntArray
+from ttt4rec.recsys.data.split import Part, Split
+from ttt4rec.recsys.data.windows import batches, training_windows
+from ttt4rec.recsys.training import parallel
+from ttt4rec.recsys.training.checkpoint import load_checkpoint, save_checkpoint
+from ttt4rec.recsys.training.evaluate import evaluate
+from ttt4rec.recsys.training.losses import LOSSES, Loss, LossName
+from ttt4rec.recsys.training.progress import progress_bar
+
+METRICS_FILE, CHECKPOINT_FILE = "metrics.csv", "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train; the defaults are the paper's.
+
+    Attributes:
+        epochs: at most so many passes over the training targets.
+        patience: stop after so many epochs without a better validation NDCG@10.
+        learning_rate: Adam's.
+        targets_per_batch: scored targets in one step.
+        clip_norm: largest norm of all gradients together.
+        inner_lr_warmup: steps over which TTT layers' inner rates rise from 0 to their full size; 0: none.
+        loss: ``"softmax"`` over all items, or one over negatives: ``"sampled"`` softmax, ``"gbce"``, ``"bpr"``.
+        num_negatives: negatives drawn for each piece of a step, shared by its targets; by each process for its own.
+        popularity: negatives are drawn in proportion to an item's training count + 1 to this power; 0: all alike.
+        calibration: gBCE's t, from 0 (binary cross-entropy) to 1.
+        exclude_seen: validate on items new to the user, see ``evaluate``.
+        accumulate: pieces in which a step's gradients are computed, one after the other, to save memory.
+        autocast: run the model in bfloat16 under autocast; weights, inner loop, scores and loss stay float32.
+        deterministic: have torch use deterministic algorithms only, and raise where there is none.
+        seed: of the shuffling, and with the number of processes of the dropout and the negatives; at least 0.
+    """
+
+    epochs: int = 300
+    patience: int = 5
+    learning_rate: float = 1e-3
+    targets_per_batch: int = 2048
+    clip_norm: float = 5.0
+    inner_lr_warmup: int = 0
+    loss: LossName = "softmax"
+    num_negatives: int = 256
+    popularity: float = 0.0
+    calibration: float = 0.75
+    exclude_seen: bool = False
+    accumulate: int = 1
+    autocast: bool = False
+    deterministic: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        for name in ("epochs", "patience", "targets_per_batch", "num_negatives", "accumulate"):
+            check_integer(name, getattr(self, name))
+        for name in ("inner_lr_warmup", "seed"):
+            check_integer(name, getattr(self, name), least=0)
+        for name in ("exclude_seen", "autocast", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False; given {getattr(self, name)!r}")
+        check_positive("learning_rate", self.learning_rate)
+        check_positive("clip_norm", self.clip_norm)
+        check_choice("loss", self.loss, LOSSES)
+        if not is_number(self.popularity) or not 0 <= self.popularity < math.inf:
+            raise ValueError(f"popularity must be finite and at least 0; given {self.popularity!r}")
+        if not is_number(self.calibration) or not 0 <= self.calibration <= 1:
+            raise ValueError(f"calibration must be from 0 to 1; given {self.calibration!r}")
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One line of ``metrics.csv``."""
+
+    epoch: int
+    loss: float
+    train_seconds: float
+    valid_seconds: float
+    metrics: dict[str, float]
+
+    def row(self) -> dict[str, float]:
+        """The line's columns."""
+        own = {"epoch": self.epoch, "loss": self.loss}
+        seconds = {"train_seconds": self.train_seconds, "valid_seconds": self.valid_seconds}
+        return own | {f"valid_{name}": value for name, value in self.metrics.items()} | seconds
+
+
+def fit(
+    model: TTT4Rec,
+    split: Split,
+    folder: str | os.PathLike[str],
+    options: TrainOptions | None = None,
+    *,
+    progress: bool = False,
+    report: Callable[[EpochReport], None] | None = None,
+) -> list[EpochReport]:
+    """Train until validation NDCG@10 stops improving; leave the best weights in the model.
+
+    Where ``torch.distributed`` is initialised, all its processes call this with the same arguments and train one model
+    together: see ``parallel``. They end with the same weights. Only the first one reads and writes the folder, which
+    the others need not see. Another number of processes may go on from a checkpoint.
+
+    ``folder`` receives ``metrics.csv`` and ``checkpoint.safetensors``, the latter replaced atomically after every
+    epoch. Called again on a folder that holds a checkpoint of the same run, with the model as it was at the run's start
+    or as the last call left it, training goes on from there and ends with the same numbers.
+
+    Args:
+        model: trained in place, on the device it is on.
+        split: histories and their parts.
+        folder: created if missing.
+        options: how to train.
+        progress: show a progress bar.
+        report: called after every epoch.
+
+    Returns:
+        What happened in each epoch.
+
+    Raises:
+        ValueError: the folder's checkpoint is damaged or belongs to another run, another run is using the folder, there
+            are no targets to train on or to validate, the model knows too few items, training diverged, or the
+            processes have not joined, differ in what they were given or are too many for the items.
+        OSError: the folder cannot be written or the disk is full; the last checkpoint stays whole.
+    """
+    options = options or TrainOptions()
+    folder = Path(folder)
+    parallel.check_group()
+    parallel.check_whole(model)
+    if parallel.world_size() > 1:
+        parallel.check_alike(_given(model, split, options))
+    _check_data(model, split, options.exclude_seen)
+    parallel.from_first(lambda: _prepare(folder))
+    with _alone(folder):
+        return _fit(_Run(model, split, options, folder), progress, report)
+
+
+def _fit(run: _Run, progress: bool, report: Callable[[EpochReport], None] | None) -> list[EpochReport]:
+    """Bring the run to its end."""
+    model, options = run.model, run.options
+    with (
+        _deterministic(options.deterministic),
+        _denormals_flushed(),
+        torch.random.fork_rng([run.device] if run.device.type == "cuda" else []),
+    ):
+        torch.manual_seed(options.seed + (parallel.rank() << 20))  # of its 64 bits the CPU's generator takes 32
+        run.restore_random_state()
+        while not run.finished():
+            with parallel.collected_after_errors(model):
+                epoch = run.epoch(progress and parallel.rank() == 0)
+                run.save()
+                run.write_metrics()
+            if report is not None:
+                report(epoch)
+    model.load_state_dict(run.best_weights)
+    parallel.collect(model)
+    return run.reports
+
+
+def _given(model: TTT4Rec, split: Split, options: TrainOptions) -> list[Any]:
+    """What all processes must be given alike; initial weights are the first one's."""
+    histories = split.histories
+    arrays = (histories.items, histories.offsets, split.train_begin, split.train_end, split.valid_end)
+    weights = [(name, list(x.shape), str(x.dtype), x.requires_grad) for name, x in model.named_parameters()]
+    parts = [dataclasses.asdict(options), dataclasses.asdict(model.config), weights]
+    return [*parts, histories.num_items, _digest(arrays)]
+
+
+def _check_data(model: TTT4Rec, split: Split, exclude_seen: bool) -> None:
+    parts: tuple[Part, ...] = ("train", "valid")
+    for part in parts:
+        if not split.num_targets(part):
+            raise ValueError(f"the split has no {part} targets; expected some to train on and some to validate")
+    if exclude_seen and not split.num_new_targets("valid"):
+        raise ValueError(
+            "every validation target is an item that its user had before; expected others, which exclude_seen ranks"
+        )
+    if model.config.num_items < split.histories.num_items:
+        raise ValueError(
+            f"the model knows {model.config.num_items} items; expected at least the data's {split.histories.num_items}"
+        )
+
+
+def _prepare(folder: Path) -> None:
+    """Make the folder; that it cannot be written is better known before the first epoch than after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder; the first process does, and all of them learn if it cannot."""
+    with locked(folder) if parallel.rank() == 0 else nullcontext(True) as free:
+        if not parallel.from_first(lambda: free):
+            raise ValueError(f"another run is using {folder}; wait for its end or choose another folder")
+        if parallel.rank() == 0:
+            remove_partials(folder)
+        yield
+
+
+class _Run:
+    """The state of a training run, as it is checkpointed; taken up from the folder's checkpoint if there is one."""
+
+    def __init__(self, model: TTT4Rec, split: Split, options: TrainOptions, folder: Path) -> None:
+        self.model, self.options, self.folder = model, options, folder
+        self.device = model.embedding.weight.device
+        self.train_windows = training_windows(split, max_len=model.config.max_len)
+        self.valid_windows = training_windows(split, max_len=model.config.max_len, part="valid")
+        counts = torch.from_numpy(split.train_counts()).to(self.device)
+        self.loss = Loss.make(
+            options.loss,
+            counts,
+            num_negatives=options.num_negatives,
+            popularity=options.popularity,
+            calibration=options.calibration,
+        )
+        # of the first one's weights, which ``distribute`` gives to all
+        self.initial: str = parallel.from_first(lambda: checksum(model.state_dict()))
+        progress, tensors = self._read()  # while the model is as it was, in case the checkpoint is another run's
+        parallel.distribute(model)
+        # the item table, of several processes a DTensor, in a group of its own: no fused operator mixes it with others
+        items = model.embedding.weight
+        self.parameters = {"embedding.weight": items} | dict(model.named_parameters())
+        groups = [{"params": [items]}, {"params": [p for p in self.parameters.values() if p is not items]}]
+        self.optimizer = torch.optim.Adam(groups, lr=options.learning_rate, fused=True)
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.reports: list[EpochReport] = []
+        self.steps = 0
+        self.best_weights = _copy(model)
+        self.random_state: dict[str, Tensor] = {}
+        if progress is not None:
+            with parallel.collected_after_errors(model):
+                self._take_up(progress, tensors)
+
+    def finished(self) -> bool:
+        """Whether all epochs are done or the last ``patience`` brought nothing better."""
+        done = len(self.reports)
+        return done >= self.options.epochs or (done > 0 and done - 1 - self._best() >= self.options.patience)
+
+    def _best(self) -> int:
+        return max(range(len(self.reports)), key=lambda i: self.reports[i].metrics["NDCG@10"])
+
+    def epoch(self, progress: bool) -> EpochReport:
+        """Train on every target once, then validate."""
+        begin = time.perf_counter()
+        loss = self._train_epoch(progress)
+        middle = time.perf_counter()
+        with parallel.collected(self.model):
+            metrics = evaluate(
+                self.model,
+                self.valid_windows,
+                exclude_seen=self.options.exclude_seen,
+                shared=True,
+                progress=progress,
+            )
+        end = time.perf_counter()
+        self.reports.append(EpochReport(len(self.reports), loss, middle - begin, end - middle, metrics))
+        if self._best() == len(self.reports) - 1:
+            self.best_weights = _copy(self.model)
+        return self.reports[-1]
+
+    def _train_epoch(self, progress: bool) -> float:
+        windows = self.train_windows
+        self.model.train()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        plan = list(batches(windows, targets_per_batch=self.options.targets_per_batch, generator=self.generator))
+        with progress_bar(total=len(plan), unit="step", desc=f"epoch {len(self.reports)}", enabled=progress) as bar:
+            for indices in plan:
+                total += self._step(indices)
+                bar.update()
+        self._set_inner_lr_scale(1.0)  # what is validated and kept is the model as it will be used
+        mean = float(total) / windows.num_targets
+        if not math.isfinite(mean):
+            raise ValueError(
+                f"training diverged: the loss of epoch {len(self.reports)} is {mean}; lower the learning rate, "
+                "warm up the inner rates or bound them with max_inner_step"
+            )
+        return mean
+
+    def _step(self, indices: Tensor) -> Tensor:
+        """One update by the mean loss of some windows' targets; returns its sum."""
+        warmup = self.options.inner_lr_warmup
+        self._set_inner_lr_scale(self.steps / warmup if self.steps < warmup else 1.0)
+        count = int(self.train_windows.targets_per_window[indices].sum())
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.optimizer.zero_grad()
+        for piece in indices.tensor_split(min(self.options.accumulate, len(indices))):
+            own, counts = parallel.share(piece)
+            ids, targets, cu_seqlens = (x.to(self.device) for x in self.train_windows.packed_batch(own))
+            with parallel.scoring():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast):
+                    hidden, items = self.model.predict(ids, targets, cu_seqlens)
+                    # 1, but for BERT4Rec, which predicts some of the targets, and for a process without a part
+                    weight = counts * targets.count_nonzero() / len(items)
+                    loss = self.loss(self.model, hidden, items) * weight
+                (loss / count).backward()
+            total += loss.detach()
+        parallel.add_up_gradients(self.model)
+        parallel.clip_gradients(self.model, self.options.clip_norm)
+        self.optimizer.step()
+        self.steps += 1
+        return parallel.add_up(total)
+
+    def _set_inner_lr_scale(self, scale: float) -> None:
+        for module in self.model.modules():
+            if isinstance(module, TTTLayer):
+                module.set_inner_lr_scale(scale)
+
+    def save(self) -> None:
+        """Write everything that the rest of the run depends on; the first process does."""
+        parts = {f"model.{name}": x for name, x in self.model.state_dict().items()}
+        parts |= {f"best.{name}": x for name, x in self.best_weights.items()}
+        names = list(self.parameters)
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            parts |= {f"adam.{slot}.{names[index]}": x for slot, x in slots.items()}
+        tensors = {}
+        for name, x in parts.items():  # one after the other: together they may be more than a GPU holds
+            one = parallel.whole(x)
+            if parallel.rank() == 0:
+                tensors[name] = one.cpu()
+        tensors |= {"random.global": parallel.gather(torch.get_rng_state())}
+        tensors |= {"random.batches": self.generator.get_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = parallel.gather(torch.cuda.get_rng_state(self.device))
+        progress = {
+            "steps": self.steps,
+            "reports": [dataclasses.asdict(r) for r in self.reports],
+            "run": self._identity(),
+        }
+        parallel.from_first(lambda: save_checkpoint(self.folder / CHECKPOINT_FILE, tensors, progress))
+
+    def write_metrics(self) -> None:
+        """Write the reports so far; the first process does."""
+        parallel.from_first(self._write_metrics)
+
+    def _write_metrics(self) -> None:
+        with replacing(self.folder / METRICS_FILE) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(self.reports[0].row()))
+            writer.writeheader()
+            writer.writerows(report.row() for report in self.reports)
+
+    def _read(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """What ``save`` wrote, if it did: its progress and, in the first process, its tensors."""
+        path, tensors = self.folder / CHECKPOINT_FILE, dict[str, Tensor]()
+
+        def read() -> dict[str, Any] | None:
+            if not path.exists():
+                return None
+            loaded, progress = load_checkpoint(path)
+            best = {name.removeprefix("best."): x for name, x in loaded.items() if name.startswith("best.")}
+            if self.initial == checksum(best):  # the model as this run's last call left it
+                self.initial = progress.get("run", {}).get("initial")
+            if progress.get("run") != self._identity():
+                raise ValueError(
+                    f"{path} belongs to a run with other data, options, model or initial weights; choose another "
+                    "folder or delete it"
+                )
+            tensors.update(loaded)
+            return progress
+
+        return parallel.from_first(read), tensors
+
+    def _take_up(self, progress: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        try:
+            self._take(parallel.hand_out(tensors, self.parameters), progress)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{self.folder / CHECKPOINT_FILE} is damaged: {str(error).splitlines()[0]}") from error
+        self.write_metrics()  # the interruption may have come just before this
+
+    def _take(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "adam": {}, "random": {}}
+        for name, x in tensors.items():
+            group, _, rest = name.partition(".")
+            groups[group][rest] = x
+        for group in ("best", "model"):  # the best ones only to see that they fit
+            self.model.load_state_dict(groups[group])
+        self.best_weights = groups["best"]
+        self._restore_optimizer(groups["adam"])
+        self.random_state = groups["random"]
+        self.steps = progress["steps"]
+        self.reports = [EpochReport(**entry) for entry in progress["reports"]]
+        if not self.reports:
+            raise ValueError("it has no report of an epoch")
+
+    def restore_random_state(self) -> None:
+        """Put back the random states of the checkpoint, if there was one and this process had a part in it."""
+        if not self.random_state:
+            return
+        self.generator.set_state(self.random_state["batches"])
+        rank = parallel.rank()  # below, copies: torch reads a state from the start of a view's storage
+        if rank < len(self.random_state["global"]):
+            torch.set_rng_state(self.random_state["global"][rank].clone())
+        if self.device.type == "cuda" and rank < len(self.random_state.get("cuda", ())):
+            torch.cuda.set_rng_state(self.random_state["cuda"][rank].clone(), self.device)
+
+    def _restore_optimizer(self, slots: dict[str, Tensor]) -> None:
+        state = self.optimizer.state_dict()
+        names = list(self.parameters)
+        for key, x in slots.items():
+            slot, _, name = key.partition(".")
+            state["state"].setdefault(names.index(name), {})[slot] = x
+        self.optimizer.load_state_dict(state)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree for a checkpoint to be this run's; the number of epochs and the patience may change."""
+        options = dataclasses.asdict(self.options)
+        del options["epochs"], options["patience"]
+        both = (self.train_windows, self.valid_windows)
+        data = [_digest(x.numpy() for x in (w.items, w.starts, w.lengths, w.leading)) for w in both]
+        return {
+            "options": options,
+            "config": dataclasses.asdict(self.model.config),
+            "data": data,
+            "initial": self.initial,
+        }
+
+
+def _digest(arrays: Iterable[IntArray]) -> str:
+    digest = hashlib.sha256()
+    for x in arrays:
+        digest.update(x.tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _deterministic(enabled: bool) -> Iterator[None]:
+    """Torch's deterministic mode for a while."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error" if enabled else before)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+@contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Numbers too small to be normal count as zero for a while: a CPU takes many times as long for them.
+
+    Gradients of scores that a loss has pushed far down are such numbers; those of gBCE made a step four times as long.
+    """
+    before = flushes_denormals()
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+def _copy(model: TTT4Rec) -> dict[str, Tensor]:
+    return {name: x.detach().clone() for name, x in model.state_dict().items()}

@@ -1,0 +1,97 @@
+"""Tables and plots of these studies, in ``docs/adaptation.md``."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from tools.documents import ROOT, section, spread
+
+from ..runner import Result, read_results
+
+RUNS_FILE = ROOT / "studies" / "results" / "adaptation" / "runs.jsonl"
+DOCUMENT = ROOT / "docs" / "adaptation.md"
+METRICS = ("NDCG@10", "HR@10")
+SWITCHES = ("made-up", "joined")
+AFTER = ((1, 1), (2, 2), (3, 5), (6, 10), (11, 20), (21, 29))  # columns: events known since the switch, first and last
+
+
+def read() -> list[Result]:
+    """All results so far."""
+    return read_results(RUNS_FILE)
+
+
+def ablation_table(results: Iterable[Result]) -> str:
+    """Metrics by split, training and mode."""
+    cells = defaultdict(list)
+    for result in results:
+        if result["study"] == "ablation":
+            for mode, metrics in result["test"].items():
+                cells[result["split"], result["adapting in training"], mode].append(metrics)
+    lines = [f"| split | trained | tested | {' | '.join(METRICS)} |"]
+    lines.append("|" + " --- |" * (3 + len(METRICS)))
+    for (split, adapt, mode), runs in sorted(cells.items(), key=lambda cell: (cell[0][0], not cell[0][1])):
+        values = [spread([run[name] for run in runs]) for name in METRICS]
+        lines.append(f"| {split} | {'adapting' if adapt else 'without adapting'} | {mode} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def curves(results: Iterable[Result], study: str, name: str = "curve") -> dict[str, list[list[float]]]:
+    """By mixer, the curves of its seeds."""
+    found = defaultdict(list)
+    for result in results:
+        if result["study"] == study:
+            found[result["mixer"]].append(result[name])
+    return dict(found)
+
+
+def recovery_table(results: Sequence[Result], study: str) -> str:
+    """NDCG@10 of the last five events before the switch, and means over those with so many events known since."""
+    own = [result for result in results if result["study"] == study]
+    if not own:
+        return "Not run.\n"
+    switch = own[0]["switch"]
+    head = ["before", *(f"{n} known since" if n == last else f"{n} to {last}" for n, last in AFTER)]
+    # A curve begins with event 1, so event ``switch + n``, before which n are known, stands at switch + n - 1.
+    places = [range(switch - 6, switch - 1), *(range(switch + n - 1, switch + last) for n, last in AFTER)]
+    lines = [f"| | {' | '.join(head)} |", "|" + " --- |" * (1 + len(head))]
+    for name, label in (("curve", ""), ("alone", ", no switch")):
+        for mixer, seeds in curves(own, study, name).items() if name in own[0] else ():
+            cells = [spread([statistics.fmean(curve[i] for i in place) for curve in seeds]) for place in places]
+            lines.append(f"| {mixer}{label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Sequence[Result], study: str) -> None:
+    """NDCG@10 against events since the switch: mean of the seeds, and their range as a band."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    own = [result for result in results if result["study"] == study]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    switch = own[0]["switch"]
+    for i, (mixer, seeds) in enumerate(curves(own, study).items()):
+        x = [n + 1 - switch for n in range(len(seeds[0]))]
+        axes.plot(x, [statistics.fmean(values) for values in zip(*seeds, strict=True)], color=f"C{i}", label=mixer)
+        low, high = zip(*((min(values), max(values)) for values in zip(*seeds, strict=True)), strict=True)
+        axes.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
+    if "best possible" in own[0]:
+        axes.axhline(own[0]["best possible"], color="gray", linestyle=":", label="best possible")
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set(xlabel="events since the switch", ylabel="NDCG@10", ylim=(0, None))
+    axes.legend()
+    figure.savefig(DOCUMENT.with_name(f"adaptation-{study}.png"), dpi=110)
+
+
+def write() -> None:
+    """Bring tables and plots up to date."""
+    results, document = read(), DOCUMENT.read_text()
+    texts = {"ablation": ablation_table(results)}
+    for study in SWITCHES:
+        texts[study] = recovery_table(results, study)
+        if any(result["study"] == study for result in results):
+            plot(results, study)
+    for name, text in texts.items():
+        document = section(name).sub(lambda _, text=text: text, document)
+    DOCUMENT.write_text(document)

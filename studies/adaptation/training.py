@@ -1,0 +1,42 @@
+"""Models trained for these studies, kept in a folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
+from ttt4rec.recsys.data.split import Split
+from ttt4rec.recsys.training.train import TrainOptions, fit
+
+MIXERS = {
+    "TTT-Linear": {"mixer": "ttt", "inner": "linear"},
+    "TTT-MLP": {"mixer": "ttt", "inner": "mlp"},
+    "attention": {"mixer": "attention"},
+    "GRU": {"mixer": "gru"},
+}
+
+
+def trained(mixer: str, split: Split, folder: Path, seed: int, *, max_len: int, adapt: bool = True) -> TTT4Rec:
+    """A model trained on a split, the same way for every mixer; one that lies in the folder is not trained again."""
+    torch.manual_seed(seed)
+    model = TTT4Rec(TTT4RecConfig(num_items=split.histories.num_items, max_len=max_len, dropout=0.5, **MIXERS[mixer]))
+    options = TrainOptions(epochs=100, patience=5, targets_per_batch=512, seed=seed)
+    with adapting(model, adapt):
+        fit(model, split, folder, options)
+    return model.eval()
+
+
+@contextmanager
+def adapting(model: TTT4Rec, adapt: bool) -> Iterator[None]:
+    """The inner loops live, or at rest."""
+    layers = [layer for layer in model.modules() if isinstance(layer, TTTLayer)]
+    before = [layer.adapt for layer in layers]
+    for layer in layers:
+        layer.adapt = adapt
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.adapt = old

@@ -1,0 +1,55 @@
+"""``torch.compile(fullgraph=True)`` of layers on every backend and of models: no graph break, and the same numbers.
+
+The backend "auto" alone is in ``test_operators``.
+"""
+
+import pytest
+import torch
+
+from tests.support.checks import BACKBONES, assert_close, gradients
+from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
+
+PATHS = [("reference", "linear"), ("reference", "mlp"), ("triton", "linear"), ("triton", "mlp")]
+SINGLE = 1e-5  # the same operators on the same numbers; only what is around them may be reordered
+MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("backend", "inner"), PATHS)
+@pytest.mark.parametrize("where", ["packed", "state"])
+def test_layer(backend, inner, backbone, where):
+    torch._dynamo.reset()
+    layer = TTTLayer(8, 2, inner=inner, backbone=backbone, mini_batch_size=4, backend=backend)
+    x = torch.randn(2, 7, 8, requires_grad=True)
+    if where == "packed":
+        tokens, options = x.view(1, 14, 8), {"cu_seqlens": torch.tensor([0, 5, 5, 14])}
+    else:
+        _, state = layer(x.detach(), return_state=True)
+        tokens, options = x, {"state": state.detach(), "mask": MASK}
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = [f(tokens, return_state=True, **options) for f in (layer, compiled)]
+    leaves = [x, *layer.parameters()]
+    (y, *grads), (y_compiled, *grads_compiled) = ([o, *gradients([o, *s.weights], leaves)] for o, s in results)
+    assert_close(y_compiled, y, SINGLE, "y")
+    for i, (actual, expected) in enumerate(zip(grads_compiled, grads, strict=True)):
+        assert_close(actual, expected, SINGLE, f"gradient {i}")
+
+
+@pytest.mark.parametrize(("inner", "backbone"), [("linear", "transformer"), ("mlp", "mamba")])
+def test_model(inner, backbone):
+    torch._dynamo.reset()
+    options = {"inner": inner, "backbone": backbone, "block_conv": backbone == "mamba", "mini_batch_size": 4}
+    model = TTT4Rec(TTT4RecConfig(num_items=20, width=8, num_heads=2, ffn_width=8, **options)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        _, states = model(torch.tensor([[1, 2, 3]]), return_states=True)
+    for ids, where in (
+        (torch.tensor([[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]), {}),
+        (torch.tensor([[1, 2, 3, 4, 5, 6, 7]]), {"cu_seqlens": torch.tensor([0, 3, 7])}),
+        (torch.tensor([[4, 5, 6]]), {"states": states}),
+    ):
+        h, h_compiled = (f(ids, return_states=True, **where)[0] for f in (model, compiled))
+        assert_close(h_compiled, h, SINGLE)
+        parameters = list(model.parameters())
+        for actual, expected in zip(gradients([h_compiled], parameters), gradients([h], parameters), strict=True):
+            assert_close(actual, expected, SINGLE)

@@ -1,0 +1,248 @@
+"""Baselines against their definitions: NARM's and Mamba's mixers, BERT4Rec's hidden items."""
+
+import dataclasses
+import math
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.support.recsys_data import make_model, make_split
+from ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec.models import mixers
+from ttt4rec.models.blocks import AttentionMixer, GRUMixer
+from ttt4rec.models.cloze import hide_next, hide_some
+from ttt4rec.models.mixers import MambaMixer, NARMMixer
+from ttt4rec.recsys.data.windows import evaluation_prefixes
+from ttt4rec.recsys.recommend import Recommender
+from ttt4rec.recsys.training.evaluate import evaluate
+from ttt4rec.recsys.training.train import TrainOptions, fit
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+TARGETS = torch.tensor([6, 7, 8, 0, 10, 11, 12])  # histories 5 6 7 [8] and 8 9 10 11 [12]; 9 is no target
+CU_SEQLENS = torch.tensor([0, 3, 7])
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 7, 6, dtype=torch.float64)
+
+
+def randomised(module):
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return module.double()
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 20])
+def test_narm_is_its_definition(x, monkeypatch, at_once):
+    monkeypatch.setattr(mixers, "ELEMENTS_AT_ONCE", at_once)
+    mixer = randomised(NARMMixer(6))
+    y = mixer(x)
+    for row in range(2):
+        h = mixer.gru(x[row])[0]
+        for t in range(7):
+            local = torch.zeros(6, dtype=torch.float64)
+            for j in range(t + 1):
+                hidden = torch.sigmoid(mixer.query.weight @ h[t] + mixer.key.weight @ h[j])
+                local += (mixer.energy.weight[0] @ hidden) * h[j]
+            torch.testing.assert_close(y[row, t], mixer.output.weight @ torch.cat((h[t], local)))
+
+
+def test_mamba_is_its_definition(x):
+    mixer = randomised(MambaMixer(6, state_size=3))
+    y = mixer(x)
+    for row in range(2):
+        first, z = (mixer.input.weight @ x[row].T).T.chunk(2, -1)  # [L, 12] each
+        state = torch.zeros(12, 3, dtype=torch.float64)
+        for t in range(7):
+            window = F.pad(first, (0, 0, 3, 0))[t : t + 4]
+            u = F.silu((window * mixer.conv.weight.T).sum(0) + mixer.conv.bias)
+            rank, B, C = (mixer.selection.weight @ u).split([1, 3, 3])
+            delta = F.softplus(mixer.rate @ rank + mixer.rate_bias)[:, None]
+            state = torch.exp(-delta * mixer.log_decay.exp()) * state + delta * u[:, None] * B
+            gated = (state @ C + mixer.skip * u) * F.silu(z[t])
+            torch.testing.assert_close(y[row, t], mixer.output.weight @ gated)
+
+
+@pytest.mark.parametrize("make", [partial(AttentionMixer, num_heads=2), NARMMixer, MambaMixer])
+def test_packed_sequences_of_any_lengths_are_read_alone(make):
+    width = 8
+    mixer = randomised(make(width))
+    lengths = [3, 0, 1, 17, 4, 5, 1, 8, 9, 2]
+    x = torch.randn(1, sum(lengths), width, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn_like(x)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    packed = mixer(x, cu_seqlens=cu_seqlens)
+    alone = torch.cat([mixer(part) for part in x.split(lengths, 1) if part.shape[1]], 1)
+    torch.testing.assert_close(packed, alone)
+    given, expected = (torch.autograd.grad((y * weights).sum(), (x, *mixer.parameters())) for y in (packed, alone))
+    torch.testing.assert_close(given, expected)
+    nothing = x.detach()[:, :0]
+    assert mixer(nothing, cu_seqlens=torch.tensor([0, 0])).shape == nothing.shape
+
+
+def test_narrow_attention_turns_in_float32():
+    """300 angles of 8 bits would be far off, beside which stands what weights, products and results are rounded to."""
+    mixer = AttentionMixer(16, 2)
+    with torch.no_grad():
+        mixer.qkv.weight[:32] *= 6  # so that it matters where a token stands
+    mixer, x = mixer.bfloat16(), torch.randn(1, 300, 16).bfloat16()
+    given, expected = mixer(x).double(), mixer.double()(x.double())
+    assert (given - expected).norm() <= 6 * torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
+def test_mamba_begins_as_in_mamba4rec():
+    mixer = MambaMixer(64)
+    assert not mixer.rate_bias.any()
+    assert 0.015 < mixer.rate.std() < 0.025
+    assert torch.allclose(mixer.log_decay.exp(), torch.arange(1.0, 33).expand(128, 32))
+    assert mixer.state_size == 32
+
+
+def selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    """As mamba-ssm documents it, on [N, features, L]."""
+    assert delta_softplus
+    delta = F.softplus(delta + delta_bias[:, None])
+    state, outputs = torch.zeros(*u.shape[:2], A.shape[1]), []
+    for t in range(u.shape[2]):
+        step = delta[:, :, t, None]
+        state = torch.exp(step * A) * state + step * u[:, :, t, None] * B[:, None, :, t]
+        outputs.append((state * C[:, None, :, t]).sum(-1) + D * u[:, :, t])
+    return torch.stack(outputs, -1) * F.silu(z)
+
+
+@pytest.fixture
+def mamba_ssm(tmp_path, monkeypatch):
+    """A package of that name, without anything in it; its folder of operations."""
+
+    def forget(clear=mixers.find_scan.cache_clear):
+        clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+            del sys.modules[name]
+
+    folder = tmp_path / "mamba_ssm" / "ops"
+    folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    forget()
+    yield folder
+    forget()
+
+
+def test_mamba_ssm_is_called_as_it_documents(x, monkeypatch, mamba_ssm):
+    (mamba_ssm / "selective_scan_interface.py").write_text(f"from {__name__} import selective_scan_fn")
+    fused = mixers.find_scan("cuda")
+    assert mixers.find_scan("cpu") is mixers.plain_scan
+    mixer, x = randomised(MambaMixer(6)).float().requires_grad_(False), x.float()
+    plain = mixer(x)
+    monkeypatch.setattr(mixers, "find_scan", lambda device_type: fused)
+    # the two sum 32 products in different orders, seven tokens deep
+    torch.testing.assert_close(mixer(x), plain, rtol=0, atol=7 * 32 * 2**-24 * float(plain.abs().max()))
+
+
+def test_a_mamba_ssm_that_does_not_load_is_warned_of(mamba_ssm):
+    (mamba_ssm / "selective_scan_interface.py").write_text("import no_such_extension")
+    with pytest.warns(UserWarning, match="loop over the tokens: mamba-ssm does not load.*no_such_extension"):
+        assert mixers.find_scan("cuda") is mixers.plain_scan
+
+
+def test_bidirectional_attention_is_its_definition(x):
+    mixer = randomised(AttentionMixer(6, 1, causal=False))
+    q, k, v = mixer.qkv(x).chunk(3, -1)
+    position = torch.arange(7, dtype=torch.float64)[:, None] * 10000.0 ** (-2 * torch.arange(3).double() / 6)
+    turn = torch.polar(torch.ones_like(position), position)
+    q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (3, 2))) * turn).flatten(-2) for t in (q, k))
+    weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(6), -1)
+    torch.testing.assert_close(mixer(x), mixer.output(weights @ v))
+
+
+def test_hidden_items_in_training():
+    hidden = hide_some(IDS, TARGETS, CU_SEQLENS, 1.0)
+    assert hidden.ids.tolist() == [[5, 0, 0, 0, 8, 9, 0, 0, 0]]
+    assert hidden.cu_seqlens.tolist() == [0, 4, 9]
+    assert hidden.places.tolist() == [1, 2, 3, 6, 7, 8]
+    assert hidden.items.tolist() == [6, 7, 8, 10, 11, 12]
+    last = hide_some(IDS, TARGETS, CU_SEQLENS, 0.0)
+    assert last.ids.tolist() == [[5, 6, 7, 0, 8, 9, 10, 11, 0]]
+    assert (last.places.tolist(), last.items.tolist()) == ([3, 8], [8, 12])
+
+
+def test_the_hide_rate():
+    total = 20_000
+    targets, rate = torch.arange(2, total + 2), 0.2
+    hidden = hide_some(targets[None] - 1, targets, torch.tensor([0, total]), rate)
+    assert abs(len(hidden.items) / total - rate) < 5 * math.sqrt(rate * (1 - rate) / total)
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 16])
+def test_every_target_has_a_history_of_its_own(monkeypatch, at_once):
+    monkeypatch.setattr("ttt4rec.models.cloze.TOKENS_AT_ONCE", at_once)
+    parts = list(hide_next(IDS, TARGETS, CU_SEQLENS, 2))
+    assert len(parts) == (6 if at_once == 1 else 1)
+    rows = [row for part in parts for row in part.ids[0].tensor_split(part.cu_seqlens[1:-1])]
+    assert [row.tolist() for row in rows] == [[5, 0], [5, 6, 0], [6, 7, 0], [8, 9, 0], [9, 10, 0], [10, 11, 0]]
+    assert torch.cat([part.items for part in parts]).tolist() == [6, 7, 8, 10, 11, 12]
+    assert all(part.ids[0, part.places].eq(0).all() for part in parts)
+
+
+def test_bert4rec_sees_nothing_of_what_it_predicts():
+    torch.manual_seed(0)
+    model = TTT4Rec(TTT4RecConfig(num_items=12, width=8, num_heads=2, mixer="bidirectional", max_len=3)).double().eval()
+    randomised(model)
+    hidden, items = model.predict(IDS, TARGETS, CU_SEQLENS)
+    assert items.tolist() == [6, 7, 8, 10, 11, 12]
+    alone = model(torch.tensor([[8, 9, 10, 0]]), cu_seqlens=torch.tensor([0, 4]))[0, -1]
+    torch.testing.assert_close(hidden[4], alone, rtol=0, atol=1e-12)
+    both = model(torch.tensor([[8, 0, 10, 11]]), cu_seqlens=torch.tensor([0, 4]))[0, 1]
+    other = model(torch.tensor([[8, 0, 10, 12]]), cu_seqlens=torch.tensor([0, 4]))[0, 1]
+    assert not torch.allclose(both, other)  # it does read in both directions
+
+
+@pytest.mark.parametrize("mixer", ["narm", "mamba", "bidirectional"])
+def test_a_baseline_learns_the_pattern(tmp_path, mixer):
+    split = make_split(tmp_path)
+    options = TrainOptions(epochs=30, patience=30, targets_per_batch=64, learning_rate=1e-2)
+    model = make_model(split, mixer=mixer)
+    reports = fit(model, split, tmp_path / "run", options)
+    assert max(report.metrics["NDCG@10"] for report in reports) > 0.6  # 0.19 by chance
+    metrics = evaluate(model, evaluation_prefixes(split, "test", max_len=8))
+    assert metrics["NDCG@10"] > 0.6
+    model.save(tmp_path / "model")
+    again = Recommender(TTT4Rec.load(tmp_path / "model"), split.histories)
+    best, _ = again.recommend(history=["i3", "i4", "i5"], k=2).items
+    assert best[0] in ("i6", "i7")
+
+
+def test_hidden_items_stand_for_all_targets(tmp_path):
+    split = make_split(tmp_path)
+    options = TrainOptions(epochs=1, learning_rate=1e-9)  # stays where it begins, where all items are about alike
+    for rate in (0.0, 0.5, 1.0):
+        model = make_model(split, mixer="bidirectional", hide_rate=rate, dropout=0.0)
+        (report,) = fit(model, split, tmp_path / str(rate), options)
+        assert report.loss == pytest.approx(math.log(24), rel=0.1)
+
+
+@pytest.mark.parametrize("mixer", ["narm", "mamba", "bidirectional"])
+def test_a_baseline_goes_on_after_an_interruption(tmp_path, mixer):
+    split = make_split(tmp_path)
+    options = TrainOptions(epochs=2, targets_per_batch=256)
+    whole = fit(make_model(split, mixer=mixer), split, tmp_path / "whole", options)
+    fit(make_model(split, mixer=mixer), split, tmp_path / "parts", dataclasses.replace(options, epochs=1))
+    parts = fit(make_model(split, mixer=mixer), split, tmp_path / "parts", options)
+    assert [report.loss for report in parts] == [report.loss for report in whole]
+
+
+@pytest.mark.parametrize("mixer", ["narm", "mamba"])
+def test_a_state_is_refused(mixer):
+    model = TTT4Rec(TTT4RecConfig(num_items=5, mixer=mixer))
+    with pytest.raises(ValueError, match="keeps no state; give it the whole history instead"):
+        model(torch.ones(1, 2, dtype=torch.int64), return_states=True)
+
+
+def test_padding_yields_zeros_whatever_reads():
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[True] * 5, [False, True, True, False, False]])
+    for mixer in (GRUMixer(8), AttentionMixer(8, 2), NARMMixer(8), MambaMixer(8)):
+        assert not mixer(x, mask=mask)[~mask].any(), type(mixer)

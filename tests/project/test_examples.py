@@ -1,0 +1,78 @@
+"""Every example runs, at a tiny size, and does what it says."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tools.documents import ROOT
+from ttt4rec import TTT4Rec
+
+EXAMPLES = ROOT / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("mixer", ["ttt", "attention"])
+def test_language_model_learns_a_pattern(mixer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("abcd" * 50)
+    sizes = ["--steps", "40", "--batch", "4", "--length", "16", "--width", "16", "--sample", "5"]
+    load("language_model").main(["--mixer", mixer, "--text", str(text), *sizes])
+    *steps, sample = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[3]) for line in steps]
+    assert len(losses) == 10
+    assert losses[-1] < 0.5 * losses[0]
+    assert len(sample) == 5
+    assert set(sample) <= set("abcd")
+
+
+def test_language_model_names_a_text_that_is_too_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("abcd")
+    with pytest.raises(SystemExit):
+        load("language_model").main(["--text", str(text)])
+    assert "it has 4 characters" in capsys.readouterr().err
+
+
+def test_streamed_scores_equal_the_batch_call(capsys: pytest.CaptureFixture[str]) -> None:
+    difference = load("stream_events").main(["--events", "11"])
+    assert difference < 1e-5  # scores are of size 1; float32 carries seven digits
+    assert "bytes of state a user" in capsys.readouterr().out
+
+
+def test_train_and_recommend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "events.csv"
+    rows = [f"u{user},i{(user + step) % 7},{step}" for user in range(12) for step in range(10)]
+    source.write_text("\n".join(["user_id,item_id,timestamp", *rows, ""]))
+    run = tmp_path / "run"
+    sizes = ["--epochs", "1", "--width", "16", "--max-len", "5"]
+    load("train_and_recommend").main([str(source), "--out", str(run), *sizes])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "12 users, 7 items, 120 interactions"
+    assert lines[1].startswith("epoch 0  loss ")
+    assert "HR@10" in lines[2]
+    assert (run / "model.safetensors").is_file()
+
+
+def test_lightning_trains_and_loads_its_checkpoint(tmp_path: Path) -> None:
+    sizes = ["--users", "64", "--length", "17", "--out", str(tmp_path)]
+    first = load("train_with_lightning").main(["--epochs", "1", *sizes])
+    last = load("train_with_lightning").main(["--epochs", "12", *sizes])
+    assert last < first - 0.5
+    assert list(tmp_path.glob("*.ckpt"))
+
+
+def test_accelerate_trains(tmp_path: Path) -> None:
+    sizes = ["--users", "128", "--length", "17", "--epochs", "6", "--out", str(tmp_path)]
+    losses = load("train_with_accelerate").main(sizes)
+    assert losses[-1] < losses[0] - 0.5
+    assert TTT4Rec.load(tmp_path).config.num_items == 20

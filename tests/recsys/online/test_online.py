@@ -1,0 +1,640 @@
+"""Recommendations that follow events: whatever happened on the way, they are those of a pass over the whole history."""
+
+import copy
+import itertools
+import random
+import tempfile
+import threading
+from pathlib import Path
+from time import sleep
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tests.recsys.online.test_events import run_threads
+from tests.support.checks import ROUNDING
+from tests.support.online_data import ITEMS, MemoryEventLog, batch_scores, history, make_model, slot_bytes
+from ttt4rec.recsys.data import Histories
+from ttt4rec.recsys.online import OnlineRecommender, earlier, streams
+from ttt4rec.recsys.online.events import Event, SQLiteEventLog
+from ttt4rec.recsys.online.user_states import Turns, UserStates
+from ttt4rec.recsys.recommend import Recommender
+
+ROUNDED = 2**-24 + ROUNDING  # scores come back in float32, of whatever the model computes in
+USERS = ("u", "v", "w", "x", "y")
+MODELS = [
+    make_model(0, inner="mlp", block_conv=True),
+    make_model(1, inner="linear", backbone="mamba", mini_batch_size=4),
+]
+
+
+def make_online(model=MODELS[0], slots=2, log=None, items=ITEMS, **options):
+    return OnlineRecommender(model, items, log or MemoryEventLog(), pool_bytes=slots * slot_bytes(model), **options)
+
+
+def assert_up_to_date(online, user, taken, model=MODELS[0], items=ITEMS, tolerance=ROUNDED):
+    """Everything recommended to a user, and what is left without the seen, against one pass over what was taken."""
+    everything, unseen = (online.recommend([user], len(items), exclude_seen=seen)[0] for seen in (False, True))
+    if not taken:
+        assert everything == unseen == []
+        return
+    (expected,) = batch_scores(model, [taken], items)
+    scale = max(map(abs, expected.values()))
+    assert dict(everything).keys() == expected.keys()
+    assert all(abs(score - expected[item]) <= tolerance * scale for item, score in everything)
+    assert [score for _, score in everything] == sorted((score for _, score in everything), reverse=True)
+    assert unseen == [(item, score) for item, score in everything if item not in taken]
+
+
+def in_short_pieces(patch):
+    """Three items are a piece, and the states after beginnings of histories of three items are kept."""
+    patch.setattr(streams, "TOKENS_AT_ONCE", 3)
+    patch.setattr(earlier, "LONG", 2)
+    patch.setattr(earlier, "_NEAREST", 1)
+
+
+class Interleavings(RuleBasedStateMachine):
+    """One to three slots for five users, so that hardly a call goes by without an eviction.
+
+    With short pieces, hardly a history is read in one call, and states of its beginnings are kept.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.place = tempfile.TemporaryDirectory()
+        self.taken, self.order, self.model = {}, itertools.count(), 0
+        self.patch = pytest.MonkeyPatch()
+
+    @initialize(slots=st.integers(1, 3), short=st.booleans())
+    def start(self, slots, short):
+        if short:
+            in_short_pieces(self.patch)
+        self.pool_bytes = slots * max(map(slot_bytes, MODELS))
+        self.open()
+
+    def open(self):
+        folder = Path(self.place.name)
+        options = {"pool_bytes": self.pool_bytes, "snapshot": folder / "snapshot"}
+        self.online = OnlineRecommender(MODELS[self.model], ITEMS, SQLiteEventLog(folder / "log.db"), **options)
+
+    @rule(
+        batch=st.lists(
+            st.tuples(
+                st.sampled_from(USERS),
+                st.sampled_from(ITEMS),
+                st.none() | st.integers(0, 6).map(str),
+                st.none() | st.integers(0, 3),
+            ),
+            max_size=6,
+        )
+    )
+    def observe(self, batch):
+        new = []
+        for user, item, name, time in batch:
+            events = self.taken.setdefault(user, [])
+            new.append(name is None or all(name != other for *_, other in events))
+            if new[-1]:
+                latest = max((t for t, *_ in events), default=float("-inf"))
+                events.append((latest if time is None else time, next(self.order), item, name))
+        columns = [list(column) for column in zip(*batch, strict=True)] or [[]] * 4
+        assert self.online.observe(columns[0], columns[1], event_ids=columns[2], times=columns[3]) == new
+
+    @rule(user=st.sampled_from(USERS))
+    def recommend(self, user):
+        taken = [item for _, _, item, _ in sorted(self.taken.get(user, []))]
+        assert_up_to_date(self.online, user, taken, MODELS[self.model])
+
+    @rule(chosen=st.lists(st.sampled_from(USERS), max_size=6), exclude=st.booleans())
+    def recommend_to_many(self, chosen, exclude):
+        together = self.online.recommend(chosen, 3, exclude_seen=exclude)
+        for user, best in zip(chosen, together, strict=True):
+            alone = self.online.recommend([user], 3, exclude_seen=exclude)[0]
+            assert [item for item, _ in best] == [item for item, _ in alone]
+
+    @rule(chosen=st.lists(st.sampled_from(USERS), max_size=2))
+    def forget(self, chosen):
+        self.online.forget(chosen)
+        for user in chosen:
+            self.taken.pop(user, None)
+
+    @rule()
+    def save_snapshot(self):
+        self.online.save_snapshot()
+
+    @rule()
+    def restart(self):
+        """As after a kill: nothing is saved."""
+        self.online.log.close()
+        self.open()
+
+    @rule()
+    def refresh(self):
+        self.model = 1 - self.model
+        self.online.refresh(MODELS[self.model])
+
+    @invariant()
+    def states_fit(self):
+        assert self.online.stats()["users"] <= self.online.stats()["slots"]
+
+    def teardown(self):
+        self.patch.undo()
+        self.online.log.close()
+        self.place.cleanup()
+
+
+Interleavings.TestCase.settings = settings(max_examples=20, stateful_step_count=30)
+test_any_interleaving = pytest.mark.filterwarnings("ignore")(Interleavings.TestCase)
+
+
+@pytest.mark.parametrize(("inner", "backbone"), [("linear", "mamba"), ("mlp", "transformer")])
+def test_float32_loses_what_a_batch_pass_loses(inner, backbone):
+    """Against float64: at most twice as much, the same sums being taken in another order."""
+    exact = make_model(2, inner=inner, backbone=backbone)
+    model = copy.deepcopy(exact).float()
+    online, rng, taken, lost, allowed = make_online(model, 3), random.Random(0), {}, 0.0, 0.0
+    for _ in range(50):
+        user, item = rng.choice(USERS), rng.choice(ITEMS)
+        taken.setdefault(user, []).append(item)
+        online.observe([user], [item])
+        expected, batch = (batch_scores(m, [taken[user]])[0] for m in (exact, model))
+        scores = dict(online.recommend([user], len(ITEMS), exclude_seen=False)[0])
+        lost = max(lost, *(abs(scores[item] - expected[item]) for item in ITEMS))
+        allowed = max(allowed, *(abs(batch[item] - expected[item]) for item in ITEMS))
+    assert online.stats()["evictions"] > 10
+    assert 0 < lost <= 2 * allowed
+
+
+def test_a_state_is_kept_or_rebuilt_in_one_call(monkeypatch):
+    """What the model is asked to do, call by call."""
+    model, online = MODELS[0], make_online(slots=2)
+    calls = []
+    forward, step = model.forward, model.step
+    monkeypatch.setattr(model, "forward", lambda ids, **options: calls.append(ids.shape[1]) or forward(ids, **options))
+    monkeypatch.setattr(model, "step", lambda ids, *rest: calls.append("step") or step(ids, *rest))
+
+    def during(function, *arguments):
+        calls.clear()
+        function(*arguments)
+        return calls
+
+    assert during(online.observe, ["u", "v"], ["i1", "i2"]) == ["step"]
+    assert during(online.observe, ["u", "v", "u"], ["i1", "i2", "i3"]) == ["step", 2]
+    assert during(online.recommend, ["u", "v"]) == []
+    assert during(online.observe, ["w"], ["i1"]) == ["step"]  # u, the least recently used, goes
+    assert during(online.recommend, ["v", "w"]) == []
+    assert during(online.observe, ["u"], ["i4"]) == [4]  # v goes; u is read from the log, with the new event
+    assert during(online.recommend, ["w"]) == []
+    assert during(online.observe, ["x", "y"], ["i1", "i2"]) == ["step"]
+    assert during(online.recommend, ["v", "u"]) == [2 + 4]  # both in one packed call
+    assert online.stats() == {"users": 2, "slots": 2, "steps": 3, "prefills": 8, "evictions": 6}
+    assert_up_to_date(online, "u", ["i1", "i1", "i3", "i4"])
+
+
+def test_histories_longer_than_a_call_of_the_model(monkeypatch):
+    """They are read piece by piece, also together with others."""
+    monkeypatch.setattr(streams, "TOKENS_AT_ONCE", 7)
+    log = MemoryEventLog()
+    taken = {
+        user: [random.Random(user).choice(ITEMS) for _ in range(n)]
+        for user, n in {"u": 23, "v": 3, "w": 14, "x": 2}.items()
+    }
+    log.append([Event(user, item) for user, items in taken.items() for item in items])
+    online = make_online(slots=4, log=log)
+    online.recommend(list(taken))
+    for user, items in taken.items():
+        assert_up_to_date(online, user, items)
+
+
+def test_strangers_and_users_without_known_items(monkeypatch):
+    online = make_online()
+    assert online.recommend(["u", "v"]) == [[], []]
+    online.log.append([Event("u", "not of this model")])
+    assert online.recommend(["u"]) == [[]]
+    assert online.stats()["users"] == 0
+    online.observe(["u"], ["i3"])
+    online.log.append([Event("u", "nor this"), Event("u", "i4")])
+    assert_up_to_date(online, "u", ["i3", "i4"])
+    assert online.recommend([]) == []
+    assert online.observe([], []) == []
+
+
+def test_more_users_than_slots_at_once():
+    online = make_online(slots=2)
+    assert online.observe(USERS, ITEMS[:5]) == [True] * 5
+    assert online.stats() == {"users": 2, "slots": 2, "steps": 0, "prefills": 2, "evictions": 0}
+    assert online._states.users() == list(USERS[3:])
+    together = online.recommend([*USERS, "u"], 3)
+    assert together == [online.recommend([user], 3)[0] for user in (*USERS, "u")]
+    for user, item in zip(USERS, ITEMS, strict=False):
+        assert_up_to_date(online, user, [item])
+
+
+def test_late_events_and_duplicates():
+    """Of an event that comes late, the history is read again; one that comes twice changes nothing."""
+    online = make_online()
+    online.observe(["u"] * 3, ["i1", "i3", "i4"], event_ids=["1", "3", "4"], times=[1, 3, 4])
+    assert online.observe(["u"], ["i3"], event_ids=["3"], times=[2]) == [False]
+    assert_up_to_date(online, "u", ["i1", "i3", "i4"])
+    assert online.observe(["u", "u"], ["i2", "i3"], event_ids=["2", "3"], times=[2, 3]) == [True, False]
+    assert_up_to_date(online, "u", ["i1", "i2", "i3", "i4"])
+    assert online.stats()["prefills"] == 2
+
+
+def read_by(online, monkeypatch, action):
+    """How many items the streams read during an action."""
+    counted, read = [0], online._states._streams.read
+
+    def count(slots, items):
+        counted[0] += sum(map(len, items))
+        return read(slots, items)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(online._states._streams, "read", count)
+        action()
+    return counted[0]
+
+
+def test_late_events_cost_what_lies_behind_them(monkeypatch):
+    """One in the future, those that come after it, and others at any distance from the end, of a long history."""
+    online, rng = make_online(slots=3), random.Random(0)
+    taken = [rng.choice(ITEMS) for _ in range(1500)]
+    online.log.append([Event("u", item, time=time) for time, item in enumerate(taken)])
+    online.observe(["u"], ["i0"], times=[10**9])
+    after = ["i0"]
+    for step in range(20):
+        item = rng.choice(ITEMS)
+        action = lambda item=item, step=step: online.observe(["u"], [item], times=[1500 + step])  # noqa: E731
+        assert read_by(online, monkeypatch, action) <= 70
+        taken.append(item)
+    assert_up_to_date(online, "u", taken + after)
+    for distance in (10, 100, 1000, 30, 300):
+        place = len(taken) - distance
+        action = lambda place=place: online.observe(["u"], ["i7"], times=[place - 0.5])  # noqa: E731
+        assert read_by(online, monkeypatch, action) <= 16 * distance + 70
+        taken.insert(place, "i7")
+        online.log.forget(["u"])
+        online.log.append([Event("u", item, time=time) for time, item in enumerate(taken)])
+        online.log.append([Event("u", "i0", time=10**9)])
+        online.recommend(["u"])
+        assert_up_to_date(online, "u", taken + after)
+    assert online.stats()["users"] == 1
+
+
+def test_a_long_history_grown_item_by_item_has_earlier_states(monkeypatch):
+    in_short_pieces(monkeypatch)
+    online = make_online(slots=3)
+    taken = [ITEMS[n * n % 12] for n in range(40)]
+    for time, item in enumerate(taken):
+        online.observe(["u"], [item], times=[time])
+    action = lambda: online.observe(["u"], ["i7"], times=[37.5])  # noqa: E731
+    assert read_by(online, monkeypatch, action) < 12
+    assert_up_to_date(online, "u", [*taken[:38], "i7", *taken[38:]])
+
+
+def test_earlier_states_are_few_and_go_with_their_users():
+    online = make_online(slots=3)
+    for user in ("u", "v"):
+        online.log.append([Event(user, item, time=time) for time, item in enumerate(ITEMS * 100)])
+    online.recommend(["u", "v"])
+    states = online._states._earlier
+    assert not list(states.known("u"))  # of three users one has any
+    assert 3 <= len(list(states.known("v"))) <= 6
+    for step in range(3):
+        for time in range(30):
+            online.observe(["v"], ["i1"], times=[1200 + 30 * step + time])
+    assert len(list(states.known("v"))) <= 6
+    online.forget(["v"])
+    assert not list(states.known("v"))
+    online.observe(["v"], ["i1"], times=[1])
+    assert_up_to_date(online, "v", ["i1"])
+
+
+def test_others_have_their_turn_while_a_long_history_is_read(monkeypatch):
+    """Between its pieces, though they come while the first is being read; also those who evict its user."""
+    monkeypatch.setattr(streams, "TOKENS_AT_ONCE", 50)
+    online, served = make_online(slots=2), []
+    taken = [ITEMS[n * n % 12] for n in range(2000)]
+    online.log.append([Event("u", item) for item in taken])
+    read = online._states._streams.read
+    begun = threading.Event()
+
+    def slowly(slots, items):
+        if max(map(len, items)) > 1:
+            begun.set()
+            sleep(0.005)
+        read(slots, items)
+
+    monkeypatch.setattr(online._states._streams, "read", slowly)
+
+    def ask():
+        begun.wait(10)
+        for user in USERS[1:]:
+            online.observe([user], ["i1"])
+            served.append(user)
+
+    other = threading.Thread(target=ask)
+    other.start()
+    online.recommend(["u"])
+    assert len(served) >= 3
+    other.join()
+    monkeypatch.setattr(online._states._streams, "read", read)
+    assert_up_to_date(online, "u", taken)
+    for user in USERS[1:]:
+        assert_up_to_date(online, user, ["i1"])
+
+
+def test_nobody_has_two_turns_while_somebody_waits():
+    turns, order = Turns(), []
+
+    def work(number):
+        for _ in range(30):
+            with turns:
+                order.append(number)
+                sleep(0.002)
+
+    run_threads(work, 2)
+    assert sum(one == other for one, other in itertools.pairwise(order)) < 10
+
+
+def test_users_who_evict_each_other_come_to_an_end(monkeypatch):
+    in_short_pieces(monkeypatch)
+    online = make_online(slots=1)
+    for user in "uv":
+        online.log.append([Event(user, item) for item in ITEMS * 5])
+
+    def work(number):
+        for _ in range(5):
+            online.recommend(["uv"[number % 2]])
+
+    run_threads(work, 4)
+    assert_up_to_date(online, "u", ITEMS * 5)
+
+
+def test_unknown_items_alone_take_no_slot(monkeypatch):
+    """However many they are."""
+    in_short_pieces(monkeypatch)
+    online = make_online()
+    online.log.append([Event("u", "not of this model") for _ in range(20)])
+    assert online.recommend(["u"]) == [[]]
+    assert online.stats()["users"] == 0
+    online.observe(["u"], ["i3"])
+    online.log.append([Event("u", "nor this") for _ in range(20)])
+    assert_up_to_date(online, "u", ["i3"])
+    online.log.append([Event("v", "neither", time=time) for time in range(20)] + [Event("v", "i3", time=30)])
+    assert_up_to_date(online, "v", ["i3"])
+    online.log.forget(["v"])
+    online.log.append([Event("v", "neither", time=time) for time in range(20)] + [Event("v", "of none", time=30)])
+    assert online.recommend(["v"], exclude_seen=False) == [[]]
+
+
+def test_a_time_beyond_the_horizon_is_refused():
+    now = [1000]
+    online = make_online(horizon=lambda: now[0])
+    online.observe(["u", "u"], ["i1", "i2"], times=[1000, None])
+    with pytest.raises(
+        ValueError, match=r"time must be at most 1000, this recommender's horizon; given 1000\.5 of an event"
+    ):
+        online.observe(["v", "u"], ["i3", "i3"], times=[999, 1000.5])
+    assert history(online.log, "v") == []
+    now[0] = 1001
+    online.observe(["u"], ["i3"], times=[1000.5])
+    assert_up_to_date(online, "u", ["i1", "i2", "i3"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((["u", "v", "u"], ["i1", "no", "other"]), {}, "the model's catalogue; 2 unknown: 'no', 'other'"),
+        ((["u"] * 9, [f"x{n}" for n in range(9)]), {}, "9 unknown: 'x0', 'x1', 'x2', 'x3', 'x4', ..."),
+        ((["u", "v"], ["i1"]), {}, r"must be of one length; given \[2, 1, 2, 2\]"),
+        ((["u"], ["i1"]), {"event_ids": []}, r"must be of one length; given \[1, 1, 0, 1\]"),
+        ((["u"], ["i1"]), {"times": [float("nan")]}, "time must be a finite int or float of 64 bits; given nan"),
+        ((["u", ""], ["i1", "i1"]), {}, "user_id must be a text of at least one character; given ''"),
+        ((["u"] * 2, ["i1"] * 2), {"event_ids": "ab"}, "event_ids must be a sequence of ids; given the text 'ab'"),
+        (("u", ["i1"]), {}, "user_ids must be a sequence of ids; given the text 'u'"),
+        ((["u", "v"], "i1"), {}, "item_ids must be a sequence of ids; given the text 'i1'"),
+    ],
+)
+def test_nothing_of_a_bad_batch_is_applied(arguments, options, message):
+    online = make_online()
+    online.observe(["u"], ["i1"])
+    with pytest.raises(ValueError, match=message):
+        online.observe(*arguments, **options)
+    assert history(online.log, "u") == ["i1"]
+    assert history(online.log, "v") == []
+    assert_up_to_date(online, "u", ["i1"])
+
+
+def test_bad_arguments():
+    online = make_online()
+    with pytest.raises(ValueError, match="k must be at least 1; given 0"):
+        online.recommend(["u"], 0)
+    for method in (online.recommend, online.forget):
+        with pytest.raises(ValueError, match="given the text 'u'"):
+            method("u")
+        with pytest.raises(ValueError, match="user_ids must be texts of at least one character; given 5"):
+            method(["u", 5])
+    with pytest.raises(ValueError, match="this recommender was made with None"):
+        online.save_snapshot()
+    model = MODELS[0]
+    with pytest.raises(ValueError, match=r"item_ids must be 12 different ones, .* given 11, of which 11 differ"):
+        make_online(items=ITEMS[1:])
+    with pytest.raises(ValueError, match="given 12, of which 11 differ"):
+        make_online(items=[*ITEMS[1:], "i1"])
+    with pytest.raises(
+        ValueError, match=f"pool_bytes must be at least {slot_bytes(model)}, .*; given {slot_bytes(model) - 1}"
+    ):
+        OnlineRecommender(model, ITEMS, MemoryEventLog(), pool_bytes=slot_bytes(model) - 1)
+    with pytest.raises(ValueError, match=r"pool_bytes must be an integer of at least 1; given 1000000\.0"):
+        OnlineRecommender(model, ITEMS, MemoryEventLog(), pool_bytes=1e6)
+    with pytest.raises(ValueError, match="a TTTLayer, is expected in every block; given GRUMixer"):
+        OnlineRecommender(make_model(mixer="gru"), ITEMS, MemoryEventLog())
+
+
+class FailingLog(MemoryEventLog):
+    """Its disk is full."""
+
+    def append(self, events):
+        raise OSError("cannot write: no space left")
+
+    forget = append
+
+
+def test_what_the_log_does_not_take_does_not_happen():
+    online = make_online()
+    online.observe(["u"], ["i1"])
+    online.log.__class__ = FailingLog
+    with pytest.raises(OSError, match="no space left"):
+        online.observe(["u", "v"], ["i2", "i2"])
+    with pytest.raises(OSError, match="no space left"):
+        online.forget(["u"])
+    assert_up_to_date(online, "u", ["i1"])
+    assert online.recommend(["v"]) == [[]]
+
+
+def test_what_is_logged_is_acknowledged_though_the_log_cannot_be_read(monkeypatch, caplog):
+    online = make_online()
+    online.observe(["u"], ["i1"])
+
+    def fail(*arguments):
+        raise OSError("cannot read: no answer")
+
+    monkeypatch.setattr(online.log, "read", fail)
+    assert online.observe(["u", "v"], ["i2", "i3"]) == [True, True]
+    assert "events are logged, states will follow" in caplog.text
+    with pytest.raises(OSError, match="cannot read"):
+        online.recommend(["u"])
+    monkeypatch.undo()
+    assert_up_to_date(online, "u", ["i1", "i2"])
+    assert_up_to_date(online, "v", ["i3"])
+
+
+@pytest.mark.parametrize("broken", ["step", "forward"])
+def test_a_failure_half_way_leaves_no_wrong_state(monkeypatch, caplog, broken):
+    """The events are logged; the states that were being changed are made anew."""
+    online = make_online(slots=3)
+    online.observe(["u", "u", "v", "w"], ["i1", "i2", "i3", "i4"])
+    block = MODELS[0].blocks[1]
+
+    def fail(*arguments, **options):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(block, broken, fail)
+    repeats = 1 if broken == "step" else 2
+    assert online.observe(["u", "v"] * repeats, ["i5", "i6"] * repeats) == [True] * 2 * repeats
+    assert "states will follow at the next request: no room" in caplog.text
+    monkeypatch.undo()
+    assert online.stats()["users"] == 1
+    assert history(online.log, "u")[:3] == ["i1", "i2", "i5"]
+    for user in "uvw":
+        assert_up_to_date(online, user, history(online.log, user))
+    assert online.stats()["users"] == 3
+
+
+def test_events_of_another_process_are_seen(tmp_path):
+    online = make_online(log=SQLiteEventLog(tmp_path / "log.db"))
+    online.observe(["u"], ["i1"])
+    other = make_online(log=SQLiteEventLog(tmp_path / "log.db"))
+    other.observe(["u", "v"], ["i2", "i3"])
+    assert_up_to_date(online, "u", ["i1", "i2"])
+    other.forget(["u"])
+    assert_up_to_date(online, "u", [])
+    other.observe(["u"], ["i4"])
+    assert_up_to_date(online, "u", ["i4"])
+
+
+def test_many_threads(tmp_path):
+    """Each with a user of its own, in two slots, and one that all share; another thread refreshes and saves."""
+    online = make_online(log=SQLiteEventLog(tmp_path / "log.db"), snapshot=tmp_path / "snapshot")
+    model = MODELS[0]
+
+    def work(number):
+        if number == 4:
+            for _ in range(5):
+                online.refresh(model)
+                online.save_snapshot()
+            return
+        rng, taken = random.Random(number), []
+        for _ in range(12):
+            taken.append(rng.choice(ITEMS))
+            online.observe([USERS[number], "all"], [taken[-1]] * 2)
+            assert_up_to_date(online, USERS[number], taken)
+
+    run_threads(work, 5)
+    assert len(history(online.log, "all")) == 48
+    assert_up_to_date(online, "all", history(online.log, "all"))
+
+
+def test_refresh_serves_the_old_model_until_the_new_one_is_ready(monkeypatch):
+    """Events that come meanwhile are in the new states, users forgotten meanwhile are not."""
+    old, new = MODELS
+    online = make_online(old, slots=4)
+    online.observe(["v", "u", "w"], ["i2", "i1", "i3"])
+    advance = UserStates.advance
+
+    def meanwhile(states, users):
+        """After the first user's history was read with the new model: events, requests, and v leaves."""
+        advance(states, users)
+        if states is not online._states and not online.recommend(["x"])[0]:
+            online.observe(["u", "x"], ["i5", "i6"])
+            online.forget(["v"])
+            assert "v" not in states.users()
+            assert_up_to_date(online, "u", ["i1", "i5"], old)
+
+    monkeypatch.setattr("ttt4rec.recsys.online.recommender._REFRESHED_AT_ONCE", 1)
+    monkeypatch.setattr(UserStates, "advance", meanwhile)
+    online.refresh(new)
+    for user, taken in {"u": ["i1", "i5"], "v": [], "w": ["i3"], "x": ["i6"]}.items():
+        assert_up_to_date(online, user, taken, new)
+
+
+def test_a_refresh_into_fewer_slots_keeps_the_most_recently_used():
+    online = make_online(slots=4)
+    online.observe(USERS[:4], ITEMS[:4])
+    wider = make_model(3, num_blocks=4)
+    online.refresh(wider)
+    kept = online.stats()["slots"]
+    assert 1 <= kept < 4
+    assert online._states.users() == list(USERS[4 - kept : 4])
+
+
+def test_a_refresh_that_fails_keeps_the_old_states_alone(monkeypatch):
+    online = make_online()
+    online.observe(["u"], ["i1"])
+
+    def fail(states, users):
+        raise OSError("cannot read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UserStates, "advance", fail)
+        with pytest.raises(OSError, match="cannot read"):
+            online.refresh(MODELS[1])
+    assert online._coming is online._states
+    assert_up_to_date(online, "u", ["i1"])
+    with pytest.raises(ValueError, match="item_ids must be 12 different ones"):
+        online.refresh(MODELS[0], [])
+    online.refresh(MODELS[1], np.array(ITEMS))
+    assert_up_to_date(online, "u", ["i1"], MODELS[1])
+
+
+def test_refresh_with_another_catalogue():
+    """Items in another order, one fewer and two more."""
+    online = make_online()
+    online.observe(["u"] * 4, ["i1", "i2", "i3", "i11"])
+    items = (*ITEMS[10::-1], "n1", "n2")
+    model = make_model(5, num_items=13)
+    online.refresh(model, items)
+    assert_up_to_date(online, "u", ["i1", "i2", "i3"], model, items)
+    online.observe(["u"], ["n2"])
+    assert_up_to_date(online, "u", ["i1", "i2", "i3", "n2"], model, items)
+    with pytest.raises(ValueError, match="1 unknown: 'i11'"):
+        online.observe(["u"], ["i11"])
+    with pytest.raises(ValueError, match="item_ids must be 12 different ones"):
+        online.refresh(MODELS[0])
+    assert_up_to_date(online, "u", ["i1", "i2", "i3", "n2"], model, items)
+
+
+def test_a_forgotten_users_state_is_wiped():
+    online = make_online(slots=2)
+    online.observe(["u", "v"], ["i1", "i2"])
+    online.forget(["u", "v", "stranger"])
+    cells, fresh = online._states._streams, make_online(slots=2)._states._streams
+    for name, x in fresh.export([0, 1]).items():
+        assert torch.equal(cells.export([0, 1])[name], x), name
+
+
+def test_it_agrees_with_the_recommender_up_to_max_len():
+    """Beyond, the recommender reads the last max_len items, and a stream its whole history."""
+    model = MODELS[0]
+    codes = np.arange(1, 13)
+    histories = Histories(codes, np.array([0, 12]), codes, ("u",), ITEMS)
+    recommender, online = Recommender(model, histories), make_online()
+    for length in range(1, 8):
+        online.observe(["u"], [ITEMS[length - 1]])
+        streamed = [item for item, _ in online.recommend(["u"], 12, exclude_seen=False)[0]]
+        windowed = [item for item, _ in recommender.recommend(history=ITEMS[:length], k=12).items]
+        assert (streamed == windowed) == (length <= model.config.max_len), length

@@ -1,0 +1,125 @@
+"""The studies of adaptation: their made-up users, what frozen means, and what is measured."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from studies.adaptation import __main__ as runner
+from studies.adaptation import report
+from studies.adaptation.ablation import ablated, read
+from studies.adaptation.switches import Population, best_possible, discounted, gains, joined
+from studies.adaptation.training import adapting
+from tests.support.checks import assert_close
+from ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec.recsys.data import Histories
+from ttt4rec.recsys.data.split import split_by_ratio
+
+SMALL = Population(items=30, length=12, dimensions=3)
+
+
+def make_model(num_items, **options):
+    torch.manual_seed(0)
+    config = TTT4RecConfig(num_items=num_items, width=16, num_heads=2, ffn_width=16, mini_batch_size=2, **options)
+    return TTT4Rec(config).double().eval()
+
+
+def make_split(*lengths, num_items=30):
+    """Random histories of these lengths, split 3:2:5."""
+    total, names = sum(lengths), tuple(map(str, range(num_items)))
+    items = np.random.default_rng(0).integers(1, num_items + 1, total)
+    users = tuple(f"u{n}" for n in range(len(lengths)))
+    return split_by_ratio(Histories(items, np.cumsum([0, *lengths]), np.arange(total), users, names), (3, 2, 5))
+
+
+def test_made_up_users_are_those_of_their_seed():
+    first, chances = SMALL.users(5, 6, seed=1)
+    again, _ = SMALL.users(5, 6, seed=1)
+    other, _ = SMALL.users(5, 6, seed=2)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert first.min() >= 0
+    assert first.max() < 30
+    assert np.allclose(chances.sum(1), 1)
+
+
+def test_items_follow_the_interest_behind_the_switch():
+    population = dataclasses.replace(SMALL, length=2000)
+    (taken,), (chances,) = population.users(1, 1000, seed=0)
+    before, after = (np.bincount(part, minlength=30) / 1000 for part in (taken[:1000], taken[1000:]))
+    noise = 4 * np.sqrt(chances / 1000) + 0.004
+    assert (abs(after - chances) < noise).all()
+    assert (abs(before - chances) > noise).any()
+
+
+def test_the_best_possible_gain_is_that_of_the_true_probabilities():
+    _, chances = SMALL.users(1, 6, seed=0)
+    order = np.argsort(-chances[0])[:10]
+    assert best_possible(chances) == pytest.approx(sum(chances[0][i] / np.log2(2 + n) for n, i in enumerate(order)))
+
+
+def test_gains_stand_where_their_items_do():
+    model, sequences = make_model(30), torch.randint(1, 31, (5, 12))
+    ranks = torch.stack([model.ranks(model(rows[None, :7])[0, -1:], rows[7:8])[0] for rows in sequences])
+    assert_close(gains(model, sequences)[6], discounted(ranks).mean())
+
+
+def test_joined_users_meet_at_the_switch():
+    split = make_split(40, 50, 60)
+    rows, alone = joined(split, 5, 8, pairs=6, seed=0)
+    assert rows.shape == alone.shape == (6, 13)
+    assert torch.equal(rows[:, 5:], alone[:, 5:])
+    assert not torch.equal(rows[:, :5], alone[:, :5])
+
+
+def test_a_frozen_stream_is_live_until_then_and_knows_the_last_item_alone_afterwards():
+    model, items = make_model(30), torch.randint(1, 31, (9,))
+    items[6] = items[4]  # at the same place of their mini-batches
+    live, frozen, off = (read(model, items, n) for n in (9, 4, 0))
+    assert_close(frozen[:4], live[:4])
+    assert_close(frozen[6], frozen[4])
+    assert not torch.allclose(live[6], live[4])
+    with adapting(model, False):
+        assert_close(off, model(items[None])[0])
+    assert not torch.allclose(frozen[4], off[4])
+
+
+def test_the_ablation_ranks_every_test_target():
+    split = make_split(12, 15, 3)
+    model = make_model(split.histories.num_items)
+    first, end = split.bounds("test")
+    ranks = []
+    for user in range(3):
+        items = torch.from_numpy(split.histories.history(user))
+        ranks += [model.ranks(model(items[None, :p])[0, -1:], items[p : p + 1]) for p in range(first[user], end[user])]
+    assert ablated(model, split, "live")["NDCG@10"] == pytest.approx(float(discounted(torch.cat(ranks)).mean()))
+
+
+@pytest.mark.parametrize("study", ["ablation", "made-up", "joined"])
+def test_every_study_makes_its_results(study, tmp_path, monkeypatch):
+    """At a small size, with a model that is not trained."""
+    small = make_split(60, 80, 70, num_items=30)
+    monkeypatch.setattr(runner, "load_split", lambda *_: small)
+    monkeypatch.setattr(runner, "Population", lambda: SMALL)
+    monkeypatch.setattr(runner, "trained", lambda *_, **__: make_model(30))
+    for name, value in {"TESTED_ON": 4, "TRAINED_ON": 4, "SWITCH": 6, "MAX_LEN": 10, "BEFORE": 5}.items():
+        monkeypatch.setattr(runner, name, value)
+    runs = list(runner.STUDIES[study](tmp_path, tmp_path))
+    assert len({str(key) for key, _ in runs}) == len(runs) == 12
+    result = runs[0][1]()
+    if study == "ablation":
+        assert result["test"].keys() == {"live", "frozen", "off", "live, windows of 50"}
+        assert runs[3][1]()["test"].keys() == {"off"}
+    else:
+        assert len(result["curve"]) == (11 if study == "made-up" else 9)
+
+
+def test_tables():
+    metrics = {"NDCG@10": 0.5, "HR@10": 0.6}
+    key = {"study": "ablation", "split": "3:2:5", "adapting in training": True}
+    runs = [{**key, "seed": seed, "test": {"live": metrics}} for seed in (0, 1)]
+    assert "| 3:2:5 | adapting | live | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 |" in report.ablation_table(runs)
+    curve = [n / 100 for n in range(59)]  # the gain of event n + 1
+    text = report.recovery_table([{"study": "made-up", "mixer": "GRU", "curve": curve, "switch": 30}], "made-up")
+    assert "| GRU | 0.2600 | 0.3000 | 0.3100 | 0.3300 | 0.3700 | 0.4450 | 0.5400 |" in text

@@ -1,0 +1,83 @@
+"""What the tests of the online recommender share: a log in memory, small models, and what should be recommended."""
+
+import bisect
+import itertools
+import threading
+
+import torch
+
+from ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec.recsys.online.events import Tail
+
+ITEMS = tuple(f"i{j}" for j in range(12))
+
+
+def make_model(seed=0, num_items=12, **config):
+    """A model whose inner loop matters to the scores."""
+    small = {"width": 8, "num_heads": 2, "ffn_width": 8, "mini_batch_size": 3, "num_blocks": 2, "max_len": 5}
+    torch.manual_seed(seed)
+    model = TTT4Rec(TTT4RecConfig(num_items=num_items, **(small | config))).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+        model.embedding.weight[0] = 0
+    return model
+
+
+def slot_bytes(model):
+    """What one user takes of ``pool_bytes``."""
+    return sum(pool.nbytes for pool in model.make_pools(1)) + model.embedding.weight[0].nbytes
+
+
+@torch.no_grad()
+def batch_scores(model, histories, items=ITEMS):
+    """Scores by item after each history of known items, all read in one padded pass; none after an empty one."""
+    longest = max(map(len, histories), default=0)
+    if not longest:
+        return [{} for _ in histories]
+    codes = torch.tensor([[items.index(x) + 1 for x in h] + [0] * (longest - len(h)) for h in histories])
+    hidden = model(codes)[range(len(histories)), [len(h) - 1 for h in histories]]
+    rows = model.scores(hidden).tolist()
+    return [dict(zip(items, row, strict=True)) if h else {} for row, h in zip(rows, histories, strict=True)]
+
+
+def history(log, user):
+    """All items of a user."""
+    return log.read([user], [[]])[0].items
+
+
+class MemoryEventLog:
+    """An event log that forgets all when it goes; what the promises of ``EventLog`` are, in few lines."""
+
+    def __init__(self):
+        self.lock, self.histories = threading.Lock(), {}
+
+    def append(self, events):
+        with self.lock:
+            return [self._append(event) for event in events]
+
+    def _append(self, event):
+        rows = self.histories.get(event.user_id, [])
+        if event.event_id is not None and any(event.event_id == name for _, _, name in rows):
+            return False
+        time = event.time if event.time is not None else rows[-1][0] if rows else float("-inf")
+        place = bisect.bisect_right([row[0] for row in rows], time)
+        self.histories[event.user_id] = [*rows[:place], (time, event.item_id, event.event_id), *rows[place:]]
+        return True
+
+    def read(self, user_ids, known, limit=None):
+        with self.lock:
+            tails = []
+            for user, beginnings in zip(user_ids, known, strict=True):
+                rows = self.histories.get(user, [])
+                marks = list(itertools.accumulate(rows, lambda mark, row: hash((mark, row)), initial=0))
+                start = next((n for n, mark in beginnings if n <= len(rows) and marks[n] == mark), 0)
+                stop = len(rows) if limit is None else min(len(rows), start + limit)
+                limit = limit if limit is None else limit - (stop - start)
+                tails.append(Tail(start, [row[1] for row in rows[start:stop]], marks[start + 1 : stop + 1], len(rows)))
+            return tails
+
+    def forget(self, user_ids):
+        with self.lock:
+            for user in user_ids:
+                self.histories.pop(user, None)
