@@ -17,7 +17,7 @@ OPTIONS = {  # of the samples, beside the usual
     "projection": [{}, {"by_row": True}],
     "convolution": [{}, {"plain": True, "lead": 2}],
     "output": [{}, {"gated": False, "masked": False}],
-    "step": [{}, {"hidden": 32}],
+    "step": [{}, {"inner": "mlp"}],
 }
 
 

@@ -10,7 +10,7 @@ from .linear import linear_scan, linear_scan_backward
 from .mlp import mlp_scan, mlp_scan_backward
 from .output import output, output_backward
 from .projection import projection, projection_backward
-from .step import record_parts, row_parts, token_step, write_rows
+from .step import token_step, write_rows
 
 __all__ = [
     "convolution",
@@ -23,8 +23,6 @@ __all__ = [
     "output_backward",
     "projection",
     "projection_backward",
-    "record_parts",
-    "row_parts",
     "token_step",
     "write_rows",
 ]

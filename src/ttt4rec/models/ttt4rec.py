@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..atomic_files import check_together, read_sealed, write_together
 from ..checks import check_choice, check_integer, check_positive, is_number
+from ..inner_models import INNER_MODELS
 from ..layers.initialisation import STD, Device, draw
 from ..layers.original_weights import load_release_block, load_release_model
 from ..layers.ttt import TTTLayer
@@ -98,7 +99,7 @@ class TTT4RecConfig:
                 f"width must be num_heads times an even head dimension; given {self.width} and {self.num_heads}"
             )
         check_choice("mixer", self.mixer, MIXERS)
-        check_choice("inner", self.inner, ("linear", "mlp"))
+        check_choice("inner", self.inner, tuple(INNER_MODELS))
         check_choice("backbone", self.backbone, ("transformer", "mamba"))
         check_choice("norm", self.norm, ("rms", "layer"))
         check_choice("ffn", self.ffn, ("swiglu", "gelu"))

@@ -10,7 +10,13 @@ from . import build
 from .cache import BuildError
 from .threads import share
 
-_SHAPE = (16, 0, "float", build.SOFTMAX)  # of a head only in name: so many lanes has any vector of float32
+_SHAPE = (
+    "linear",
+    16,
+    0,
+    "float",
+    build.SOFTMAX,
+)  # of an inner model only in name: so many lanes has any vector of float32
 
 
 class _Call(ctypes.Structure):

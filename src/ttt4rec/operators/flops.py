@@ -25,11 +25,15 @@ from typing import Any
 import torch
 
 from ..arguments import Convolution, Output, Projection, Scan, TokenStep
+from ..inner_models import INNER_MODELS
 from . import CONVOLUTIONS, SCANS, output, projection, token_step
 from .operator import Operator
 from .transforms import has_values
 
 COUNTER = "torch.utils.flop_counter"
+FORWARD = {"linear": (6, 4), "mlp": (14, 4)}
+"""The numbers of the table: of T times the first layer's weights, and of S times all layers' outputs."""
+BACKWARD = {"linear": (18, 12), "mlp": (40, 12)}
 
 
 def register() -> None:
@@ -79,15 +83,15 @@ def _scan(scan: Scan, factors: tuple[int, int]) -> int:
     (B, L, H, D), K, lengths = scan.q.shape, scan.token_scale.shape[0], scan.lengths
     tokens = [L] * B if lengths is None or not has_values(lengths) else lengths.tolist()
     pairs = sum(n // K * K**2 + (n % K) ** 2 for n in tokens)
-    hidden = scan.weights[0].shape[-1]
-    features = D if len(scan.weights) == 2 else D + hidden
-    return int(H * (by_weights * sum(tokens) * D * hidden + by_pairs * pairs * features))
+    features = scan.model.kept_widths(D, scan.hidden)
+    return int(H * (by_weights * sum(tokens) * D * features[0] + by_pairs * pairs * sum(features)))
 
 
 def _step(step: TokenStep, _: None) -> int:
     """Of one token of B streams: as in a forward, with as many tokens before it as there may be."""
-    (B, H, D), K, F = step.q.shape, step.token_scale.shape[0], step.hidden
-    return int(B * H * (14 * D * F + 4 * K * (D + F) if F else 6 * D**2 + 4 * K * D))
+    (B, H, D), K, (by_weights, by_pairs) = step.q.shape, step.token_scale.shape[0], FORWARD[step.inner]
+    features = INNER_MODELS[step.inner].kept_widths(D, step.hidden)
+    return int(B * H * (by_weights * D * features[0] + by_pairs * K * sum(features)))
 
 
 def _projection(given: Projection, each: int) -> int:
@@ -114,8 +118,7 @@ def _full_softmax(each: int, *args: Any, **_: Any) -> int:
 
 
 _FORMULAS: list[tuple[Operator[Any], Any, Any, Callable[[Any, Any], int]]] = [
-    (SCANS["linear"], (6, 4), (18, 12), _scan),
-    (SCANS["mlp"], (14, 4), (40, 12), _scan),
+    *((SCANS[name], FORWARD[name], BACKWARD[name], _scan) for name in FORWARD),
     (token_step, None, None, _step),
     (projection, 2, 4, _projection),
     *((operator, 2, 4, _convolution) for operator in CONVOLUTIONS.values()),
