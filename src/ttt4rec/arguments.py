@@ -118,3 +118,11 @@ class Output(NamedTuple):
     norm_bias: Tensor  # β [C]
     weight: Tensor  # [C, C], output features first
     eps: float  # added to the layer norm's variance
+
+
+class FullSoftmax(NamedTuple):
+    """Negative log-likelihoods of items under the softmax over all items."""
+
+    h: Tensor  # hidden states [N, C]
+    table: Tensor  # embeddings [num_items + 1, C]; row 0 is padding
+    items: Tensor  # int64 [N], from 1 to num_items

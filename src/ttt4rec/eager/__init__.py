@@ -6,6 +6,12 @@ weights. No graph is recorded. The specification these follow is ``ttt4rec.refer
 """
 
 from .convolution import convolution, convolution_backward
+from .full_softmax import (
+    full_softmax_nll,
+    full_softmax_nll_backward,
+    full_softmax_total_nll,
+    full_softmax_total_nll_backward,
+)
 from .linear import linear_scan, linear_scan_backward
 from .mlp import mlp_scan, mlp_scan_backward
 from .output import output, output_backward
@@ -15,6 +21,10 @@ from .step import token_step, write_rows
 __all__ = [
     "convolution",
     "convolution_backward",
+    "full_softmax_nll",
+    "full_softmax_nll_backward",
+    "full_softmax_total_nll",
+    "full_softmax_total_nll_backward",
     "linear_scan",
     "linear_scan_backward",
     "mlp_scan",

@@ -10,21 +10,30 @@ from typing import Any
 
 import torch
 
-from ..arguments import Scan, TokenStep
+from ..arguments import FullSoftmax, Scan, TokenStep
+from ..item_blocks import score_dtype
 from . import build
 from .cache import BuildError
-from .full_softmax import log_sum_exp, softmax_gradient, softmax_refusal
+from .full_softmax import (
+    full_softmax_nll,
+    full_softmax_nll_backward,
+    full_softmax_total_nll,
+    full_softmax_total_nll_backward,
+    softmax_refusal,
+)
 from .inner_loop import linear_scan, linear_scan_backward, mlp_scan, mlp_scan_backward
 from .step import token_step
 
 __all__ = [
+    "full_softmax_nll",
+    "full_softmax_nll_backward",
+    "full_softmax_total_nll",
+    "full_softmax_total_nll_backward",
     "linear_scan",
     "linear_scan_backward",
-    "log_sum_exp",
     "mlp_scan",
     "mlp_scan_backward",
     "refusal",
-    "softmax_gradient",
     "softmax_refusal",
     "token_step",
 ]
@@ -37,6 +46,8 @@ def refusal(operator: str, arguments: Any) -> str | None:
 
     The first call for a shape compiles it.
     """
+    if isinstance(arguments, FullSoftmax):
+        return softmax_refusal(arguments.h.device, score_dtype(arguments.h, arguments.table))
     if isinstance(arguments, Scan):
         dtype = arguments.weights[0].dtype
     elif isinstance(arguments, TokenStep):

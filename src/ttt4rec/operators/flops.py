@@ -22,11 +22,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import torch
-
-from ..arguments import Convolution, Output, Projection, Scan, TokenStep
+from ..arguments import Convolution, FullSoftmax, Output, Projection, Scan, TokenStep
 from ..inner_models import INNER_MODELS
-from . import CONVOLUTIONS, SCANS, output, projection, token_step
+from . import CONVOLUTIONS, SCANS, full_softmax_nll, full_softmax_total_nll, output, projection, token_step
 from .operator import Operator
 from .transforms import has_values
 
@@ -69,8 +67,6 @@ def _register(counter: ModuleType) -> None:
         register(operator.overloads, get_raw=True)(partial(_count, operator, forward, count))
         if operator.backward_overloads is not None:
             register(operator.backward_overloads, get_raw=True)(partial(_count, operator, backward, count))
-    for name, each in _FULL_SOFTMAX.items():
-        counter.register_flop_formula(getattr(torch.ops.ttt4rec, name), get_raw=True)(partial(_full_softmax, each))
 
 
 def _count(operator: Operator[Any], factors: Any, count: Callable[[Any, Any], int], *flat: Any, **_: Any) -> int:
@@ -109,12 +105,8 @@ def _output(given: Output, each: int) -> int:
     return int(each * B * L * (H * D) ** 2)
 
 
-def _full_softmax(each: int, *args: Any, **_: Any) -> int:
-    """Of hidden states ``[N, C]`` and a table with a row of padding; nothing where gradients are only scaled."""
-    if not each:
-        return 0
-    h, table = args[1:3] if args[0].dim() < 2 else args[:2]
-    return int(each * h.shape[0] * h.shape[1] * (table.shape[0] - 1))
+def _full_softmax(given: FullSoftmax, each: int) -> int:
+    return int(each * given.h.shape[0] * given.h.shape[1] * (given.table.shape[0] - 1))
 
 
 _FORMULAS: list[tuple[Operator[Any], Any, Any, Callable[[Any, Any], int]]] = [
@@ -123,10 +115,6 @@ _FORMULAS: list[tuple[Operator[Any], Any, Any, Callable[[Any, Any], int]]] = [
     (projection, 2, 4, _projection),
     *((operator, 2, 4, _convolution) for operator in CONVOLUTIONS.values()),
     (output, 2, 4, _output),
+    (full_softmax_nll, 2, 6, _full_softmax),
+    (full_softmax_total_nll, 6, 0, _full_softmax),  # whose backward only scales gradients
 ]
-_FULL_SOFTMAX = {
-    "catalogue_nll": 2,
-    "catalogue_nll_backward": 6,
-    "catalogue_total_nll": 6,
-    "catalogue_total_nll_backward": 0,
-}

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..precision import without_autocast
 from . import backends
 from .samples import SMALL, Device, Draw, Sizes
-from .transforms import REFERENCE, differentiate
+from .transforms import differentiate
 from .transforms import operator as without_transforms
 
 A = TypeVar("A", bound=tuple[Any, ...])
@@ -140,7 +140,7 @@ class Operator(Generic[A]):
         marked = [x.replace("Tensor", "Tensor(a!)") if x.split()[-1] in mutates else x for x in inputs]
         outputs = "Tensor" if num_results == 1 else f"({', '.join(['Tensor'] * num_results)})"
         schema = f"({', '.join(marked)}) -> {outputs}"
-        return without_transforms(name, mutates, REFERENCE, schema)(compute)
+        return without_transforms(name, mutates, schema)(compute)
 
     def _forward(self, *flat: Any) -> Any:
         arguments = self.pack(flat[:-1])
