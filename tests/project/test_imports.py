@@ -84,6 +84,13 @@ def test_helpers_need_only_each_other(part):
     assert reachable(part) <= set(HELPERS)
 
 
+@pytest.mark.parametrize("part", CHAIN)
+def test_nothing_above_the_operators_names_a_backend(part):
+    """But the reference, which has no operators."""
+    named = {name for file in files_of(part) for name in parts_imported(file)}
+    assert not named & {*BACKENDS} - {"reference"}
+
+
 def test_operators_reach_backends_through_the_registry_alone():
     assert not reachable("operators") & set(BACKENDS)
     assert {package.removeprefix("ttt4rec.") for package in backends.PACKAGES.values()} < set(BACKENDS)

@@ -56,7 +56,8 @@ def token_step(step: TokenStep) -> tuple[Tensor]:
     for first, stop, complete in chunks:
         own, here = slots[first:stop], slice(first * H, stop * H)
         weights, rows = record.parts(records.index_select(0, own).flatten(0, 1))
-        write_rows(inner, new[here], k[here], v[here], lr[here], gamma[here], beta[here], weights, eps)
+        tokens = k[here], v[here], lr[here]
+        write_rows(inner, new[here], tokens, (gamma[here], beta[here]), weights, eps)
         rows[:, -1:] = new[here]
         P[here] = _outputs(q[here], record, weights, rows, eta[here])
         if complete:
@@ -73,19 +74,14 @@ def token_step(step: TokenStep) -> tuple[Tensor]:
 def write_rows(
     inner: str,
     rows: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    layer_norm: tuple[Tensor, Tensor],
     weights: Sequence[Tensor],
     eps: float,
 ) -> None:
-    """Fill rows ``[R, n, width]`` for n tokens ``[R, n, D]`` read at weights ``[W; b]`` of an inner model.
-
-    lr is ``[R, n, 1]``, γ and β are ``[R, 1, D]``.
-    """
-    parts = (k, *_STEPS[inner](k, v, lr, gamma, beta, weights, eps), v, lr)
+    """As ``operators.step.write_rows``."""
+    k, v, lr = tokens
+    parts = (k, *_STEPS[inner](*tokens, *layer_norm, weights, eps), v, lr)
     torch.cat(parts, -1, out=rows[..., : sum(part.shape[-1] for part in parts)])
 
 

@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import eager
 from ..inner_models import INNER_MODELS
+from ..operators.step import write_rows
 from ..precision import without_autocast
 from .state import TTTState
 from .validation import check_conv_state, check_slots, check_state
@@ -134,7 +134,7 @@ class StatePool:
         for target, W in zip(targets, weights, strict=True):
             target.copy_(W)
         with without_autocast(k.device.type):
-            eager.write_rows(self._model.name, rows[:, :-1], k, v, lr, gamma, beta, weights, 1e-6)
+            write_rows(self._model.name, rows[:, :-1], (k, v, lr), (gamma, beta), weights, 1e-6)
         self.records.index_copy_(0, slots, records)
         self.position.index_copy_(0, slots, state.position)
         if self.conv is not None and state.conv is not None:

@@ -1,9 +1,13 @@
 """One token of many streams, in place; there is no gradient."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from ..arguments import TokenStep
 from ..inner_models import INNER_MODELS
+from . import backends
 from .operator import Operator
 from .samples import Draw, Sizes
 
@@ -25,3 +29,24 @@ def _sample(sizes: Sizes, draw: Draw, *, inner: str = "linear", expansion: int =
 token_step = Operator(
     "token_step", TokenStep, ("o",), lambda step, _: (step.q.new_empty(step.q.shape),), _sample, mutates=("records",)
 )
+
+
+def write_rows(
+    inner: str,
+    rows: Tensor,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    layer_norm: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor],
+    eps: float,
+) -> None:
+    """Fill the rows of records ``[R, n, width]`` for n tokens that were read at weights ``[W; b]`` of an inner model.
+
+    Args:
+        inner: its name.
+        rows: in which to write.
+        tokens: k and v ``[R, n, D]`` and lr ``[R, n, 1]``.
+        layer_norm: γ and β ``[R, 1, D]``.
+        weights: of every layer ``[R, in + 1, out]``.
+        eps: added to the variance.
+    """
+    backends.function("write_rows", "eager", None)(inner, rows, tokens, layer_norm, weights, eps)

@@ -22,7 +22,7 @@ from ttt4rec.atomic_files import checksum, locked, remove_partials, replacing
 from ttt4rec.checks import check_choice, check_integer, check_positive, is_number
 from ttt4rec.layers.ttt import TTTLayer
 from ttt4rec.models.ttt4rec import TTT4Rec
-from ttt4rec.native.threads import flushes_denormals
+from ttt4rec.precision import flushes_denormals
 from ttt4rec.recsys.data import IntArray
 from ttt4rec.recsys.data.split import Part, Split
 from ttt4rec.recsys.data.windows import batches, training_windows
