@@ -166,9 +166,9 @@ def _amd_cost(compiled: Any, times: Times) -> Cost:
             instructions.append(text)
     jumps, final = {}, set()
     for i, text in enumerate(instructions):
-        if branch := re.match(r"s_c?branch\w* (\.LBB\w+)", text):
+        if branch := re.match(r"s_(?:c?branch\w* |addc_u32 .*\()(\.LBB\w+)", text):  # the latter before a far jump
             jumps[i] = labels[branch[1]]
-        if re.match(r"s_(branch|endpgm)", text):
+        if re.match(r"s_(branch|setpc|endpgm)", text):
             final.add(i)
     spill = r"scratch_(load|store)|buffer_(load|store)\S* .*\bs32\b"
     return _cost(compiled, times, registers, Code(instructions, jumps, final), spill)
