@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = resources.read((Path(__file__).parents[1] / "docs" / "resources.md").read_text())
 VERSIONS = ("3.6.0", "3.9.0")  # oldest and newest
 UNSPILLED = {  # D and K without a spill in the loop, on sm_90 and sm_100
-    "linear_forward": [(D, K) for D in (16, 32, 64) for K in (8, 16, 32, 64) if (D, K) != (64, 64)],  # three, under 3.6.0
+    "linear_forward": [(D, K) for D in (16, 32, 64) for K in (8, 16, 32, 64) if (D, K) != (64, 64)],  # 3, under 3.6.0
     "linear_backward": [(16, 8), (16, 16), (16, 32), (32, 8), (32, 16), (64, 16)],
     "mlp_forward": [(16, 8), (16, 16), (32, 8), (32, 16)],
     "mlp_backward": [],

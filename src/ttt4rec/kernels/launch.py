@@ -32,7 +32,7 @@ HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for 
     ("linear_forward", 16): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
     ("linear_forward", 32): {8: Blocks(2, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(2, 2), 64: Blocks(4, 2)},
     ("linear_forward", 64): {16: Blocks(4, 2), 32: Blocks(4, 2), 64: Blocks(8, 1)},
-    ("linear_forward", 128): {16: Blocks(8, 2), 64: Blocks(8, 1)},
+    ("linear_forward", 128): {16: Blocks(8, 2), 64: Blocks(8, 2)},
     ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(2, 1), 64: Blocks(4, 1)},
     ("linear_backward", 32): {8: Blocks(4, 1, heads=2), 16: Blocks(4, 1), 32: Blocks(2, 1), 64: Blocks(4, 1)},
     ("linear_backward", 64): {16: Blocks(8, 1), 32: Blocks(8, 1), 64: Blocks(8, 1)},
@@ -42,7 +42,7 @@ HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for 
     ("mlp_forward", 64): {16: Blocks(8, 2), 64: Blocks(4, 2, chunks=8)},
     ("mlp_forward", 128): {16: Blocks(8, 2, chunks=8), 64: Blocks(8, 2, chunks=16)},
     ("mlp_backward", 16): {8: Blocks(4, 1, heads=2), 16: Blocks(4, 1), 32: Blocks(4, 1), 64: Blocks(4, 1)},
-    ("mlp_backward", 32): {16: Blocks(8, 1), 32: Blocks(8, 1, chunks=2), 64: Blocks(4, 1)},  # else 32 registers at 32
+    ("mlp_backward", 32): {16: Blocks(8, 1), 32: Blocks(8, 1, chunks=2), 64: Blocks(4, 1)},  # in one chunk 32 registers
     ("mlp_backward", 64): {16: Blocks(4, 1, chunks=8), 32: Blocks(8, 1, chunks=8), 64: Blocks(8, 1, chunks=8)},
     ("mlp_backward", 128): {16: Blocks(8, 1, chunks=8), 32: Blocks(8, 1, chunks=16), 64: Blocks(8, 1, chunks=16)},
 }
@@ -73,6 +73,7 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice than sm_9
         ("mlp_backward", 128): {16: Blocks(8, 1, chunks=16), 64: Blocks(8, 1, chunks=16)},
     },
     "sm_100": {
+        ("linear_forward", 128): {16: Blocks(8, 2), 64: Blocks(8, 1)},
         ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(2, 1), 64: Blocks(8, 1)},
         ("linear_backward", 32): {8: Blocks(2, 1), 16: Blocks(4, 1), 32: Blocks(2, 2), 64: Blocks(8, 2)},
         ("mlp_forward", 64): {16: Blocks(8, 2, chunks=4), 64: Blocks(4, 2, chunks=8)},  # in one chunk: only a trap
