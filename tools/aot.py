@@ -33,6 +33,8 @@ from ttt4rec.kernels.step import prepare_token_step
 from ttt4rec.operators import CONVOLUTIONS, SCANS, Operator, output, projection, token_step
 from ttt4rec.operators.samples import Sizes
 
+from .loops import Code, loops
+
 KERNELS: dict[str, tuple[Operator[Any], Callable[..., Any], dict[str, Any]]] = {
     "linear_forward": (SCANS["linear"], prepare_linear_scan, {"segment": 16}),
     "linear_backward": (SCANS["linear"], prepare_linear_scan_backward, {"segment": 16}),
@@ -64,7 +66,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Cost:
     """What one compiled kernel needs; loop is the walk over the mini-batches.
 
-    That is the longest backward branch, or, where that one goes from segment to segment, what lies in loops inside it.
+    That is the longest loop, or, where that one goes from segment to segment, what lies in loops inside it.
     """
 
     registers: int  # per thread
@@ -140,67 +142,53 @@ def _nvidia_cost(compiled: Any, times: Times) -> Cost:
             for flag in ("-res-usage", "-sass")
         )
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?\w+ )?[A-Z].*?);", code)
-    instructions = {int(address, 16): text for address, text in lines}
-    branches = []
-    for address, text in instructions.items():
-        target = re.search(r"BRA.*? `?\(?(?:\.L_x_\d+|0x([0-9a-f]+))", text)
-        if target and target[1]:
-            branches.append((int(target[1], 16), address))
-    return _cost(compiled, times, registers, instructions, branches, r"\b(LDL|STL)\b")
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?\w+ )?[A-Z].*?);", code)
+    index = {int(address, 16): i for i, (address, _) in enumerate(found)}
+    instructions, jumps, final = [text.strip() for _, text in found], {}, set()
+    for i, text in enumerate(instructions):
+        if branch := re.match(r"(?:@\S+ )?(?:BRA|CALL).*? `?\(?0x([0-9a-f]+)", text):  # some calls never return
+            jumps[i] = index[int(branch[1], 16)]
+        if re.match(r"(BRA|EXIT|RET\S*)( 0x| R|$)", text):
+            final.add(i)
+    return _cost(compiled, times, registers, Code(instructions, jumps, final), r"\b(LDL|STL)\b")
 
 
 def _amd_cost(compiled: Any, times: Times) -> Cost:
     code = compiled.asm["amdgcn"]
     registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
-    instructions: dict[int, str] = {}
+    instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in code.split(".Lfunc_end")[0].splitlines():  # blocks may lie behind the end of the program
         text = line.split(";")[0].strip()
         if label := re.match(r"(\.LBB\w+):", text):
             labels[label[1]] = len(instructions)
         elif re.match(r"[a-z]\w+", text):
-            instructions[len(instructions)] = text
-    branches = []
-    for address, text in instructions.items():
-        branch = re.match(r"s_c?branch\w* (\.LBB\w+)", text)
-        if branch and branch[1] in labels:
-            branches.append((labels[branch[1]], address))
+            instructions.append(text)
+    jumps, final = {}, set()
+    for i, text in enumerate(instructions):
+        if branch := re.match(r"s_(?:c?branch\w* |addc_u32 .*\()(\.LBB\w+)", text):  # the latter before a far jump
+            jumps[i] = labels[branch[1]]
+        if re.match(r"s_(branch|setpc|endpgm)", text):
+            final.add(i)
     spill = r"scratch_(load|store)|buffer_(load|store)\S* .*\bs32\b"
-    return _cost(compiled, times, registers, instructions, branches, spill)
+    return _cost(compiled, times, registers, Code(instructions, jumps, final), spill)
 
 
-def _cost(
-    compiled: Any,
-    times: Times,
-    registers: int,
-    instructions: dict[int, str],
-    branches: list[tuple[int, int]],
-    spill: str,
-) -> Cost:
-    """Count in the first loop that has products, which is that of the segments, and in those of it that have some."""
-    loops = [b for b in branches if b[0] <= b[1]]
-    spills = {address for address, text in instructions.items() if re.search(spill, text)}
-    products = {address for address, text in instructions.items() if re.search(r"MMA|v_mfma", text)}
-    multiply = [b for b in loops if any(b[0] <= p <= b[1] for p in products)]
-    # not the longest: code of a loop inside may stand behind the end of the one around it
-    start, stop = min(multiply or loops, key=lambda b: (b[0], -b[1]), default=(0, -1))
-    ends: dict[int, int] = {}  # of loops by their beginnings; their code may end behind that of the loop around them
-    for begin, end in loops:
-        if start < begin <= stop and (begin, end) in multiply:
-            ends[begin] = max(end, ends.get(begin, end))
-    counts = {
-        address: times[min(sum(begin <= address <= end for begin, end in ends.items()), 2)]
-        for address in instructions
-        if start <= address <= max([stop, *ends.values()])
-    }
+def _cost(compiled: Any, times: Times, registers: int, code: Code, spill: str) -> Cost:
+    """Count in the longest loop that has products, which is that of the segments, and in those of it that have some."""
+    spills = {i for i, text in enumerate(code.instructions) if re.search(spill, text)}
+    products = {i for i, text in enumerate(code.instructions) if re.search(r"MMA|v_mfma", text)}
+    everywhere = loops(code)
+    multiply = [body for body in everywhere if body & products] or everywhere
+    longest = multiply[0] if multiply else set()
+    counts = {i: times[min(sum(i in body for body in multiply) - 1, 2)] for i in longest}
     return Cost(
         registers=registers,
         spills=len(spills),
-        loop_spills=sum(n for address, n in counts.items() if address in spills),
+        loop_spills=sum(n for i, n in counts.items() if i in spills),
         shared_memory=compiled.metadata.shared,
         loop_instructions=sum(counts.values()),
-        tensor_core=sum(n for address, n in counts.items() if address in products),
+        tensor_core=sum(n for i, n in counts.items() if i in products),
         ttgir=compiled.asm["ttgir"],
     )
 

@@ -32,7 +32,7 @@ HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for 
     ("linear_forward", 16): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
     ("linear_forward", 32): {8: Blocks(2, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(2, 2), 64: Blocks(4, 2)},
     ("linear_forward", 64): {16: Blocks(4, 2), 32: Blocks(4, 2), 64: Blocks(8, 1)},
-    ("linear_forward", 128): {16: Blocks(8, 2), 64: Blocks(8, 1)},
+    ("linear_forward", 128): {16: Blocks(8, 2), 64: Blocks(8, 2)},
     ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(2, 1), 64: Blocks(4, 1)},
     ("linear_backward", 32): {8: Blocks(4, 1, heads=2), 16: Blocks(4, 1), 32: Blocks(2, 1), 64: Blocks(4, 1)},
     ("linear_backward", 64): {16: Blocks(8, 1), 32: Blocks(8, 1), 64: Blocks(8, 1)},
@@ -42,7 +42,7 @@ HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for 
     ("mlp_forward", 64): {16: Blocks(8, 2), 64: Blocks(4, 2, chunks=8)},
     ("mlp_forward", 128): {16: Blocks(8, 2, chunks=8), 64: Blocks(8, 2, chunks=16)},
     ("mlp_backward", 16): {8: Blocks(4, 1, heads=2), 16: Blocks(4, 1), 32: Blocks(4, 1), 64: Blocks(4, 1)},
-    ("mlp_backward", 32): {8: Blocks(4, 1, heads=2), 16: Blocks(8, 1), 32: Blocks(8, 1), 64: Blocks(4, 1)},
+    ("mlp_backward", 32): {16: Blocks(8, 1), 32: Blocks(8, 1, chunks=2), 64: Blocks(4, 1)},  # in one chunk 32 registers
     ("mlp_backward", 64): {16: Blocks(4, 1, chunks=8), 32: Blocks(8, 1, chunks=8), 64: Blocks(8, 1, chunks=8)},
     ("mlp_backward", 128): {16: Blocks(8, 1, chunks=8), 32: Blocks(8, 1, chunks=16), 64: Blocks(8, 1, chunks=16)},
 }
@@ -55,7 +55,7 @@ SINGLE = {  # the same for float32, whose products are three tensor-core product
     ("linear_backward", 32): {16: Blocks(4, 1), 64: Blocks(4, 1)},
     ("linear_backward", 64): {64: Blocks(8, 1)},
     ("linear_backward", 128): {64: Blocks(8, 1)},
-    ("mlp_forward", 16): {8: Blocks(4, 1, heads=2), 64: Blocks(4, 1)},
+    ("mlp_forward", 16): {8: Blocks(4, 1, heads=2), 16: Blocks(8, 1), 64: Blocks(4, 1)},
     ("mlp_forward", 32): {64: Blocks(8, 1)},
     ("mlp_forward", 64): {64: Blocks(8, 1, chunks=8)},
     ("mlp_forward", 128): {64: Blocks(8, 1, chunks=16)},
@@ -73,23 +73,32 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice than sm_9
         ("mlp_backward", 128): {16: Blocks(8, 1, chunks=16), 64: Blocks(8, 1, chunks=16)},
     },
     "sm_100": {
+        ("linear_forward", 128): {16: Blocks(8, 2), 64: Blocks(8, 1)},
         ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(2, 1), 64: Blocks(8, 1)},
         ("linear_backward", 32): {8: Blocks(2, 1), 16: Blocks(4, 1), 32: Blocks(2, 2), 64: Blocks(8, 2)},
         ("mlp_forward", 64): {16: Blocks(8, 2, chunks=4), 64: Blocks(4, 2, chunks=8)},  # in one chunk: only a trap
-        ("mlp_backward", 32): {16: Blocks(8, 1), 32: Blocks(8, 1)},
+        ("mlp_backward", 64): {16: Blocks(4, 1, chunks=8), 32: Blocks(8, 1, chunks=16)},
     },
     "gfx942": {  # twice the registers
         ("linear_forward", 32): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
-        ("linear_forward", 64): {16: Blocks(2, 2), 32: Blocks(4, 2), 64: Blocks(8, 2)},
+        ("linear_forward", 64): {16: Blocks(2, 2), 64: Blocks(4, 2)},
         ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(1, 1), 64: Blocks(2, 1)},
         ("linear_backward", 32): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(2, 1), 64: Blocks(2, 1)},
         ("linear_backward", 64): {16: Blocks(4, 1), 32: Blocks(4, 1), 64: Blocks(8, 1)},
+        ("linear_backward", 128): {16: Blocks(4, 1), 64: Blocks(8, 1)},
         ("mlp_forward", 16): {8: Blocks(2, 1, heads=2), 16: Blocks(2, 1), 64: Blocks(4, 1)},  # in two stages and one
-        ("mlp_forward", 32): {16: Blocks(4, 1), 64: Blocks(4, 1)},  # chunk Triton 3.6 leaves a conversion without code
+        ("mlp_forward", 32): {16: Blocks(2, 1), 64: Blocks(4, 1)},  # chunk Triton 3.6 leaves a conversion without code
         ("mlp_forward", 64): {16: Blocks(4, 2, chunks=4), 64: Blocks(4, 2, chunks=8)},
         ("mlp_forward", 128): {16: Blocks(4, 2, chunks=8), 64: Blocks(8, 2, chunks=16)},
-        ("mlp_backward", 16): {8: Blocks(2, 1, heads=2), 16: Blocks(4, 1), 64: Blocks(4, 1)},
+        ("mlp_backward", 16): {8: Blocks(2, 1, heads=2), 16: Blocks(2, 1), 64: Blocks(4, 1)},
         ("mlp_backward", 32): {16: Blocks(4, 1, chunks=2), 64: Blocks(4, 1, chunks=2)},
+    },
+}
+
+SINGLE_BY_ARCHITECTURE = {
+    "gfx942": {
+        ("linear_forward", 64): {64: Blocks(4, 1)},
+        ("mlp_forward", 16): {8: Blocks(4, 1, heads=2), 64: Blocks(4, 1)},
     },
 }
 
@@ -155,8 +164,9 @@ def blocks(
 
 def choices(op: str, padded_head_dim: int, dtype: torch.dtype, architecture: str) -> dict[int, Blocks]:
     """The cuts of a kernel by the largest mini-batch size each is for."""
-    table = SINGLE if dtype == torch.float32 else HALF | HALF_BY_ARCHITECTURE.get(architecture, {})
-    return table[op, padded_head_dim]
+    single = dtype == torch.float32
+    table, own = (SINGLE, SINGLE_BY_ARCHITECTURE) if single else (HALF, HALF_BY_ARCHITECTURE)
+    return (table | own.get(architecture, {}))[op, padded_head_dim]
 
 
 def padded(size: int) -> int:
