@@ -128,14 +128,12 @@ class FullSoftmax(NamedTuple):
     items: Tensor  # int64 [N], from 1 to num_items
 
 
-class LayerStep(NamedTuple):
-    """One token of each of B streams through a whole layer, whose states in a pool are advanced in place.
+class LayerParts(NamedTuple):
+    """A whole layer and its pool, for a step of some streams at once.
 
     Tensors lie in a CPU's memory, contiguous, and have one float dtype but for the integers.
     """
 
-    x: Tensor  # [B, C]
-    slots: Tensor  # the streams' places in the pool, int64 [B]
     records: Tensor  # of the pool [N, H, R]; as in TokenStep
     position: Tensor  # tokens that the pool's streams have read, int64 [N]
     context: Tensor | None  # of the pool's streams, the last inputs of the convolutions [N, taps - 1, C]
@@ -159,3 +157,42 @@ class LayerStep(NamedTuple):
     max_inner_step: float  # infinite if there is no bound
     norm_eps: float
     eps: float  # added to the inner layer norm's variance
+
+
+class LayerStep(NamedTuple):
+    """One token of each of B streams through a whole layer, whose states in a pool are advanced in place."""
+
+    layer: LayerParts
+    x: Tensor  # [B, C]
+    slots: Tensor  # the streams' places in the pool, int64 [B]
+
+
+class NormParts(NamedTuple):
+    """A norm over the width; without a bias an RMS norm."""
+
+    weight: Tensor  # [C]
+    bias: Tensor | None
+    eps: float
+
+
+class BlockParts(NamedTuple):
+    """A residual block: optionally a convolution, a layer, a feed-forward network, each behind a norm."""
+
+    layer: LayerParts
+    mixer_norm: NormParts
+    ffn_norm: NormParts
+    gate: Tensor | None  # of SwiGLU [hidden, C]; None: the network is down(gelu(up(x)))
+    up: tuple[Tensor, Tensor | None]  # weight [hidden, C] and bias
+    down: tuple[Tensor, Tensor | None]  # weight [C, hidden] and bias
+    conv: tuple[NormParts, Tensor, Tensor, Tensor] | None  # norm, weight [C, taps], bias, and the streams' contexts
+
+
+class ModelStep(NamedTuple):
+    """One item of each of B streams through a whole model, whose states in pools are advanced in place."""
+
+    table: Tensor  # embeddings [num_items + 1, C]
+    embedding_norm: NormParts
+    blocks: tuple[BlockParts, ...]
+    norm: NormParts
+    ids: Tensor  # int64 [B], from 1
+    slots: Tensor  # int64 [B]

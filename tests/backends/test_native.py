@@ -31,7 +31,7 @@ from tests.support.checks import (
 from ttt4rec import TTTState, native, ttt_linear
 from ttt4rec.arguments import TokenStep
 from ttt4rec.native import build, cache, full_softmax, inner_loop, step, threads
-from ttt4rec.native.layer_step import LayerCall
+from ttt4rec.native.whole_step import BlockCall, LayerCall, ModelCall, NormCall
 from ttt4rec.operators import token_step
 
 FP32 = 3e-6  # a few roundings of 6e-8, summed over features, tokens and mini-batches
@@ -94,6 +94,9 @@ CALLS = {  # what crosses into C++, and what there tells its size
     inner_loop.ScanCall: (build.INNER_LOOP, "ttt_call_size"),
     step.StepCall: (build.INNER_LOOP, "ttt_step_call_size"),
     LayerCall: (build.INNER_LOOP, "ttt_layer_call_size"),
+    NormCall: (build.INNER_LOOP, "ttt_norm_call_size"),
+    BlockCall: (build.INNER_LOOP, "ttt_block_call_size"),
+    ModelCall: (build.INNER_LOOP, "ttt_model_call_size"),
     full_softmax._Call: (build.SOFTMAX, "softmax_call_size"),
 }
 

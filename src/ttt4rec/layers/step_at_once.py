@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import LayerStep
+from ..arguments import LayerParts, LayerStep
 from ..operators.backends import shortcut
 from ..operators.transforms import transformed
 from ..reference import rotation
@@ -22,23 +22,19 @@ from .projection import plain
 
 def step_at_once(layer: Any, x: Tensor, pool: StatePool, slots: Tensor) -> Tensor | None:
     """As ``TTTLayer.step`` of a layer; None, and nothing has changed, if the parts must do it, or refuse it."""
-    owner: Any = pool.layer
-    if layer.backend == "reference" or owner is not layer or not _unobserved():
+    if layer.backend == "reference" or not unobserved() or not are_rows(x, slots):
         return None
-    if type(x) is not Tensor or type(slots) is not Tensor or not x.is_cpu or not slots.is_cpu:
+    if x.dim() != 2 or x.shape[1] != layer.width:
         return None
-    if x.dim() != 2 or x.shape[1] != layer.width or x.dtype is not pool.records.dtype or not x.shape[0]:
+    parts = layer_parts(layer, pool)
+    if parts is None or x.dtype is not parts.records.dtype:
         return None
-    if slots.dtype is not torch.int64 or slots.shape != x.shape[:1]:
-        return None
-    given = _arguments(layer, x.contiguous(), pool, slots.contiguous())
-    if given is None:
-        return None
+    given = LayerStep(parts, x.contiguous(), slots.contiguous())
     compute = shortcut("layer_step", layer.backend, given)
     return None if compute is None else compute(given)
 
 
-def _unobserved() -> bool:
+def unobserved() -> bool:
     """Whether PyTorch just computes: no autocast, no tracing, no transform, no mode that sees operators."""
     return not (
         torch.is_autocast_enabled("cpu")
@@ -49,39 +45,42 @@ def _unobserved() -> bool:
     )
 
 
-def _arguments(layer: Any, x: Tensor, pool: StatePool, slots: Tensor) -> LayerStep | None:
-    """What the layer has, as it is now; None if something was done to a part of it."""
+def are_rows(x: Tensor, slots: Tensor) -> bool:
+    """Whether x has a row for each of at least one int64 slot, both plain tensors in a CPU's memory."""
+    plain_tensors = type(x) is Tensor and type(slots) is Tensor and x.is_cpu and slots.is_cpu
+    return plain_tensors and slots.dtype is torch.int64 and slots.shape == x.shape[:1] and slots.shape[0] > 0
+
+
+def layer_parts(layer: Any, pool: StatePool) -> LayerParts | None:
+    """What a layer has, as it is now; None if something was done to a part of it, or the pool is another's."""
     C, H, D, K, modules = layer.width, layer.num_heads, layer.head_dim, layer.mini_batch_size, layer._modules
-    mamba = layer.backbone == "mamba"
+    owner, mamba, own = pool.layer, layer.backbone == "mamba", layer._parameters
     names = ("query", "value", "gate") if mamba else ("query", "key", "value")
     parts: list[Any] = [modules.get(name) for name in (*names, "output", "norm")]
-    if any(part is None or not plain(part) for part in parts):
+    if owner != layer or any(part is None or not plain(part) for part in parts):
         return None
-    own = layer._parameters
+    norm, dtype = parts.pop(), pool.records.dtype
     parameters: list[Any] = [own.get(name) for name in ("token_offset", "inner_lr_weight", "inner_lr_bias")]
-    parameters += [own.get(name) for name in ("inner_norm_weight", "inner_norm_bias")]
-    shapes: list[tuple[int, ...]] = [(K,), (H, C), (H,), (H, D), (H, D)]
-    norm = parts[-1]
-    parameters += [norm.weight, norm.bias]
-    parameters += [part.weight for part in parts[:-1]]
-    shapes += [(C,), (C,), *[(C, C)] * 4]
+    parameters += [own.get("inner_norm_weight"), own.get("inner_norm_bias"), norm.weight, norm.bias]
+    shapes: list[tuple[int, ...]] = [(K,), (H, C), (H,), (H, D), (H, D), (C,), (C,), *[(C, C)] * 4]
+    weights: list[Any] = [part.weight for part in parts]
     if mamba:
         convs = [modules["query_conv"], modules["key_conv"]]
-        parameters += [conv._parameters.get(name) for conv in convs for name in ("weight", "bias")]
+        weights += [conv._parameters.get(name) for conv in convs for name in ("weight", "bias")]
         shapes += [(C, layer.conv_kernel), (C,)] * 2
-    if not _fit(x.dtype, parameters, shapes) or not _fit(x.dtype, [pool.records], [pool.records.shape]):
+    if not fit(dtype, (*parameters, *weights, pool.records), (*shapes, pool.records.shape)):
         return None
-    offset, lr_weight, lr_bias, gamma, beta, norm_weight, norm_bias, *weights = parameters
+    offset, lr_weight, lr_bias, gamma, beta, norm_weight, norm_bias = parameters
     bound = float("inf") if layer.max_inner_step is None else layer.max_inner_step
-    return LayerStep(
-        x, slots, pool.records, pool.position, pool.conv, layer.inner, pool.hidden,
-        *_table(K, D, layer.rope_theta, x.dtype), offset, tuple(weights[:3]), tuple(weights[4:]), weights[3],
+    return LayerParts(
+        pool.records, pool.position, pool.conv, layer.inner, pool.hidden,
+        *_table(K, D, layer.rope_theta, dtype), offset, tuple(weights[:3]), tuple(weights[4:]), weights[3],
         lr_weight, lr_bias, gamma, beta, norm_weight, norm_bias,
         layer.adapt, layer.base_lr, layer.inner_lr_scale, bound, norm.eps, 1e-6,
     )  # fmt: skip
 
 
-def _fit(dtype: torch.dtype, tensors: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> bool:
+def fit(dtype: torch.dtype, tensors: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> bool:
     """Whether all are there, in a CPU's memory and contiguous, of one dtype and of their shapes."""
     return all(
         type(x) in (nn.Parameter, Tensor) and x.dtype is dtype and x.shape == shape and x.is_cpu and x.is_contiguous()

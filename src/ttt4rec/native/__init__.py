@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import FullSoftmax, LayerStep, Scan, TokenStep
+from ..arguments import FullSoftmax, LayerStep, ModelStep, Scan, TokenStep
 from ..item_blocks import score_dtype
 from . import build
 from .cache import BuildError
@@ -22,8 +22,8 @@ from .full_softmax import (
     softmax_refusal,
 )
 from .inner_loop import linear_scan, linear_scan_backward, mlp_scan, mlp_scan_backward
-from .layer_step import layer_step
 from .step import token_step
+from .whole_step import layer_step, model_step
 
 __all__ = [
     "full_softmax_nll",
@@ -35,6 +35,7 @@ __all__ = [
     "linear_scan_backward",
     "mlp_scan",
     "mlp_scan_backward",
+    "model_step",
     "refusal",
     "softmax_refusal",
     "token_step",
@@ -52,9 +53,10 @@ def refusal(operator: str, arguments: Any) -> str | None:
         return softmax_refusal(arguments.h.device, score_dtype(arguments.h, arguments.table))
     if isinstance(arguments, Scan):
         dtype = arguments.weights[0].dtype
-    elif isinstance(arguments, LayerStep):
-        H, C = arguments.lr_weight.shape
-        return shape_refusal(arguments.x.device, arguments.inner, C // H, arguments.hidden, arguments.x.dtype)
+    elif isinstance(arguments, LayerStep | ModelStep):
+        layer = arguments.layer if isinstance(arguments, LayerStep) else arguments.blocks[0].layer
+        (H, C), records = layer.lr_weight.shape, layer.records
+        return shape_refusal(records.device, layer.inner, C // H, layer.hidden, records.dtype)
     elif isinstance(arguments, TokenStep):
         dtype = arguments.records.dtype
     else:

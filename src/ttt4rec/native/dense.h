@@ -55,3 +55,27 @@ inline void layer_norm(int n, const T* x, const T* gamma, const T* beta, T eps, 
   const T inverse = 1 / std::sqrt(sum(squares) / n + eps);
   for (int i = 0; i < n; i += LANES) store(y + i, (load(x + i) - mean) * inverse * load(gamma + i) + load(beta + i));
 }
+
+// x / √(mean(x²) + eps) ∘ γ
+inline void rms_norm(int n, const T* x, const T* gamma, T eps, T* y) {
+  const T inverse = 1 / std::sqrt(dot(n, x, x) / n + eps);
+  for (int i = 0; i < n; i += LANES) store(y + i, load(x + i) * inverse * load(gamma + i));
+}
+
+// A causal depthwise convolution at the newest input x, y_t = b + Σ_j w_j x_{t - (taps - 1) + j}; w [n, taps], and the
+// context has the taps - 1 inputs before.
+inline void convolve(int n, int taps, const T* x, const T* context, const T* weight, const T* bias, T* y) {
+  for (int i = 0; i < n; ++i) {
+    const T* w = weight + i * taps;
+    T total = bias[i] + w[taps - 1] * x[i];
+    for (int j = taps - 2; j >= 0; --j) total += w[j] * context[j * n + i];
+    y[i] = total;
+  }
+}
+
+// The context after x.
+inline void remember(int n, int taps, const T* x, T* context) {
+  if (taps < 2) return;
+  std::memmove(context, context + n, (taps - 2) * n * sizeof(T));
+  std::memcpy(context + (taps - 2) * n, x, n * sizeof(T));
+}

@@ -1,15 +1,14 @@
-// One token more of many streams through a whole TTT layer, in place: what layer_step.py calls. The mathematics is that of
-// the operators projection, convolution, token_step and output.
+// One token more of a few streams through a whole TTT layer, in place. The mathematics is that of the operators
+// projection, convolution, token_step and output.
 
-#include <algorithm>
-#include <vector>
+#pragma once
 
 #include "dense.h"
 #include "step.h"
 
 namespace {
 
-struct LayerCall {  // as layer_step.py's
+struct LayerCall {  // as whole_step.py's
   int64_t H, K, record, taps, adapt;  // taps: of the Mamba backbone's convolutions; 0 with the Transformer's
   double eps, norm_eps, base_lr, lr_scale, max_inner_step;
   const T *cos, *sin, *token_offset;                // [K, D/2], [K]
@@ -19,9 +18,6 @@ struct LayerCall {  // as layer_step.py's
   const T *gamma, *beta, *norm_weight, *norm_bias;  // of the inner norm [H, D], of the outer one [C]
   T *records, *conv;                                // of the pool
   int64_t* position;
-  const int64_t* slots;
-  const T* x;
-  T* y;
 };
 
 constexpr int TOGETHER = 16;  // streams, for which a row of weights is read once
@@ -41,10 +37,8 @@ class LayerStep {
     }
   }
 
-  // Streams begin to begin + rows - 1, at most TOGETHER of them.
-  void run(int64_t begin, int rows) {
-    const T* x = call_.x + begin * C_;
-    const int64_t* slots = call_.slots + begin;
+  // x and y of at most TOGETHER streams [rows, C].
+  void run(int rows, const int64_t* slots, const T* x, T* y) {
     for (int i = 0; i < rows; ++i) offset_[i] = call_.position[slots[i]]++ % call_.K;
     linear(rows, C_, C_, x, call_.value, nullptr, v_);
     if (call_.taps == 0) {
@@ -53,7 +47,13 @@ class LayerStep {
     } else {
       linear(rows, C_, C_, x, call_.gate, nullptr, gate_);
       linear(rows, C_, C_, x, call_.query, nullptr, o_);
-      for (int i = 0; i < rows; ++i) convolve(slots[i], o_ + i * C_, q_ + i * C_, k_ + i * C_);
+      for (int i = 0; i < rows; ++i) {
+        T* context = call_.conv + slots[i] * (call_.taps - 1) * C_;
+        const T* x_i = o_ + i * C_;
+        convolve(C_, call_.taps, x_i, context, call_.query_conv, call_.query_bias, q_ + i * C_);
+        convolve(C_, call_.taps, x_i, context, call_.key_conv, call_.key_bias, k_ + i * C_);
+        remember(C_, call_.taps, x_i, context);
+      }
     }
     for (int i = 0; i < rows; ++i) {
       rotate(offset_[i], q_ + i * C_);
@@ -69,7 +69,7 @@ class LayerStep {
         for (int n = 0; n < C_; n += LANES) store(q_ + i * C_ + n, load(q_ + i * C_ + n) * load(k_ + n));
       }
     }
-    linear(rows, C_, C_, q_, call_.output, nullptr, call_.y + begin * C_);
+    linear(rows, C_, C_, q_, call_.output, nullptr, y);
   }
 
  private:
@@ -108,50 +108,6 @@ class LayerStep {
     }
     return lr * T(call_.lr_scale);
   }
-
-  // y_t = b + Σ_j w_j x_{t - (taps - 1) + j} for both, x the newest input; the stream remembers the last taps - 1.
-  void convolve(int64_t slot, const T* x, T* q, T* k) const {
-    const int before = call_.taps - 1;
-    T* context = call_.conv + slot * before * C_;
-    for (int n = 0; n < C_; ++n) {
-      const T *w_q = call_.query_conv + n * call_.taps, *w_k = call_.key_conv + n * call_.taps;
-      T q_sum = call_.query_bias[n] + w_q[before] * x[n], k_sum = call_.key_bias[n] + w_k[before] * x[n];
-      for (int j = before - 1; j >= 0; --j) {
-        q_sum += w_q[j] * context[j * C_ + n];
-        k_sum += w_k[j] * context[j * C_ + n];
-      }
-      q[n] = q_sum;
-      k[n] = k_sum;
-    }
-    if (before == 0) return;
-    std::memmove(context, context + C_, (before - 1) * C_ * sizeof(T));
-    std::memcpy(context + (before - 1) * C_, x, C_ * sizeof(T));
-  }
 };
 
 }  // namespace
-
-// For layer_step.py, to be compared with its own.
-TTT_EXPORT int64_t ttt_layer_call_size() { return sizeof(LayerCall); }
-
-// Streams begin to end - 1. Returns 1 if there is no memory, before anything has changed.
-TTT_EXPORT int ttt_layer_step(const LayerCall* call, int64_t begin, int64_t end) try {
-  LayerStep step(*call);
-  for (int64_t i = begin; i < end; i += TOGETHER) step.run(i, std::min<int64_t>(TOGETHER, end - i));
-  return 0;
-} catch (const std::bad_alloc&) {
-  return 1;
-}
-
-// Whether slots are n different places of num_slots.
-TTT_EXPORT int ttt_are_places(const int64_t* slots, int64_t n, int64_t num_slots) try {
-  for (int64_t i = 0; i < n; ++i) {
-    if (slots[i] < 0 || slots[i] >= num_slots) return 0;
-  }
-  if (n == 1) return 1;
-  std::vector<int64_t> sorted(slots, slots + n);
-  std::sort(sorted.begin(), sorted.end());
-  return std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end();
-} catch (const std::bad_alloc&) {
-  return 0;
-}

@@ -1,0 +1,145 @@
+"""The compiled step of one token through a whole layer or model: small calls want it, all else costs them more."""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import BlockParts, LayerParts, LayerStep, ModelStep, NormParts
+from . import build
+from .calls import INTEGER, POINTER, fields
+from .threads import share
+
+ALONE = 4
+"""Up to so many streams one thread takes: another would come too late."""
+
+
+class LayerCall(ctypes.Structure):
+    """``LayerCall`` of layer_step.h."""
+
+    _fields_ = (
+        *fields(INTEGER, "H", "K", "record", "taps", "adapt"),
+        *fields(ctypes.c_double, "eps", "norm_eps", "base_lr", "lr_scale", "max_inner_step"),
+        *fields(POINTER, "cos", "sin", "token_offset", "query", "key", "value", "gate", "output"),
+        *fields(POINTER, "query_conv", "query_bias", "key_conv", "key_bias", "lr_weight", "lr_bias"),
+        *fields(POINTER, "gamma", "beta", "norm_weight", "norm_bias", "records", "conv", "position"),
+    )
+
+
+class NormCall(ctypes.Structure):
+    """``NormCall`` of whole_step.cpp, as the following are theirs there."""
+
+    _fields_ = (*fields(POINTER, "weight", "bias"), ("eps", ctypes.c_double))
+
+
+class BlockCall(ctypes.Structure):
+    """Of a block."""
+
+    _fields_ = (
+        ("layer", LayerCall),
+        *fields(INTEGER, "taps", "ffn_width", "gelu"),
+        *fields(NormCall, "conv_norm", "mixer_norm", "ffn_norm"),
+        *fields(POINTER, "conv_weight", "conv_bias", "gate", "up", "up_bias", "down", "down_bias", "conv"),
+    )
+
+
+class ModelCall(ctypes.Structure):
+    """Of a model."""
+
+    _fields_ = (
+        ("num_blocks", INTEGER),
+        ("blocks", ctypes.POINTER(BlockCall)),
+        *fields(NormCall, "embedding_norm", "norm"),
+        ("table", POINTER),
+    )
+
+
+def layer_step(given: LayerStep) -> Tensor | None:
+    """Outputs ``[B, C]``; None, and nothing has changed, if slots are not B different places of the pool."""
+    layer, x, slots = given
+    library = _library(layer)
+    if not _are_places(library, slots, layer.position.shape[0]):
+        return None
+    y = torch.empty_like(x)
+    _run(library.ttt_layer_step, _layer(layer), slots, x, y)
+    return y
+
+
+def model_step(given: ModelStep) -> Tensor | None:
+    """Hidden states ``[B, C]``; None, and nothing has changed, if an id or a slot is not one."""
+    ids, slots, table, blocks = given.ids, given.slots, given.table, given.blocks
+    library = _library(blocks[0].layer)
+    if not library.ttt_are_within(_at(ids), INTEGER(len(ids)), INTEGER(1), INTEGER(table.shape[0] - 1)):
+        return None
+    if not _are_places(library, slots, blocks[0].layer.position.shape[0]):
+        return None
+    calls = (BlockCall * len(blocks))(*map(_block, blocks))
+    call = ModelCall(len(blocks), calls, _norm(given.embedding_norm), _norm(given.norm), table.data_ptr())
+    y = table.new_empty(ids.shape[0], table.shape[1])
+    _run(library.ttt_model_step, call, slots, ids, y)
+    return y
+
+
+def _library(layer: LayerParts) -> ctypes.CDLL:
+    H, C = layer.lr_weight.shape
+    return build.library(layer.inner, C // H, layer.hidden, build.SCALARS[layer.records.dtype])
+
+
+def _are_places(library: ctypes.CDLL, slots: Tensor, num_slots: int) -> bool:
+    n = INTEGER(slots.shape[0])
+    within = library.ttt_are_within(_at(slots), n, INTEGER(0), INTEGER(num_slots - 1))
+    return bool(within and library.ttt_are_different(_at(slots), n))
+
+
+def _layer(given: LayerParts) -> LayerCall:
+    query, *others = (w.data_ptr() for w in given.projections)
+    backbone: tuple[int | None, ...] = (*others, None)  # key, value, gate
+    convolutions: tuple[int | None, ...] = (None,) * 4
+    context, taps = None, 0
+    if given.context is not None:
+        backbone, context, taps = (None, *others), given.context.data_ptr(), given.context.shape[1] + 1
+        convolutions = tuple(w.data_ptr() for w in given.convolutions)
+    parameters = (given.lr_weight, given.lr_bias, given.ln_weight, given.ln_bias, given.norm_weight, given.norm_bias)
+    return LayerCall(
+        given.lr_weight.shape[0], given.cos.shape[0], given.records.shape[2], taps, given.adapt,
+        given.eps, given.norm_eps, given.base_lr, given.lr_scale, given.max_inner_step,
+        given.cos.data_ptr(), given.sin.data_ptr(), given.token_offset.data_ptr(),
+        query, *backbone, given.output.data_ptr(), *convolutions, *(p.data_ptr() for p in parameters),
+        given.records.data_ptr(), context, given.position.data_ptr(),
+    )  # fmt: skip
+
+
+def _norm(given: NormParts) -> NormCall:
+    return NormCall(given.weight.data_ptr(), _maybe(given.bias), given.eps)
+
+
+def _block(given: BlockParts) -> BlockCall:
+    taps, norm = 0, NormCall()
+    conv: tuple[int | None, ...] = (None,) * 3
+    if given.conv is not None:
+        parts, *tensors = given.conv
+        taps, norm, conv = tensors[0].shape[1], _norm(parts), tuple(map(_maybe, tensors))
+    weight, bias, context = conv
+    dense = (given.gate, *given.up, *given.down)
+    return BlockCall(
+        _layer(given.layer), taps, given.up[0].shape[0], given.gate is None,
+        norm, _norm(given.mixer_norm), _norm(given.ffn_norm), weight, bias, *map(_maybe, dense), context,
+    )  # fmt: skip
+
+
+def _maybe(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _at(x: Tensor) -> ctypes.c_void_p:
+    return POINTER(x.data_ptr())
+
+
+def _run(compiled: Callable[..., int], call: ctypes.Structure, slots: Tensor, given: Tensor, y: Tensor) -> None:
+    where: tuple[Any, ...] = (ctypes.byref(call), _at(slots), _at(given), _at(y))
+    if y.shape[0] > ALONE:
+        share(lambda begin, end: compiled(*where, INTEGER(begin), INTEGER(end)), y.shape[0])
+    elif compiled(*where, INTEGER(0), INTEGER(y.shape[0])):
+        raise MemoryError("the compiled step found no memory for its tiles")
