@@ -211,14 +211,18 @@ class GELUFeedForward(nn.Module):
         return y
 
 
+NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {"swiglu": SwiGLU, "gelu": GELUFeedForward}
+
+
 class Block(nn.Module):
     """``h + mixer(norm(h))``, then ``h + ffn(norm(h))``; before both, optionally ``h + conv(norm(h))``.
 
     Args:
         width: feature size.
         mixer: a causal sequence mixer, called as ``mixer(x, mask=, cu_seqlens=, state=, return_state=)``.
-        norm: ``"rms"`` or ``"layer"``, eps 1e-6.
-        ffn: ``"swiglu"`` or ``"gelu"``.
+        norm: one of ``NORMS``, eps 1e-6.
+        ffn: one of ``FEED_FORWARDS``.
         ffn_width: its hidden size.
         conv_kernel: taps of the block's own convolution; None: it has none.
     """
@@ -244,7 +248,7 @@ class Block(nn.Module):
         self.mixer_norm = make_norm(norm, width, **factory)
         self.mixer = mixer
         self.ffn_norm = make_norm(norm, width, **factory)
-        self.ffn = (SwiGLU if ffn == "swiglu" else GELUFeedForward)(width, ffn_width, **factory)
+        self.ffn = FEED_FORWARDS[ffn](width, ffn_width, **factory)
 
     def forward(
         self,
@@ -357,5 +361,5 @@ def pad_packed(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_norm(kind: str, width: int, device: Device = None, dtype: torch.dtype | None = None) -> nn.Module:
-    """An RMSNorm (``"rms"``) or LayerNorm (``"layer"``) with eps 1e-6."""
-    return (nn.RMSNorm if kind == "rms" else nn.LayerNorm)(width, eps=1e-6, device=device, dtype=dtype)
+    """One of ``NORMS``, with eps 1e-6."""
+    return NORMS[kind](width, eps=1e-6, device=device, dtype=dtype)
