@@ -14,7 +14,7 @@ from ttt4rec.operators import backends
 
 PACKAGE = Path(ttt4rec.__file__).parent
 CHAIN = (  # each may import those to its left
-    "operators", "layers", "models", "recsys.data", "recsys.recommend", "recsys.training", "recsys.online",
+    "operators", "layers", "models", "options", "recsys.data", "recsys.recommend", "recsys.training", "recsys.online",
     "recsys.commands", "cli",
 )  # fmt: skip
 BACKENDS = ("eager", "kernels", "native", "reference")  # what computes operators; below the chain

@@ -15,6 +15,7 @@ from ttt4rec.atomic_files import read_json, write_json
 from ttt4rec.checks import printable
 from ttt4rec.malloc import keep_freed_memory
 from ttt4rec.models.ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec.options import TrainOptions
 from ttt4rec.recsys.data import Histories, Interactions, build_histories, filter_k_core, keep_item_codes
 from ttt4rec.recsys.data.datasets import load_interactions
 from ttt4rec.recsys.data.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
@@ -24,7 +25,7 @@ from ttt4rec.recsys.recommend import Recommendations, Recommender
 from ttt4rec.recsys.training import parallel
 from ttt4rec.recsys.training.evaluate import evaluate as evaluate_windows
 from ttt4rec.recsys.training.report import RUN_FILE, describe_data, write_card, write_report
-from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
+from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, fit
 
 _MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
 _NO_SETTINGS = ("command", "device", "threads", "shape_given")  # arguments that say nothing of what was trained

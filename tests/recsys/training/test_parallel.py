@@ -14,10 +14,10 @@ from tests.support.processes import together
 from tests.support.recsys_data import make_model, make_split, write_events
 from ttt4rec import TTT4Rec, TTT4RecConfig, cli
 from ttt4rec.atomic_files import locked
+from ttt4rec.models.losses import Loss
 from ttt4rec.recsys.data.windows import evaluation_prefixes, training_windows
 from ttt4rec.recsys.training import parallel
 from ttt4rec.recsys.training.evaluate import evaluate
-from ttt4rec.recsys.training.losses import Loss
 from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, TrainOptions, fit
 
 OPTIONS = TrainOptions(epochs=2, targets_per_batch=64, learning_rate=1e-2)
