@@ -17,15 +17,15 @@ class TrainOptions:
     Attributes:
         epochs: at most so many passes over the training targets.
         patience: stop after so many epochs without a better validation NDCG@10.
-        learning_rate: Adam's.
+        learning_rate: of Adam.
         targets_per_batch: scored targets in one step.
         clip_norm: largest norm of all gradients together.
         inner_lr_warmup: steps over which TTT layers' inner rates rise from 0 to their full size; 0: none.
-        loss: of ``models.losses``.
+        loss: what is minimised.
         num_negatives: negatives drawn for each piece of a step, shared by its targets; by each process for its own.
         popularity: negatives are drawn in proportion to an item's training count + 1 to this power; 0: all alike.
         calibration: gBCE's t, from 0 (binary cross-entropy) to 1.
-        exclude_seen: validate on items new to the user, see ``evaluate``.
+        exclude_seen: rank only items new to the user, for the targets that are such; see ``evaluate``.
         accumulate: pieces in which a step's gradients are computed, one after the other, to save memory.
         autocast: run the model in bfloat16 under autocast; weights, inner loop, scores and loss stay float32.
         deterministic: have torch use deterministic algorithms only, and raise where there is none.

@@ -197,6 +197,11 @@ class Mixer(NamedTuple):
     streams: bool = False  # whether it takes and returns states
     steps: bool = False  # whether it has pools of streams, and steps for one token more of each
 
+    @property
+    def about(self) -> str:
+        """For the command line's help."""
+        return f"{self.published}'s"
+
 
 _TTT = ("inner", "backbone", "mini_batch_size", "rope_theta", "base_lr", "conv_kernel", "max_inner_step")
 _ATTENTION = ("width", "num_heads", "rope_theta")

@@ -38,7 +38,7 @@ class TTT4RecConfig:
         width: size of embeddings and hidden states.
         num_blocks: residual blocks.
         num_heads: heads of each mixer.
-        mixer: what reads the history, TTT or a baseline of ``models.mixers``.
+        mixer: what reads the history.
         inner: TTT's inner model.
         backbone: TTT's backbone.
         mini_batch_size: tokens in a mini-batch of TTT, K.
@@ -46,8 +46,8 @@ class TTT4RecConfig:
         base_lr: TTT's η_base.
         conv_kernel: taps of the convolutions.
         block_conv: whether each block begins with a convolution of its own.
-        max_inner_step: bound on TTT's inner steps, see ``TTTLayer``; None sets none.
-        norm: before each sub-layer and at the end.
+        max_inner_step: bound on TTT's inner steps, if there is to be one; see ``TTTLayer``.
+        norm: normalisation before each sub-layer and at the end.
         ffn: feed-forward network.
         ffn_width: its hidden size.
         dropout: share of the embedded history's features that is dropped.

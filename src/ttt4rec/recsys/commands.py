@@ -28,7 +28,7 @@ from ttt4rec.recsys.training.report import RUN_FILE, describe_data, write_card, 
 from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, fit
 
 _MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
-_NO_SETTINGS = ("command", "device", "threads", "shape_given")  # arguments that say nothing of what was trained
+_NO_SETTINGS = ("command", "device", "threads", "given")  # arguments that say nothing of what was trained
 
 
 def train(args: Namespace) -> None:
@@ -163,10 +163,11 @@ def _chosen(args: Namespace, target: type[Any]) -> dict[str, Any]:
 
 def _model_config(args: Namespace, num_items: int, trained: Recommender | None) -> TTT4RecConfig:
     """The shape that the arguments name or, after a warm start, the trained model's, which they may not contradict."""
+    shape = _chosen(args, TTT4RecConfig)
     if trained is None:
-        return TTT4RecConfig(num_items=num_items, **_chosen(args, TTT4RecConfig))
+        return TTT4RecConfig(num_items=num_items, **shape)
     config = dataclasses.replace(trained.model.config, num_items=num_items)
-    for name in args.shape_given:
+    for name in (name for name in args.given if name in shape):
         own, given = getattr(config, name), getattr(args, name)
         if given != own:
             raise ValueError(
