@@ -159,7 +159,6 @@ class GRUMixer(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x ``[B, L, width]`` to the same shape; the rest as in ``TTTLayer``; the state is ``[B, width]``."""
         if cu_seqlens is not None:
-            check_has_values(f"{type(self).__name__}, which pads packed histories,", x)
             padded, real = pad_packed(x, cu_seqlens)
             result = self(padded, mask=real, state=state, return_state=True)
             y = result[0][real][None]
@@ -353,7 +352,12 @@ def by_length(cu_seqlens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def pad_packed(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed x ``[1, total, width]`` to ``[N, longest, width]``, zeros behind, and the mask of its tokens."""
+    """Packed x ``[1, total, width]`` to ``[N, longest, width]``, zeros behind, and the mask of its tokens.
+
+    Raises:
+        ValueError: x is a meta or fake tensor.
+    """
+    check_has_values("how far packed histories are padded", x)
     lengths = cu_seqlens.diff()
     real = torch.arange(int(lengths.max()), device=x.device) < lengths[:, None]
     padded = x.new_zeros(*real.shape, x.shape[-1])

@@ -1,0 +1,39 @@
+"""The guide on extending: its blocks run, and the tests over the tables take in what it adds."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.guide import GUIDE
+from tools.documents import ROOT
+
+HELD_TO = ["models/test_mixers.py", "models/test_model.py", "layers/test_initialisation.py", "layers/test_step.py",
+           "layers/test_meta.py", "operators/test_operators.py"]  # fmt: skip
+
+
+def test_the_guide_runs_and_what_it_adds_is_held_to_the_checks_of_what_is_there():
+    """In a process of its own: operators cannot be taken away again."""
+    tests = ["tests/project/extended.py", *(f"tests/{name}" for name in HELD_TO)]  # "are_added": a process more
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tests.support.guide",
+        *tests,
+        "-k",
+        "(mean or toy) and not are_added",
+        "-rA",
+    ]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout
+    for name in HELD_TO:
+        assert re.search(rf"^PASSED tests/{name}::.*(mean|toy)", ran.stdout, flags=re.MULTILINE), name
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`([a-z_/]+/[a-z_/]*\.?\w*)`", GUIDE.read_text()))))
+def test_files_that_the_guide_names_are_there(path):
+    assert (ROOT / path).exists() or (ROOT / "src" / "ttt4rec" / path).exists()
