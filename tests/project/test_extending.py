@@ -16,18 +16,8 @@ HELD_TO = ["models/test_mixers.py", "models/test_model.py", "layers/test_initial
 def test_the_guide_runs_and_what_it_adds_is_held_to_the_checks_of_what_is_there():
     """In a process of its own: operators cannot be taken away again."""
     tests = ["tests/project/extended.py", *(f"tests/{name}" for name in HELD_TO)]  # "are_added": a process more
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "tests.support.guide",
-        *tests,
-        "-k",
-        "(mean or toy) and not are_added",
-        "-rA",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "tests.support.guide", *tests]
+    command += ["-k", "(mean or toy) and not are_added"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout
     for name in HELD_TO:
