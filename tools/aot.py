@@ -123,7 +123,7 @@ def _prepare(op: str, sizes: Sizes, dtype: torch.dtype) -> launch.Launch:
     """The launch of a kernel, of a sample without values."""
     operator, prepare, options = KERNELS[op]
     if op == "mlp_step":
-        options = {"hidden": 4 * sizes.D}
+        options = {"inner": "mlp"}
     given = operator.sample(sizes, dtype, "meta", **options)
     if not op.endswith("backward"):
         return prepare(given)[-1]  # type: ignore[no-any-return]

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .inner_models import INNER_MODELS, InnerModel, Record
+
 MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE = 128, 64  # of the fused kernels
 
 
@@ -27,6 +29,22 @@ class Scan(NamedTuple):
     lengths: Tensor | None  # [N], or None
     eps: float  # added to the layer norm's variance
     segment: int  # mini-batches between two checkpoints
+    inner: str  # the inner model's name; an operator's own, and no argument of its schema
+
+    @property
+    def model(self) -> InnerModel:
+        """The inner model."""
+        return INNER_MODELS[self.inner]
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is given by tokens: q, k, v and the inner rates."""
+        return self[:4]
+
+    @property
+    def hidden(self) -> int:
+        """F, 0 if there are no hidden features."""
+        return self.model.hidden(self.weights)
 
     def new_checkpoints(self) -> Tensor:
         """Memory for the weights before every segment that is not its sequence's first, ``[number, H, weights]``.
@@ -51,9 +69,15 @@ class TokenStep(NamedTuple):
     ln_bias: Tensor  # β [H, D]
     slots: Tensor  # the streams' places in the pool, all different, int64 [B]
     offset: Tensor  # how many tokens of their mini-batch they have read, int64 [B]
-    records: Tensor  # of all streams of the pool [N, H, R], contiguous; what is in one tells inner_models.Record
-    hidden: int  # F of TTT-MLP; 0 for TTT-Linear
+    records: Tensor  # of all streams of the pool [N, H, R], contiguous; ``record`` tells what is in one
+    inner: str  # the inner model's name
+    hidden: int  # F, 0 if there are no hidden features
     eps: float
+
+    @property
+    def record(self) -> Record:
+        """How a record is laid out."""
+        return INNER_MODELS[self.inner].record(self.q.shape[-1], self.hidden, self.token_scale.shape[0])
 
 
 class Projection(NamedTuple):
@@ -94,3 +118,11 @@ class Output(NamedTuple):
     norm_bias: Tensor  # β [C]
     weight: Tensor  # [C, C], output features first
     eps: float  # added to the layer norm's variance
+
+
+class FullSoftmax(NamedTuple):
+    """Negative log-likelihoods of items under the softmax over all items."""
+
+    h: Tensor  # hidden states [N, C]
+    table: Tensor  # embeddings [num_items + 1, C]; row 0 is padding
+    items: Tensor  # int64 [N], from 1 to num_items

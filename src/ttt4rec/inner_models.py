@@ -3,9 +3,12 @@
 Whoever adds an inner model adds a row here and its mathematics to the backends.
 """
 
+from collections.abc import Sequence
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
+
+from torch import Tensor
 
 _MULTIPLE = 8  # numbers to which a record and its rows are filled up: the lanes of a vector
 
@@ -20,6 +23,7 @@ class Record(NamedTuple):
     weights: tuple[tuple[int, int], ...]  # shapes of [W; b], (in + 1, out), of every layer
     row: tuple[int, ...]  # widths of a row's parts
     row_size: int  # numbers of a row
+    rows: int  # K
     size: int  # numbers of a record
 
     @property
@@ -31,6 +35,18 @@ class Record(NamedTuple):
     def row_at(self) -> tuple[int, ...]:
         """Where the parts of a row begin in it."""
         return tuple(accumulate(self.row[:-1], initial=0))
+
+    def parts(self, records: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Views of records ``[..., size]``: ``[W; b]`` of every layer, and the rows ``[..., K, row_size]``."""
+        shapes = [*self.weights, (self.rows, self.row_size)]
+        parts = records[..., : sum(map(prod, shapes))].split([*map(prod, shapes)], -1)
+        *weights, rows = (part.view(*part.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True))
+        return weights, rows
+
+    def row_parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Views of the parts of rows ``[..., row_size]``: X and U of every layer, v and lr."""
+        parts: tuple[Tensor, ...] = rows[..., : sum(self.row)].split(self.row, -1)
+        return parts
 
 
 class InnerModel(NamedTuple):
@@ -44,6 +60,10 @@ class InnerModel(NamedTuple):
     def layers(self, head_dim: int, hidden: int) -> tuple[tuple[int, int], ...]:
         """Inputs and outputs of every layer."""
         return ((head_dim, hidden), (hidden, head_dim)) if self.expansion else ((head_dim, head_dim),)
+
+    def hidden(self, weights: Sequence[Tensor]) -> int:
+        """How many hidden features given weights have, 0 if there are none."""
+        return weights[0].shape[-1] if self.expansion else 0
 
     def shapes(self, head_dim: int, hidden: int) -> dict[str, tuple[int, ...]]:
         """Of a head's weights by name."""
@@ -64,17 +84,13 @@ class InnerModel(NamedTuple):
         weights = tuple((inputs + 1, out) for inputs, out in layers)
         row = (*(width for layer in layers for width in layer), head_dim, 1)
         row_size = _filled(sum(row))
-        return Record(weights, row, row_size, _filled(sum(map(prod, weights)) + mini_batch_size * row_size))
+        size = _filled(sum(map(prod, weights)) + mini_batch_size * row_size)
+        return Record(weights, row, row_size, mini_batch_size, size)
 
 
 LINEAR = InnerModel("linear", ("W1", "b1"), ("G",), expansion=0)
 MLP = InnerModel("mlp", ("W1", "b1", "W2", "b2"), ("Z1", "G2"), expansion=4)
 INNER_MODELS = {model.name: model for model in (LINEAR, MLP)}
-
-
-def record_layout(head_dim: int, hidden: int, mini_batch_size: int) -> Record:
-    """Of the inner model with so many hidden features, 0 for TTT-Linear."""
-    return (MLP if hidden else LINEAR).record(head_dim, hidden, mini_batch_size)
 
 
 def _filled(numbers: int) -> int:

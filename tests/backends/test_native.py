@@ -30,7 +30,6 @@ from tests.support.checks import (
 )
 from ttt4rec import TTTState, native, ttt_linear
 from ttt4rec.arguments import TokenStep
-from ttt4rec.eager import record_parts, row_parts
 from ttt4rec.native import build, cache, full_softmax, inner_loop, step, threads
 from ttt4rec.operators import token_step
 
@@ -102,7 +101,7 @@ def test_structures_are_as_large_in_both_languages():
     assert ours == CALLS.keys()
     for structure, (sources, function) in CALLS.items():
         for scalar in ("float", "double") if sources == build.INNER_LOOP else ("float",):
-            size = getattr(build.library(16, 0, scalar, sources), function)
+            size = getattr(build.library("linear", 16, 0, scalar, sources), function)
             size.restype = ctypes.c_int64
             assert size() == ctypes.sizeof(structure), structure
 
@@ -260,13 +259,13 @@ def test_the_step_equals_the_eager_path(inner, head_dim, mini_batch_size):
     given = step_arguments(inner, torch.float64, D=D, K=K)
     expected = TokenStep(*(x.clone() if isinstance(x, torch.Tensor) else x for x in given))
     assert_close(token_step(given, "native")[0], token_step(expected, "eager")[0])
-    slots, offset, hidden = given.slots, given.offset, given.hidden
-    weights, rows = record_parts(expected.records, D, hidden, K)
-    own_weights, own_rows = record_parts(given.records, D, hidden, K)
+    slots, offset, record = given.slots, given.offset, given.record
+    weights, rows = record.parts(expected.records)
+    own_weights, own_rows = record.parts(given.records)
     for own, w in zip(own_weights, weights, strict=True):
         assert_close(own, w)
     for slot, place in zip(slots.tolist(), offset.tolist(), strict=True):
-        for own, row in zip(row_parts(own_rows[slot], D, hidden), row_parts(rows[slot], D, hidden), strict=True):
+        for own, row in zip(record.row_parts(own_rows[slot]), record.row_parts(rows[slot]), strict=True):
             assert_close(own[:, : place + 1], row[:, : place + 1])
 
 
@@ -293,7 +292,7 @@ def test_compile_has_no_graph_break(inner):
 def test_what_it_does_not_take():
     with pytest.raises(RuntimeError, match=r"'native' takes head and hidden dimensions .* 8; given 6 and 0"):
         run("linear", inner_inputs("linear", B=1, L=3, H=1, D=6, K=2))
-    meta = native.shape_refusal(torch.device("meta"), 8, 0, torch.float32)
+    meta = native.shape_refusal(torch.device("meta"), "linear", 8, 0, torch.float32)
     assert meta == "runs on CPU tensors; given meta"
 
 
@@ -320,8 +319,8 @@ def filled(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TTT4REC_CACHE", str(folder))
         forget_libraries()
-        build.library(8, 0, "float")
-        build.library(16, 0, "float", build.SOFTMAX)
+        build.library("linear", 8, 0, "float")
+        build.library("linear", 16, 0, "float", build.SOFTMAX)
         forget_libraries()
     return folder
 
@@ -362,7 +361,7 @@ def test_softmax_of_a_block_in_rows_of_any_width(rows, columns, gap, seed):
     scores, before = memory[:, gap:], memory[:, :gap].clone()
     column, grad = torch.randint(-2, columns + 2, (rows,)), torch.randn(rows)
     exact = scores.double()
-    lse = native.log_sum_exp(scores)
+    lse = full_softmax.log_sum_exp(scores)
     eps = torch.finfo(torch.float32).eps
     assert (lse - exact.logsumexp(1)).abs().max() <= 4 * eps + eps * exact.abs().max()
     expected = exact.softmax(1)
@@ -370,7 +369,7 @@ def test_softmax_of_a_block_in_rows_of_any_width(rows, columns, gap, seed):
         if 0 <= target < columns:
             expected[row, target] -= 1
     allowed = 2 * eps * (2 + exact.abs().max())  # of the exponent, of exp and of the product
-    native.softmax_gradient(scores, lse, column, grad)
+    full_softmax.to_gradient(scores, lse, column, grad)
     assert (scores - expected * grad.double().unsqueeze(1)).abs().max() <= allowed * grad.abs().max()
     assert torch.equal(memory[:, :gap], before)
 
@@ -378,9 +377,9 @@ def test_softmax_of_a_block_in_rows_of_any_width(rows, columns, gap, seed):
 def test_softmax_of_scores_that_are_not_numbers_and_of_other_kinds():
     scores = torch.zeros(2, 20)
     scores[0, 19] = float("nan")
-    assert native.log_sum_exp(scores).isnan().tolist() == [True, False]
+    assert full_softmax.log_sum_exp(scores).isnan().tolist() == [True, False]
     scores = torch.tensor([[0.0, torch.inf], [-torch.inf, -torch.inf], [1.0, -torch.inf]])
-    assert native.log_sum_exp(scores).tolist() == [torch.inf, -torch.inf, 1.0]
+    assert full_softmax.log_sum_exp(scores).tolist() == [torch.inf, -torch.inf, 1.0]
     assert "given torch.float64 on cpu" in native.softmax_refusal(torch.device("cpu"), torch.float64)
     assert "on meta" in native.softmax_refusal(torch.device("meta"), torch.float32)
 
@@ -393,22 +392,22 @@ def test_softmax_without_a_compiler(fresh, monkeypatch):
 def test_a_cache_that_cannot_be_written(fresh, monkeypatch):
     fresh.write_text("a file where the folder should be")
     with pytest.raises(build.BuildError, match="cannot be compiled to"):
-        build.library(8, 0, "float")
+        build.library("linear", 8, 0, "float")
 
 
 def test_compiled_once_and_kept(fresh, monkeypatch):
-    build.library(8, 0, "float")
+    build.library("linear", 8, 0, "float")
     assert len(list(fresh.glob("*"))) == 1  # nothing beside it
     build.library.cache_clear()
     made, compile_ = [], build._compile
     monkeypatch.setattr(build, "_compile", lambda *given: (made.append(given), compile_(*given)))
-    build.library(8, 0, "float")
+    build.library("linear", 8, 0, "float")
     assert made == []
     for name in ("_version", "_processor"):  # a library of another compiler or for another processor is not taken
         build.library.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(build, name, lambda *_: "another")
-            build.library(8, 0, "float")
+            build.library("linear", 8, 0, "float")
     assert len(made) == 2
     assert len({place.name.rpartition("-")[0] for place in fresh.iterdir()}) == 3
 
@@ -442,12 +441,12 @@ def auto_runs_eagerly(caplog):
 def test_a_library_that_cannot_be_loaded(fresh, monkeypatch, caplog):
     monkeypatch.setattr(build, "_compile", plant(b"not a library"))
     with pytest.raises(build.BuildError, match=r"made no library that works; .* cannot be loaded"):
-        build.library(8, 0, "float")
+        build.library("linear", 8, 0, "float")
     assert "cannot be loaded" in auto_runs_eagerly(caplog)
 
 
 def test_a_library_that_lacks_a_function(fresh, monkeypatch, caplog):
-    softmax = Path(build.library(16, 0, "float", build.SOFTMAX)._name).read_bytes()
+    softmax = Path(build.library("linear", 16, 0, "float", build.SOFTMAX)._name).read_bytes()
     native.softmax_refusal.cache_clear()
     monkeypatch.setattr(build, "_compile", plant(softmax))
     inputs = inner_inputs("linear", B=1, L=5, H=1, D=8, K=2)
@@ -534,12 +533,12 @@ def flip(path, place=-100):
 
 
 def test_a_damaged_library_is_compiled_anew_or_not_used(fresh, monkeypatch, caplog):
-    build.library(8, 0, "float")
+    build.library("linear", 8, 0, "float")
     (path,) = fresh.iterdir()
     whole = path.read_bytes()
     flip(path)
     forget_libraries()
-    build.library(8, 0, "float")
+    build.library("linear", 8, 0, "float")
     assert path.read_bytes() == whole
     flip(path)
     forget_libraries()
@@ -586,7 +585,7 @@ def test_the_folder_of_the_cache_cannot_be_exchanged(mode, owned, taken, fresh, 
         give_away(parent, monkeypatch)
     monkeypatch.setenv("TTT4REC_CACHE", str(parent / "cache"))
     if taken:
-        build.library(8, 0, "float")
+        build.library("linear", 8, 0, "float")
         assert (parent / "cache").stat().st_mode & 0o022 == 0
     else:
         assert f"they can exchange what is in {parent};" in auto_runs_eagerly(caplog)
@@ -595,16 +594,16 @@ def test_the_folder_of_the_cache_cannot_be_exchanged(mode, owned, taken, fresh, 
 def test_libraries_are_written_by_nobody_else(fresh):
     before = os.umask(0)
     try:
-        build.library(8, 0, "float")
+        build.library("linear", 8, 0, "float")
     finally:
         os.umask(before)
     assert [path.stat().st_mode & 0o022 for path in (fresh, *fresh.iterdir())] == [0, 0]
     forget_libraries()
-    build.library(8, 0, "float")
+    build.library("linear", 8, 0, "float")
 
 
 def test_processes_that_compile_at_once(fresh):
-    code = "from ttt4rec.native import build; build.library(8, 0, 'double')"
+    code = "from ttt4rec.native import build; build.library('linear', 8, 0, 'double')"
     runs = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
     assert [run.wait() for run in runs] == [0, 0, 0]
     assert len(list(fresh.glob("*"))) == 1

@@ -38,7 +38,7 @@ def test_an_update_lowers_the_inner_loss(inner):
     k, v = (inputs[name].transpose(1, 2) for name in "kv")
     arguments = (k, v, inputs["ln_weight"], inputs["ln_bias"], MODELS[inner], 1e-6)
     inputs["inner_lr"] = inputs["inner_lr"] * 0.1
-    _, updated = reference.dual_form(*tokens_of(inputs), weights_of(inputs), *norm_of(inputs))
+    _, updated = reference.dual_form(*tokens_of(inputs), weights_of(inputs), *norm_of(inputs), inner=inner)
     assert reference.inner_loss(updated, *arguments) < reference.inner_loss(weights_of(inputs), *arguments)
 
 
@@ -92,7 +92,7 @@ def results(form, inner, inputs):
     if form == "primal":
         o, weights = reference.primal_form(*arguments, model=MODELS[inner])
     else:
-        o, weights = reference.dual_form(*arguments)
+        o, weights = reference.dual_form(*arguments, inner=inner)
     named = {"o": o} | {f"weights.{i}": w for i, w in enumerate(weights)}
     grads = gradients(list(named.values()), list(leaves.values()))
     return named | {f"grad {name}": g for name, g in zip(leaves, grads, strict=True)}

@@ -75,7 +75,7 @@ def make_scan(
     inner: str, inputs: Inputs, spans: tuple[Tensor | None, Tensor | None] = (None, None), segment: int = 2
 ) -> Scan:
     weights = tuple(values(inputs, WEIGHTS[inner]))
-    return Scan(*values(inputs, TOKENS), weights, *values(inputs, LAYER_NORM), *spans, EPS, segment)
+    return Scan(*values(inputs, TOKENS), weights, *values(inputs, LAYER_NORM), *spans, EPS, segment, inner)
 
 
 def run_forward(inner: str, scan: Scan) -> tuple[Tensor, ...]:
@@ -121,7 +121,7 @@ def run_definition(
         if length > 0:
             tokens = [x[None, start : start + length] for x in flat]
             layer_norm = values(leaves, LAYER_NORM)
-            out, mine = reference.dual_form(*tokens, leaves["token_scale"], mine, *layer_norm, eps=EPS)
+            out, mine = reference.dual_form(*tokens, leaves["token_scale"], mine, *layer_norm, inner=inner, eps=EPS)
             o = torch.cat((o[:start], out[0], o[start + length :]))
         rows.append(mine)
     results = [o.view(B, L, *o.shape[1:]), *(torch.cat(w) for w in zip(*rows, strict=True))]

@@ -7,7 +7,6 @@ from tests.layers.test_step import read_on, step_arguments, tokens
 from tests.support.checks import INNERS, assert_close, assert_states_close, make_layer
 from ttt4rec import TTTLayer
 from ttt4rec.arguments import TokenStep
-from ttt4rec.eager import record_parts, row_parts
 from ttt4rec.kernels import step
 from ttt4rec.operators import token_step
 
@@ -23,9 +22,8 @@ def move(given):
 
 def parts_of(given):
     """Weights of the records in the operator's arguments, and the rows' parts."""
-    D, K, hidden = given.q.shape[-1], given.token_scale.numel(), given.hidden
-    weights, rows = record_parts(given.records.cpu(), D, hidden, K)
-    return weights, row_parts(rows, D, hidden)
+    weights, rows = given.record.parts(given.records.cpu())
+    return weights, given.record.row_parts(rows)
 
 
 @pytest.mark.parametrize("inner", INNERS)

@@ -376,8 +376,10 @@ def step_arguments(inner, dtype, *, B=3, H=2, D=6, K=4):
     inputs = inner_inputs(inner, B, 1, H, D, K, dtype=dtype)
     q, k, v, lr = (inputs.pop(name).squeeze(1) for name in ("q", "k", "v", "inner_lr"))
     scale, gamma, beta = (inputs.pop(name) for name in ("token_scale", "ln_weight", "ln_bias"))
-    layer = SimpleNamespace(mini_batch_size=K, initial_state=lambda: (tuple(inputs.values()), (gamma, beta)))
+    layer = SimpleNamespace(
+        inner=inner, mini_batch_size=K, initial_state=lambda: (tuple(inputs.values()), (gamma, beta))
+    )
     pool = StatePool(5, layer)
     pool.records += 0.1 * torch.randn_like(pool.records)
     where = torch.tensor([4, 0, 2]), torch.tensor([0, K // 2, K - 1])
-    return TokenStep(q, k, v, lr, scale, gamma, beta, *where, pool.records, pool.hidden, 1e-6)
+    return TokenStep(q, k, v, lr, scale, gamma, beta, *where, pool.records, inner, pool.hidden, 1e-6)

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ttt4rec import item_blocks
+from ttt4rec.arguments import FullSoftmax
 from ttt4rec.models import full_softmax
+from ttt4rec.operators import full_softmax_nll, full_softmax_total_nll
 
 N, V, C = 37, 101, 8
 
@@ -25,33 +28,31 @@ def dense_nll(h, table, items, reduction="none"):
     return F.cross_entropy(h @ table[1:].T, items - 1, reduction=reduction)
 
 
-def gradients(function, h, table, items, weights, reduction="none"):
+def gradients(function, h, table, items, weights, reduction="none", **options):
     h, table = h.detach().requires_grad_(), table.detach().requires_grad_()
-    loss = function(h, table, items, reduction)
+    loss = function(h, table, items, reduction, **options)
     weights = weights if reduction == "none" else weights[0]
     return loss.detach(), *torch.autograd.grad(loss, (h, table), weights.to(loss.dtype))
 
 
 @pytest.fixture(params=[N * 7, N * V - 1, 1 << 23], ids=["blocks", "two-blocks", "whole"])
 def _block(request, monkeypatch):
-    monkeypatch.setattr(full_softmax, "SCORES_PER_BLOCK", request.param)
-    monkeypatch.setattr(full_softmax, "FEW_ROWS", 8)  # so that a sum goes by items, and by 36 and all rows at a time
+    monkeypatch.setattr(item_blocks, "SCORES_PER_BLOCK", request.param)
+    monkeypatch.setattr(item_blocks, "FEW_ROWS", 8)  # so that a sum goes by items, and by 36 and all rows at a time
 
 
 @pytest.mark.usefixtures("_block")
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "eager", "reference"])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_loss_and_gradients_are_those_of_all_scores(monkeypatch, dtype, scale, compiled, reduction):
-    if not compiled:
-        monkeypatch.setattr(full_softmax.native, "softmax_refusal", lambda *_: "cannot be compiled: a test says so")
+def test_loss_and_gradients_are_those_of_all_scores(dtype, scale, backend, reduction):
     h, table, items = case(dtype, scale)
     weights = torch.randn(N)
     wide = [x.to(torch.promote_types(dtype, torch.float32)) for x in (h, table)]
     exact = gradients(dense_nll, h.double(), table.double(), items, weights.double(), reduction)
     dense = gradients(dense_nll, *wide, items, weights, reduction)
-    given = gradients(full_softmax.nll, h, table, items, weights, reduction)
+    given = gradients(full_softmax.nll, h, table, items, weights, reduction, backend=backend)
     assert [x.dtype for x in given] == [torch.promote_types(dtype, torch.float32), dtype, dtype]
     highest = (h.double() @ table.double().T).abs().max()
     relative = torch.finfo(given[0].dtype).eps * highest  # of exp(score - log of the sum), either rounded
@@ -64,8 +65,8 @@ def test_loss_and_gradients_are_those_of_all_scores(monkeypatch, dtype, scale, c
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_gradients_of_a_narrow_table_are_summed_in_float32(monkeypatch, reduction):
-    monkeypatch.setattr(full_softmax, "SCORES_PER_BLOCK", 4 * V)
-    monkeypatch.setattr(full_softmax, "FEW_ROWS", 4)
+    monkeypatch.setattr(item_blocks, "SCORES_PER_BLOCK", 4 * V)
+    monkeypatch.setattr(item_blocks, "FEW_ROWS", 4)
     many = 4096  # equal terms, four at a time: a sum in bfloat16 would stop growing at 256 of them
     h, table, items = torch.ones(many, C).bfloat16(), torch.zeros(V + 1, C).bfloat16(), torch.full((many,), 7)
     _, _, grad = gradients(full_softmax.nll, h, table, items, torch.ones(many), reduction)
@@ -76,17 +77,14 @@ def test_gradients_of_a_narrow_table_are_summed_in_float32(monkeypatch, reductio
 
 @pytest.mark.parametrize("few", [1, 64], ids=["rows", "blocks-of-items"])
 def test_gradients_against_differences_and_the_operators_contract(monkeypatch, few):
-    monkeypatch.setattr(full_softmax, "SCORES_PER_BLOCK", 3 * 4)
-    monkeypatch.setattr(full_softmax, "FEW_ROWS", few)
+    monkeypatch.setattr(item_blocks, "SCORES_PER_BLOCK", 3 * 4)
+    monkeypatch.setattr(item_blocks, "FEW_ROWS", few)
     h, table, items = torch.randn(3, 2).double(), torch.randn(8, 2).double(), torch.tensor([1, 7, 7])
     h.requires_grad_(), table.requires_grad_()
     for reduction in ("none", "sum", "mean"):
         assert torch.autograd.gradcheck(partial(full_softmax.nll, items=items, reduction=reduction), (h, table))
-    torch.library.opcheck(full_softmax.catalogue_nll, (h, table, items))
-    torch.library.opcheck(full_softmax.catalogue_total_nll, (h, table, items))
-    _, *kept = (x.detach() for x in full_softmax.catalogue_nll(h, table, items))
-    arguments = (torch.randn(3).double(), h.detach(), table.detach(), items, *kept)
-    torch.library.opcheck(full_softmax.catalogue_nll_backward, arguments)
+    for operator in (full_softmax_nll, full_softmax_total_nll):
+        torch.library.opcheck(operator.op, (h, table, items, "eager"))
 
 
 @pytest.mark.usefixtures("_block")
@@ -111,8 +109,10 @@ def test_one_gradient_without_the_other(reduction):
 
 
 def test_a_sum_is_differentiated_as_it_is_computed_where_that_pays(monkeypatch):
-    calls, operator = [], full_softmax.catalogue_total_nll
-    monkeypatch.setattr(full_softmax, "catalogue_total_nll", lambda *inputs: calls.append(1) or operator(*inputs))
+    calls = []
+    monkeypatch.setattr(
+        full_softmax, "full_softmax_total_nll", lambda *given: calls.append(1) or full_softmax_total_nll(*given)
+    )
 
     def taken(h, table, items, reduction="sum"):
         calls.clear()
@@ -130,20 +130,20 @@ def test_a_sum_is_differentiated_as_it_is_computed_where_that_pays(monkeypatch):
             assert not taken(h, table, items)
         wanted.requires_grad_(False)
     table.requires_grad_()
-    monkeypatch.setattr(full_softmax, "SCORES_PER_BLOCK", (N - 1) * V)
+    monkeypatch.setattr(item_blocks, "SCORES_PER_BLOCK", (N - 1) * V)
     assert not taken(h, table, items)  # fewer rows than there are, and than are worth a visit of the table
     assert taken(h[:-1], table, items[:-1])
-    assert full_softmax._rows_at_once(torch.empty(9, C)) == min(full_softmax.CACHED_ROWS, (N - 1) * V // 8)
+    assert item_blocks.rows_at_once(torch.empty(9, C)) == min(item_blocks.CACHED_ROWS, (N - 1) * V // 8)
 
 
 def test_operators_with_inputs_of_other_strides():
     h, table, items = case()
     h, table = h.T.contiguous().T, table.T.contiguous().T
-    loss, lse = full_softmax.catalogue_nll(h, table, items)
-    torch.library.opcheck(full_softmax.catalogue_nll_backward, (torch.ones_like(loss), h, table, items, lse))
+    loss, lse = full_softmax_nll(FullSoftmax(h, table, items), "auto")
+    torch.library.opcheck(full_softmax_nll.backward_op, (h, table, items, lse, torch.ones_like(loss), "auto"))
     h.requires_grad_(), table.requires_grad_()
-    torch.library.opcheck(full_softmax.catalogue_nll, (h, table, items))
-    torch.library.opcheck(full_softmax.catalogue_total_nll, (h, table, items))
+    for operator in (full_softmax_nll, full_softmax_total_nll):
+        torch.library.opcheck(operator.op, (h, table, items, "auto"))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -217,7 +217,7 @@ def test_rank_is_the_mean_over_all_orders_of_ties(rows):
 @pytest.mark.parametrize("levels", [None, 2])
 @pytest.mark.parametrize("many", [1, 1 << 20], ids=["whole-rows", "blocks-of-items"])
 def test_ranks_are_those_of_all_scores(monkeypatch, levels, many):
-    monkeypatch.setattr(full_softmax, "MANY_ROWS", many)
+    monkeypatch.setattr(item_blocks, "MANY_ROWS", many)
     h, table, items = case(torch.float64)
     if levels:  # many ties
         h, table = h.clamp(-1, 1).round(), table.clamp(-1, 1).round()
@@ -320,7 +320,7 @@ def test_wrong_arguments(function, change, error, message):
 
 
 def test_wrong_reduction():
-    with pytest.raises(ValueError, match="'none', 'sum' and 'mean', given 'average'"):
+    with pytest.raises(ValueError, match="one of none, sum, mean; given 'average'"):
         full_softmax.nll(*case(), "average")
 
 
@@ -335,5 +335,5 @@ def test_what_was_seen_must_be_items(wrong):
 
 
 def test_wrong_k():
-    with pytest.raises(ValueError, match="k of at least 1, given 0"):
+    with pytest.raises(ValueError, match="k must be at least 1; given 0"):
         full_softmax.top_k(*case()[:2], 0)

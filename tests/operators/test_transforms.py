@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 
 from tests.support.checks import BACKBONES, INNERS, assert_close, inner_inputs, make_layer, run_inner
 from ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec.arguments import FullSoftmax
 from ttt4rec.models import full_softmax
 from ttt4rec.models.mixers import MIXERS
 from ttt4rec.operators import CONVOLUTIONS, OPERATORS, output
@@ -16,7 +17,7 @@ NAMES = {
     *(f"{name}_scan{kind}" for name in INNERS for kind in ("", "_backward")),
     *(f"convolution_{count}{kind}" for count in (1, 2) for kind in ("", "_backward")),
     *(f"{name}{kind}" for name in ("projection", "output") for kind in ("", "_backward")),
-    *(f"catalogue_{name}{kind}" for name in ("nll", "total_nll") for kind in ("", "_backward")),
+    *(f"full_softmax_{name}{kind}" for name in ("nll", "total_nll") for kind in ("", "_backward")),
     "token_step",
 }
 REFUSED = 'use backend="reference"'
@@ -176,13 +177,13 @@ def test_losses_over_a_catalogue(reduction):
         assert_close(func.grad(loss)(h), torch.autograd.grad(loss(leaf), leaf)[0])
 
 
-@pytest.mark.parametrize("name", ["catalogue_nll", "catalogue_total_nll"])
-def test_operators_of_the_catalogue_refuse(name):
+@pytest.mark.parametrize("name", ["full_softmax_nll", "full_softmax_total_nll"])
+def test_operators_of_the_full_softmax_refuse(name):
     h, table, items = torch.randn(5, 4), torch.randn(12, 4), torch.randint(1, 12, (5,))
     for name_of, transform in TRANSFORMS.items():
-        if name_of not in ("batched-gradients", "second-derivative") or name == "catalogue_nll":
-            with pytest.raises(RuntimeError, match="cross_entropy of all scores, which is plain PyTorch"):
-                transform(lambda h: getattr(full_softmax, name)(h, table, items)[0], h, h)
+        if name_of not in ("batched-gradients", "second-derivative") or name == "full_softmax_nll":
+            with pytest.raises(RuntimeError, match=REFUSED):
+                transform(lambda h: OPERATORS[name](FullSoftmax(h, table, items), "auto")[0], h, h)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

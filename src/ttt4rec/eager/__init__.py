@@ -6,15 +6,25 @@ weights. No graph is recorded. The specification these follow is ``ttt4rec.refer
 """
 
 from .convolution import convolution, convolution_backward
+from .full_softmax import (
+    full_softmax_nll,
+    full_softmax_nll_backward,
+    full_softmax_total_nll,
+    full_softmax_total_nll_backward,
+)
 from .linear import linear_scan, linear_scan_backward
 from .mlp import mlp_scan, mlp_scan_backward
 from .output import output, output_backward
 from .projection import projection, projection_backward
-from .step import record_parts, row_parts, token_step, write_rows
+from .step import token_step, write_rows
 
 __all__ = [
     "convolution",
     "convolution_backward",
+    "full_softmax_nll",
+    "full_softmax_nll_backward",
+    "full_softmax_total_nll",
+    "full_softmax_total_nll_backward",
     "linear_scan",
     "linear_scan_backward",
     "mlp_scan",
@@ -23,8 +33,6 @@ __all__ = [
     "output_backward",
     "projection",
     "projection_backward",
-    "record_parts",
-    "row_parts",
     "token_step",
     "write_rows",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Scan
-from .tiles import DualLayer, InnerGradient, Normalised, Rates
+from .tiles import DualLayer, InnerGradient, Normalised, Rates, affine
 from .walk import walk_backward, walk_forward
 
 
@@ -23,6 +23,13 @@ def linear_scan(scan: Scan) -> tuple[Tensor, ...]:
 def linear_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, inner_lr, token_scale, W1, b1, γ and β; those of the weights per sequence."""
     return walk_backward(_replay_step, _backward_step, scan, kept, grads)
+
+
+def linear_steps(
+    k: Tensor, v: Tensor, lr: Tensor, gamma: Tensor, beta: Tensor, weights: Sequence[Tensor], eps: float
+) -> tuple[Tensor, ...]:
+    """``U = lr ∘ G`` of tokens ``[R, n, D]`` read at weights ``[W; b]``, for ``step``."""
+    return (InnerGradient(affine(k, weights[0]), k, v, gamma, beta, eps).value().mul_(lr),)
 
 
 def _forward_step(

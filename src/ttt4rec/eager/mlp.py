@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 
 from ..arguments import Scan
 from .gelu import Gelu
-from .tiles import DualLayer, InnerGradient, Normalised, Rates
+from .tiles import DualLayer, InnerGradient, Normalised, Rates, affine
 from .walk import walk_backward, walk_forward
 
 
@@ -34,6 +35,17 @@ def mlp_scan(scan: Scan) -> tuple[Tensor, ...]:
 def mlp_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, inner_lr, token_scale, the four weights, γ and β; those of the weights per sequence."""
     return walk_backward(_replay_step, _backward_step, scan, kept, grads)
+
+
+def mlp_steps(
+    k: Tensor, v: Tensor, lr: Tensor, gamma: Tensor, beta: Tensor, weights: Sequence[Tensor], eps: float
+) -> tuple[Tensor, ...]:
+    """U1, X2, U2 of tokens ``[R, n, D]`` read at weights ``[W; b]``, with ``U = lr ∘ G``, for ``step``."""
+    Z1 = affine(k, weights[0])
+    X2 = gelu(Z1, approximate="tanh")
+    U2 = InnerGradient(affine(X2, weights[1]), k, v, gamma, beta, eps).value().mul_(lr)
+    U1 = torch.ops.aten.gelu_backward(U2 @ weights[1][:, :-1].mT, Z1, approximate="tanh")
+    return U1, X2, U2
 
 
 def _forward_step(

@@ -10,7 +10,6 @@ stands the token that is being read.
 """
 
 from collections.abc import Sequence
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -18,27 +17,17 @@ from torch import Tensor
 from torch.nn.functional import gelu, pad
 
 from ..arguments import TokenStep
-from ..inner_models import record_layout
-from .tiles import InnerGradient, Normalised
+from ..inner_models import Record
+from .linear import linear_steps
+from .mlp import mlp_steps
+from .tiles import Normalised, affine
 
 CACHE_BYTES = 1 << 21
 """Streams go in chunks whose records, gathered from the pool, are about this large."""
 
 
-def record_parts(records: Tensor, D: int, hidden: int, K: int) -> tuple[list[Tensor], Tensor]:
-    """Views of records ``[..., R]``: ``[W; b]`` of every layer ``[..., in + 1, out]``, and rows ``[..., K, width]``."""
-    layout = record_layout(D, hidden, K)
-    shapes = [*layout.weights, (K, layout.row_size)]
-    parts = records[..., : sum(map(prod, shapes))].split([*map(prod, shapes)], -1)
-    *weights, rows = (part.view(*part.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True))
-    return weights, rows
-
-
-def row_parts(rows: Tensor, D: int, hidden: int) -> tuple[Tensor, ...]:
-    """Views of the parts of rows ``[..., width]``: X and U of every layer, v and lr."""
-    widths = record_layout(D, hidden, 1).row
-    parts: tuple[Tensor, ...] = rows[..., : sum(widths)].split(widths, -1)
-    return parts
+_STEPS = {"linear": linear_steps, "mlp": mlp_steps}
+"""Of every inner model: X, U of the layers, but for the first X, which is k."""
 
 
 def token_step(step: TokenStep) -> tuple[Tensor]:
@@ -49,8 +38,8 @@ def token_step(step: TokenStep) -> tuple[Tensor]:
     Returns:
         Outputs ``[B, H, D]`` in q's dtype.
     """
-    q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, records, hidden, eps = step
-    (H, D), K, dtype, out_dtype = q.shape[1:], token_scale.numel(), records.dtype, q.dtype
+    q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, records, inner, _, eps = step
+    H, K, dtype, out_dtype, record = q.shape[1], token_scale.numel(), records.dtype, q.dtype, step.record
     order, chunks = _chunks(offset, K, records)
     slots, offset = slots[order], offset[order]
     place = offset.repeat_interleave(H)
@@ -61,49 +50,38 @@ def token_step(step: TokenStep) -> tuple[Tensor]:
         x.index_select(0, order).to(dtype).flatten(0, 1).unsqueeze(1) for x in (q, k, v, inner_lr[..., None])
     )
     gamma, beta = (p.to(dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in (ln_weight, ln_bias))
-    pool_weights, pool_rows = record_parts(records, D, hidden, K)
+    pool_weights, pool_rows = record.parts(records)
     P = torch.empty_like(q)
     new = records.new_zeros(q.shape[0], 1, pool_rows.shape[-1])
     for first, stop, complete in chunks:
         own, here = slots[first:stop], slice(first * H, stop * H)
-        weights, rows = record_parts(records.index_select(0, own).flatten(0, 1), D, hidden, K)
-        write_rows(new[here], k[here], v[here], lr[here], gamma[here], beta[here], weights, eps)
+        weights, rows = record.parts(records.index_select(0, own).flatten(0, 1))
+        tokens = k[here], v[here], lr[here]
+        write_rows(inner, new[here], tokens, (gamma[here], beta[here]), weights, eps)
         rows[:, -1:] = new[here]
-        P[here] = _outputs(q[here], weights, rows, eta[here])
+        P[here] = _outputs(q[here], record, weights, rows, eta[here])
         if complete:
             last = slice(-complete * H, None)
             eta_last = eta[here][last] * (place[here][last] == K - 1).view(-1, 1, 1)
-            updated = _updated([w[last] for w in weights], rows[last], eta_last)
+            updated = _updated(record, [w[last] for w in weights], rows[last], eta_last)
             for target, w in zip(pool_weights, updated, strict=True):
                 target.index_copy_(0, own[-complete:], w.unflatten(0, (-1, H)))
     pool_rows[slots[:, None], torch.arange(H, device=q.device), offset[:, None] - K] = new.view(-1, H, new.shape[-1])
-    o = torch.addcmul(beta, gamma, Normalised(P, eps).x_hat).add_(q).view(-1, H, D)
+    o = torch.addcmul(beta, gamma, Normalised(P, eps).x_hat).add_(q).view(-1, H, q.shape[-1])
     return (torch.empty_like(o, dtype=out_dtype).index_copy_(0, order, o.to(out_dtype)),)
 
 
 def write_rows(
+    inner: str,
     rows: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    layer_norm: tuple[Tensor, Tensor],
     weights: Sequence[Tensor],
     eps: float,
 ) -> None:
-    """Fill rows ``[R, n, width]`` for n tokens ``[R, n, D]`` read at weights ``[W; b]``.
-
-    lr is ``[R, n, 1]``, γ and β are ``[R, 1, D]``.
-    """
-    Z = _affine(k, weights[0])
-    if len(weights) == 1:
-        layers = [InnerGradient(Z, k, v, gamma, beta, eps).value().mul_(lr)]
-    else:
-        X2 = gelu(Z, approximate="tanh")
-        U2 = InnerGradient(_affine(X2, weights[1]), k, v, gamma, beta, eps).value().mul_(lr)
-        U1 = torch.ops.aten.gelu_backward(U2 @ weights[1][:, :-1].mT, Z, approximate="tanh")
-        layers = [U1, X2, U2]
-    parts = (k, *layers, v, lr)
+    """As ``operators.step.write_rows``."""
+    k, v, lr = tokens
+    parts = (k, *_STEPS[inner](*tokens, *layer_norm, weights, eps), v, lr)
     torch.cat(parts, -1, out=rows[..., : sum(part.shape[-1] for part in parts)])
 
 
@@ -130,27 +108,22 @@ def _everything(offset: Tensor) -> tuple[Tensor, list[_Chunk]]:
     return torch.arange(B, device=offset.device), [_Chunk(0, B, B)]
 
 
-def _affine(x: Tensor, weights: Tensor) -> Tensor:
-    return torch.baddbmm(weights[:, -1:], x, weights[:, :-1])
-
-
-def _layers(weights: Sequence[Tensor], rows: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _layers(record: Record, weights: Sequence[Tensor], rows: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """``[W; b]``, X and U of every inner layer."""
-    D, hidden = weights[0].shape[-2] - 1, weights[0].shape[-1] if len(weights) == 2 else 0
-    parts = row_parts(rows, D, hidden)
+    parts = record.row_parts(rows)
     return list(zip(weights, parts[:-2:2], parts[1:-2:2], strict=True))
 
 
-def _outputs(x: Tensor, weights: Sequence[Tensor], rows: Tensor, eta: Tensor) -> Tensor:
+def _outputs(x: Tensor, record: Record, weights: Sequence[Tensor], rows: Tensor, eta: Tensor) -> Tensor:
     """The inner model's outputs at the queries x ``[R, 1, D]``; eta is ``-s_i`` for every token ``[R, 1, K]``."""
-    for i, (W, X, U) in enumerate(_layers(weights, rows)):
+    for i, (W, X, U) in enumerate(_layers(record, weights, rows)):
         if i:
             x = gelu(x, approximate="tanh")
         A = torch.bmm(x, X.mT).add_(1).mul_(eta)
-        x = _affine(x, W).baddbmm_(A, U)
+        x = affine(x, W).baddbmm_(A, U)
     return x
 
 
-def _updated(weights: Sequence[Tensor], rows: Tensor, eta: Tensor) -> list[Tensor]:
+def _updated(record: Record, weights: Sequence[Tensor], rows: Tensor, eta: Tensor) -> list[Tensor]:
     """``[W; b]`` after the K tokens of a mini-batch, eta as in ``_outputs``."""
-    return [torch.baddbmm(W, (pad(X, (0, 1), value=1.0) * eta.mT).mT, U) for W, X, U in _layers(weights, rows)]
+    return [torch.baddbmm(W, (pad(X, (0, 1), value=1.0) * eta.mT).mT, U) for W, X, U in _layers(record, weights, rows)]

@@ -13,6 +13,11 @@ from torch import Tensor
 _native_backward = torch.ops.aten.native_layer_norm_backward
 
 
+def affine(x: Tensor, weights: Tensor) -> Tensor:
+    """``x W + b`` for x ``[R, n, in]`` and ``[W; b]`` ``[R, in + 1, out]``."""
+    return torch.baddbmm(weights[:, -1:], x, weights[:, :-1])
+
+
 class Normalised:
     """The layer norm of z without its affine part: ``x_hat``, and products with its Jacobian."""
 

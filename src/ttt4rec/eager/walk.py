@@ -33,7 +33,7 @@ def walk_forward(step: ForwardStep, kept_widths: Sequence[int], scan: Scan) -> t
     o = _for_tokens(scan.q.shape, scan.q.dtype, scan)
     kept = [_for_tokens((*o.shape[:3], width), dtype, scan) for width in kept_widths]
     outgoing = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in weights]
-    q_all, k_all, v_all, lr_all = (by_token(x, starts) for x in scan[:4])
+    q_all, k_all, v_all, lr_all = (by_token(x, starts) for x in scan.tokens)
     results = [by_token(x, starts) for x in (o, *kept)]
     checkpoints = Checkpoints.empty(scan)
     for chunk in _chunks(scan):
@@ -73,11 +73,11 @@ def walk_backward(
     """
     weights, (*kept_tokens, checkpoints), (grad_o, *grad_weights) = scan.weights, kept, grads
     dtype, scale = weights[0].dtype, _causal_scale(scan)
-    d_tokens = [_for_tokens(x.shape, x.dtype, scan) for x in scan[:4]]
+    d_tokens = [_for_tokens(x.shape, x.dtype, scan) for x in scan.tokens]
     d_scale = torch.zeros(scan.token_scale.shape, dtype=dtype, device=scan.q.device)
     d_layer_norm = [torch.zeros(p.shape, dtype=dtype, device=p.device) for p in (scan.ln_weight, scan.ln_bias)]
     incoming = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in weights]
-    by_tokens = (by_token(x, scan.starts) for x in (*scan[:4], grad_o, *kept_tokens))
+    by_tokens = (by_token(x, scan.starts) for x in (*scan.tokens, grad_o, *kept_tokens))
     q_all, k_all, v_all, lr_all, dO_all, *kept_all = by_tokens
     results = [by_token(x, scan.starts) for x in d_tokens]
     kept_weights = Checkpoints(checkpoints, scan)

@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import TokenStep
-from ..inner_models import record_layout
 from . import launch
 from .hidden_layer import gelu
 
@@ -267,6 +266,10 @@ def load_hidden(M1, M2, c, D: tl.constexpr, F: tl.constexpr, tile: tl.constexpr)
     return W1, load(M1, D * F + hidden, hidden < F), W2
 
 
+KERNELS = {"linear": (linear_step_kernel, LINEAR_BLOCKS), "mlp": (mlp_step_kernel, MLP_BLOCKS)}
+"""Of each inner model, with the chunk of hidden features and the warps by padded head dimension."""
+
+
 @launch.on_its_device
 def token_step(step: TokenStep) -> tuple[Tensor]:
     """Outputs ``[B, H, D]`` in q's dtype; the host waits for nothing.
@@ -283,10 +286,10 @@ def token_step(step: TokenStep) -> tuple[Tensor]:
 
 def prepare_token_step(step: TokenStep) -> tuple[Tensor, launch.Launch]:
     """Allocate the outputs and make the launch that fills them."""
-    q, hidden, (B, H, D), K = step.q, step.hidden, step.q.shape, step.token_scale.numel()
+    q, hidden, (B, H, D), K, record = step.q, step.hidden, step.q.shape, step.token_scale.numel(), step.record
     launch.plan("linear_forward", q.unsqueeze(1), K)  # raises where no kernel runs
-    chunk, num_warps = (MLP_BLOCKS if hidden else LINEAR_BLOCKS)[launch.padded(D)]
-    record = record_layout(D, hidden, K)
+    kernel, blocks = KERNELS[step.inner]
+    chunk, num_warps = blocks[launch.padded(D)]
     tile = StepTile(
         mini_batch=K,
         kept=triton.next_power_of_2(max(1, K - 1)),
@@ -313,5 +316,4 @@ def prepare_token_step(step: TokenStep) -> tuple[Tensor, launch.Launch]:
         step.eps,
         tile,
     )
-    kernel = mlp_step_kernel if hidden else linear_step_kernel
     return o, launch.Launch(kernel, (B * H,), arguments, launch.Blocks(num_warps, 1))

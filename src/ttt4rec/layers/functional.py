@@ -3,6 +3,8 @@
 Whatever way a sequence is cut into calls, packed or padded, the outputs are the same numbers.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,7 @@ def ttt_linear(
         TypeError: a dtype is wrong.
         RuntimeError: the backend cannot run here.
     """
-    return _inner_loop(
+    return inner_loop(
         LINEAR, (q, k, v), inner_lr, token_scale, (W1, b1), (ln_weight, ln_bias), mini_batch_size, state, mask,
         cu_seqlens, eps, backend,
     )  # fmt: skip
@@ -98,13 +100,13 @@ def ttt_mlp(
     Arguments, results and errors as in ``ttt_linear``, with initial weights W1 ``[H, D, F]``, b1 ``[H, F]``,
     W2 ``[H, F, D]`` and b2 ``[H, D]``; F is 4D in the paper.
     """
-    return _inner_loop(
+    return inner_loop(
         MLP, (q, k, v), inner_lr, token_scale, (W1, b1, W2, b2), (ln_weight, ln_bias), mini_batch_size, state, mask,
         cu_seqlens, eps, backend,
     )  # fmt: skip
 
 
-def _inner_loop(
+def inner_loop(
     model: InnerModel,
     tokens: tuple[Tensor, Tensor, Tensor],
     inner_lr: Tensor,
@@ -118,7 +120,8 @@ def _inner_loop(
     eps: float,
     backend: Backend,
 ) -> tuple[Tensor, TTTState]:
-    check_inner_loop_arguments(tokens, inner_lr, token_scale, initial, layer_norm, K, state, mask, cu_seqlens)
+    """The inner loop of an inner model, whose weights are ``initial``; the rest as in ``ttt_linear``."""
+    check_inner_loop_arguments(model, tokens, inner_lr, token_scale, initial, layer_norm, K, state, mask, cu_seqlens)
     backend = choose_backend(backend, tokens[0], tokens[0].shape[-1], K, model.name)
     tokens = autocast(*tokens)
     B, L = tokens[0].shape[:2]
@@ -143,7 +146,7 @@ def _inner_loop(
         seen = state.position + extended.lengths
     q, k, v, lr = sequence_tokens
     segment = segment_length(model, weights, K)
-    scan = Scan(q, k, v, lr, token_scale, weights, *layer_norm, starts, lengths, eps, segment)
+    scan = Scan(q, k, v, lr, token_scale, weights, *layer_norm, starts, lengths, eps, segment, model.name)
     if spans is None and state is None:  # every row is a sequence, which backends need not look up
         scan = scan._replace(starts=None, lengths=None)
     o, *outgoing = _scan(model, scan, backend)
@@ -183,12 +186,13 @@ def _reference_scan(scan: Scan) -> tuple[Tensor, ...]:
 
     Weights that were never updated come out as copies: the state is not to follow the parameters.
     """
-    token_scale, weights, eps = scan.token_scale, scan.weights, scan.eps
+    token_scale, weights = scan.token_scale, scan.weights
+    dual_form = partial(reference.dual_form, inner=scan.inner, eps=scan.eps)
     dtype, K = weights[0].dtype, token_scale.numel()
-    q, k, v, lr, gamma, beta = (x.to(dtype) for x in (*scan[:4], scan.ln_weight, scan.ln_bias))
+    q, k, v, lr, gamma, beta = (x.to(dtype) for x in (*scan.tokens, scan.ln_weight, scan.ln_bias))
     starts, lengths = scan.starts, scan.lengths
     if starts is None or lengths is None:
-        o, outgoing = reference.dual_form(q, k, v, lr, token_scale, weights, gamma, beta, eps=eps)
+        o, outgoing = dual_form(q, k, v, lr, token_scale, weights, gamma, beta)
         return o.to(scan.q.dtype), *(w.clone() for w in outgoing)
     # Where nothing may depend on values, a sequence may be as long as a row.
     longest = max(lengths.tolist(), default=0) if has_values(lengths) else q.shape[1]
@@ -199,7 +203,7 @@ def _reference_scan(scan: Scan) -> tuple[Tensor, ...]:
     outputs = [q[:, :0]]
     for start in range(0, longest, K):
         q_t, k_t, v_t, lr_t = (x[:, start : start + K] for x in (q, k, v, lr))
-        o, updated = reference.dual_form(q_t, k_t, v_t, lr_t, token_scale, weights, gamma, beta, eps=eps)
+        o, updated = dual_form(q_t, k_t, v_t, lr_t, token_scale, weights, gamma, beta)
         outputs.append(o)
         complete = lengths >= start + K
         weights = tuple(

@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import eager
-from ..inner_models import record_layout
+from ..inner_models import INNER_MODELS
+from ..operators.step import write_rows
 from ..precision import without_autocast
 from .state import TTTState
 from .validation import check_conv_state, check_slots, check_state
@@ -16,12 +16,13 @@ from .validation import check_conv_state, check_slots, check_state
 class Streaming(Protocol):
     """A layer whose streams a pool keeps."""
 
+    inner: str
     mini_batch_size: int
 
     def initial_state(self) -> tuple[Sequence[Tensor], tuple[Tensor, Tensor]]:
         """What a stream starts with, as it is now.
 
-        The parameters ``(W1, b1)`` or ``(W1, b1, W2, b2)``, and γ and β of the inner layer norm ``[H, D]``.
+        The inner model's weights, and γ and β of the inner layer norm ``[H, D]``.
         """
 
 
@@ -42,8 +43,8 @@ class StatePool:
         position: tokens seen, int64 ``[N]``.
         conv: the last inputs of the convolutions ``[N, conv_kernel - 1, width]``, or None.
         layer: see above; a layer steps its own pools only.
-        records: what the inner loop needs of a stream and head ``[N, H, R]``, described at ``eager.token_step``.
-        hidden: F of TTT-MLP; 0 for TTT-Linear.
+        records: what the inner loop needs of a stream and head ``[N, H, R]``, laid out as ``inner_models.Record``.
+        hidden: F, 0 if there are no hidden features.
 
     Raises:
         ValueError: num_slots is below 1.
@@ -59,11 +60,12 @@ class StatePool:
             raise ValueError(f"num_slots must be an integer of at least 1; given {num_slots!r}")
         self.num_slots, self.mini_batch_size, self.layer = num_slots, layer.mini_batch_size, layer
         initial, layer_norm = layer.initial_state()
-        H, self._head_dim = layer_norm[0].shape
-        self.hidden = initial[0].shape[2] if len(initial) == 4 else 0
-        numbers = record_layout(self._head_dim, self.hidden, self.mini_batch_size).size
+        H, D = layer_norm[0].shape
+        self._model = INNER_MODELS[layer.inner]
+        self.hidden = self._model.hidden(initial)
+        self._record = self._model.record(D, self.hidden, self.mini_batch_size)
         like = initial[0].new_empty(0, dtype=torch.promote_types(initial[0].dtype, torch.float32)).detach()
-        self.records = like.new_zeros(num_slots, H, numbers)
+        self.records = like.new_zeros(num_slots, H, self._record.size)
         self.position = like.new_zeros(num_slots, dtype=torch.int64)
         self.conv = None if context is None else like.new_zeros(num_slots, *context)
         self.reset(torch.arange(num_slots, device=like.device))
@@ -93,8 +95,8 @@ class StatePool:
         """
         check_slots(slots, self.num_slots, self.position.device)
         position = self.position[slots]
-        weights, rows = self._parts(self.records[slots])
-        k, *_, v, lr = eager.row_parts(rows[:, :, :-1], self._head_dim, self.hidden)
+        weights, rows = self._record.parts(self.records[slots])
+        k, *_, v, lr = self._record.row_parts(rows[:, :, :-1])
         lack = self.mini_batch_size - 1 - position % self.mini_batch_size
         k, v, lr = (_moved(x, -lack).transpose(1, 2).contiguous() for x in (k, v, lr))
         matrices = [w.contiguous() for W in weights for w in (W[:, :, :-1], W[:, :, -1])]
@@ -116,8 +118,7 @@ class StatePool:
         check_slots(slots, self.num_slots, self.position.device)
         initial, layer_norm = self.layer.initial_state()
         K, like = self.mini_batch_size, self.records.new_empty(1, 1, *layer_norm[0].shape)
-        names = ("W1", "b1", "W2", "b2")
-        shapes = [(name, tuple(w.shape)) for name, w in zip(names, initial, strict=False)]
+        shapes = [(name, tuple(w.shape)) for name, w in zip(self._model.weights, initial, strict=True)]
         check_state(state, slots.numel(), shapes, K, like)
         check_conv_state(state, slots.numel(), None if self.conv is None else tuple(self.conv.shape[1:]))
         lack = K - 1 - state.position % K
@@ -128,12 +129,12 @@ class StatePool:
         ]
         gamma, beta = (p.to(k.dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in layer_norm)
         records = torch.zeros_like(self.records[slots])
-        targets, rows = self._parts(records.flatten(0, 1))
+        targets, rows = self._record.parts(records.flatten(0, 1))
         k, v, lr, *weights = (x.flatten(0, 1) for x in (k, v, lr, *weights))
         for target, W in zip(targets, weights, strict=True):
             target.copy_(W)
         with without_autocast(k.device.type):
-            eager.write_rows(rows[:, :-1], k, v, lr, gamma, beta, weights, 1e-6)
+            write_rows(self._model.name, rows[:, :-1], (k, v, lr), (gamma, beta), weights, 1e-6)
         self.records.index_copy_(0, slots, records)
         self.position.index_copy_(0, slots, state.position)
         if self.conv is not None and state.conv is not None:
@@ -150,12 +151,9 @@ class StatePool:
         for x in (self.records, self.position, *([] if self.conv is None else [self.conv])):
             x.index_fill_(0, slots, 0)
         initial, _ = self.layer.initial_state()
-        for target, W, b in zip(self._parts(self.records)[0], initial[::2], initial[1::2], strict=True):
+        for target, W, b in zip(self._record.parts(self.records)[0], initial[::2], initial[1::2], strict=True):
             matrix = torch.cat((W, b.unsqueeze(1)), 1).to(target.dtype)
             target.index_copy_(0, slots, matrix.expand(slots.numel(), *matrix.shape))
-
-    def _parts(self, records: Tensor) -> tuple[list[Tensor], Tensor]:
-        return eager.record_parts(records, self._head_dim, self.hidden, self.mini_batch_size)
 
 
 def _moved(x: Tensor, by: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import TokenStep
+from ..inner_models import INNER_MODELS
 from ..operators import Backend, check_backend, choose_backend, token_step
 from ..reference import rotation, token_scale
 from .convolution import CausalConv, convolve
-from .functional import autocast, make_spans, ttt_linear, ttt_mlp
+from .functional import autocast, inner_loop, make_spans
 from .initialisation import STD, Device, draw
 from .original_weights import load_release_layer
 from .output import finish
@@ -93,7 +94,8 @@ class TTTLayer(nn.Module):
         )
         check_backend(backend)
         self.width, self.num_heads, self.head_dim = width, num_heads, width // num_heads
-        self.inner, self.backbone, self.mini_batch_size = inner, backbone, mini_batch_size
+        self.inner: str = inner
+        self.backbone, self.mini_batch_size = backbone, mini_batch_size
         self.rope_theta, self.base_lr, self.conv_kernel = rope_theta, base_lr, conv_kernel
         self.adapt, self.max_inner_step, self.backend = adapt, max_inner_step, backend
 
@@ -112,12 +114,9 @@ class TTTLayer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6, **factory)
 
         H, D = num_heads, self.head_dim
-        hidden = D if inner == "linear" else 4 * D
-        self.W1 = nn.Parameter(torch.empty(H, D, hidden, **factory))
-        self.b1 = nn.Parameter(torch.empty(H, hidden, **factory))
-        if inner == "mlp":
-            self.W2 = nn.Parameter(torch.empty(H, hidden, D, **factory))
-            self.b2 = nn.Parameter(torch.empty(H, D, **factory))
+        model = INNER_MODELS[inner]
+        for name, shape in model.shapes(D, model.expansion * D).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(H, *shape, **factory)))
         self.inner_norm_weight = nn.Parameter(torch.empty(H, D, **factory))
         self.inner_norm_bias = nn.Parameter(torch.empty(H, D, **factory))
         self.inner_lr_weight = nn.Parameter(torch.empty(H, width, **factory))
@@ -190,8 +189,11 @@ class TTTLayer(nn.Module):
         backend = choose_backend(self.backend, x, self.head_dim, self.mini_batch_size, self.inner)
         position, context = (None, None) if state is None else (state.position, state.conv)
         q, k, v, inner_lr, gate, conv = self._views(x, spans, position, context, backend)
-        where = {"state": state, "mask": mask, "cu_seqlens": cu_seqlens, "backend": backend}
-        o, new_state = self._inner_loop(q, k, v, inner_lr, **where)
+        model, scale = INNER_MODELS[self.inner], token_scale(self.token_offset.to(inner_lr.dtype))
+        parameters = scale, *self.initial_state(), self.mini_batch_size
+        o, new_state = inner_loop(
+            model, (q, k, v), inner_lr, *parameters, state, mask, cu_seqlens, eps=1e-6, backend=backend
+        )
         y = finish(o, gate, mask, self.norm, self.output, backend)
         return (y, dataclasses.replace(new_state, conv=conv)) if return_state else y
 
@@ -200,8 +202,8 @@ class TTTLayer(nn.Module):
         return StatePool(num_slots, self, self._context)
 
     def initial_state(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-        """What a stream starts with: ``(W1, b1)`` or ``(W1, b1, W2, b2)``, and γ and β of the inner norm."""
-        initial = (self.W1, self.b1) if self.inner == "linear" else (self.W1, self.b1, self.W2, self.b2)
+        """What a stream starts with: the inner model's weights, W1, b1, ..., and γ and β of the inner norm."""
+        initial = tuple(getattr(self, name) for name in INNER_MODELS[self.inner].weights)
         return initial, (self.inner_norm_weight, self.inner_norm_bias)
 
     @torch.no_grad()
@@ -239,7 +241,7 @@ class TTTLayer(nn.Module):
         q, k, v, lr = (t.squeeze(1) for t in (*autocast(q, k, v), lr))
         scale, norm = token_scale(self.token_offset.to(lr.dtype)), (self.inner_norm_weight, self.inner_norm_bias)
         offset = position % self.mini_batch_size
-        token = TokenStep(q, k, v, lr, scale, *norm, slots, offset, pool.records, pool.hidden, 1e-6)
+        token = TokenStep(q, k, v, lr, scale, *norm, slots, offset, pool.records, self.inner, pool.hidden, 1e-6)
         (o,) = token_step(token, backend)
         pool.position.index_copy_(0, slots, position + 1)
         if pool.conv is not None and conv is not None:
@@ -250,12 +252,6 @@ class TTTLayer(nn.Module):
     def _context(self) -> tuple[int, int] | None:
         """Shape of a stream's context of the convolutions."""
         return None if self.backbone == "transformer" else (self.conv_kernel - 1, self.width)
-
-    def _inner_loop(self, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, **where: Any) -> tuple[Tensor, TTTState]:
-        scale, (initial, norm) = token_scale(self.token_offset.to(lr.dtype)), self.initial_state()
-        where["mini_batch_size"] = self.mini_batch_size
-        inner_loop: Callable[..., tuple[Tensor, TTTState]] = ttt_linear if self.inner == "linear" else ttt_mlp
-        return inner_loop(q, k, v, lr, scale, *initial, *norm, **where)
 
     def _views(
         self, x: Tensor, spans: Spans | None, position: Tensor | None, context: Tensor | None, backend: Backend

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..checks import check_choice, check_device, check_integer, check_positive, check_shape
+from ..inner_models import INNER_MODELS, InnerModel
 from ..operators.transforms import has_values, transformed
 from .state import TTTState
 
@@ -65,6 +66,7 @@ def _is_counted(x: Tensor) -> bool:
 
 
 def check_inner_loop_arguments(
+    model: InnerModel,
     tokens: tuple[Tensor, Tensor, Tensor],
     inner_lr: Tensor,
     token_scale: Tensor,
@@ -92,16 +94,13 @@ def check_inner_loop_arguments(
         raise ValueError(f"mini_batch_size must be an integer of at least 1; given {K!r}")
     check_shape("inner_lr", inner_lr, (B, L, H), "[B, L, H]")
     check_shape("token_scale", token_scale, (K,), "[mini_batch_size]")
-    F = weights[0].shape[-1]
-    shapes = [("W1", (H, D, F)), ("b1", (H, F)), ("W2", (H, F, D)), ("b2", (H, D))]
-    if len(weights) == 2:
-        shapes = [("W1", (H, D, D)), ("b1", (H, D))]
+    shapes = [(name, (H, *shape)) for name, shape in model.shapes(D, model.hidden(weights)).items()]
     for (name, shape), w in zip(shapes, weights, strict=True):
         check_shape(name, w, shape, "[H, in, out]" if len(shape) == 3 else "[H, out]")
     for name, p in zip(("ln_weight", "ln_bias"), layer_norm, strict=True):
         check_shape(name, p, (H, D), "[H, D]")
     named = dict(zip(("k", "v", "inner_lr", "token_scale"), (*tokens[1:], inner_lr, token_scale), strict=True))
-    named |= dict(zip(("W1", "b1", "W2", "b2"), weights, strict=False))
+    named |= dict(zip(model.weights, weights, strict=True))
     named |= dict(zip(("ln_weight", "ln_bias"), layer_norm, strict=True))
     check_device("q's", q.device, mask=mask, cu_seqlens=cu_seqlens, **named)
     if mask is not None and cu_seqlens is not None:
@@ -112,7 +111,7 @@ def check_inner_loop_arguments(
         check_cu_seqlens(cu_seqlens, B, L)
     if state is not None:
         N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-        check_state(state, N, shapes[: len(weights)], K, q)
+        check_state(state, N, shapes, K, q)
 
 
 def _check_streams(state: TTTState, N: int) -> None:
@@ -232,7 +231,7 @@ def check_layer_options(
         raise ValueError(
             f"width must be num_heads times an even head dimension; given width {width} and {num_heads} heads"
         )
-    check_choice("inner", inner, ("linear", "mlp"))
+    check_choice("inner", inner, tuple(INNER_MODELS))
     check_choice("backbone", backbone, ("transformer", "mamba"))
     check_positive("rope_theta", rope_theta)
     check_positive("base_lr", base_lr)

@@ -10,21 +10,30 @@ from typing import Any
 
 import torch
 
-from ..arguments import Scan, TokenStep
+from ..arguments import FullSoftmax, Scan, TokenStep
+from ..item_blocks import score_dtype
 from . import build
 from .cache import BuildError
-from .full_softmax import log_sum_exp, softmax_gradient, softmax_refusal
+from .full_softmax import (
+    full_softmax_nll,
+    full_softmax_nll_backward,
+    full_softmax_total_nll,
+    full_softmax_total_nll_backward,
+    softmax_refusal,
+)
 from .inner_loop import linear_scan, linear_scan_backward, mlp_scan, mlp_scan_backward
 from .step import token_step
 
 __all__ = [
+    "full_softmax_nll",
+    "full_softmax_nll_backward",
+    "full_softmax_total_nll",
+    "full_softmax_total_nll_backward",
     "linear_scan",
     "linear_scan_backward",
-    "log_sum_exp",
     "mlp_scan",
     "mlp_scan_backward",
     "refusal",
-    "softmax_gradient",
     "softmax_refusal",
     "token_step",
 ]
@@ -37,31 +46,36 @@ def refusal(operator: str, arguments: Any) -> str | None:
 
     The first call for a shape compiles it.
     """
+    if isinstance(arguments, FullSoftmax):
+        return softmax_refusal(arguments.h.device, score_dtype(arguments.h, arguments.table))
     if isinstance(arguments, Scan):
-        hidden = arguments.weights[0].shape[-1] if operator.startswith("mlp") else 0
-        return shape_refusal(arguments.q.device, arguments.q.shape[-1], hidden, arguments.weights[0].dtype)
-    if isinstance(arguments, TokenStep):
-        records = arguments.records
-        return shape_refusal(records.device, arguments.q.shape[-1], arguments.hidden, records.dtype)
-    return None
+        dtype = arguments.weights[0].dtype
+    elif isinstance(arguments, TokenStep):
+        dtype = arguments.records.dtype
+    else:
+        return None
+    return shape_refusal(arguments.q.device, arguments.inner, arguments.q.shape[-1], arguments.hidden, dtype)
 
 
 @functools.cache
-def shape_refusal(device: torch.device, head_dim: int, hidden: int, dtype: torch.dtype) -> str | None:
+def shape_refusal(device: torch.device, inner: str, head_dim: int, hidden: int, dtype: torch.dtype) -> str | None:
     """Why the inner loop of a shape cannot be computed; None if it can. The first call for a shape compiles it.
 
     Args:
         device: of the tensors.
+        inner: the inner model's name.
         head_dim: D.
-        hidden: F of TTT-MLP; 0 for TTT-Linear.
+        hidden: F, 0 if there are no hidden features.
         dtype: of the weights.
     """
     if device.type != "cpu":
         return f"runs on CPU tensors; given {device}"
+    if inner not in build.INNER_MODELS:
+        return f"computes the inner models {', '.join(build.INNER_MODELS)}; given {inner}"
     if head_dim % _MULTIPLE or hidden % _MULTIPLE:
         return f"takes head and hidden dimensions that are multiples of {_MULTIPLE}; given {head_dim} and {hidden}"
     try:
-        build.library(head_dim, hidden, build.SCALARS[dtype])
+        build.library(inner, head_dim, hidden, build.SCALARS[dtype])
     except BuildError as error:
         return build.refusal(error)
     return None

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from ..inner_models import record_layout
+from ..inner_models import LINEAR, MLP
 from . import cache
 from .cache import BuildError, UntrustedError
 
+INNER_MODELS = {model.name: model for model in (LINEAR, MLP)}  # of which there are sources
 SCALARS = {torch.float32: "float", torch.float64: "double"}
 INNER_LOOP, SOFTMAX = ("inner_loop.cpp", "step.cpp"), ("full_softmax.cpp",)
 _FUNCTIONS = {INNER_LOOP: ("ttt_forward", "ttt_backward", "ttt_step"), SOFTMAX: ("softmax_forward", "softmax_backward")}
@@ -44,19 +45,20 @@ def refusal(error: BuildError) -> str:
 
 
 @functools.cache
-def library(head_dim: int, hidden: int, scalar: str, sources: tuple[str, ...] = INNER_LOOP) -> ctypes.CDLL:
+def library(inner: str, head_dim: int, hidden: int, scalar: str, sources: tuple[str, ...] = INNER_LOOP) -> ctypes.CDLL:
     """What was compiled of some sources for a shape; compiled now, which takes a few seconds, if it never was.
 
     Args:
+        inner: the inner model's name.
         head_dim: D, a multiple of 8.
-        hidden: F of TTT-MLP, a multiple of 8; 0 for TTT-Linear.
+        hidden: F, a multiple of 8; 0 if there are no hidden features.
         scalar: ``"float"`` or ``"double"``.
         sources: ``INNER_LOOP`` or ``SOFTMAX``.
 
     Raises:
         BuildError: there is none and it cannot be compiled here, or others could have put one into the cache.
     """
-    record = record_layout(head_dim, hidden, 1)
+    record = INNER_MODELS[inner].record(head_dim, hidden, 1)
     constants = {
         "HEAD_DIM": head_dim,
         "HIDDEN": hidden,

@@ -1,4 +1,4 @@
-"""The compiled softmax over a block of scores."""
+"""The full softmax, with compiled code for the softmax of a block of scores."""
 
 import ctypes
 import functools
@@ -6,11 +6,19 @@ import functools
 import torch
 from torch import Tensor
 
+from .. import item_blocks
+from ..arguments import FullSoftmax
 from . import build
 from .cache import BuildError
 from .threads import share
 
-_SHAPE = (16, 0, "float", build.SOFTMAX)  # of a head only in name: so many lanes has any vector of float32
+_SHAPE = (
+    "linear",
+    16,
+    0,
+    "float",
+    build.SOFTMAX,
+)  # of an inner model only in name: so many lanes has any vector of float32
 
 
 class _Call(ctypes.Structure):
@@ -38,22 +46,35 @@ def softmax_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def full_softmax_nll(given: FullSoftmax) -> tuple[Tensor, ...]:
+    """As ``eager.full_softmax_nll``."""
+    return item_blocks.nll(given, log_sum_exp)
+
+
+def full_softmax_nll_backward(
+    given: FullSoftmax, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Gradients of h and table."""
+    return item_blocks.nll_backward(given, kept[0], grads[0], to_gradient)
+
+
+def full_softmax_total_nll(given: FullSoftmax) -> tuple[Tensor, ...]:
+    """As ``eager.full_softmax_total_nll``."""
+    return item_blocks.total_nll(given, log_sum_exp, to_gradient)
+
+
+full_softmax_total_nll_backward = item_blocks.total_nll_backward
+
+
 def log_sum_exp(scores: Tensor) -> Tensor:
-    """log Σ exp of every row of scores ``[N, c]``, float64 ``[N]``."""
+    """log Σ exp of every row of a block, as ``item_blocks.LogSumExp``."""
     lse = torch.empty(len(scores), dtype=torch.float64)
     _run("softmax_forward", scores, lse)
     return lse
 
 
-def softmax_gradient(scores: Tensor, lse: Tensor, column: Tensor, grad: Tensor) -> None:
-    """Put grad ∘ (exp(scores - lse) - one_hot(column)) in the place of the scores.
-
-    Args:
-        scores: ``[N, c]``, columns one behind the other.
-        lse: float64 ``[N]``, of whole rows, of which scores may be a part.
-        column: int64 ``[N]``, of the target; it need not be among these columns.
-        grad: float32 ``[N]``.
-    """
+def to_gradient(scores: Tensor, lse: Tensor, column: Tensor, grad: Tensor) -> None:
+    """As ``item_blocks.ToGradient``; columns of scores stand one behind the other."""
     _run("softmax_backward", scores, lse, column.contiguous(), grad.contiguous())
 
 

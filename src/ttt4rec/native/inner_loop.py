@@ -38,8 +38,7 @@ class _Call:
 
     def __init__(self, scan: Scan) -> None:
         self._call, self._alive, self._dtype = ScanCall(), list[Tensor](), scan.weights[0].dtype
-        (B, L, H, self.head_dim), weights = scan.q.shape, scan.weights
-        self.hidden = weights[0].shape[-1] if len(weights) == 4 else 0
+        (B, L, H, _), weights, self._scan = scan.q.shape, scan.weights, scan
         starts, lengths = scan.starts, scan.lengths
         self._covered = starts is None or lengths is None
         if starts is None or lengths is None:
@@ -50,7 +49,7 @@ class _Call:
         self._call.H, self._call.K, self._call.segment = H, scan.token_scale.numel(), scan.segment
         self._call.eps = scan.eps
         self._call.starts, self._call.lengths = self._pointer(starts.long()), self._pointer(lengths.long())
-        given = (*scan[:4], scan.token_scale, scan.ln_weight, scan.ln_bias)
+        given = (*scan.tokens, scan.token_scale, scan.ln_weight, scan.ln_bias)
         for name, x in zip((*TOKENS, *NORM), given, strict=True):
             self.set(name, x)
         self.set_weights("weights", "strides", weights)
@@ -77,7 +76,8 @@ class _Call:
 
     def run(self, function: str) -> None:
         """Call the compiled function for all rows."""
-        library = build.library(self.head_dim, self.hidden, build.SCALARS[self._dtype])
+        scan = self._scan
+        library = build.library(scan.inner, scan.q.shape[-1], scan.hidden, build.SCALARS[self._dtype])
         run(getattr(library, function), self._call, self._rows)
 
     def _pointer(self, x: Tensor) -> int:
@@ -89,7 +89,7 @@ def _forward(scan: Scan) -> tuple[Tensor, ...]:
     call, weights = _Call(scan), scan.weights
     o = call.results(*scan.q.shape)
     B, L, H, D = o.shape
-    kept = [call.results(B, L, H, width) for width in ((call.hidden, D) if call.hidden else (D,))]
+    kept = [call.results(B, L, H, width) for width in scan.model.kept_widths(D, scan.hidden)]
     outgoing = [w.new_empty(w.shape) for w in weights]
     checkpoints = scan.new_checkpoints()
     call.set("o", o)
@@ -106,7 +106,7 @@ def _backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -
     call.set_weights("grad_weights", "grad_strides", grad_weights)
     call.set_all("kept", kept_tokens)
     call.set("checkpoints", checkpoints)
-    d_tokens = [call.results(*x.shape) for x in scan[:4]]
+    d_tokens = [call.results(*x.shape) for x in scan.tokens]
     (H, D), K = scan.ln_weight.shape, scan.token_scale.numel()
     d_scale, *d_norm = (weights[0].new_zeros(weights[0].shape[0], H, width) for width in (K, D, D))
     d_weights = [w.new_empty(w.shape) for w in weights]
@@ -115,7 +115,7 @@ def _backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -
         call.set(name, x)
     call.set_all("d_weights", d_weights)
     call.run("ttt_backward")
-    d_tokens = [d.to(x.dtype) for d, x in zip(d_tokens, scan[:4], strict=True)]
+    d_tokens = [d.to(x.dtype) for d, x in zip(d_tokens, scan.tokens, strict=True)]
     return *d_tokens, d_scale.sum((0, 1)), *d_weights, *(d.sum(0) for d in d_norm)
 
 

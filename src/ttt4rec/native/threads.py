@@ -5,25 +5,20 @@ itself. And he waits for none that has not begun.
 """
 
 import os
-import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
+from ..precision import flushes_denormals
+
 PARTS = 8
 """Of the rows for each thread, so that a thread that the machine delays takes fewer of them."""
-_SMALLEST_NORMAL = sys.float_info.min
 
 _executors: dict[int, ThreadPoolExecutor] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_executors.clear)  # a child has none of its parent's threads
-
-
-def flushes_denormals() -> bool:
-    """Whether this thread takes numbers too small to be normal for zero: see ``torch.set_flush_denormal``."""
-    return _SMALLEST_NORMAL * 0.5 == 0.0
 
 
 def share(work: Callable[[int, int], int], rows: int) -> None:

@@ -22,14 +22,16 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import torch
-
-from ..arguments import Convolution, Output, Projection, Scan, TokenStep
-from . import CONVOLUTIONS, SCANS, output, projection, token_step
+from ..arguments import Convolution, FullSoftmax, Output, Projection, Scan, TokenStep
+from ..inner_models import INNER_MODELS
+from . import CONVOLUTIONS, SCANS, full_softmax_nll, full_softmax_total_nll, output, projection, token_step
 from .operator import Operator
 from .transforms import has_values
 
 COUNTER = "torch.utils.flop_counter"
+FORWARD = {"linear": (6, 4), "mlp": (14, 4)}
+"""The numbers of the table: of T times the first layer's weights, and of S times all layers' outputs."""
+BACKWARD = {"linear": (18, 12), "mlp": (40, 12)}
 
 
 def register() -> None:
@@ -65,8 +67,6 @@ def _register(counter: ModuleType) -> None:
         register(operator.overloads, get_raw=True)(partial(_count, operator, forward, count))
         if operator.backward_overloads is not None:
             register(operator.backward_overloads, get_raw=True)(partial(_count, operator, backward, count))
-    for name, each in _FULL_SOFTMAX.items():
-        counter.register_flop_formula(getattr(torch.ops.ttt4rec, name), get_raw=True)(partial(_full_softmax, each))
 
 
 def _count(operator: Operator[Any], factors: Any, count: Callable[[Any, Any], int], *flat: Any, **_: Any) -> int:
@@ -79,15 +79,15 @@ def _scan(scan: Scan, factors: tuple[int, int]) -> int:
     (B, L, H, D), K, lengths = scan.q.shape, scan.token_scale.shape[0], scan.lengths
     tokens = [L] * B if lengths is None or not has_values(lengths) else lengths.tolist()
     pairs = sum(n // K * K**2 + (n % K) ** 2 for n in tokens)
-    hidden = scan.weights[0].shape[-1]
-    features = D if len(scan.weights) == 2 else D + hidden
-    return int(H * (by_weights * sum(tokens) * D * hidden + by_pairs * pairs * features))
+    features = scan.model.kept_widths(D, scan.hidden)
+    return int(H * (by_weights * sum(tokens) * D * features[0] + by_pairs * pairs * sum(features)))
 
 
 def _step(step: TokenStep, _: None) -> int:
     """Of one token of B streams: as in a forward, with as many tokens before it as there may be."""
-    (B, H, D), K, F = step.q.shape, step.token_scale.shape[0], step.hidden
-    return int(B * H * (14 * D * F + 4 * K * (D + F) if F else 6 * D**2 + 4 * K * D))
+    (B, H, D), K, (by_weights, by_pairs) = step.q.shape, step.token_scale.shape[0], FORWARD[step.inner]
+    features = INNER_MODELS[step.inner].kept_widths(D, step.hidden)
+    return int(B * H * (by_weights * D * features[0] + by_pairs * K * sum(features)))
 
 
 def _projection(given: Projection, each: int) -> int:
@@ -105,25 +105,16 @@ def _output(given: Output, each: int) -> int:
     return int(each * B * L * (H * D) ** 2)
 
 
-def _full_softmax(each: int, *args: Any, **_: Any) -> int:
-    """Of hidden states ``[N, C]`` and a table with a row of padding; nothing where gradients are only scaled."""
-    if not each:
-        return 0
-    h, table = args[1:3] if args[0].dim() < 2 else args[:2]
-    return int(each * h.shape[0] * h.shape[1] * (table.shape[0] - 1))
+def _full_softmax(given: FullSoftmax, each: int) -> int:
+    return int(each * given.h.shape[0] * given.h.shape[1] * (given.table.shape[0] - 1))
 
 
 _FORMULAS: list[tuple[Operator[Any], Any, Any, Callable[[Any, Any], int]]] = [
-    (SCANS["linear"], (6, 4), (18, 12), _scan),
-    (SCANS["mlp"], (14, 4), (40, 12), _scan),
+    *((SCANS[name], FORWARD[name], BACKWARD[name], _scan) for name in FORWARD),
     (token_step, None, None, _step),
     (projection, 2, 4, _projection),
     *((operator, 2, 4, _convolution) for operator in CONVOLUTIONS.values()),
     (output, 2, 4, _output),
+    (full_softmax_nll, 2, 6, _full_softmax),
+    (full_softmax_total_nll, 6, 0, _full_softmax),  # whose backward only scales gradients
 ]
-_FULL_SOFTMAX = {
-    "catalogue_nll": 2,
-    "catalogue_nll_backward": 6,
-    "catalogue_total_nll": 6,
-    "catalogue_total_nll_backward": 0,
-}

@@ -23,10 +23,9 @@ def _declare(model: InnerModel) -> Operator[Scan]:
 
     def fake(scan: Scan, backend: str) -> tuple[Tensor, ...]:
         q, weights, D = scan.q, scan.weights, scan.q.shape[3]
-        hidden = weights[0].shape[-1] if model.expansion else 0
         # kernels keep inner gradients as rounded for their products, the other backends in full precision
         dtype = q.dtype if backend == "triton" else weights[0].dtype
-        tokens = [q.new_empty(*q.shape[:3], width, dtype=dtype) for width in model.kept_widths(D, hidden)]
+        tokens = [q.new_empty(*q.shape[:3], width, dtype=dtype) for width in model.kept_widths(D, scan.hidden)]
         return q.new_empty(q.shape), *(w.new_empty(w.shape) for w in weights), *tokens, scan.new_checkpoints()
 
     def gradient_dtype(scan: Scan, field: str) -> torch.dtype | None:
@@ -47,9 +46,8 @@ def _declare(model: InnerModel) -> Operator[Scan]:
         q, k, v = (draw.normal(B, L, H, D) for _ in range(3))
         weights = tuple(wide.weight(N, H, *shape, fan=shape[0]) for shape in shapes.values())
         norm = wide.normal(H, D), wide.normal(H, D)
-        return Scan(
-            q, k, v, wide.rate(B, L, H) / D, wide.rate(K), weights, *norm, starts, lengths, eps=1e-6, segment=segment
-        )
+        rates = wide.rate(B, L, H) / D, wide.rate(K)
+        return Scan(q, k, v, *rates, weights, *norm, starts, lengths, 1e-6, segment, model.name)
 
     return Operator(
         f"{model.name}_scan",
@@ -57,6 +55,7 @@ def _declare(model: InnerModel) -> Operator[Scan]:
         ("o", *outgoing, *kept),
         fake,
         sample,
+        constants={"inner": model.name},
         groups={"weights": model.weights},
         differentiable=1 + len(outgoing),
         gradients=(*TOKENS, *PARAMETERS),

@@ -9,12 +9,14 @@ from torch import Tensor
 from ..precision import without_autocast
 from . import backends
 from .samples import SMALL, Device, Draw, Sizes
-from .transforms import REFERENCE, differentiate
+from .transforms import differentiate
 from .transforms import operator as without_transforms
 
 A = TypeVar("A", bound=tuple[Any, ...])
 Results = tuple[Tensor, ...]
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", torch.dtype: "ScalarType"}
+_SCHEMA_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", str: "str", torch.dtype: "ScalarType"
+}  # fmt: skip
 
 
 class Slot(NamedTuple):
@@ -44,6 +46,7 @@ class Operator(Generic[A]):
     Args:
         name: without the namespace.
         arguments: the type of its arguments, a NamedTuple.
+        constants: values of fields that are the operator's own, and no arguments of its schema.
         groups: names of the tensors of each field that is a tuple of tensors.
         results: names of the results.
         fake: the results, empty, of the arguments by a backend.
@@ -67,6 +70,7 @@ class Operator(Generic[A]):
         sample: Callable[..., A],
         *,
         function: str | None = None,
+        constants: Mapping[str, Any] | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
         differentiable: int = 0,
         gradients: Sequence[str] = (),
@@ -78,8 +82,13 @@ class Operator(Generic[A]):
         self.name, self.function, self.arguments, self.results = name, function or name, arguments, tuple(results)
         self._differentiable, self._kept = differentiable, tuple(map(self.results.index, kept))
         self._gradient_dtype, self._absent, self._sample = gradient_dtype, absent, sample
-        self.slots = tuple(_slots(arguments, groups or {}))
-        self._sizes = [len((groups or {}).get(field, ())) for field in arguments._fields]  # type: ignore[attr-defined]
+        self._constants = dict(constants or {})
+        self.slots = tuple(slot for slot in _slots(arguments, groups or {}) if slot.field not in self._constants)
+        self._sizes = [
+            (field, len((groups or {}).get(field, ())))
+            for field in arguments._fields  # type: ignore[attr-defined]
+            if field not in self._constants
+        ]
         self._graded = tuple(i for i, slot in enumerate(self.slots) if slot.field in gradients)
         self._tensors = tuple(i for i, slot in enumerate(self.slots) if slot.is_tensor)
         inputs = [f"{_SCHEMA_TYPES[slot.kind]} {slot.name}" for slot in self.slots]
@@ -112,17 +121,18 @@ class Operator(Generic[A]):
     def flatten(self, arguments: A) -> tuple[Any, ...]:
         """The arguments in the order of the schema."""
         flat: list[Any] = []
-        for value, size in zip(arguments, self._sizes, strict=True):
+        for field, size in self._sizes:
+            value = getattr(arguments, field)
             flat.extend(value) if size else flat.append(value)
         return tuple(flat)
 
     def pack(self, flat: Sequence[Any]) -> A:
         """The inverse of ``flatten``."""
-        values, at = [], 0
-        for size in self._sizes:
-            values.append(tuple(flat[at : at + size]) if size else flat[at])
+        values, at = dict(self._constants), 0
+        for field, size in self._sizes:
+            values[field] = tuple(flat[at : at + size]) if size else flat[at]
             at += size or 1
-        return self.arguments(*values)
+        return self.arguments(**values)
 
     def _define(
         self, name: str, inputs: Sequence[str], num_results: int, compute: Callable[..., Any], mutates: tuple[str, ...]
@@ -130,7 +140,7 @@ class Operator(Generic[A]):
         marked = [x.replace("Tensor", "Tensor(a!)") if x.split()[-1] in mutates else x for x in inputs]
         outputs = "Tensor" if num_results == 1 else f"({', '.join(['Tensor'] * num_results)})"
         schema = f"({', '.join(marked)}) -> {outputs}"
-        return without_transforms(name, mutates, REFERENCE, schema)(compute)
+        return without_transforms(name, mutates, schema)(compute)
 
     def _forward(self, *flat: Any) -> Any:
         arguments = self.pack(flat[:-1])

@@ -1,24 +1,52 @@
 """One token of many streams, in place; there is no gradient."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from ..arguments import TokenStep
-from ..inner_models import record_layout
+from ..inner_models import INNER_MODELS
+from . import backends
 from .operator import Operator
 from .samples import Draw, Sizes
 
 
-def _sample(sizes: Sizes, draw: Draw, *, hidden: int = 0) -> TokenStep:
+def _sample(sizes: Sizes, draw: Draw, *, inner: str = "linear", expansion: int = 0) -> TokenStep:
     """Streams at the first token of a mini-batch, at the last, and between, in reverse order in a larger pool."""
     B, _, H, D, K = sizes
-    wide, size = draw.wide, record_layout(D, hidden, K).size
+    wide, model = draw.wide, INNER_MODELS[inner]
+    hidden = (expansion or model.expansion) * D
+    size = model.record(D, hidden, K).size
     q, k, v = (draw.normal(B, H, D) for _ in range(3))
     norm, records = (wide.normal(H, D), wide.normal(H, D)), wide.weight(B + 2, H, size, fan=D)
     places = torch.arange(B, device=draw.device)
     offset = places * (K - 1) // max(1, B - 1)
-    return TokenStep(q, k, v, wide.rate(B, H) / D, wide.rate(K), *norm, places.flip(0), offset, records, hidden, 1e-6)
+    where = places.flip(0), offset, records
+    return TokenStep(q, k, v, wide.rate(B, H) / D, wide.rate(K), *norm, *where, inner, hidden, 1e-6)
 
 
 token_step = Operator(
     "token_step", TokenStep, ("o",), lambda step, _: (step.q.new_empty(step.q.shape),), _sample, mutates=("records",)
 )
+
+
+def write_rows(
+    inner: str,
+    rows: Tensor,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    layer_norm: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor],
+    eps: float,
+) -> None:
+    """Fill the rows of records ``[R, n, width]`` for n tokens that were read at weights ``[W; b]`` of an inner model.
+
+    Args:
+        inner: its name.
+        rows: in which to write.
+        tokens: k and v ``[R, n, D]`` and lr ``[R, n, 1]``.
+        layer_norm: γ and β ``[R, 1, D]``.
+        weights: of every layer ``[R, in + 1, out]``.
+        eps: added to the variance.
+    """
+    backends.function("write_rows", "eager", None)(inner, rows, tokens, layer_norm, weights, eps)

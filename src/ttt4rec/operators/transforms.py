@@ -42,7 +42,7 @@ def _is_empty(x: Tensor) -> bool:
 
 
 def operator(
-    name: str, mutates_args: Iterable[str] = (), instead: str = REFERENCE, schema: str | None = None
+    name: str, mutates_args: Iterable[str] = (), schema: str | None = None
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Make a function the operator ``ttt4rec::name``, which refuses transforms and derivatives that it does not have.
 
@@ -53,14 +53,13 @@ def operator(
     Args:
         name: without the namespace.
         mutates_args: names of the arguments that it changes.
-        instead: what to use where there are transforms.
         schema: of its arguments and results; None: as the function's annotations say.
     """
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(
             f"ttt4rec::{name} has no autograd formula for this: it knows no transforms of torch.func (vmap, grad, jvp, "
-            f"...), forward-mode derivatives or second derivatives; {instead}"
+            f"...), forward-mode derivatives or second derivatives; {REFERENCE}"
         )
 
     def make(function: Callable[..., Any]) -> CustomOpDef:

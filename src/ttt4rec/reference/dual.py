@@ -17,14 +17,15 @@ def dual_form(
     ln_weight: Tensor,
     ln_bias: Tensor,
     *,
+    inner: str,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Weights]:
-    """Run the inner loop mini-batch by mini-batch; arguments and results as in ``primal_form``.
+    """Run the inner loop mini-batch by mini-batch; results and arguments as in ``primal_form``.
 
-    The number of weights tells the inner model: two for TTT-Linear, four for TTT-MLP.
+    ``inner`` is the inner model's name, ``"linear"`` or ``"mlp"``.
     """
     K, L = token_scale.numel(), q.shape[1]
-    mini_batch = linear_mini_batch if len(weights) == 2 else mlp_mini_batch
+    mini_batch = MINI_BATCHES[inner]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
     inner_lr = inner_lr.transpose(1, 2)
     outputs = []
@@ -81,6 +82,10 @@ def mlp_mini_batch(
     X2_bar = F.gelu(Z1_bar, approximate="tanh")
     out = X2_bar @ W2 + b2.unsqueeze(-2) - _attention(X2_bar, X2, eta) @ G2
     return out, (*_updated(W1, b1, k, G1, eta), *_updated(W2, b2, X2, G2, eta))
+
+
+MINI_BATCHES = {"linear": linear_mini_batch, "mlp": mlp_mini_batch}
+"""The dual form of every inner model."""
 
 
 def layer_norm_gradient(Z: Tensor, target: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.recsys_data import make_model, make_split
-from ttt4rec.models import full_softmax
+from ttt4rec import item_blocks
 from ttt4rec.recsys import evaluate
 from ttt4rec.recsys.data.windows import evaluation_prefixes
 
@@ -34,7 +34,7 @@ def test_batches_are_as_large_as_the_limit_allows(lengths):
 def test_agrees_with_one_prefix_at_a_time(tmp_path, monkeypatch, part, sizes):
     if sizes is not None:  # many batches, few scores at once
         monkeypatch.setattr(sys.modules[evaluate.__module__], "TOKENS_PER_BATCH", sizes[0])
-        monkeypatch.setattr(full_softmax, "SCORES_PER_BLOCK", sizes[1])
+        monkeypatch.setattr(item_blocks, "SCORES_PER_BLOCK", sizes[1])
     split = make_split(tmp_path)
     model = make_model(split).double().eval()
     for parameter in model.parameters():
@@ -81,7 +81,7 @@ def test_a_constant_scorer_does_not_look_good(tmp_path):
 
 @pytest.mark.parametrize("block", [60, 1 << 23])
 def test_excluding_what_was_seen(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(full_softmax, "SCORES_PER_BLOCK", block)
+    monkeypatch.setattr(item_blocks, "SCORES_PER_BLOCK", block)
     split = make_split(tmp_path)
     model = make_model(split).eval()
     ranks = []

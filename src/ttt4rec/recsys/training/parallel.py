@@ -22,8 +22,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttt4rec import item_blocks
 from ttt4rec.layers.initialisation import draw
-from ttt4rec.models import full_softmax
 from ttt4rec.precision import without_autocast
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class ShardedItems(nn.Module):
         """Embeddings ``[..., C]`` of this process's ids ``[...]``; 0 is padding."""
         from torch.distributed.tensor import Shard
 
-        full_softmax.check_range(ids[ids != 0], self.weight)
+        item_blocks.check_range(ids[ids != 0], self.weight)
         rows = F.embedding(self._of_all(ids.flatten(), 0), self.weight)
         own: Tensor = rows.redistribute(placements=[Shard(0)]).to_local()  # type: ignore[attr-defined]
         embedded: Tensor = own[: ids.numel()].unflatten(0, ids.shape)
@@ -188,9 +188,9 @@ class ShardedItems(nn.Module):
         """``TTT4Rec.nll`` of this process's targets; forward and backward within ``loss_parallel``."""
         from torch.distributed.tensor import Partial
 
-        full_softmax.check_range(items, self.weight)
+        item_blocks.check_range(items, self.weight)
         with without_autocast(h.device.type):
-            dtype = full_softmax.score_dtype(h, self.weight)
+            dtype = item_blocks.score_dtype(h, self.weight)
             wide, table, no_padding = self._of_all(h.to(dtype), 0), self.weight.to(dtype), self.no_padding.to(dtype)
             scores = F.linear(wide, table, no_padding)  # of all targets with this process's items
             losses = F.cross_entropy(scores, self._of_all(items, _IGNORED), reduction="none", ignore_index=_IGNORED)

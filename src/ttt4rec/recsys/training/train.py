@@ -22,8 +22,8 @@ from ttt4rec.atomic_files import checksum, locked, remove_partials, replacing
 from ttt4rec.layers.ttt import TTTLayer
 from ttt4rec.models.losses import Loss
 from ttt4rec.models.ttt4rec import TTT4Rec
-from ttt4rec.native.threads import flushes_denormals
 from ttt4rec.options import TrainOptions
+from ttt4rec.precision import flushes_denormals
 from ttt4rec.recsys.data import IntArray
 from ttt4rec.recsys.data.split import Part, Split
 from ttt4rec.recsys.data.windows import batches, training_windows
