@@ -64,7 +64,7 @@ def _whole(text: str) -> int:
     except ValueError:
         number = None
     if number is None or abs(number) >= 2**31:
-        raise argparse.ArgumentTypeError(f"expected a whole number below 2**31, given {text[:40]!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number below 2**31; given {text[:40]!r}")
     return number
 
 

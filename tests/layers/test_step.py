@@ -180,7 +180,7 @@ def test_mixers_have_pools_and_steps_if_they_say_so(mixer):
     model = TTT4Rec(TTT4RecConfig(num_items=5, mixer=mixer)).double().eval()
     if not MIXERS[mixer].steps:
         given = type(model.blocks[0].mixer).__name__
-        with pytest.raises(ValueError, match=f"is expected in every block; given {given}"):
+        with pytest.raises(ValueError, match=f"mixer must have steps and pools, as TTTLayer has; given {given}"):
             model.make_pools(2)
         return
     pools, slots, ids = model.make_pools(2), torch.tensor([1, 0]), torch.tensor([[1, 2, 3], [4, 5, 1]])

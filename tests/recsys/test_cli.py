@@ -164,7 +164,7 @@ def test_histories_of_numbers_and_of_what_no_id_can_be(run, tmp_path, capsys):
     for line in ('[["i1"]]', "[1.5]", "[null]", "[true]"):
         (tmp_path / "histories.txt").write_text(line)
         assert main(command) == 2
-        assert f"strings or whole numbers, given the line {line!r}" in capsys.readouterr().err
+        assert f"strings or whole numbers; given the line {line!r}" in capsys.readouterr().err
 
 
 def test_new_items_are_added_to_a_trained_model(run, tmp_path, capsys):
@@ -197,7 +197,8 @@ def test_a_warm_start_has_the_shape_of_its_model_and_says_so(run, tmp_path, caps
     for option, value in (("--mixer", "gru"), ("--width", "64"), ("--dropout", "0.4")):  # 64 is the default
         assert main([*command, "--out", str(tmp_path / "other"), option, value]) == 2
         error = capsys.readouterr().err
-        assert f"no {option}, given {value}" in error
+        assert f"{option} must be left out or " in error
+        assert f"given {value}" in error
         assert str(run / "run") in error
     assert not (tmp_path / "other").exists()
 
@@ -339,7 +340,7 @@ def test_numbers_that_are_no_sizes_are_one_line(capsys, command, option, value):
     error = capsys.readouterr().err
     assert error.startswith("ttt4rec: error: ")
     assert error.count("\n") == 1
-    assert f"{option}: expected a whole number below 2**31, given '{value}'" in error
+    assert f"{option}: must be a whole number below 2**31; given '{value}'" in error
 
 
 def test_large_numbers_where_there_is_no_limit(run, capsys):

@@ -298,7 +298,7 @@ class Block(nn.Module):
         make_pool: Callable[[int], StatePool] | None = getattr(self.mixer, "make_pool", None)
         if make_pool is None:
             mixer = type(self.mixer).__name__
-            raise ValueError(f"a mixer with steps and pools, a TTTLayer, is expected in every block; given {mixer}")
+            raise ValueError(f"mixer must have steps and pools, as TTTLayer has; given {mixer}")
         if not self.has_conv:
             return BlockPool(make_pool(num_slots), None)
         weight, shape = self.conv.weight, self._context or ()

@@ -51,8 +51,8 @@ def _train(args: Namespace, device: str) -> None:
     for part in ("train", "valid", "test"):
         if not split.num_targets(part):
             raise DataError(
-                f"--split-by {args.split_by} --split {args.split} leaves no {part} targets; "
-                "expected some for each of the three parts"
+                f"--split-by {args.split_by} --split {args.split} must leave targets for each of the three parts; "
+                f"given no {part} targets"
             )
     config = _model_config(args, histories.num_items, trained)
     _describe(histories, split)
@@ -61,7 +61,7 @@ def _train(args: Namespace, device: str) -> None:
         model = trained.model.with_items(histories.num_items) if trained else TTT4Rec(config).to(device)
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"--out expects a folder, given the file {folder}")
+        raise DataError(f"--out must be a folder; given the file {folder}")
     if (folder / CHECKPOINT_FILE).exists():
         print(f"{folder} holds a checkpoint: going on from it", flush=True)
     progress = sys.stderr.isatty() and parallel.rank() == 0
@@ -135,7 +135,7 @@ def _recommend_file(recommender: Recommender, args: Namespace) -> None:
                     print(json.dumps(_as_json(result)))
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{args.histories}: expected UTF-8 text, got the byte {error.object[error.start]:#04x}"
+            f"{args.histories} must be UTF-8 text; given the byte {error.object[error.start]:#04x}"
         ) from error
 
 
@@ -148,7 +148,7 @@ def _history(line: str) -> list[str]:
     if not isinstance(ids, list):  # one id that looks like JSON, such as 5
         return line.split()
     if not all(type(x) in (str, int) for x in ids):
-        raise DataError(f"expected a history's ids as strings or whole numbers, given the line {line.strip()[:80]!r}")
+        raise DataError(f"a history's ids must be strings or whole numbers; given the line {line.strip()[:80]!r}")
     return [str(x) for x in ids]
 
 
@@ -171,8 +171,8 @@ def _model_config(args: Namespace, num_items: int, trained: Recommender | None) 
         own, given = getattr(config, name), getattr(args, name)
         if given != own:
             raise ValueError(
-                f"--warm-start goes on with the shape of {args.warm_start}, whose {name} is {own}; "
-                f"expected the same or no --{name.replace('_', '-')}, given {given}"
+                f"--{name.replace('_', '-')} must be left out or {own}, as in {args.warm_start}, with whose shape "
+                f"--warm-start goes on; given {given}"
             )
     return config
 
@@ -180,7 +180,7 @@ def _model_config(args: Namespace, num_items: int, trained: Recommender | None) 
 def _ratios(text: str) -> tuple[int, int, int]:
     parts = text.split(":")
     if len(parts) != 3 or not all(part.isdecimal() and len(part) <= 6 for part in parts):
-        raise ValueError(f"--split expects three whole numbers below 1,000,000 such as 3:2:5, given {text!r}")
+        raise ValueError(f"--split must be three whole numbers below 1,000,000, such as 3:2:5; given {text!r}")
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
@@ -213,7 +213,7 @@ def _trained(folder: Path) -> tuple[str, tuple[int, int, int], tuple[float, floa
         cuts = run["cuts"] and (run["cuts"][0], run["cuts"][1])
         return run["settings"]["split_by"], _ratios(run["settings"]["split"]), cuts
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise DataError(f"{path} is damaged; expected the settings of a training run ({error})") from error
+        raise DataError(f"{path} is damaged; it must hold the settings of a training run ({error})") from error
 
 
 def _machine(args: Namespace) -> str:
@@ -226,7 +226,7 @@ def _machine(args: Namespace) -> str:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device expects a name such as cpu or cuda, given {name!r}") from None
+        raise ValueError(f"--device must be a name such as cpu or cuda; given {name!r}") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device {name} is not available on this machine")
     return name

@@ -64,8 +64,8 @@ class TTT4Rec(SequentialRecommender):  # type: ignore[misc]
         negatives = config["train_neg_sample_args"]["distribution"]
         if negatives != "none":  # else they would be rows of the batches, to be told from targets by a label
             raise ValueError(
-                "the loss is the softmax over all items: expected train_neg_sample_args: None, as RECBOLE_DEFAULTS has "
-                f"it; got negatives of distribution {negatives!r}"
+                "train_neg_sample_args must be None, as in RECBOLE_DEFAULTS, since the loss is the softmax over all "
+                f"items; given negatives of distribution {negatives!r}"
             )
         shape = models.TTT4RecConfig(**sizes, **options)
         if not MIXERS[shape.mixer].causal:

@@ -135,14 +135,14 @@ def _check_data(model: TTT4Rec, split: Split, exclude_seen: bool) -> None:
     parts: tuple[Part, ...] = ("train", "valid")
     for part in parts:
         if not split.num_targets(part):
-            raise ValueError(f"the split has no {part} targets; expected some to train on and some to validate")
+            raise ValueError(f"the split must have targets to train on and to validate; given no {part} targets")
     if exclude_seen and not split.num_new_targets("valid"):
         raise ValueError(
-            "every validation target is an item that its user had before; expected others, which exclude_seen ranks"
+            "validation targets must be new to their users for exclude_seen; given only items that they had before"
         )
     if model.config.num_items < split.histories.num_items:
         raise ValueError(
-            f"the model knows {model.config.num_items} items; expected at least the data's {split.histories.num_items}"
+            f"the model must know at least the data's {split.histories.num_items} items; given {model.config.num_items}"
         )
 
 
