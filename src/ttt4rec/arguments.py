@@ -126,3 +126,36 @@ class FullSoftmax(NamedTuple):
     h: Tensor  # hidden states [N, C]
     table: Tensor  # embeddings [num_items + 1, C]; row 0 is padding
     items: Tensor  # int64 [N], from 1 to num_items
+
+
+class LayerStep(NamedTuple):
+    """One token of each of B streams through a whole layer, whose states in a pool are advanced in place.
+
+    Tensors lie in a CPU's memory, contiguous, and have one float dtype but for the integers.
+    """
+
+    x: Tensor  # [B, C]
+    slots: Tensor  # the streams' places in the pool, int64 [B]
+    records: Tensor  # of the pool [N, H, R]; as in TokenStep
+    position: Tensor  # tokens that the pool's streams have read, int64 [N]
+    context: Tensor | None  # of the pool's streams, the last inputs of the convolutions [N, taps - 1, C]
+    inner: str  # the inner model's name
+    hidden: int  # F, 0 if there are no hidden features
+    cos: Tensor  # of the angles at every place in a mini-batch [K, D/2]
+    sin: Tensor
+    token_offset: Tensor  # τ [K]
+    projections: tuple[Tensor, ...]  # query, key, value [C, C]; of the Mamba backbone query, value, gate
+    convolutions: tuple[Tensor, ...]  # of the Mamba backbone: query's weight [C, taps] and bias [C], key's
+    output: Tensor  # [C, C]
+    lr_weight: Tensor  # w_lr [H, C]
+    lr_bias: Tensor  # b_lr [H]
+    ln_weight: Tensor  # γ [H, D]
+    ln_bias: Tensor  # β [H, D]
+    norm_weight: Tensor  # of the norm behind the inner loop [C]
+    norm_bias: Tensor
+    adapt: bool  # whether there are inner rates at all
+    base_lr: float
+    lr_scale: float
+    max_inner_step: float  # infinite if there is no bound
+    norm_eps: float
+    eps: float  # added to the inner layer norm's variance

@@ -30,7 +30,7 @@ from tests.support.checks import (
 )
 from ttt4rec import TTTState, native, ttt_linear
 from ttt4rec.arguments import TokenStep
-from ttt4rec.native import build, cache, full_softmax, inner_loop, step, threads
+from ttt4rec.native import build, cache, full_softmax, inner_loop, layer_step, step, threads
 from ttt4rec.operators import token_step
 
 FP32 = 3e-6  # a few roundings of 6e-8, summed over features, tokens and mini-batches
@@ -92,6 +92,7 @@ def test_libraries_of_different_shapes_share_nothing():
 CALLS = {  # what crosses into C++, and what there tells its size
     inner_loop.ScanCall: (build.INNER_LOOP, "ttt_call_size"),
     step.StepCall: (build.INNER_LOOP, "ttt_step_call_size"),
+    layer_step.LayerCall: (build.INNER_LOOP, "ttt_layer_call_size"),
     full_softmax._Call: (build.SOFTMAX, "softmax_call_size"),
 }
 

@@ -114,6 +114,9 @@ def test_arguments_survive_the_flat_schema(operator):
     assert type(packed) is type(given)
     for a, b in zip(operator.flatten(packed), flat, strict=True):
         assert a is b
+    constants = [field for field in given._fields if field not in {slot.field for slot in operator.slots}]
+    assert constants == (["inner"] if operator.name.endswith("_scan") else [])
+    assert all(getattr(packed, field) == getattr(given, field) for field in constants)
 
 
 TOY_BACKEND = """

@@ -20,6 +20,7 @@ from .pool import StatePool
 from .projection import Rope, project
 from .spans import Spans
 from .state import TTTState
+from .step_at_once import step_at_once
 from .validation import (
     check_conv_state,
     check_cu_seqlens,
@@ -206,7 +207,6 @@ class TTTLayer(nn.Module):
         initial = tuple(getattr(self, name) for name in INNER_MODELS[self.inner].weights)
         return initial, (self.inner_norm_weight, self.inner_norm_bias)
 
-    @torch.no_grad()
     def step(self, x: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
         """Advance B streams of a pool by one token each, in place; what comes out is what ``forward`` would give.
 
@@ -226,6 +226,11 @@ class TTTLayer(nn.Module):
             ValueError: a wrong shape, another layer's pool, a slot out of range or given twice.
             TypeError: a wrong dtype.
         """
+        y = step_at_once(self, x, pool, slots) if type(self) is TTTLayer else None
+        return self._step_by_parts(x, pool, slots) if y is None else y
+
+    @torch.no_grad()
+    def _step_by_parts(self, x: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
         check_step_input(x, self.width, slots, pool.num_slots, pool.records)
         if pool.layer is not self:
             raise ValueError("the pool belongs to another layer; a layer steps the pools that its make_pool made")

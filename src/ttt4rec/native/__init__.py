@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import FullSoftmax, Scan, TokenStep
+from ..arguments import FullSoftmax, LayerStep, Scan, TokenStep
 from ..item_blocks import score_dtype
 from . import build
 from .cache import BuildError
@@ -22,6 +22,7 @@ from .full_softmax import (
     softmax_refusal,
 )
 from .inner_loop import linear_scan, linear_scan_backward, mlp_scan, mlp_scan_backward
+from .layer_step import layer_step
 from .step import token_step
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "full_softmax_nll_backward",
     "full_softmax_total_nll",
     "full_softmax_total_nll_backward",
+    "layer_step",
     "linear_scan",
     "linear_scan_backward",
     "mlp_scan",
@@ -50,6 +52,9 @@ def refusal(operator: str, arguments: Any) -> str | None:
         return softmax_refusal(arguments.h.device, score_dtype(arguments.h, arguments.table))
     if isinstance(arguments, Scan):
         dtype = arguments.weights[0].dtype
+    elif isinstance(arguments, LayerStep):
+        H, C = arguments.lr_weight.shape
+        return shape_refusal(arguments.x.device, arguments.inner, C // H, arguments.hidden, arguments.x.dtype)
     elif isinstance(arguments, TokenStep):
         dtype = arguments.records.dtype
     else:

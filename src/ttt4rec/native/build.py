@@ -25,8 +25,11 @@ from .cache import BuildError, UntrustedError
 
 INNER_MODELS = {model.name: model for model in (LINEAR, MLP)}  # of which there are sources
 SCALARS = {torch.float32: "float", torch.float64: "double"}
-INNER_LOOP, SOFTMAX = ("inner_loop.cpp", "step.cpp"), ("full_softmax.cpp",)
-_FUNCTIONS = {INNER_LOOP: ("ttt_forward", "ttt_backward", "ttt_step"), SOFTMAX: ("softmax_forward", "softmax_backward")}
+INNER_LOOP, SOFTMAX = ("inner_loop.cpp", "step.cpp", "layer_step.cpp"), ("full_softmax.cpp",)
+_FUNCTIONS = {
+    INNER_LOOP: ("ttt_forward", "ttt_backward", "ttt_step", "ttt_layer_step", "ttt_are_places"),
+    SOFTMAX: ("softmax_forward", "softmax_backward"),
+}
 _SOURCES = Path(__file__).parent
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",

@@ -89,6 +89,13 @@ def function(name: str, backend: str, arguments: Any) -> Callable[..., Any]:
     raise RuntimeError(f"no backend computes {name}; expected one of {', '.join(PACKAGES)} to")
 
 
+def shortcut(name: str, backend: str, arguments: Any) -> Callable[..., Any] | None:
+    """A backend's function that does at once what several operators do; None if it has none for such arguments."""
+    package = _package("native" if backend == "auto" else backend)
+    compute: Callable[..., Any] | None = getattr(package, name, None)
+    return None if compute is None or package.refusal(name, arguments) is not None else compute
+
+
 @functools.cache
 def _package(backend: str) -> ModuleType:
     """Imported when it is first asked for: the kernels import triton."""

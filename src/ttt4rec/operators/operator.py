@@ -82,13 +82,11 @@ class Operator(Generic[A]):
         self.name, self.function, self.arguments, self.results = name, function or name, arguments, tuple(results)
         self._differentiable, self._kept = differentiable, tuple(map(self.results.index, kept))
         self._gradient_dtype, self._absent, self._sample = gradient_dtype, absent, sample
-        self._constants = dict(constants or {})
-        self.slots = tuple(slot for slot in _slots(arguments, groups or {}) if slot.field not in self._constants)
-        self._sizes = [
-            (field, len((groups or {}).get(field, ())))
-            for field in arguments._fields  # type: ignore[attr-defined]
-            if field not in self._constants
-        ]
+        constants, groups = dict(constants or {}), dict(groups or {})
+        self.slots = tuple(slot for slot in _slots(arguments, groups) if slot.field not in constants)
+        fields: tuple[str, ...] = arguments._fields  # type: ignore[attr-defined]
+        # Of every field its constant and None, or how many tensors it has, 0 for what is no tuple.
+        self._fields = [(constants.get(f), None if f in constants else len(groups.get(f, ()))) for f in fields]
         self._graded = tuple(i for i, slot in enumerate(self.slots) if slot.field in gradients)
         self._tensors = tuple(i for i, slot in enumerate(self.slots) if slot.is_tensor)
         inputs = [f"{_SCHEMA_TYPES[slot.kind]} {slot.name}" for slot in self.slots]
@@ -121,18 +119,22 @@ class Operator(Generic[A]):
     def flatten(self, arguments: A) -> tuple[Any, ...]:
         """The arguments in the order of the schema."""
         flat: list[Any] = []
-        for field, size in self._sizes:
-            value = getattr(arguments, field)
-            flat.extend(value) if size else flat.append(value)
+        for value, (_, size) in zip(arguments, self._fields, strict=True):
+            if size is not None:
+                flat.extend(value) if size else flat.append(value)
         return tuple(flat)
 
     def pack(self, flat: Sequence[Any]) -> A:
         """The inverse of ``flatten``."""
-        values, at = dict(self._constants), 0
-        for field, size in self._sizes:
-            values[field] = tuple(flat[at : at + size]) if size else flat[at]
-            at += size or 1
-        return self.arguments(**values)
+        values: list[Any] = []
+        at = 0
+        for constant, size in self._fields:
+            if size is None:
+                values.append(constant)
+            else:
+                values.append(tuple(flat[at : at + size]) if size else flat[at])
+                at += size or 1
+        return self.arguments(*values)
 
     def _define(
         self, name: str, inputs: Sequence[str], num_results: int, compute: Callable[..., Any], mutates: tuple[str, ...]

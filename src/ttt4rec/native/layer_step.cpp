@@ -1,0 +1,157 @@
+// One token more of many streams through a whole TTT layer, in place: what layer_step.py calls. The mathematics is that of
+// the operators projection, convolution, token_step and output.
+
+#include <algorithm>
+#include <vector>
+
+#include "dense.h"
+#include "step.h"
+
+namespace {
+
+struct LayerCall {  // as layer_step.py's
+  int64_t H, K, record, taps, adapt;  // taps: of the Mamba backbone's convolutions; 0 with the Transformer's
+  double eps, norm_eps, base_lr, lr_scale, max_inner_step;
+  const T *cos, *sin, *token_offset;                // [K, D/2], [K]
+  const T *query, *key, *value, *gate, *output;     // [C, C]; key or gate, as the backbone has it
+  const T *query_conv, *query_bias, *key_conv, *key_bias;  // [C, taps], [C]
+  const T *lr_weight, *lr_bias;                     // [H, C], [H]
+  const T *gamma, *beta, *norm_weight, *norm_bias;  // of the inner norm [H, D], of the outer one [C]
+  T *records, *conv;                                // of the pool
+  int64_t* position;
+  const int64_t* slots;
+  const T* x;
+  T* y;
+};
+
+constexpr int TOGETHER = 16;  // streams, for which a row of weights is read once
+
+class LayerStep {
+ public:
+  explicit LayerStep(const LayerCall& call)
+      : call_(call), C_(call.H * D), arena_(numbers(call)), q_(arena_.take(TOGETHER * C_)),
+        k_(arena_.take(TOGETHER * C_)), v_(arena_.take(TOGETHER * C_)), gate_(arena_.take(TOGETHER * C_)),
+        o_(arena_.take(TOGETHER * C_)), lr_(arena_.take(TOGETHER * call.H)), scale_(arena_.take(call.K)),
+        inner_{call.H, call.K, call.record, nullptr, offset_, call.eps, q_, k_, v_, lr_, scale_,
+               call.gamma, call.beta, call.records, o_},
+        step_(inner_) {
+    for (int i = 0; i < call.K; ++i) {  // s_i = max(0, 1/(i+1) + τ_i)
+      const T s = T(1) / (i + 1) + call.token_offset[i];
+      scale_[i] = s > 0 ? s : 0;
+    }
+  }
+
+  // Streams begin to begin + rows - 1, at most TOGETHER of them.
+  void run(int64_t begin, int rows) {
+    const T* x = call_.x + begin * C_;
+    const int64_t* slots = call_.slots + begin;
+    for (int i = 0; i < rows; ++i) offset_[i] = call_.position[slots[i]]++ % call_.K;
+    linear(rows, C_, C_, x, call_.value, nullptr, v_);
+    if (call_.taps == 0) {
+      linear(rows, C_, C_, x, call_.query, nullptr, q_);
+      linear(rows, C_, C_, x, call_.key, nullptr, k_);
+    } else {
+      linear(rows, C_, C_, x, call_.gate, nullptr, gate_);
+      linear(rows, C_, C_, x, call_.query, nullptr, o_);
+      for (int i = 0; i < rows; ++i) convolve(slots[i], o_ + i * C_, q_ + i * C_, k_ + i * C_);
+    }
+    for (int i = 0; i < rows; ++i) {
+      rotate(offset_[i], q_ + i * C_);
+      rotate(offset_[i], k_ + i * C_);
+      for (int h = 0; h < call_.H; ++h) lr_[i * call_.H + h] = rate(x + i * C_, k_ + i * C_, h);
+    }
+    inner_.slots = slots;
+    for (int i = 0; i < rows * call_.H; ++i) step_.run(i);
+    for (int i = 0; i < rows; ++i) {
+      layer_norm(C_, o_ + i * C_, call_.norm_weight, call_.norm_bias, call_.norm_eps, q_ + i * C_);
+      if (call_.taps > 0) {
+        gelu<false, false>(C_, gate_ + i * C_, k_);
+        for (int n = 0; n < C_; n += LANES) store(q_ + i * C_ + n, load(q_ + i * C_ + n) * load(k_ + n));
+      }
+    }
+    linear(rows, C_, C_, q_, call_.output, nullptr, call_.y + begin * C_);
+  }
+
+ private:
+  const LayerCall& call_;
+  const int C_;
+  Arena arena_;
+  T *q_, *k_, *v_, *gate_, *o_, *lr_, *scale_;
+  int64_t offset_[TOGETHER];
+  StepCall inner_;
+  Step step_;
+
+  static size_t numbers(const LayerCall& call) {
+    return 5 * Arena::rounded(TOGETHER * call.H * D) + Arena::rounded(TOGETHER * call.H) + Arena::rounded(call.K);
+  }
+
+  // A pair of features (2i, 2i + 1) is a complex number, its rotation a product with cos + i sin.
+  void rotate(int64_t place, T* x) const {
+    const T *cos = call_.cos + place * (D / 2), *sin = call_.sin + place * (D / 2);
+    for (int at = 0; at < C_; at += D) {
+      for (int i = 0; i < D / 2; ++i) {
+        const T even = x[at + 2 * i], odd = x[at + 2 * i + 1];
+        x[at + 2 * i] = even * cos[i] - odd * sin[i];
+        x[at + 2 * i + 1] = odd * cos[i] + even * sin[i];
+      }
+    }
+  }
+
+  // lr = base_lr · sigmoid(x · w + b) / D, at most max_inner_step / (1 + |k|²)
+  T rate(const T* x, const T* k, int h) const {
+    if (!call_.adapt) return 0;
+    const T logit = dot(C_, x, call_.lr_weight + h * C_) + call_.lr_bias[h];
+    T lr = T(call_.base_lr) / (1 + std::exp(-logit)) / D;
+    if (std::isfinite(call_.max_inner_step)) {
+      const T most = T(call_.max_inner_step) / (1 + dot(D, k + h * D, k + h * D));
+      lr = most < lr ? most : lr;
+    }
+    return lr * T(call_.lr_scale);
+  }
+
+  // y_t = b + Σ_j w_j x_{t - (taps - 1) + j} for both, x the newest input; the stream remembers the last taps - 1.
+  void convolve(int64_t slot, const T* x, T* q, T* k) const {
+    const int before = call_.taps - 1;
+    T* context = call_.conv + slot * before * C_;
+    for (int n = 0; n < C_; ++n) {
+      const T *w_q = call_.query_conv + n * call_.taps, *w_k = call_.key_conv + n * call_.taps;
+      T q_sum = call_.query_bias[n] + w_q[before] * x[n], k_sum = call_.key_bias[n] + w_k[before] * x[n];
+      for (int j = before - 1; j >= 0; --j) {
+        q_sum += w_q[j] * context[j * C_ + n];
+        k_sum += w_k[j] * context[j * C_ + n];
+      }
+      q[n] = q_sum;
+      k[n] = k_sum;
+    }
+    if (before == 0) return;
+    std::memmove(context, context + C_, (before - 1) * C_ * sizeof(T));
+    std::memcpy(context + (before - 1) * C_, x, C_ * sizeof(T));
+  }
+};
+
+}  // namespace
+
+// For layer_step.py, to be compared with its own.
+TTT_EXPORT int64_t ttt_layer_call_size() { return sizeof(LayerCall); }
+
+// Streams begin to end - 1. Returns 1 if there is no memory, before anything has changed.
+TTT_EXPORT int ttt_layer_step(const LayerCall* call, int64_t begin, int64_t end) try {
+  LayerStep step(*call);
+  for (int64_t i = begin; i < end; i += TOGETHER) step.run(i, std::min<int64_t>(TOGETHER, end - i));
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// Whether slots are n different places of num_slots.
+TTT_EXPORT int ttt_are_places(const int64_t* slots, int64_t n, int64_t num_slots) try {
+  for (int64_t i = 0; i < n; ++i) {
+    if (slots[i] < 0 || slots[i] >= num_slots) return 0;
+  }
+  if (n == 1) return 1;
+  std::vector<int64_t> sorted(slots, slots + n);
+  std::sort(sorted.begin(), sorted.end());
+  return std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end();
+} catch (const std::bad_alloc&) {
+  return 0;
+}
