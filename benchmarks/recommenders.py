@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec.models.mixers import MIXERS
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.data.split import split_by_ratio
 from ttt4rec.recsys.data.windows import batches, evaluation_prefixes, training_windows
@@ -20,8 +21,7 @@ from .measure import Call
 MODELS: dict[str, dict[str, Any]] = {
     "TTT4Rec, TTT-MLP": {"inner": "mlp"},
     "TTT4Rec, TTT-Linear": {"inner": "linear"},
-    "attention (SASRec)": {"mixer": "attention"},
-    "GRU (GRU4Rec)": {"mixer": "gru"},
+    **{f"{MIXERS[name].kind} ({MIXERS[name].published})": {"mixer": name} for name in ("attention", "gru")},
 }
 TRAINING_STEP, EVALUATION = "training step", "full-catalogue evaluation"
 HISTORY = 101

@@ -11,7 +11,7 @@ import torch
 
 from tools.environment import environment
 from ttt4rec import TTT4Rec, TTT4RecConfig
-from ttt4rec.recsys.training.losses import LOSSES, Loss
+from ttt4rec.models.losses import LOSSES, Loss
 from ttt4rec.recsys.training.train import TrainOptions
 
 CATALOGUES = (3_416, 10_000, 30_000, 100_000, 300_000)

@@ -2,21 +2,29 @@
 
 from collections.abc import Sequence
 
+from ttt4rec.models import mixers
+
 from .study import Settings
 
 PROTOCOL: Settings = {"dropout": 0.5, "patience": 5, "epochs": 100, "targets_per_batch": 512}
 RATES = (3e-4, 1e-3, 3e-3)
 
+
+def baseline(name: str) -> dict[str, Settings]:
+    """A mixer of the registry under its label."""
+    return {f"{mixers.MIXERS[name].published} ({mixers.MIXERS[name].kind})": {"mixer": name}}
+
+
 MIXERS: dict[str, Settings] = {
-    "SASRec (attention)": {"mixer": "attention"},
-    "GRU4Rec (GRU)": {"mixer": "gru"},
+    **baseline("attention"),
+    **baseline("gru"),
     "TTT-Linear": {"inner": "linear"},
     "TTT-MLP": {"inner": "mlp"},
 }
 MORE_MIXERS: dict[str, Settings] = {
-    "NARM (GRU with attention)": {"mixer": "narm"},
-    "BERT4Rec (bidirectional)": {"mixer": "bidirectional"},
-    "Mamba4Rec (Mamba)": {"mixer": "mamba"},
+    **baseline("narm"),
+    **baseline("bidirectional"),
+    **baseline("mamba"),
     "TTT-Linear, Mamba backbone": {"inner": "linear", "backbone": "mamba"},
     "TTT-MLP, Mamba backbone": {"inner": "mlp", "backbone": "mamba"},
 }

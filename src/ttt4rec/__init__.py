@@ -4,11 +4,22 @@ from .layers.functional import ttt_linear, ttt_mlp
 from .layers.pool import StatePool
 from .layers.state import TTTState
 from .layers.ttt import TTTLayer
-from .models.ttt4rec import TTT4Rec, TTT4RecConfig
+from .models.mixers import Mixer
+from .models.ttt4rec import TTT4Rec, TTT4RecConfig, register_mixer
 from .operators import flops
 
 flops.register()
 
 __version__ = "0.1.0"
 
-__all__ = ["StatePool", "TTT4Rec", "TTT4RecConfig", "TTTLayer", "TTTState", "ttt_linear", "ttt_mlp"]
+__all__ = [
+    "Mixer",
+    "StatePool",
+    "TTT4Rec",
+    "TTT4RecConfig",
+    "TTTLayer",
+    "TTTState",
+    "register_mixer",
+    "ttt_linear",
+    "ttt_mlp",
+]

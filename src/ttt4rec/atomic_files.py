@@ -110,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected an object, got {type(content).__name__}")
+        raise ValueError(f"{path} is damaged: it must hold an object; given {type(content).__name__}")
     rest = {name: value for name, value in content.items() if name != _CHECKSUM}
     _check_seal(path, content, lambda: json_checksum(rest))
     return content
@@ -199,8 +199,8 @@ def check_together(folder: Path, weights: str, others: Sequence[str]) -> None:
     for name in others:
         if name in digests and file_digest(folder / name) != digests[name]:
             raise ValueError(
-                f"{weights} and {name} in {folder} do not belong together: saving was interrupted, or one was changed; "
-                "expected files of one save"
+                f"{weights} and {name} in {folder} must be files of one save; given some that do not belong together: "
+                "saving was interrupted, or one was changed"
             )
 
 
@@ -246,7 +246,7 @@ def _check_seal(path: Path, seal: dict[str, Any], expected: Callable[[], str]) -
     if not seal.keys() & {_DIGESTS, _CHECKSUM}:
         _log.warning("%s has no checksum: damage to it cannot be noticed until it is saved again", path)
     elif seal.get(_CHECKSUM) != expected():
-        raise ValueError(f"{path} is damaged: its checksum is wrong; expected the file as it was saved")
+        raise ValueError(f"{path} is damaged: its checksum is wrong; restore the file as it was saved")
 
 
 def _put_json(path: Path, content: Any) -> None:

@@ -1,5 +1,7 @@
 """Checks that all parts share; every error names what is wrong, what was expected and what was given."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def check_device(whose: str, device: torch.device, **tensors: Tensor | None) -> 
             raise ValueError(f"{name} must be on {whose} device {device}; given {x.device}")
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise ValueError unless value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; given {value!r}")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NoReturn, get_type_hints
 
 from ttt4rec.checks import printable
 from ttt4rec.extras import MissingPackageError
+from ttt4rec.fields import choices, descriptions
+from ttt4rec.models.ttt4rec import TTT4RecConfig
+from ttt4rec.options import TrainOptions
 
 _EPILOG = """\
 examples:
@@ -20,6 +23,7 @@ examples:
   ttt4rec recommend runs/ml-100k --user 196 --exclude-seen
   ttt4rec recommend runs/ml-100k --history 50 181 174
 """
+_ONLY_FROM_PYTHON = ("num_items", "rope_theta", "base_lr", "conv_kernel", "block_conv")  # num_items: from the data
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +64,7 @@ def _whole(text: str) -> int:
     except ValueError:
         number = None
     if number is None or abs(number) >= 2**31:
-        raise argparse.ArgumentTypeError(f"expected a whole number below 2**31, given {text[:40]!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number below 2**31; given {text[:40]!r}")
     return number
 
 
@@ -71,12 +75,21 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
-class _Shape(argparse.Action):
-    """Stores an option of the model's shape, and that it was given: beside --warm-start it must not contradict."""
+class _Given(argparse.Action):
+    """Stores an option, True if it takes no value, and that it was given: a warm start asks for it."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: object, option: object = None) -> None:
-        setattr(namespace, self.dest, values)
-        namespace.shape_given = [*namespace.shape_given, self.dest]
+        setattr(namespace, self.dest, True if self.nargs == 0 else values)
+        namespace.given = [*namespace.given, self.dest]
+
+
+_KINDS: dict[Any, dict[str, Any]] = {
+    bool: {"nargs": 0},
+    int: {"type": _whole, "metavar": "N"},
+    float: {"type": float, "metavar": "X"},
+    float | None: {"type": float, "metavar": "X"},
+}
+"""What an option takes by the annotation of its field."""
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -130,47 +143,31 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--split-by", default="ratio", choices=ways, help=about)
     data.add_argument("--split", default="3:2:5", metavar="A:B:C", help="shares of train, validation and test")
-    data.add_argument("--exclude-seen", action="store_true", help="rank only items new to the user, for such targets")
-    command.set_defaults(shape_given=[])
-    model = command.add_argument_group("model")
-    shape = functools.partial(model.add_argument, action=_Shape)
-    mixers = ["ttt", "attention", "gru", "narm", "mamba", "bidirectional"]
-    about = "sequence layer: TTT's, SASRec's, GRU4Rec's, NARM's, Mamba4Rec's or BERT4Rec's"
-    shape("--mixer", default="ttt", choices=mixers, help=about)
-    shape("--hide-rate", type=float, default=0.2, metavar="P", help="targets that BERT4Rec hides in a step")
-    shape("--inner", default="mlp", choices=["linear", "mlp"], help="TTT's inner model")
-    shape("--backbone", default="transformer", choices=["transformer", "mamba"], help="TTT's backbone")
-    shape("--width", type=_whole, default=64, metavar="N", help="size of embeddings and hidden states")
-    shape("--num-heads", type=_whole, default=4, metavar="N", help="heads")
-    shape("--num-blocks", type=_whole, default=1, metavar="N", help="residual blocks")
-    shape("--mini-batch-size", type=_whole, default=8, metavar="N", help="tokens in a TTT mini-batch")
-    shape("--max-inner-step", type=float, metavar="X", help="bound on TTT's inner steps (default: none)")
-    shape("--max-len", type=_whole, default=50, metavar="N", help="items of history a prediction sees")
-    shape("--dropout", type=float, default=0.2, metavar="P", help="dropout of the embedded history")
-    shape("--norm", default="rms", choices=["rms", "layer"], help="normalisation")
-    shape("--ffn", default="swiglu", choices=["swiglu", "gelu"], help="feed-forward network")
-    shape("--ffn-width", type=_whole, default=256, metavar="N", help="its hidden size")
-    training = command.add_argument_group("training")
-    training.add_argument("--epochs", type=_whole, default=300, metavar="N", help="at most so many epochs")
-    training.add_argument("--patience", type=_whole, default=5, metavar="N", help="epochs without gain before stopping")
-    training.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="Adam's")
-    training.add_argument("--targets-per-batch", type=_whole, default=2048, metavar="N", help="targets in a step")
-    training.add_argument("--clip-norm", type=float, default=5.0, metavar="X", help="largest norm of the gradients")
-    training.add_argument("--inner-lr-warmup", type=_whole, default=0, metavar="N", help="steps to warm TTT's rates up")
-    losses = ["softmax", "sampled", "gbce", "bpr"]
-    training.add_argument("--loss", default="softmax", choices=losses, help="softmax is over all items")
-    training.add_argument(
-        "--num-negatives", type=_whole, default=256, metavar="N", help="drawn for a piece of a step, but for softmax"
-    )
-    training.add_argument(
-        "--popularity", type=float, default=0.0, metavar="X", help="draw by (count + 1) to this power"
-    )
-    training.add_argument("--calibration", type=float, default=0.75, metavar="X", help="gbce's t, from 0 to 1")
-    training.add_argument("--accumulate", type=_whole, default=1, metavar="N", help="pieces of a step, to save memory")
-    training.add_argument("--autocast", action="store_true", help="run the model in bfloat16")
-    training.add_argument("--deterministic", action="store_true", help="deterministic algorithms only")
-    training.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, shuffling and dropout")
+    command.set_defaults(given=[])
+    _add_fields(command.add_argument_group("model"), TTT4RecConfig, leave_out=_ONLY_FROM_PYTHON)
+    _add_fields(command.add_argument_group("training"), TrainOptions)
     _add_machine(command)
+
+
+def _add_fields(group: argparse._ArgumentGroup, settings: type[Any], leave_out: Collection[str] = ()) -> None:
+    """An option for each field of a dataclass: what it takes and its default are the field's, its help the docstring's.
+
+    That it was given is noted in the namespace's ``given``.
+    """
+    kinds, about = get_type_hints(settings), descriptions(settings)
+    for field in dataclasses.fields(settings):
+        if field.name in leave_out:
+            continue
+        among = choices(field)
+        takes = _KINDS[kinds[field.name]] if among is None else {"choices": tuple(among)}
+        if field.name == "seed":  # which is no size: it may have 63 bits
+            takes = takes | {"type": int}
+        text = about.get(field.name, "") + ("" if field.default is not None else " (default: none)")
+        if isinstance(among, Mapping):
+            each = [f"{name}: {x.about}" for name, x in among.items() if hasattr(x, "about")]
+            text += f" ({'; '.join(each)})" if each else ""
+        option = f"--{field.name.replace('_', '-')}"
+        group.add_argument(option, action=_Given, default=field.default, help=text.replace("%", "%%"), **takes)
 
 
 def _add_evaluate(command: argparse.ArgumentParser) -> None:

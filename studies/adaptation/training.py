@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
+from ttt4rec.models import mixers
 from ttt4rec.recsys.data.split import Split
 from ttt4rec.recsys.training.train import TrainOptions, fit
 
 MIXERS = {
     "TTT-Linear": {"mixer": "ttt", "inner": "linear"},
     "TTT-MLP": {"mixer": "ttt", "inner": "mlp"},
-    "attention": {"mixer": "attention"},
-    "GRU": {"mixer": "gru"},
+    **{mixers.MIXERS[name].kind: {"mixer": name} for name in ("attention", "gru")},
 }
 
 

@@ -15,9 +15,9 @@ from tests.support.checks import BACKBONES, INNERS, make_layer
 from tests.support.processes import together
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 from ttt4rec.layers.convolution import CausalConv
-from ttt4rec.models.blocks import AttentionMixer, Block, GELUFeedForward, GRUMixer, SwiGLU
-from ttt4rec.models.mixers import MambaMixer, NARMMixer
-from ttt4rec.models.ttt4rec import MIXERS
+from ttt4rec.models.blocks import Block, GELUFeedForward, SwiGLU
+from ttt4rec.models.mixers import MIXERS
+from ttt4rec.models.ttt4rec import make_mixer
 
 X = torch.linspace(-2, 2, 2 * 7 * 16).view(2, 7, 16)
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 0, 0, 0, 0]])
@@ -37,10 +37,7 @@ MAKERS = {
     "layer-linear": lambda **factory: TTTLayer(16, 2, backbone="mamba", **factory),
     "layer-mlp": lambda **factory: TTTLayer(16, 2, inner="mlp", **factory),
     "conv": lambda **factory: CausalConv(16, 4, **factory),
-    "attention": lambda **factory: AttentionMixer(16, 2, **factory),
-    "gru": lambda **factory: GRUMixer(16, **factory),
-    "narm": lambda **factory: NARMMixer(16, **factory),
-    "mamba": lambda **factory: MambaMixer(16, **factory),
+    **{name: lambda name=name, **factory: make_mixer(TTT4RecConfig(9, 16, 1, 2, name), **factory) for name in MIXERS},
     "swiglu": lambda **factory: SwiGLU(16, 32, **factory),
     "gelu": lambda **factory: GELUFeedForward(16, 32, **factory),
     "block": lambda **factory: Block(16, TTTLayer(16, 2, **factory), conv_kernel=4, **factory),

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.support.checks import BACKBONES, INNERS, inner_inputs, run_inner
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 from ttt4rec.models import full_softmax
+from ttt4rec.models.mixers import MIXERS
 
 MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
 BOUNDS = torch.tensor([0, 5, 5, 14])
@@ -126,7 +127,7 @@ def test_what_needs_values_says_so(what, way):
 
 
 @WAYS
-@pytest.mark.parametrize("mixer", ["attention", "gru", "narm", "mamba", "bidirectional"])
+@pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "ttt"])
 def test_baselines(mixer, way):
     """Whole histories; where lengths decide what is computed, an error."""
 

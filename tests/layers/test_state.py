@@ -101,10 +101,10 @@ def test_stack_undoes_indexing(inner, backbone):
 
 def test_stack_needs_states_of_one_layer():
     _, state = four_streams()
-    with pytest.raises(ValueError, match="at least one state"):
+    with pytest.raises(ValueError, match="states must be at least one; given none"):
         TTTState.stack([])
     for options in ({"inner": "linear"}, {"backbone": "transformer"}, {"mini_batch_size": 3}):
-        with pytest.raises(ValueError, match="states of one layer"):
+        with pytest.raises(ValueError, match="states must be those of one layer; given shapes"):
             TTTState.stack([state, four_streams(**options)[1]])
 
 

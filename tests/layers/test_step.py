@@ -18,6 +18,7 @@ from tests.support.checks import (
 from ttt4rec import StatePool, TTT4Rec, TTT4RecConfig, TTTLayer
 from ttt4rec.arguments import TokenStep
 from ttt4rec.eager import step
+from ttt4rec.models.mixers import MIXERS
 
 WIDTH, LENGTH = 8, 11
 all_layers = pytest.mark.parametrize(
@@ -174,11 +175,17 @@ def test_model_steps_are_its_forward(inner, backbone, block_conv):
         assert torch.equal(pools[0].read(slots).conv, fresh.read(torch.arange(3)).conv)
 
 
-@pytest.mark.parametrize("mixer", ["attention", "gru", "narm", "mamba"])
-def test_baselines_have_no_pools(mixer):
-    model = TTT4Rec(TTT4RecConfig(num_items=5, mixer=mixer))
-    with pytest.raises(ValueError, match=r"is expected in every block; given (Attention|GRU|NARM|Mamba)Mixer"):
-        model.make_pools(2)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_mixers_have_pools_and_steps_if_they_say_so(mixer):
+    model = TTT4Rec(TTT4RecConfig(num_items=5, mixer=mixer)).double().eval()
+    if not MIXERS[mixer].steps:
+        given = type(model.blocks[0].mixer).__name__
+        with pytest.raises(ValueError, match=f"mixer must have steps and pools, as TTTLayer has; given {given}"):
+            model.make_pools(2)
+        return
+    pools, slots, ids = model.make_pools(2), torch.tensor([1, 0]), torch.tensor([[1, 2, 3], [4, 5, 1]])
+    steps = torch.stack([model.step(item, pools, slots) for item in ids.T], 1)
+    assert_close(steps, model(ids))
 
 
 def test_pool_size():

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -11,11 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.support.recsys_data import make_model, make_split
-from ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec import TTT4Rec, TTT4RecConfig, register_mixer
 from ttt4rec.models import mixers
-from ttt4rec.models.blocks import AttentionMixer, GRUMixer
+from ttt4rec.models.blocks import AttentionMixer, HistoryMixer
 from ttt4rec.models.cloze import hide_next, hide_some
-from ttt4rec.models.mixers import MambaMixer, NARMMixer
+from ttt4rec.models.mixers import MIXERS, MambaMixer, NARMMixer
+from ttt4rec.models.ttt4rec import make_mixer
 from ttt4rec.recsys.data.windows import evaluation_prefixes
 from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.training.evaluate import evaluate
@@ -68,10 +68,10 @@ def test_mamba_is_its_definition(x):
             torch.testing.assert_close(y[row, t], mixer.output.weight @ gated)
 
 
-@pytest.mark.parametrize("make", [partial(AttentionMixer, num_heads=2), NARMMixer, MambaMixer])
-def test_packed_sequences_of_any_lengths_are_read_alone(make):
+@pytest.mark.parametrize("name", MIXERS)
+def test_packed_sequences_of_any_lengths_are_read_alone(name):
     width = 8
-    mixer = randomised(make(width))
+    mixer = randomised(make_mixer(TTT4RecConfig(9, width, 1, 2, name)))
     lengths = [3, 0, 1, 17, 4, 5, 1, 8, 9, 2]
     x = torch.randn(1, sum(lengths), width, dtype=torch.float64, requires_grad=True)
     weights = torch.randn_like(x)
@@ -81,8 +81,9 @@ def test_packed_sequences_of_any_lengths_are_read_alone(make):
     torch.testing.assert_close(packed, alone)
     given, expected = (torch.autograd.grad((y * weights).sum(), (x, *mixer.parameters())) for y in (packed, alone))
     torch.testing.assert_close(given, expected)
-    nothing = x.detach()[:, :0]
-    assert mixer(nothing, cu_seqlens=torch.tensor([0, 0])).shape == nothing.shape
+    if isinstance(mixer, HistoryMixer):
+        nothing = x.detach()[:, :0]
+        assert mixer(nothing, cu_seqlens=torch.tensor([0, 0])).shape == nothing.shape
 
 
 def test_narrow_attention_turns_in_float32():
@@ -235,14 +236,33 @@ def test_a_baseline_goes_on_after_an_interruption(tmp_path, mixer):
     assert [report.loss for report in parts] == [report.loss for report in whole]
 
 
-@pytest.mark.parametrize("mixer", ["narm", "mamba"])
+@pytest.mark.parametrize("mixer", [name for name, mixer in MIXERS.items() if not mixer.streams])
 def test_a_state_is_refused(mixer):
     model = TTT4Rec(TTT4RecConfig(num_items=5, mixer=mixer))
-    with pytest.raises(ValueError, match="keeps no state; give it the whole history instead"):
+    with pytest.raises(ValueError, match="Mixer keeps no state; give it the whole history instead"):
         model(torch.ones(1, 2, dtype=torch.int64), return_states=True)
 
 
-def test_padding_yields_zeros_whatever_reads():
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_padding_yields_zeros_whatever_reads(mixer):
     x, mask = torch.randn(2, 5, 8), torch.tensor([[True] * 5, [False, True, True, False, False]])
-    for mixer in (GRUMixer(8), AttentionMixer(8, 2), NARMMixer(8), MambaMixer(8)):
-        assert not mixer(x, mask=mask)[~mask].any(), type(mixer)
+    assert not make_mixer(TTT4RecConfig(9, 8, 1, 2, mixer))(x, mask=mask)[~mask].any()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_mixer_reads_backwards_only_if_it_says_so(mixer):
+    model = randomised(TTT4Rec(TTT4RecConfig(9, 8, 1, 2, mixer))).eval()
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    changed = ids.clone()
+    changed[0, -1] = 6
+    before = (model(changed) - model(ids))[0, :-1].abs().max()
+    assert (before < 1e-12) == MIXERS[mixer].causal
+    assert (model.hidden_item is None) == MIXERS[mixer].causal
+
+
+def test_a_mixer_is_registered_once_and_with_known_options():
+    with pytest.raises(ValueError, match=r"name must be new, not one of ttt, attention, .*; given 'gru'"):
+        register_mixer("gru", MIXERS["gru"])
+    with pytest.raises(ValueError, match=r"options must be fields of TTT4RecConfig, num_items, width, .*; given speed"):
+        register_mixer("other", MIXERS["gru"]._replace(options=("width", "speed")))
+    assert "other" not in MIXERS

@@ -7,20 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.checks import golden_cases, load_golden, relative_error
+from tests.support.checks import BACKBONES, INNERS, golden_cases, load_golden, relative_error
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 from ttt4rec.layers.original_weights import _BLOCK_NAMES, load_release_block
 from ttt4rec.models.blocks import AttentionMixer, Block
-from ttt4rec.models.mixers import MambaMixer
+from ttt4rec.models.mixers import MIXERS, MambaMixer
 from ttt4rec.models.ttt4rec import make_mixer
 
 TTT_SETTINGS = ("inner", "backbone", "mini_batch_size", "rope_theta", "base_lr", "max_inner_step", "conv_kernel")
-MIXERS = [
-    {"mixer": "attention"},
-    {"mixer": "narm"},
-    {"mixer": "mamba"},
-    {"mixer": "gru"},
-    *({"inner": i, "backbone": b} for i, b in itertools.product(("linear", "mlp"), ("transformer", "mamba"))),
+KINDS = [
+    *({"mixer": name} for name, mixer in MIXERS.items() if name != "ttt" and mixer.causal),
+    *({"inner": i, "backbone": b} for i, b in itertools.product(INNERS, BACKBONES)),
     {"backbone": "mamba", "block_conv": True},
 ]
 
@@ -124,7 +121,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_whole():
     assert all(torch.equal(x, before[name]) for name, x in other.state_dict().items())
 
 
-@pytest.mark.parametrize("options", MIXERS, ids=str)
+@pytest.mark.parametrize("options", KINDS, ids=str)
 @pytest.mark.parametrize(("norm", "ffn"), [("rms", "swiglu"), ("layer", "gelu")])
 def test_padding_packing_and_causality(options, norm, ffn):
     model = make(norm=norm, ffn=ffn, **options)
@@ -144,7 +141,7 @@ def test_padding_packing_and_causality(options, norm, ffn):
     assert not torch.allclose(model(changed)[:, 6:], whole[:, 6:])
 
 
-@pytest.mark.parametrize("options", MIXERS[3:], ids=str)
+@pytest.mark.parametrize("options", [k for k in KINDS if MIXERS[k.get("mixer", "ttt")].streams], ids=str)
 @pytest.mark.parametrize("cut", [1, 4, 6])
 def test_a_stream_gives_the_numbers_of_one_call(options, cut):
     model = make(**options)
@@ -180,7 +177,7 @@ def test_the_configuration_reaches_the_mixer(change):
         assert not torch.allclose(given(x), usual(x))
 
 
-@pytest.mark.parametrize("mixer", ["ttt", "gru", "attention", "narm", "mamba"])
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_ids_with_gaps_and_wrong_bounds_are_refused(mixer):
     model = make(mixer=mixer)
     with pytest.raises(ValueError, match="row 1 has a gap"):
@@ -226,7 +223,7 @@ def test_a_mixer_of_ones_own():
     assert model(torch.ones(2, 3, dtype=torch.int64)).shape == (2, 3, 8)
 
 
-@pytest.mark.parametrize("options", MIXERS, ids=str)
+@pytest.mark.parametrize("options", KINDS, ids=str)
 def test_save_and_load(tmp_path, options):
     model = make(**options).float()
     model.save(tmp_path / "model")

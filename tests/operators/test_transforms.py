@@ -9,7 +9,7 @@ from tests.support.checks import BACKBONES, INNERS, assert_close, inner_inputs, 
 from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.arguments import FullSoftmax
 from ttt4rec.models import full_softmax
-from ttt4rec.models.ttt4rec import MIXERS
+from ttt4rec.models.mixers import MIXERS
 from ttt4rec.operators import CONVOLUTIONS, OPERATORS, output
 
 WIDTH, STEP = 8, 1e-5

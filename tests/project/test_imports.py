@@ -14,12 +14,12 @@ from ttt4rec.operators import backends
 
 PACKAGE = Path(ttt4rec.__file__).parent
 CHAIN = (  # each may import those to its left
-    "operators", "layers", "models", "recsys.data", "recsys.recommend", "recsys.training", "recsys.online",
+    "operators", "layers", "models", "options", "recsys.data", "recsys.recommend", "recsys.training", "recsys.online",
     "recsys.commands", "cli",
 )  # fmt: skip
 BACKENDS = ("eager", "kernels", "native", "reference")  # what computes operators; below the chain
 CONTRACT = ("arguments", "inner_models", "item_blocks", "precision")  # what operators and backends share
-HELPERS = ("atomic_files", "checks", "extras", "heap", "malloc")  # of no part, for all
+HELPERS = ("atomic_files", "checks", "extras", "fields", "heap", "malloc")  # of no part, for all
 TOPS = ("__init__", "recsys", "recsys.recbole", "recsys.rectools")  # what users import; nothing here does
 FILES = sorted(PACKAGE.rglob("*.py"))
 OLD_PATHS = {

@@ -99,7 +99,7 @@ def test_a_mixer_that_wants_more_than_one_target_is_refused(prepare):
 
 def test_negatives_to_train_on_are_refused(prepare):
     config, _, (train, _, _) = prepare(train_neg_sample_args={"distribution": "uniform", "sample_num": 1})
-    with pytest.raises(ValueError, match=r"expected train_neg_sample_args: None, .* got negatives of .* 'uniform'"):
+    with pytest.raises(ValueError, match=r"train_neg_sample_args must be None, .* given negatives of .* 'uniform'"):
         TTT4Rec(config, train.dataset)
 
 

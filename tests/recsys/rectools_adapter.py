@@ -85,7 +85,7 @@ def test_a_model_that_reads_both_ways_is_refused(histories):
     model = BERT4RecModel(
         n_blocks=1, n_heads=2, n_factors=16, session_max_len=8, epochs=1, transformer_layers_type=TTTLayers
     )
-    with pytest.raises(ValueError, match="TTT layers read forwards: expected a model with a causal attn_mask"):
+    with pytest.raises(ValueError, match="attn_mask must be causal, as TTT layers read forwards; given None"):
         model.fit(dataset_of(histories))
 
 

@@ -68,7 +68,7 @@ def test_a_batch_with_histories_that_hold_no_known_item(trained):
             assert [item for item, _ in result.items] == [item for item, _ in alone]
     assert trained.recommend_batch([["x"]]) == [Recommendations([], ("x",))]
     assert trained.recommend_batch([]) == []
-    with pytest.raises(ValueError, match="k of at least 1, given 0"):
+    with pytest.raises(ValueError, match="k must be at least 1; given 0"):
         trained.recommend_batch([["x"]], k=0)
     with pytest.raises(ValueError, match="given the string 'i1'"):
         trained.recommend_batch([["i1"], "i1"])
@@ -79,10 +79,10 @@ def test_a_batch_with_histories_that_hold_no_known_item(trained):
     [
         ({}, "given neither"),
         ({"user_id": "u1", "history": ["i1"]}, "given both"),
-        ({"user_id": "stranger"}, "unknown user id 'stranger'"),
+        ({"user_id": "stranger"}, "user_id must be one of the data's 60 users; given 'stranger'"),
         ({"history": []}, "at least one known item"),
         ({"history": ["x", "y"]}, "at least one known item"),
-        ({"history": ["i1"], "k": 0}, "k of at least 1, given 0"),
+        ({"history": ["i1"], "k": 0}, "k must be at least 1; given 0"),
     ],
 )
 def test_bad_requests(trained, arguments, message):

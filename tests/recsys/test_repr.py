@@ -7,10 +7,10 @@ import torch
 
 from tests.support.checks import make_layer
 from tests.support.recsys_data import make_model
+from ttt4rec.models.losses import Loss
 from ttt4rec.recsys import Interactions, build_histories
 from ttt4rec.recsys.data.split import split_by_ratio
 from ttt4rec.recsys.data.windows import training_windows
-from ttt4rec.recsys.training.losses import Loss
 
 
 def interactions(number=30_000):

@@ -99,18 +99,18 @@ def refusal(path, **options):
 def test_what_a_file_holds(tmp_path):
     names, path = f"{EVIL}a,item_id,timestamp", tmp_path / "a.csv"
     path.write_text(f"{names}\nu,i,1\n")
-    assert f"got 0 among {SHOWN}a" in refusal(path)
+    assert f"given 0 among {SHOWN}a" in refusal(path)
     path.write_text(f"{names}{'x' * 10_000}\nu,i,1\n")
     assert "x..." in refusal(path)
     path.write_text(f"user_id,item_id,timestamp\nu,i,{EVIL}\n")
-    assert r"got '\x1b[2J" in refusal(path)
+    assert r"given '\x1b[2J" in refusal(path)
     path.write_text(f"user_id,item_id,timestamp\nu,i,{'9' * 10_000}\n")
-    assert "got '999" in refusal(path)
+    assert "given '999" in refusal(path)
     path.write_text(f"user_id,item_id,timestamp\nu,{' ' * 10_000},1\n")
-    assert "expected an item id" in refusal(path)
+    assert "must be an item id" in refusal(path)
     table = arrow.table({f"{EVIL}a{'x' * 10_000}": ["u"], "item_id": ["i"], "timestamp": [1]})
     parquet.write_table(table, tmp_path / "a.parquet")
-    assert f"got 0 among {SHOWN}a" in refusal(tmp_path / "a.parquet")
+    assert f"given 0 among {SHOWN}a" in refusal(tmp_path / "a.parquet")
 
 
 def test_recommenders(run, tmp_path, caplog):

@@ -10,9 +10,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ttt4rec import TTTLayer, TTTState, ttt_linear, ttt_mlp
+from ttt4rec.inner_models import INNER_MODELS
+from ttt4rec.layers.functional import inner_loop
 
-INNERS = ("linear", "mlp")
+INNERS = tuple(INNER_MODELS)
 BACKBONES = ("transformer", "mamba")
+FUNCTIONS = {"linear": ttt_linear, "mlp": ttt_mlp}
 ROUNDING = 1e-11  # float64 results of the same mathematics in another order
 _GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -88,9 +91,7 @@ def inner_inputs(
     scale = 1 / torch.arange(1, K + 1, dtype=torch.float64) + 0.1 * torch.rand(K, dtype=torch.float64)
     if K > 2:
         scale[1] = 0  # what the clamp of s_i leaves behind
-    shapes = {"W1": (H, D, D), "b1": (H, D)}
-    if inner == "mlp":
-        shapes = {"W1": (H, D, F), "b1": (H, F), "W2": (H, F, D), "b2": (H, D)}
+    shapes = {name: (H, *shape) for name, shape in INNER_MODELS[inner].shapes(D, F).items()}
     inputs = {name: torch.randn(B, L, H, D).to(dtype) for name in "qkv"}
     inputs["inner_lr"] = torch.rand(B, L, H, dtype=torch.float64).div(D).to(wide)
     inputs["token_scale"] = scale.to(wide)
@@ -103,9 +104,14 @@ def inner_inputs(
 
 
 def run_inner(inner: str, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, TTTState]:
-    """Call ``ttt_linear`` or ``ttt_mlp``; the mini-batch size is that of the token scale."""
-    function = ttt_linear if inner == "linear" else ttt_mlp
-    return function(**inputs, mini_batch_size=inputs["token_scale"].numel(), **options)
+    """Call ``ttt_linear``, ``ttt_mlp`` or what is the same of another inner model, with the token scale's K."""
+    K = inputs["token_scale"].numel()
+    if inner in FUNCTIONS:
+        return FUNCTIONS[inner](**inputs, mini_batch_size=K, **options)
+    q, k, v, inner_lr, token_scale, *initial, ln_weight, ln_bias = inputs.values()
+    usual = {"state": None, "mask": None, "cu_seqlens": None, "eps": 1e-6, "backend": "auto"}
+    given = (q, k, v), inner_lr, token_scale, tuple(initial), (ln_weight, ln_bias), K
+    return inner_loop(INNER_MODELS[inner], *given, **(usual | options))
 
 
 def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:

@@ -26,7 +26,7 @@ CACHE_BYTES = 1 << 21
 """Streams go in chunks whose records, gathered from the pool, are about this large."""
 
 
-_STEPS = {"linear": linear_steps, "mlp": mlp_steps}
+STEPS = {"linear": linear_steps, "mlp": mlp_steps}
 """Of every inner model: X, U of the layers, but for the first X, which is k."""
 
 
@@ -81,7 +81,7 @@ def write_rows(
 ) -> None:
     """As ``operators.step.write_rows``."""
     k, v, lr = tokens
-    parts = (k, *_STEPS[inner](*tokens, *layer_norm, weights, eps), v, lr)
+    parts = (k, *STEPS[inner](*tokens, *layer_norm, weights, eps), v, lr)
     torch.cat(parts, -1, out=rows[..., : sum(part.shape[-1] for part in parts)])
 
 

@@ -99,12 +99,12 @@ class TTTState:
             ValueError: no state was given, or they come from layers of different shape.
         """
         if not states:
-            raise ValueError("TTTState.stack needs at least one state, given none")
+            raise ValueError("states must be at least one; given none")
         shapes = [{name: tuple(x.shape[1:]) for name, x in s.tensors().items()} for s in states]
         for i, other in enumerate(shapes):
             if other != shapes[0]:
                 raise ValueError(
-                    f"states of one layer are expected; shapes of number {i} are {other}, of 0 {shapes[0]}"
+                    f"states must be those of one layer; given shapes {shapes[0]} and, of number {i}, {other}"
                 )
         tensors = [s.tensors() for s in states]
         return TTTState.from_tensors({name: torch.cat([t[name] for t in tensors]) for name in tensors[0]})

@@ -159,7 +159,6 @@ class GRUMixer(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x ``[B, L, width]`` to the same shape; the rest as in ``TTTLayer``; the state is ``[B, width]``."""
         if cu_seqlens is not None:
-            check_has_values(f"{type(self).__name__}, which pads packed histories,", x)
             padded, real = pad_packed(x, cu_seqlens)
             result = self(padded, mask=real, state=state, return_state=True)
             y = result[0][real][None]
@@ -211,14 +210,18 @@ class GELUFeedForward(nn.Module):
         return y
 
 
+NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {"swiglu": SwiGLU, "gelu": GELUFeedForward}
+
+
 class Block(nn.Module):
     """``h + mixer(norm(h))``, then ``h + ffn(norm(h))``; before both, optionally ``h + conv(norm(h))``.
 
     Args:
         width: feature size.
         mixer: a causal sequence mixer, called as ``mixer(x, mask=, cu_seqlens=, state=, return_state=)``.
-        norm: ``"rms"`` or ``"layer"``, eps 1e-6.
-        ffn: ``"swiglu"`` or ``"gelu"``.
+        norm: one of ``NORMS``, eps 1e-6.
+        ffn: one of ``FEED_FORWARDS``.
         ffn_width: its hidden size.
         conv_kernel: taps of the block's own convolution; None: it has none.
     """
@@ -244,7 +247,7 @@ class Block(nn.Module):
         self.mixer_norm = make_norm(norm, width, **factory)
         self.mixer = mixer
         self.ffn_norm = make_norm(norm, width, **factory)
-        self.ffn = (SwiGLU if ffn == "swiglu" else GELUFeedForward)(width, ffn_width, **factory)
+        self.ffn = FEED_FORWARDS[ffn](width, ffn_width, **factory)
 
     def forward(
         self,
@@ -295,7 +298,7 @@ class Block(nn.Module):
         make_pool: Callable[[int], StatePool] | None = getattr(self.mixer, "make_pool", None)
         if make_pool is None:
             mixer = type(self.mixer).__name__
-            raise ValueError(f"a mixer with steps and pools, a TTTLayer, is expected in every block; given {mixer}")
+            raise ValueError(f"mixer must have steps and pools, as TTTLayer has; given {mixer}")
         if not self.has_conv:
             return BlockPool(make_pool(num_slots), None)
         weight, shape = self.conv.weight, self._context or ()
@@ -349,7 +352,12 @@ def by_length(cu_seqlens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def pad_packed(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed x ``[1, total, width]`` to ``[N, longest, width]``, zeros behind, and the mask of its tokens."""
+    """Packed x ``[1, total, width]`` to ``[N, longest, width]``, zeros behind, and the mask of its tokens.
+
+    Raises:
+        ValueError: x is a meta or fake tensor.
+    """
+    check_has_values("how far packed histories are padded", x)
     lengths = cu_seqlens.diff()
     real = torch.arange(int(lengths.max()), device=x.device) < lengths[:, None]
     padded = x.new_zeros(*real.shape, x.shape[-1])
@@ -357,5 +365,5 @@ def pad_packed(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_norm(kind: str, width: int, device: Device = None, dtype: torch.dtype | None = None) -> nn.Module:
-    """An RMSNorm (``"rms"``) or LayerNorm (``"layer"``) with eps 1e-6."""
-    return (nn.RMSNorm if kind == "rms" else nn.LayerNorm)(width, eps=1e-6, device=device, dtype=dtype)
+    """One of ``NORMS``, with eps 1e-6."""
+    return NORMS[kind](width, eps=1e-6, device=device, dtype=dtype)

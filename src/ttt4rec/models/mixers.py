@@ -1,4 +1,4 @@
-"""Sequence mixers of published recommenders that TTT4Rec is compared with: NARM's and Mamba4Rec's.
+"""The registry of sequence mixers, and two of them: NARM's and Mamba4Rec's.
 
 SASRec's, BERT4Rec's and GRU4Rec's are ``AttentionMixer`` and ``GRUMixer`` in ``blocks``. All of them stand in the same
 frame as TTT: embedding, norms, residual connections, feed-forward network and scores are TTT4Rec's.
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..layers.convolution import CausalConv, convolve
 from ..layers.initialisation import STD, Device
+from ..layers.ttt import TTTLayer
 from ..operators import choose_backend
-from .blocks import HistoryMixer
+from .blocks import AttentionMixer, GRUMixer, HistoryMixer
 
 ELEMENTS_AT_ONCE = 1 << 24
 """NARM's pairs of positions times features held at once when no gradient is wanted: 64 MiB of float32."""
@@ -179,3 +180,39 @@ def fused_scan(
     A = -log_decay.float().exp()
     y = selective_scan_fn(u, rate, A, B, C, skip.float(), z, rate_bias.float(), delta_softplus=True)
     return y.transpose(1, 2)
+
+
+class Mixer(NamedTuple):
+    """A row of the registry: what may read the history, how it is made, and what it can do.
+
+    Every mixer is called as ``TTTLayer`` is, with mask and packed sequences; training packs. One that reads whole
+    histories has all of that from ``HistoryMixer``.
+    """
+
+    make: Callable[..., nn.Module]  # of its options, device and dtype, all by keyword
+    options: tuple[str, ...]  # the fields of TTT4RecConfig that it is made of
+    kind: str  # what it is, for tables
+    published: str  # the recommender that is known for it
+    causal: bool = True  # False: it reads in both directions and is trained to fill in hidden items
+    streams: bool = False  # whether it takes and returns states
+    steps: bool = False  # whether it has pools of streams, and steps for one token more of each
+
+    @property
+    def about(self) -> str:
+        """For the command line's help."""
+        return f"{self.published}'s"
+
+
+_TTT = ("inner", "backbone", "mini_batch_size", "rope_theta", "base_lr", "conv_kernel", "max_inner_step")
+_ATTENTION = ("width", "num_heads", "rope_theta")
+MIXERS = {
+    "ttt": Mixer(TTTLayer, ("width", "num_heads", *_TTT), "TTT", "TTT4Rec", streams=True, steps=True),
+    "attention": Mixer(AttentionMixer, _ATTENTION, "attention", "SASRec"),
+    "gru": Mixer(GRUMixer, ("width",), "GRU", "GRU4Rec", streams=True),
+    "narm": Mixer(NARMMixer, ("width",), "GRU with attention", "NARM"),
+    "mamba": Mixer(MambaMixer, ("width", "conv_kernel"), "Mamba", "Mamba4Rec"),
+    "bidirectional": Mixer(
+        partial(AttentionMixer, causal=False), _ATTENTION, "bidirectional", "BERT4Rec", causal=False
+    ),
+}
+"""By the names that ``TTT4RecConfig.mixer`` and the command line take. ``ttt4rec.register_mixer`` adds one."""

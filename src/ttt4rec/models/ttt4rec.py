@@ -6,27 +6,27 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..atomic_files import check_together, read_sealed, write_together
-from ..checks import check_choice, check_integer, check_positive, is_number
+from ..checks import check_integer, check_positive, is_number
+from ..fields import check_choices, choice
 from ..inner_models import INNER_MODELS
 from ..layers.initialisation import STD, Device, draw
 from ..layers.original_weights import load_release_block, load_release_model
-from ..layers.ttt import TTTLayer
+from ..layers.ttt import Backbone, TTTLayer
 from ..layers.validation import check_cu_seqlens, check_mask
 from ..operators.transforms import has_values
 from . import full_softmax
-from .blocks import AttentionMixer, Block, BlockPool, BlockState, GRUMixer, make_norm
+from .blocks import FEED_FORWARDS, NORMS, Block, BlockPool, BlockState, make_norm
 from .cloze import hide_next, hide_some
-from .mixers import MambaMixer, NARMMixer
+from .mixers import MIXERS, Mixer
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-MIXERS = ("ttt", "attention", "gru", "narm", "mamba", "bidirectional")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,21 +38,20 @@ class TTT4RecConfig:
         width: size of embeddings and hidden states.
         num_blocks: residual blocks.
         num_heads: heads of each mixer.
-        mixer: ``"ttt"``, or a baseline: ``"attention"`` (SASRec), ``"gru"`` (GRU4Rec), ``"narm"`` (NARM), ``"mamba"``
-            (Mamba4Rec), ``"bidirectional"`` (BERT4Rec: attention in both directions, trained to fill in hidden items).
-        inner: TTT's inner model, ``"linear"`` or ``"mlp"``.
-        backbone: TTT's backbone, ``"transformer"`` or ``"mamba"``.
-        mini_batch_size: TTT's K.
+        mixer: what reads the history.
+        inner: TTT's inner model.
+        backbone: TTT's backbone.
+        mini_batch_size: tokens in a mini-batch of TTT, K.
         rope_theta: base of the rotary frequencies.
         base_lr: TTT's η_base.
         conv_kernel: taps of the convolutions.
         block_conv: whether each block begins with a convolution of its own.
-        max_inner_step: TTT's bound on the inner rates; None: none.
-        norm: ``"rms"`` or ``"layer"`` before each sub-layer and at the end.
-        ffn: ``"swiglu"`` or ``"gelu"``.
+        max_inner_step: bound on TTT's inner steps, if there is to be one; see ``TTTLayer``.
+        norm: normalisation before each sub-layer and at the end.
+        ffn: feed-forward network.
         ffn_width: its hidden size.
-        dropout: of the embedded history.
-        max_len: length of history the model is trained and evaluated for.
+        dropout: share of the embedded history's features that is dropped.
+        max_len: items of history that the model is trained and evaluated for.
         hide_rate: share of the targets that BERT4Rec hides in a training step; the last of a history always is.
     """
 
@@ -60,17 +59,17 @@ class TTT4RecConfig:
     width: int = 64
     num_blocks: int = 1
     num_heads: int = 4
-    mixer: str = "ttt"
-    inner: str = "mlp"
-    backbone: str = "transformer"
+    mixer: str = choice("ttt", MIXERS)
+    inner: str = choice("mlp", INNER_MODELS)
+    backbone: str = choice("transformer", get_args(Backbone))
     mini_batch_size: int = 8
     rope_theta: float = 1000.0
     base_lr: float = 1.0
     conv_kernel: int = 4
     block_conv: bool = False
     max_inner_step: float | None = None
-    norm: str = "rms"
-    ffn: str = "swiglu"
+    norm: str = choice("rms", NORMS)
+    ffn: str = choice("swiglu", FEED_FORWARDS)
     ffn_width: int = 256
     dropout: float = 0.2
     max_len: int = 50
@@ -98,11 +97,7 @@ class TTT4RecConfig:
             raise ValueError(
                 f"width must be num_heads times an even head dimension; given {self.width} and {self.num_heads}"
             )
-        check_choice("mixer", self.mixer, MIXERS)
-        check_choice("inner", self.inner, tuple(INNER_MODELS))
-        check_choice("backbone", self.backbone, ("transformer", "mamba"))
-        check_choice("norm", self.norm, ("rms", "layer"))
-        check_choice("ffn", self.ffn, ("swiglu", "gelu"))
+        check_choices(self)
         check_positive("rope_theta", self.rope_theta)
         check_positive("base_lr", self.base_lr)
         if self.max_inner_step is not None:
@@ -115,28 +110,23 @@ class TTT4RecConfig:
 
 def make_mixer(config: TTT4RecConfig, device: Device = None, dtype: torch.dtype | None = None) -> nn.Module:
     """The sequence mixer that the configuration names."""
-    factory: Any = {"device": device, "dtype": dtype}
-    if config.mixer in ("attention", "bidirectional"):
-        causal = config.mixer == "attention"
-        return AttentionMixer(config.width, config.num_heads, config.rope_theta, causal=causal, **factory)
-    if config.mixer == "gru":
-        return GRUMixer(config.width, **factory)
-    if config.mixer == "narm":
-        return NARMMixer(config.width, **factory)
-    if config.mixer == "mamba":
-        return MambaMixer(config.width, conv_kernel=config.conv_kernel, **factory)
-    return TTTLayer(
-        config.width,
-        config.num_heads,
-        inner=config.inner,  # type: ignore[arg-type]
-        backbone=config.backbone,  # type: ignore[arg-type]
-        mini_batch_size=config.mini_batch_size,
-        rope_theta=config.rope_theta,
-        base_lr=config.base_lr,
-        conv_kernel=config.conv_kernel,
-        max_inner_step=config.max_inner_step,
-        **factory,
-    )
+    mixer = MIXERS[config.mixer]
+    return mixer.make(**{name: getattr(config, name) for name in mixer.options}, device=device, dtype=dtype)
+
+
+def register_mixer(name: str, mixer: Mixer) -> None:
+    """Add a mixer for models, their configuration and the command line, before any of them is made or loaded.
+
+    Raises:
+        ValueError: there is one of that name, or the configuration has no field of the name of an option.
+    """
+    if name in MIXERS:
+        raise ValueError(f"name must be new, not one of {', '.join(MIXERS)}; given {name!r}")
+    fields = [field.name for field in dataclasses.fields(TTT4RecConfig)]
+    unknown = [option for option in mixer.options if option not in fields]
+    if unknown:
+        raise ValueError(f"options must be fields of TTT4RecConfig, {', '.join(fields)}; given {', '.join(unknown)}")
+    MIXERS[name] = mixer
 
 
 class TTT4Rec(nn.Module):
@@ -176,7 +166,7 @@ class TTT4Rec(nn.Module):
             for _ in range(config.num_blocks)
         )
         self.norm = make_norm(config.norm, config.width, **factory)
-        hides = config.mixer == "bidirectional"
+        hides = not MIXERS[config.mixer].causal
         self.hidden_item = nn.Parameter(torch.empty(config.width, **factory)) if hides else None
         self.reset_parameters()
         self.apply(draw)

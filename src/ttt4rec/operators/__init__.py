@@ -6,10 +6,11 @@
 
 from typing import Any
 
+from ..inner_models import INNER_MODELS, InnerModel
 from .backends import Backend, check_backend, choose_backend
 from .convolution import CONVOLUTIONS
 from .full_softmax import full_softmax_nll, full_softmax_total_nll
-from .inner_loop import SCANS
+from .inner_loop import SCANS, declare_scan
 from .operator import Operator
 from .output import output
 from .projection import projection
@@ -26,6 +27,19 @@ _ALL: tuple[Operator[Any], ...] = (
 )
 OPERATORS = {operator.name: operator for operator in _ALL}
 
+
+def register_inner_model(model: InnerModel) -> None:
+    """Add an inner model of another package, and declare its scan; ours are rows of ``inner_models``.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    if model.name in INNER_MODELS:
+        raise ValueError(f"name must be new, not one of {', '.join(INNER_MODELS)}; given {model.name!r}")
+    INNER_MODELS[model.name], SCANS[model.name] = model, declare_scan(model)
+    OPERATORS[SCANS[model.name].name] = SCANS[model.name]
+
+
 __all__ = [
     "CONVOLUTIONS",
     "OPERATORS",
@@ -38,5 +52,6 @@ __all__ = [
     "full_softmax_total_nll",
     "output",
     "projection",
+    "register_inner_model",
     "token_step",
 ]

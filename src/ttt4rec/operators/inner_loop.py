@@ -16,7 +16,7 @@ TOKENS = ("q", "k", "v", "inner_lr")
 PARAMETERS = ("token_scale", "weights", "ln_weight", "ln_bias")
 
 
-def _declare(model: InnerModel) -> Operator[Scan]:
+def declare_scan(model: InnerModel) -> Operator[Scan]:
     """o; the weights after the last complete mini-batch; what the backward keeps, checkpoints last."""
     outgoing = tuple(f"{name}_out" for name in model.weights)
     kept = (*model.kept, "checkpoints")
@@ -65,4 +65,4 @@ def _declare(model: InnerModel) -> Operator[Scan]:
     )
 
 
-SCANS = {name: _declare(model) for name, model in INNER_MODELS.items()}
+SCANS = {name: declare_scan(model) for name, model in INNER_MODELS.items()}

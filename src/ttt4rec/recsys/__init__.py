@@ -7,6 +7,7 @@ The folders hold the rest: ``data``, ``training`` and ``online``; ``recommend`` 
 import sys
 
 from ttt4rec.extras import missing
+from ttt4rec.options import TrainOptions
 
 try:
     from ttt4rec.recsys.data import (
@@ -25,7 +26,7 @@ try:
     from ttt4rec.recsys.online.recommender import OnlineRecommender
     from ttt4rec.recsys.recommend import Recommendations, Recommender
     from ttt4rec.recsys.training.evaluate import evaluate
-    from ttt4rec.recsys.training.train import EpochReport, TrainOptions, fit
+    from ttt4rec.recsys.training.train import EpochReport, fit
 except ModuleNotFoundError as error:
     raise missing("ttt4rec.recsys", error) from error
 

@@ -15,6 +15,7 @@ from ttt4rec.atomic_files import read_json, write_json
 from ttt4rec.checks import printable
 from ttt4rec.malloc import keep_freed_memory
 from ttt4rec.models.ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec.options import TrainOptions
 from ttt4rec.recsys.data import Histories, Interactions, build_histories, filter_k_core, keep_item_codes
 from ttt4rec.recsys.data.datasets import load_interactions
 from ttt4rec.recsys.data.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
@@ -24,10 +25,10 @@ from ttt4rec.recsys.recommend import Recommendations, Recommender
 from ttt4rec.recsys.training import parallel
 from ttt4rec.recsys.training.evaluate import evaluate as evaluate_windows
 from ttt4rec.recsys.training.report import RUN_FILE, describe_data, write_card, write_report
-from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, TrainOptions, fit
+from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, fit
 
 _MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
-_NO_SETTINGS = ("command", "device", "threads", "shape_given")  # arguments that say nothing of what was trained
+_NO_SETTINGS = ("command", "device", "threads", "given")  # arguments that say nothing of what was trained
 
 
 def train(args: Namespace) -> None:
@@ -50,8 +51,8 @@ def _train(args: Namespace, device: str) -> None:
     for part in ("train", "valid", "test"):
         if not split.num_targets(part):
             raise DataError(
-                f"--split-by {args.split_by} --split {args.split} leaves no {part} targets; "
-                "expected some for each of the three parts"
+                f"--split-by {args.split_by} --split {args.split} must leave targets for each of the three parts; "
+                f"given no {part} targets"
             )
     config = _model_config(args, histories.num_items, trained)
     _describe(histories, split)
@@ -60,7 +61,7 @@ def _train(args: Namespace, device: str) -> None:
         model = trained.model.with_items(histories.num_items) if trained else TTT4Rec(config).to(device)
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"--out expects a folder, given the file {folder}")
+        raise DataError(f"--out must be a folder; given the file {folder}")
     if (folder / CHECKPOINT_FILE).exists():
         print(f"{folder} holds a checkpoint: going on from it", flush=True)
     progress = sys.stderr.isatty() and parallel.rank() == 0
@@ -134,7 +135,7 @@ def _recommend_file(recommender: Recommender, args: Namespace) -> None:
                     print(json.dumps(_as_json(result)))
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{args.histories}: expected UTF-8 text, got the byte {error.object[error.start]:#04x}"
+            f"{args.histories} must be UTF-8 text; given the byte {error.object[error.start]:#04x}"
         ) from error
 
 
@@ -147,7 +148,7 @@ def _history(line: str) -> list[str]:
     if not isinstance(ids, list):  # one id that looks like JSON, such as 5
         return line.split()
     if not all(type(x) in (str, int) for x in ids):
-        raise DataError(f"expected a history's ids as strings or whole numbers, given the line {line.strip()[:80]!r}")
+        raise DataError(f"a history's ids must be strings or whole numbers; given the line {line.strip()[:80]!r}")
     return [str(x) for x in ids]
 
 
@@ -162,15 +163,16 @@ def _chosen(args: Namespace, target: type[Any]) -> dict[str, Any]:
 
 def _model_config(args: Namespace, num_items: int, trained: Recommender | None) -> TTT4RecConfig:
     """The shape that the arguments name or, after a warm start, the trained model's, which they may not contradict."""
+    shape = _chosen(args, TTT4RecConfig)
     if trained is None:
-        return TTT4RecConfig(num_items=num_items, **_chosen(args, TTT4RecConfig))
+        return TTT4RecConfig(num_items=num_items, **shape)
     config = dataclasses.replace(trained.model.config, num_items=num_items)
-    for name in args.shape_given:
+    for name in (name for name in args.given if name in shape):
         own, given = getattr(config, name), getattr(args, name)
         if given != own:
             raise ValueError(
-                f"--warm-start goes on with the shape of {args.warm_start}, whose {name} is {own}; "
-                f"expected the same or no --{name.replace('_', '-')}, given {given}"
+                f"--{name.replace('_', '-')} must be left out or {own}, as in {args.warm_start}, with whose shape "
+                f"--warm-start goes on; given {given}"
             )
     return config
 
@@ -178,7 +180,7 @@ def _model_config(args: Namespace, num_items: int, trained: Recommender | None) 
 def _ratios(text: str) -> tuple[int, int, int]:
     parts = text.split(":")
     if len(parts) != 3 or not all(part.isdecimal() and len(part) <= 6 for part in parts):
-        raise ValueError(f"--split expects three whole numbers below 1,000,000 such as 3:2:5, given {text!r}")
+        raise ValueError(f"--split must be three whole numbers below 1,000,000, such as 3:2:5; given {text!r}")
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
@@ -211,7 +213,7 @@ def _trained(folder: Path) -> tuple[str, tuple[int, int, int], tuple[float, floa
         cuts = run["cuts"] and (run["cuts"][0], run["cuts"][1])
         return run["settings"]["split_by"], _ratios(run["settings"]["split"]), cuts
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise DataError(f"{path} is damaged; expected the settings of a training run ({error})") from error
+        raise DataError(f"{path} is damaged; it must hold the settings of a training run ({error})") from error
 
 
 def _machine(args: Namespace) -> str:
@@ -224,7 +226,7 @@ def _machine(args: Namespace) -> str:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device expects a name such as cpu or cuda, given {name!r}") from None
+        raise ValueError(f"--device must be a name such as cpu or cuda; given {name!r}") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device {name} is not available on this machine")
     return name

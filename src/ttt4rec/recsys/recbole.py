@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ttt4rec.extras import missing
 from ttt4rec.models import ttt4rec as models
+from ttt4rec.models.mixers import MIXERS
 
 try:
     from recbole.model.abstract_recommender import SequentialRecommender
@@ -49,8 +50,8 @@ class TTT4Rec(SequentialRecommender):  # type: ignore[misc]
         model: the ``ttt4rec.TTT4Rec``; its item ids are RecBole's.
 
     Raises:
-        ValueError: the configuration has mixer "bidirectional", negatives to train on, which are RecBole's default, or
-            a value that no model can have.
+        ValueError: the configuration has a mixer that is not causal, negatives to train on, which are RecBole's
+            default, or a value that no model can have.
     """
 
     input_type = InputType.POINTWISE
@@ -63,12 +64,13 @@ class TTT4Rec(SequentialRecommender):  # type: ignore[misc]
         negatives = config["train_neg_sample_args"]["distribution"]
         if negatives != "none":  # else they would be rows of the batches, to be told from targets by a label
             raise ValueError(
-                "the loss is the softmax over all items: expected train_neg_sample_args: None, as RECBOLE_DEFAULTS has "
-                f"it; got negatives of distribution {negatives!r}"
+                "train_neg_sample_args must be None, as in RECBOLE_DEFAULTS, since the loss is the softmax over all "
+                f"items; given negatives of distribution {negatives!r}"
             )
-        if options.get("mixer") == "bidirectional":
-            raise ValueError("mixer 'bidirectional' is not to be had here: RecBole has BERT4Rec itself")
-        self.model = models.TTT4Rec(models.TTT4RecConfig(**sizes, **options))
+        shape = models.TTT4RecConfig(**sizes, **options)
+        if not MIXERS[shape.mixer].causal:
+            raise ValueError(f"mixer must be causal; given {shape.mixer!r}, but RecBole has BERT4Rec itself")
+        self.model = models.TTT4Rec(shape)
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Hidden states ``[B, width]`` after histories ``[B, L]`` of given lengths ``[B]``, padded on the right."""

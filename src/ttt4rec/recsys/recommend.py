@@ -79,16 +79,16 @@ class Recommender:
         """
         if (user_id is None) == (history is None):
             raise ValueError(
-                "expected either a user id or a history, given " + ("neither" if history is None else "both")
+                "either a user id or a history must be given; given " + ("neither" if history is None else "both")
             )
         if history is not None:
             found = self._find(history)
             if not len(found[0]):
-                raise DataError(f"expected a history with at least one known item, given {list(history)[:5]}")
+                raise DataError(f"history must have at least one known item; given {list(history)[:5]}")
             return self._best([found], k, exclude_seen)[0]
         codes = self.histories.history(self.histories.user_code(user_id or ""))
         if not len(codes):
-            raise DataError(f"user {user_id!r} has an empty history; expected at least one item to go on from")
+            raise DataError(f"the history of user {user_id!r} must have at least one item to go on from; given none")
         return self._best([(codes, ())], k, exclude_seen)[0]
 
     def recommend_batch(
@@ -107,7 +107,7 @@ class Recommender:
 
     def _find(self, history: Sequence[str]) -> tuple[IntArray, tuple[str, ...]]:
         if isinstance(history, str):
-            raise DataError(f"expected a sequence of item ids as a history, given the string {history!r}")
+            raise DataError(f"history must be a sequence of item ids; given the string {history!r}")
         return self.histories.item_codes(history)
 
     def _best(
@@ -115,7 +115,7 @@ class Recommender:
     ) -> list[Recommendations]:
         """Recommendations for item codes, each with the unknown ids that stood among them."""
         if k < 1:
-            raise ValueError(f"expected k of at least 1, given {k}")
+            raise ValueError(f"k must be at least 1; given {k}")
         results = []
         for start in range(0, len(found), _HISTORIES_AT_ONCE):
             part = found[start : start + _HISTORIES_AT_ONCE]

@@ -69,7 +69,9 @@ class TTTLayers(TransformerLayersBase):  # type: ignore[misc]
             ValueError: attn_mask is None, as it is in a model that reads both ways, such as ``BERT4RecModel``.
         """
         if attn_mask is None:
-            raise ValueError("TTT layers read forwards: expected a model with a causal attn_mask, such as SASRecModel")
+            raise ValueError(
+                "attn_mask must be causal, as TTT layers read forwards; given None; use a model such as SASRecModel"
+            )
         mask = timeline_mask.squeeze(-1)
         for block in self.blocks:
             seqs = self.dropout(block(seqs, mask=mask))

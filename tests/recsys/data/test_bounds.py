@@ -53,7 +53,7 @@ def peak(function):
 
 
 def refused(path):
-    with pytest.raises(DataError, match="expected rows of at most 4,194,304 bytes, got a longer one") as error:
+    with pytest.raises(DataError, match="a row must have at most 4,194,304 bytes; given a longer one") as error:
         read_interactions(path)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -73,7 +73,7 @@ def test_a_line_without_an_end(name, tmp_path):
 
 def test_of_many_bad_rows_a_few_are_kept(tmp_path):
     path = write(tmp_path / "a.csv.gz", [header("a.csv"), *[b"x\n" * 1000] * 100])
-    message = f"{path} line 2: expected 4 fields, got 1 (the first of 100000 bad lines: 2, 3, 4, 5, 6, ...)"
+    message = f"{path} line 2: a row must have 4 fields; given 1 (the first of 100000 bad lines: 2, 3, 4, 5, 6, ...)"
 
     def refused():
         with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
@@ -128,7 +128,7 @@ def test_long_fields_that_nobody_asked_for(name, length, tmp_path):
 def test_a_long_field_over_many_lines(tmp_path):
     note = b'"' + b"a line of a long text\n" * 20_000 + b'"'
     content = header("csv") + b"u,i,1," + note + b"\nu,j,2,\nu,,3,\n"
-    with pytest.raises(DataError, match=r"a\.csv line 20004: expected an item id"):
+    with pytest.raises(DataError, match=r"a\.csv line 20004: field 2 must be an item id"):
         read_interactions(write(tmp_path / "a.csv", content))
     data = read_interactions(write(tmp_path / "a.csv", content.replace(b"u,,3,\n", b"")))
     assert rows_of(data) == [("u", "i", 1), ("u", "j", 2)]
@@ -158,13 +158,13 @@ def test_the_limit_of_the_csv_module_is_as_before(tmp_path):
 def test_a_bad_byte_is_found_behind_long_rows(tmp_path):
     content = header("csv") + b"".join(b"u,i,1," + b"z" * MIB + b"\n" for _ in range(8)) + b"u,\xff,1,\n"
     path = write(tmp_path / "a.csv.gz", content)
-    with pytest.raises(DataError, match="line 10: expected UTF-8 text, got byte 0xff"):
+    with pytest.raises(DataError, match="line 10 must be UTF-8 text; given byte 0xff"):
         read_interactions(path)
 
 
 def test_the_header_of_a_public_data_set(tmp_path):
     path = write(tmp_path / "gowalla.inter.gz", endless(b"x"))
-    with pytest.raises(DataError, match=r"gowalla\.inter\.gz line 1: expected rows of at most"):
+    with pytest.raises(DataError, match=r"gowalla\.inter\.gz line 1: a row must have at most"):
         load_public("gowalla", tmp_path)
     assert path.exists()
 
@@ -185,7 +185,7 @@ def test_histories(model, tmp_path, capsys):
     assert [len(line["items"]) for line in lines] == [10, 10, 10]
     write(path, [b"i1 i2\n", *endless(b"i1 ", 8)])
     assert main(["recommend", str(model), "--histories", str(path)]) == 2
-    assert f"{path} line 2: expected rows of at most" in capsys.readouterr().err
+    assert f"{path} line 2: a row must have at most" in capsys.readouterr().err
 
 
 def test_a_history_of_brackets(model, tmp_path, capsys):
@@ -237,5 +237,5 @@ def test_an_archive_that_unpacks_to_too_much():
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("ml-100k/u.data", bytes(1 << 25))
-    with pytest.raises(DataError, match=r"expected ml-100k/u\.data of at most 16,777,216 bytes, got 33,554,432"):
+    with pytest.raises(DataError, match=r"ml-100k/u\.data must have at most 16,777,216 bytes; given 33,554,432"):
         datasets._from_archive(buffer.getvalue())

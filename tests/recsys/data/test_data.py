@@ -120,18 +120,18 @@ def test_whole_times_that_float64_would_round_beside_fractions(
     outer = [f"u\ti\t0\t{nanoseconds}\n", "u\ti\t0\t7.25\n"]
     first, last = outer if exact_first else outer[::-1]
     message = message_of(write(tmp_path, "a.inter", HEADER + first + "u\ti\t0\t7\n" * rows_between + last))
-    assert f"expected times that float64 holds exactly, as some are fractions (7.25), got {nanoseconds}" in message
+    assert f"times must be such as float64 holds exactly, as some are fractions (7.25); given {nanoseconds}" in message
 
 
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ("u\ti\t3", "expected 4 fields, got 3"),
-        ("u\ti\t3\t4\t5", "expected 4 fields, got 5"),
-        ("\ti\t3\t4", "expected a user id in field 1, got ''"),
-        ("u\t \t3\t4", "expected an item id in field 2, got ' '"),
+        ("u\ti\t3", "a row must have 4 fields; given 3"),
+        ("u\ti\t3\t4\t5", "a row must have 4 fields; given 5"),
+        ("\ti\t3\t4", "field 1 must be a user id; given ''"),
+        ("u\t \t3\t4", "field 2 must be an item id; given ' '"),
         *[
-            (f"u\ti\t3\t{time}", f"in field 4, got '{time}'")
+            (f"u\ti\t3\t{time}", f"given '{time}'")
             for time in ("nan", "inf", "", "soon", "1_000", "1e400", str(2**63), "1e999999999", f"{2**52}.5")
         ],
     ],
@@ -148,13 +148,13 @@ def test_bad_rows_are_counted_and_the_first_one_is_named(tmp_path: Path, row: st
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("a.inter", "", "got an empty file"),
-        ("a.inter", "\n" + ROWS, "got an empty line"),
-        ("a.inter", HEADER, "expected rows after the header, got none"),
-        ("a.inter", HEADER + "\n\n", "expected rows after the header, got none"),
-        ("a.inter", "user_id\titem_id\n1\t2\n", "expected one column 'timestamp', got 0 among user_id, item_id"),
-        ("a.csv", "user_id,user_id,item_id,timestamp\n1,2,3,4\n", "expected one column 'user_id', got 2"),
-        ("a.csv", 'user_id,item_id,timestamp\n"a"b,2,3\n', "line 2: expected delimited text"),
+        ("a.inter", "", "given an empty file"),
+        ("a.inter", "\n" + ROWS, "given an empty line"),
+        ("a.inter", HEADER, "must have rows after the header; given none"),
+        ("a.inter", HEADER + "\n\n", "must have rows after the header; given none"),
+        ("a.inter", "user_id\titem_id\n1\t2\n", "must have one column 'timestamp'; given 0 among user_id, item_id"),
+        ("a.csv", "user_id,user_id,item_id,timestamp\n1,2,3,4\n", "must have one column 'user_id'; given 2"),
+        ("a.csv", 'user_id,item_id,timestamp\n"a"b,2,3\n', "line 2 must be delimited text"),
     ],
 )
 def test_unusable_files(tmp_path: Path, name: str, text: str, expected: str) -> None:
@@ -162,11 +162,11 @@ def test_unusable_files(tmp_path: Path, name: str, text: str, expected: str) -> 
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    assert "got nothing" in message_of(tmp_path / "absent.inter")
-    assert "got a directory" in message_of(tmp_path, separator="\t")
+    assert "given nothing" in message_of(tmp_path / "absent.inter")
+    assert "given a directory" in message_of(tmp_path, separator="\t")
     binary = tmp_path / "a.inter"
     binary.write_bytes(b"user_id\xff")
-    assert f"{binary} line 1: expected UTF-8 text, got byte 0xff" in message_of(binary)
+    assert f"{binary} line 1 must be UTF-8 text; given byte 0xff" in message_of(binary)
     packed = write(tmp_path, "a.inter.gz", HEADER + ROWS)
     packed.write_bytes(packed.read_bytes()[:-12])
     assert "cannot be unpacked" in message_of(packed)
@@ -185,7 +185,7 @@ def test_bytes_that_are_not_utf8_are_named_by_their_line(
     content = HEADER.replace("\n", end).encode() + good * (line - 2) + b"u\ti" + bad + good[1:] + good * 1000
     path = tmp_path / name
     path.write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
-    assert f"line {line}: expected UTF-8 text, got byte {bad[0]:#04x}" in message_of(path)
+    assert f"line {line} must be UTF-8 text; given byte {bad[0]:#04x}" in message_of(path)
 
 
 def test_undecodable_text_in_a_damaged_gzip_file(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_k_core_is_what_plain_removal_leaves(pairs: list[tuple[int, int]], min_u
     data = interactions_of(pairs)
     left = plain_k_core(pairs, min_user, min_item)
     if not left:
-        with pytest.raises(DataError, match="got none of"):
+        with pytest.raises(DataError, match="given none of"):
             filter_k_core(data, min_user=min_user, min_item=min_item)
         return
     core = filter_k_core(data, min_user=min_user, min_item=min_item)
@@ -255,10 +255,10 @@ def test_codes_of_ids() -> None:
     assert codes.dtype == np.int64
     assert unknown == ("what",)
     assert histories.item_codes([])[0].shape == (0,)
-    with pytest.raises(DataError, match="unknown user id 'u7'"):
+    with pytest.raises(DataError, match="user_id must be one of the data's 2 users; given 'u7'"):
         histories.user_code("u7")
     for code in (-1, 2):
-        with pytest.raises(IndexError, match="expected a user code from 0 to 1"):
+        with pytest.raises(IndexError, match="user_code must be from 0 to 1"):
             histories.history(code)
 
 
@@ -334,7 +334,7 @@ def test_without_a_source_the_error_says_what_to_put_where(tmp_path: Path, get_u
 @pytest.mark.usefixtures("checksums")
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match="expected a writable cache directory"):
+    with pytest.raises(DataError, match=r"the cache directory .* must be writable"):
         datasets.fetch_ml_100k(tmp_path / "file" / "cache", get_wheel=lambda _: WHEEL, get_url=no_url)
 
 
@@ -363,9 +363,9 @@ def test_loading_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert datasets.load_interactions("ml-100k").user_ids == ("u1", "u2")
     assert datasets.load_interactions(path).user_ids == ("u1", "u2")
     assert datasets.load_interactions(str(path)).user_ids == ("u1", "u2")
-    with pytest.raises(DataError, match=r"unknown dataset 'ml-100': expected one of 'ml-100k', .* or the path"):
+    with pytest.raises(DataError, match=r"the data must be one of 'ml-100k', .* or the path .*; given 'ml-100'"):
         datasets.load_interactions("ml-100")
-    with pytest.raises(DataError, match="got nothing"):
+    with pytest.raises(DataError, match="given nothing"):
         datasets.load_interactions("absent.inter")
 
 

@@ -67,7 +67,7 @@ def test_a_file_that_changed_is_refused(tmp_path, name):
     path.write_bytes(CONTENTS[name])
     load_public(name, tmp_path, get_url=refuse)
     path.write_bytes(gzip.compress(b"1\t2010-10-19T23:55:27Z\t0\t0\t5\n") if name == "gowalla" else b"1,2,3,4,5\n")
-    with pytest.raises(DataError, match=r"expected the (published md5|sha256 of its first use, in .*,) \w{32}"):
+    with pytest.raises(DataError, match=r"must have the (published md5|sha256 of its first use, in .*,) \w{32}"):
         load_public(name, tmp_path, get_url=refuse)
 
 
@@ -101,14 +101,14 @@ def test_recboles_version(tmp_path, name, file, time):
 def test_repeats_that_are_merged_are_not_the_papers_data(tmp_path):
     path = tmp_path / "gowalla.inter"
     recboles(path, "gowalla", more="num_repeat:float")
-    with pytest.raises(DataError, match=r"expected every interaction on its own.*num_repeat.*give its path"):
+    with pytest.raises(DataError, match=r"must have every interaction on its own.*num_repeat.*give its path"):
         load_public("gowalla", tmp_path, get_url=refuse)
     assert rows_of(load_interactions(path)) == EXPECTED["gowalla"]
 
 
 def test_a_damaged_packed_file_is_told_as_everywhere(tmp_path):
     (tmp_path / "gowalla.inter.gz").write_bytes(gzip.compress(b"user_id:token\titem_id:token\t" * 99)[:-9])
-    with pytest.raises(DataError, match="expected a whole gzip file"):
+    with pytest.raises(DataError, match="must be a whole gzip file"):
         load_public("gowalla", tmp_path, get_url=refuse)
 
 
@@ -157,7 +157,7 @@ def test_fetching(tmp_path, capsys):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", ["gowalla", "amazon-video-games"])
 def test_what_is_fetched_and_is_something_else_is_not_kept(tmp_path, name):
-    with pytest.raises(DataError, match=r"expected (the published md5|4 fields)"):
+    with pytest.raises(DataError, match=r"must have (the published md5|4 fields)"):
         load_public(name, tmp_path, get_url=lambda url: b"<html>Moved,\nfor a while</html>")
     assert list(tmp_path.iterdir()) == []
     assert rows_of(load_public(name, tmp_path, get_url=lambda url: CONTENTS[name])) == EXPECTED[name]
@@ -225,7 +225,7 @@ def test_moments(tmp_path, text, expected):
     path = tmp_path / "a.csv"
     path.write_text(f"user_id,item_id,timestamp\nu,i,{text}\n")
     if expected is None:
-        with pytest.raises(DataError, match="expected a time"):
+        with pytest.raises(DataError, match="must be a time"):
             read_interactions(path)
     else:
         assert read_interactions(path).times.tolist() == [expected]

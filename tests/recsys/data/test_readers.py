@@ -58,10 +58,10 @@ def test_parquet_types(tmp_path, times, kind, expected):
         ({"items": ["a", " ", None]}, r"row 2: .*the first of 2 bad rows: 2, 3"),
         ({"times": [1.0, float("nan"), float("inf")]}, "the first of 2 bad rows"),
         ({"times": [1, None, 3]}, "row 2: "),
-        ({"times": ["1", "2", "3"]}, "expected numbers or timestamps in column 'timestamp', got string"),
-        ({"users": [1.5, 2.0, 3.0]}, "expected strings or integers in column 'user_id', got double"),
-        ({"times": np.array([2**63, 1, 1], dtype=np.uint64)}, "expected a readable Parquet file"),
-        ({"users": [], "items": [], "times": []}, r"expected (rows, got none|strings or integers)"),
+        ({"times": ["1", "2", "3"]}, "must have numbers or timestamps in column 'timestamp'; given string"),
+        ({"users": [1.5, 2.0, 3.0]}, "must have strings or integers in column 'user_id'; given double"),
+        ({"times": np.array([2**63, 1, 1], dtype=np.uint64)}, "must be a readable Parquet file"),
+        ({"users": [], "items": [], "times": []}, r"must have (rows; given none|strings or integers)"),
     ],
     ids=str,
 )
@@ -96,7 +96,7 @@ def test_parquet_strings_that_are_not_utf8(tmp_path, monkeypatch, kind):
     parquet.write_table(
         arrow.table({"user_id": [1] * 6, "item_id": items, "timestamp": [1] * 6}), tmp_path / "a.parquet"
     )
-    message = "row 5: expected UTF-8 text in column 'item_id', got byte 0xff"
+    message = "row 5 must be UTF-8 text in column 'item_id'; given byte 0xff"
     with pytest.raises(DataError, match=message):
         read_interactions(tmp_path / "a.parquet")
 
@@ -134,15 +134,15 @@ def test_a_parquet_file_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
 
 def test_unusable_parquet_files(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", ["a"], ["b"], [1])
-    with pytest.raises(DataError, match="one column 'who', got 0 among user_id, item_id, timestamp"):
+    with pytest.raises(DataError, match="one column 'who'; given 0 among user_id, item_id, timestamp"):
         read_interactions(path, user_field="who")
     whole = path.read_bytes()
     for content in (b"", b"PAR1", whole[: len(whole) // 2], b"user_id,item_id\n", whole[:40] + b"x" * 40 + whole[80:]):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"a\.parquet: expected"):
+        with pytest.raises(DataError, match=r"a\.parquet must be a readable Parquet file"):
             read_interactions(path)
     for place in (tmp_path / "absent.parquet", tmp_path):
-        with pytest.raises(DataError, match="expected"):
+        with pytest.raises(DataError, match=r"must (be|have a suffix)"):
             read_interactions(place)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"ttt4rec\[parquet\]"):

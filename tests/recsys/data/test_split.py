@@ -82,12 +82,12 @@ def test_a_part_of_ratio_zero_stays_empty() -> None:
 
 @pytest.mark.parametrize("ratios", [(0, 2, 5), (3, -1, 5), (3, 2), (3, 2, 5, 1), (0.6, 0.2, 0.2), (3.0, 2, 5)])
 def test_bad_ratios(ratios: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="expected three whole-number ratios"):
+    with pytest.raises(ValueError, match="ratios must be three whole numbers"):
         split_by_ratio(histories_of([5]), ratios)
 
 
 def test_unknown_part() -> None:
-    with pytest.raises(ValueError, match="got 'dev'"):
+    with pytest.raises(ValueError, match="given 'dev'"):
         split_by_ratio(histories_of([5])).bounds("dev")
 
 
@@ -219,7 +219,7 @@ def test_a_ratio_of_zero_leaves_nothing_to_a_part_of_time(
 
 
 def test_a_time_split_without_training_data() -> None:
-    with pytest.raises(DataError, match=r"before time 3 .* got none"):
+    with pytest.raises(DataError, match=r"before time 3 .* given none"):
         split_by_time(interactions_of([(0, 0, 3), (1, 1, 3)]))
-    with pytest.raises(ValueError, match="expected three whole-number ratios"):
+    with pytest.raises(ValueError, match="ratios must be three whole numbers"):
         split_by_time(interactions_of([(0, 0, 3), (1, 1, 3)]), (1, 1))

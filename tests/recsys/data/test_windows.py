@@ -150,9 +150,9 @@ def test_batches_depend_on_the_generator_only() -> None:
 def test_bad_arguments() -> None:
     split = split_of([9])
     for build in (training_windows, lambda split, max_len: evaluation_prefixes(split, "test", max_len=max_len)):
-        with pytest.raises(ValueError, match="expected max_len of at least 1, got 0"):
+        with pytest.raises(ValueError, match="max_len must be at least 1; given 0"):
             build(split, max_len=0)
-    with pytest.raises(ValueError, match="got 'dev'"):
+    with pytest.raises(ValueError, match="given 'dev'"):
         training_windows(split, max_len=2, part="dev")
-    with pytest.raises(ValueError, match="at least one target per batch"):
+    with pytest.raises(ValueError, match="targets_per_batch must be at least 1"):
         batches(training_windows(split, max_len=2), targets_per_batch=0, generator=torch.Generator())

@@ -451,7 +451,7 @@ def test_bad_arguments():
         OnlineRecommender(model, ITEMS, MemoryEventLog(), pool_bytes=slot_bytes(model) - 1)
     with pytest.raises(ValueError, match=r"pool_bytes must be an integer of at least 1; given 1000000\.0"):
         OnlineRecommender(model, ITEMS, MemoryEventLog(), pool_bytes=1e6)
-    with pytest.raises(ValueError, match="a TTTLayer, is expected in every block; given GRUMixer"):
+    with pytest.raises(ValueError, match="mixer must have steps and pools, as TTTLayer has; given GRUMixer"):
         OnlineRecommender(make_model(mixer="gru"), ITEMS, MemoryEventLog())
 
 

@@ -47,13 +47,13 @@ def test_many_float32_ranks_are_summed_in_float64() -> None:
 
 
 def test_bad_use() -> None:
-    with pytest.raises(ValueError, match="got none"):
+    with pytest.raises(ValueError, match="given none"):
         RankingMetrics().compute()
     for cutoffs in ([], [0, 10]):
-        with pytest.raises(ValueError, match="cutoffs of at least 1"):
+        with pytest.raises(ValueError, match="cutoffs must be one or more of at least 1"):
             RankingMetrics(cutoffs)
     for rank in (0.5, torch.nan):
-        with pytest.raises(ValueError, match="ranks of at least 1"):
+        with pytest.raises(ValueError, match="ranks must be at least 1"):
             RankingMetrics().update(torch.tensor([rank]))
 
 

@@ -66,7 +66,7 @@ def load_interactions(source: str | os.PathLike[str], **fields: str) -> Interact
     if path.suffix or path.exists() or len(path.parts) > 1:
         return read_interactions(path, **fields)
     known = ", ".join(map(repr, (*_DATASETS, *PUBLIC)))
-    raise DataError(f"unknown dataset {name!r}: expected one of {known} or the path of a file")
+    raise DataError(f"the data must be one of {known} or the path of a file; given {name!r}")
 
 
 def cache_directory() -> Path:
@@ -76,7 +76,7 @@ def cache_directory() -> Path:
         return Path(configured) if configured else Path.home() / ".cache" / "ttt4rec"
     except RuntimeError as error:
         raise DataError(
-            "expected a folder for data sets in $TTT4REC_DATA, as $HOME is not set and the system knows no home folder"
+            "$TTT4REC_DATA must be a folder for data sets, as $HOME is not set and the system knows no home folder"
         ) from error
 
 
@@ -134,8 +134,8 @@ def fetch_ml_100k(
         _keep(path, content)
         return path
     raise DataError(
-        f"cannot fetch ml-100k ({'; '.join(reasons)}): expected a source within reach, "
-        f"or {_WHEEL_MEMBER} of the recbole 1.2.1 wheel (sha256 {ML_100K_SHA256}) put at {path} by hand"
+        f"cannot fetch ml-100k ({'; '.join(reasons)}); "
+        f"put {_WHEEL_MEMBER} of the recbole 1.2.1 wheel (sha256 {ML_100K_SHA256}) at {path} by hand"
     )
 
 
@@ -157,7 +157,7 @@ def _member(archive: bytes, name: str) -> bytes:
     with zipfile.ZipFile(io.BytesIO(archive)) as unpacked:
         size = unpacked.getinfo(name).file_size  # no more is unpacked than an archive says
         if size > _LARGEST_MEMBER:
-            raise DataError(f"expected {name} of at most {_LARGEST_MEMBER:,} bytes, got {size:,}")
+            raise DataError(f"{name} must have at most {_LARGEST_MEMBER:,} bytes; given {size:,}")
         return unpacked.read(name)
 
 
@@ -168,7 +168,7 @@ def _sha256(content: bytes) -> str:
 def _expect(content: bytes, sha256: str, what: str) -> None:
     given = _sha256(content)
     if given != sha256:
-        raise DataError(f"expected {what} with sha256 {sha256}, got {given}")
+        raise DataError(f"{what} must have the sha256 {sha256}; given {given}")
 
 
 def _keep(path: Path, content: bytes) -> None:
@@ -177,4 +177,4 @@ def _keep(path: Path, content: bytes) -> None:
         with replacing(path) as partial:
             partial.write_bytes(content)
     except OSError as error:
-        raise DataError(f"expected a writable cache directory {path.parent}, got {error.strerror}") from error
+        raise DataError(f"the cache directory {path.parent} must be writable; given {error.strerror!r}") from error

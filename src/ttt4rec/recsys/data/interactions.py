@@ -87,7 +87,7 @@ class Histories:
     def history(self, user_code: int) -> IntArray:
         """Item codes of one user, oldest first, int64 [length]; IndexError for a code that does not exist."""
         if not 0 <= user_code < self.num_users:
-            raise IndexError(f"expected a user code from 0 to {self.num_users - 1}, got {user_code}")
+            raise IndexError(f"user_code must be from 0 to {self.num_users - 1}; given {user_code}")
         return self.items[self.offsets[user_code] : self.offsets[user_code + 1]]
 
     def first_places(self) -> IntArray:
@@ -100,7 +100,7 @@ class Histories:
         """Code of an original user id; DataError when the data has no such user."""
         code = self._user_codes.get(user_id)
         if code is None:
-            raise DataError(f"unknown user id {user_id!r}: expected one of the {self.num_users} users of the data")
+            raise DataError(f"user_id must be one of the data's {self.num_users} users; given {user_id!r}")
         return code
 
     def item_codes(self, item_ids: Sequence[str]) -> tuple[IntArray, tuple[str, ...]]:
@@ -130,8 +130,8 @@ def filter_k_core(interactions: Interactions, *, min_user: int, min_item: int) -
     kept = k_core_rows(interactions.users, interactions.items, min_user=min_user, min_item=min_item)
     if not len(kept):
         raise DataError(
-            f"expected interactions left after filtering, got none of {len(interactions)}: "
-            f"no users with >= {min_user} and items with >= {min_item} interactions among themselves"
+            f"there must be users with >= {min_user} and items with >= {min_item} interactions among themselves; "
+            f"given none of {len(interactions)} interactions that are left after such a filter; lower the bounds"
         )
     return interactions.take(kept)
 

@@ -31,7 +31,7 @@ def read_parquet(path: Path, user_field: str, item_field: str, time_field: str) 
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(
-            f'{path}: expected the package pyarrow for Parquet files (pip install "ttt4rec[parquet]")'
+            f'{path}: the package pyarrow must be installed for Parquet files (pip install "ttt4rec[parquet]")'
         ) from error
     fields = {"user": user_field, "item": item_field, "time": time_field}
     try:
@@ -42,7 +42,7 @@ def read_parquet(path: Path, user_field: str, item_field: str, time_field: str) 
             return _read(path, file, fields, size)
     except (arrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:  # whatever damaged bytes lead to
         reason = printable(str(error).splitlines()[0], 200) if str(error) else type(error).__name__
-        raise DataError(f"{path}: expected a readable Parquet file, got: {reason}") from error
+        raise DataError(f"{path} must be a readable Parquet file; given one with this fault: {reason}") from error
 
 
 def _check_columns(path: Path, schema: Any, fields: dict[str, str]) -> None:
@@ -51,14 +51,14 @@ def _check_columns(path: Path, schema: Any, fields: dict[str, str]) -> None:
     for what, field in fields.items():
         if schema.names.count(field) != 1:
             given = printable(", ".join(schema.names), 200)
-            raise DataError(f"{path}: expected one column {field!r}, got {schema.names.count(field)} among {given}")
+            raise DataError(f"{path} must have one column {field!r}; given {schema.names.count(field)} among {given}")
         kind = schema.field(field).type
         plain = kind.value_type if types.is_dictionary(kind) else kind
         text = str(plain) in ("string", "large_string", "string_view")  # the last has no test in pyarrow 15
         clock = types.is_floating(plain) or types.is_temporal(plain)
         if not (types.is_integer(plain) or (clock if what == "time" else text)):
             wanted = "numbers or timestamps" if what == "time" else "strings or integers"
-            raise DataError(f"{path}: expected {wanted} in column {field!r}, got {kind}")
+            raise DataError(f"{path} must have {wanted} in column {field!r}; given {kind}")
 
 
 def _rows_per_batch(metadata: Any) -> int:
@@ -77,7 +77,7 @@ def _read(path: Path, file: Any, fields: dict[str, str], size: int) -> Interacti
 
     rows = file.metadata.num_rows
     if rows < 1:
-        raise DataError(f"{path}: expected rows, got none")
+        raise DataError(f"{path} must have rows; given none")
     codes = {"user": Codes(), "item": Codes()}
     encoded = {what: np.empty(rows, dtype=np.int64) for what in codes}
     floating = types.is_floating(file.schema_arrow.field(fields["time"]).type)
@@ -87,7 +87,7 @@ def _read(path: Path, file: Any, fields: dict[str, str], size: int) -> Interacti
     for batch in file.iter_batches(batch_size=size, columns=list(fields.values())):
         here = slice(start, start + batch.num_rows)
         if here.stop > rows:
-            raise DataError(f"{path}: expected {rows} rows, as its metadata says, got more")
+            raise DataError(f"{path} must have {rows} rows, as its metadata says; given more")
         bad = np.zeros(batch.num_rows, dtype=bool)
         for what in codes:
             column = batch.column(fields[what])
@@ -96,17 +96,17 @@ def _read(path: Path, file: Any, fields: dict[str, str], size: int) -> Interacti
             except UnicodeDecodeError as error:
                 place, given = start + 1 + _first_undecodable(column), f"byte {error.object[error.start]:#04x}"
                 raise DataError(
-                    f"{path} row {place}: expected UTF-8 text in column {fields[what]!r}, got {given}"
+                    f"{path} row {place} must be UTF-8 text in column {fields[what]!r}; given {given}"
                 ) from error
             bad |= wrong
         times[here], wrong = _times(batch.column(fields["time"]))
         bad |= wrong
         places = (start + 1 + np.flatnonzero(bad)).tolist()
-        problems.add((place, "expected two ids and a finite time, got a blank") for place in places)
+        problems.add((place, "a row must have two ids and a finite time; given a blank") for place in places)
         start = here.stop
     problems.report()
     if start < rows:
-        raise DataError(f"{path}: expected {rows} rows, as its metadata says, got {start}")
+        raise DataError(f"{path} must have {rows} rows, as its metadata says; given {start}")
     if floating and bool((times == np.floor(times)).all()):
         times = times.astype(np.int64)
     return Interactions(encoded["user"], encoded["item"], times, tuple(codes["user"]), tuple(codes["item"]))

@@ -148,8 +148,8 @@ def _time_of(atomic: Path, dataset: PublicDataset) -> str:
         header = [field.partition(":")[0].strip() for field in text.lines.readline().split("\t")]
     if "num_repeat" in header:
         raise DataError(
-            f"{atomic}: expected every interaction on its own, as in the paper's data, got a file whose repeats are "
-            "merged (it has a column num_repeat); to read it all the same, give its path instead of the dataset's name"
+            f"{atomic} must have every interaction on its own, as the paper's data have; given a file whose repeats "
+            "are merged (it has a column num_repeat); to read it all the same, give its path, not the dataset's name"
         )
     return next((name for name in dataset.atomic_times if name in header), "timestamp")
 
@@ -157,9 +157,9 @@ def _time_of(atomic: Path, dataset: PublicDataset) -> str:
 def _fetch(name: str, path: Path, get_url: Callable[[str], bytes]) -> None:
     dataset = PUBLIC[name]
     files, atomics = (" or ".join(names) for names in (dataset.files, dataset.atomics))
-    wanted = f"expected {files} (from {dataset.source}) or RecBole's {atomics} put into {path.parent}"
+    advice = f"put {files} (from {dataset.source}) or RecBole's {atomics} into {path.parent} by hand"
     if dataset.url is None:
-        raise DataError(f"{name} cannot be fetched: {wanted} by hand")
+        raise DataError(f"{name} cannot be fetched; {advice}")
     print(f"fetching {name} from {dataset.url} into {path.parent}", file=sys.stderr)
     try:
         content = get_url(dataset.url)
@@ -167,7 +167,7 @@ def _fetch(name: str, path: Path, get_url: Callable[[str], bytes]) -> None:
         with replacing(path) as partial:
             partial.write_bytes(content)
     except (OSError, http.client.HTTPException) as error:
-        raise DataError(f"cannot fetch {name} ({error}): {wanted} by hand") from error
+        raise DataError(f"cannot fetch {name} ({error}); {advice}") from error
 
 
 @contextmanager
@@ -184,11 +184,11 @@ def unchanged(path: Path, md5: str | None = None) -> Iterator[None]:
     record = path.with_name(f"{path.name}.sha256")
     recorded = [] if md5 is not None or not record.is_file() else record.read_text(encoding="utf-8").split()
     if md5 is not None and given != md5:
-        raise DataError(f"{path}: expected the published md5 {md5}, got {given}; delete the file, to have it fetched")
+        raise DataError(f"{path} must have the published md5 {md5}; given {given}; delete the file, to have it fetched")
     if recorded and given != recorded[0]:
         raise DataError(
-            f"{path}: expected the sha256 of its first use, in {record.name}, {recorded[0]}, got {given}; put the old "
-            "file there, or delete the record if the new one is meant"
+            f"{path} must have the sha256 of its first use, in {record.name}, {recorded[0]}; given {given}; put the "
+            "old file there, or delete the record if the new one is meant"
         )
     yield
     if md5 is not None or recorded:

@@ -73,15 +73,15 @@ def read_interactions(
         return read_parquet(path, user_field, item_field, time_field)
     separator = _separator_of(path) if separator is None else separator
     if len(separator) != 1:
-        raise DataError(f"expected a separator of one character, got {separator!r}")
+        raise DataError(f"separator must be one character; given {separator!r}")
     if not path.is_file():
-        raise DataError(f"expected a data file at {path}, got {'a directory' if path.is_dir() else 'nothing'}")
+        raise DataError(f"{path} must be a data file; given {'a directory' if path.is_dir() else 'nothing'}")
     try:
         return _read_text(path, separator, columns, (user_field, item_field, time_field))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: expected a whole gzip file, got one that cannot be unpacked ({error})") from error
+        raise DataError(f"{path} must be a whole gzip file; given one that cannot be unpacked ({error})") from error
     except OSError as error:
-        raise DataError(f"{path}: expected a readable file, got {error.strerror or error}") from error
+        raise DataError(f"{path} must be a readable file; given {str(error.strerror or error)!r}") from error
 
 
 def _read_text(path: Path, separator: str, columns: Sequence[str] | None, fields: tuple[str, str, str]) -> Interactions:
@@ -92,20 +92,22 @@ def _read_text(path: Path, separator: str, columns: Sequence[str] | None, fields
             header = next(reader, None) if columns is None else list(columns)
             if not header:
                 given = "an empty file" if header is None else "an empty line"
-                raise DataError(f"{path} line 1: expected a header line, got {given}")
+                raise DataError(f"{path} line 1 must be a header line; given {given}")
             return _read_rows(path, text, reader, _find_columns(path, header, *fields))
         except UnicodeDecodeError as error:
             place, given = f"line {_line_of_undecodable(path)}", f"byte {error.object[error.start]:#04x}"
-            raise DataError(f"{path} {place}: expected UTF-8 text, got {given}") from error
+            raise DataError(f"{path} {place} must be UTF-8 text; given {given}") from error
         except csv.Error as error:
-            raise DataError(f"{path} line {reader.line_num}: expected delimited text, got {error}") from error
+            raise DataError(
+                f"{path} line {reader.line_num} must be delimited text; given a line with this fault: {error}"
+            ) from error
 
 
 def _separator_of(path: Path) -> str:
     plain = path.with_suffix("") if is_packed(path) else path
     if plain.suffix.lower() not in _SEPARATORS:
         known = ", ".join(_SEPARATORS)
-        raise DataError(f"{path}: expected a suffix out of {known} (or a separator), got {plain.suffix!r}")
+        raise DataError(f"{path} must have a suffix out of {known}, or its separator be named; given {plain.suffix!r}")
     return _SEPARATORS[plain.suffix.lower()]
 
 
@@ -131,7 +133,7 @@ def _find_columns(path: Path, header: list[str], user_field: str, item_field: st
         names = header if field in header else bare
         if names.count(field) != 1:
             given = printable(", ".join(header), _SHOWN)
-            raise DataError(f"{path} line 1: expected one column {field!r}, got {names.count(field)} among {given}")
+            raise DataError(f"{path} line 1 must have one column {field!r}; given {names.count(field)} among {given}")
         return names.index(field)
 
     return _Columns(len(header), find(user_field), find(item_field), find(time_field))
@@ -166,7 +168,7 @@ def _read_rows(path: Path, text: TextFile, reader: _Reader, columns: _Columns) -
         times.append(time_column)
     problems.report()
     if not users:
-        raise DataError(f"{path}: expected rows after the header, got none")
+        raise DataError(f"{path} must have rows after the header; given none")
     return Interactions(
         np.concatenate(users),
         np.concatenate(items),
@@ -186,7 +188,8 @@ def _join_times(path: Path, chunks: Sequence[TimeArray | NDArray[np.object_]]) -
             if time != float(time):  # Python compares the two exactly; rounded times would tie with their neighbours
                 fraction = times[times % 1 != 0][0]
                 raise DataError(
-                    f"{path}: expected times that float64 holds exactly, as some are fractions ({fraction}), got {time}"
+                    f"{path}: times must be such as float64 holds exactly, as some are fractions "
+                    f"({fraction}); given {time}"
                 )
     return times
 
@@ -241,13 +244,13 @@ def _parse_time(text: str) -> int | float:
 def _problem(row: list[str], columns: _Columns) -> str | None:
     """What is wrong with a row, or None."""
     if len(row) != columns.width:
-        return f"expected {columns.width} fields, got {len(row)}"
+        return f"a row must have {columns.width} fields; given {len(row)}"
     for position, what in ((columns.user, "a user"), (columns.item, "an item")):
         if not row[position].strip():
-            return f"expected {what} id in field {position + 1}, got {row[position][:_SHOWN]!r}"
+            return f"field {position + 1} must be {what} id; given {row[position][:_SHOWN]!r}"
     try:
         _parse_time(row[columns.time])
     except ValueError:
         wanted = "a time (a 64-bit number, below 2**52 if it has a fraction, or a date, to microseconds)"
-        return f"expected {wanted} in field {columns.time + 1}, got {row[columns.time][:_SHOWN]!r}"
+        return f"field {columns.time + 1} must be {wanted}; given {row[columns.time][:_SHOWN]!r}"
     return None

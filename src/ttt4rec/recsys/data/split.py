@@ -53,7 +53,7 @@ class Split:
             last = np.maximum(np.diff(self.histories.offsets), self.valid_end)
             edges = np.maximum(1, np.stack([self.train_begin, self.train_end, self.valid_end, last]))
             return edges[PARTS.index(part)], edges[PARTS.index(part) + 1]
-        raise ValueError(f"expected a part out of 'train', 'valid' and 'test', got {part!r}")
+        raise ValueError(f"part must be one of 'train', 'valid' and 'test'; given {part!r}")
 
     def num_targets(self, part: Part) -> int:
         """Number of targets of one part, all users together."""
@@ -143,8 +143,8 @@ def split_by_time(
     ]
     if not len(core):
         raise DataError(
-            f"expected interactions before time {valid_from} with users of >= {min_user} and items of >= {min_item} "
-            "interactions among themselves, got none"
+            f"there must be interactions before time {valid_from} with users of >= {min_user} and items of >= "
+            f"{min_item} interactions among themselves; given none"
         )
     known = np.zeros(len(interactions.item_ids), dtype=bool)
     known[interactions.items[core]] = True
@@ -179,4 +179,4 @@ def _by_first_appearance(codes: IntArray, ids: tuple[str, ...]) -> tuple[IntArra
 def _check_ratios(ratios: tuple[int, int, int]) -> None:
     whole = len(ratios) == 3 and all(isinstance(ratio, int) for ratio in ratios)
     if not whole or ratios[0] < 1 or min(ratios) < 0:
-        raise ValueError(f"expected three whole-number ratios, train >= 1, valid and test >= 0, got {ratios}")
+        raise ValueError(f"ratios must be three whole numbers, train >= 1, valid and test >= 0; given {ratios}")

@@ -77,8 +77,8 @@ class _Metered(io.BufferedIOBase):
         self._total += len(block)
         if self.since > _MOST:
             raise DataError(
-                f"{self._path} line {_line_at(self._path, self._total)}: expected rows of at most {LONGEST_ROW:,} "
-                "bytes, got a longer one (a line without an end, or a quote that is never closed)"
+                f"{self._path} line {_line_at(self._path, self._total)}: a row must have at most {LONGEST_ROW:,} "
+                "bytes; given a longer one (a line without an end, or a quote that is never closed)"
             )
         return block
 

@@ -74,7 +74,7 @@ class Windows:
             ValueError: there are no indices.
         """
         if indices.numel() == 0:
-            raise ValueError("expected the index of at least one window, got none")
+            raise ValueError("indices must be those of at least one window; given none")
         lengths = self.lengths[indices]
         cu_seqlens = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         offset = _count_up(lengths)
@@ -156,7 +156,7 @@ def batches(windows: Windows, *, targets_per_batch: int, generator: torch.Genera
         ValueError: ``targets_per_batch`` is below 1.
     """
     if targets_per_batch < 1:
-        raise ValueError(f"expected at least one target per batch, got {targets_per_batch}")
+        raise ValueError(f"targets_per_batch must be at least 1; given {targets_per_batch}")
     order = torch.randperm(len(windows), generator=generator)
     targets = windows.targets_per_window[order]
     batch = (targets.cumsum(0) - targets) // targets_per_batch
@@ -171,7 +171,7 @@ def _count_up(lengths: Tensor) -> Tensor:
 
 def _check_max_len(max_len: int) -> None:
     if max_len < 1:
-        raise ValueError(f"expected max_len of at least 1, got {max_len}")
+        raise ValueError(f"max_len must be at least 1; given {max_len}")
 
 
 def _enumerate_windows(counts: IntArray) -> tuple[IntArray, IntArray]:

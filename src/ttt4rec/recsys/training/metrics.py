@@ -19,7 +19,7 @@ class RankingMetrics:
 
     def __init__(self, cutoffs: Sequence[int] = (10, 50)) -> None:
         if not cutoffs or any(cutoff < 1 for cutoff in cutoffs):
-            raise ValueError(f"expected one or more cutoffs of at least 1, got {tuple(cutoffs)}")
+            raise ValueError(f"cutoffs must be one or more of at least 1; given {tuple(cutoffs)}")
         self._names = [f"{name}@{k}" for k in cutoffs for name in ("HR", "NDCG", "MRR")] + ["MRR"]
         self._cutoffs = tuple(cutoffs)
         self._sums = torch.zeros(len(self._names), dtype=torch.float64)
@@ -29,7 +29,7 @@ class RankingMetrics:
         """Add the targets with these ranks, [N] real numbers >= 1; ValueError when one is below 1 or NaN."""
         ranks = ranks.detach().double()
         if not bool((ranks >= 1).all()):
-            raise ValueError("expected ranks of at least 1, got smaller ones or NaN")
+            raise ValueError("ranks must be at least 1; given smaller ones or NaN")
         gains = torch.stack([torch.ones_like(ranks), 1 / torch.log2(1 + ranks), 1 / ranks])
         cut = [(gains * (ranks <= k)).sum(dim=1) for k in self._cutoffs]
         self._sums += torch.cat([*cut, gains[2].sum().unsqueeze(0)]).cpu()
@@ -43,5 +43,5 @@ class RankingMetrics:
     def compute(self) -> dict[str, float]:
         """HR@k, NDCG@k and MRR@k for every cutoff, then MRR, by name; ValueError without targets."""
         if not self._count:
-            raise ValueError("expected at least one target before compute(), got none")
+            raise ValueError("targets must be at least one before compute(); given none")
         return dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))

@@ -63,7 +63,7 @@ def processes(device: str) -> Iterator[str]:
         return
     if device.startswith("cuda:"):
         raise ValueError(
-            f"expected the device 'cuda' of processes that torchrun started, one GPU for each; got {device!r}"
+            f"device must be 'cuda' for processes that torchrun started, one GPU for each; given {device!r}"
         )
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -86,16 +86,16 @@ def check_group() -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and dist.is_available() and dist.is_torchelastic_launched() and not _together():
         raise ValueError(
-            f"torchrun started {started} processes, each of which would train alone: expected torch.distributed to be "
-            "initialised, as within ttt4rec.recsys.parallel.processes"
+            "torch.distributed must be initialised, as within ttt4rec.recsys.training.parallel.processes; given "
+            f"{started} processes that torchrun started, each of which would train alone"
         )
     if world_size() > 1:
         try:
             add_up(torch.zeros(()))
         except RuntimeError as error:
             raise ValueError(
-                "expected a process group for tensors of the CPU too, such as "
-                f"init_process_group('cpu:gloo,cuda:nccl'); got {dist.get_backend()!r} ({error})"
+                "the process group must be for tensors of the CPU too, such as "
+                f"init_process_group('cpu:gloo,cuda:nccl'); given {dist.get_backend()!r} ({error})"
             ) from error
 
 
@@ -235,7 +235,7 @@ def distribute(model: TTT4Rec) -> None:
         return
     rows = model.embedding.weight.shape[0]
     if -(-rows // world_size()) * (world_size() - 1) >= rows:
-        raise ValueError(f"{rows - 1} items cannot be split between {world_size()} processes; expected fewer processes")
+        raise ValueError(f"{rows - 1} items cannot be split between {world_size()} processes; start fewer")
     for x in model.state_dict().values():
         dist.broadcast(x, 0)
     from torch.distributed.device_mesh import init_device_mesh

@@ -155,9 +155,9 @@ def _read(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DataError(f"{folder} holds no finished training run: {Path(error.filename).name} is missing") from error
     except (ValueError, TypeError, KeyError, csv.Error) as error:
-        raise DataError(f"{folder}: expected the files of a training run, got damaged ones ({error})") from error
+        raise DataError(f"{folder} must hold the files of a training run; given damaged ones ({error})") from error
     if not epochs:
-        raise DataError(f"{folder / METRICS_FILE}: expected at least one epoch, got none")
+        raise DataError(f"{folder / METRICS_FILE} must hold at least one epoch; given none")
     return found
 
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ttt4rec.atomic_files import checksum, locked, remove_partials, replacing
-from ttt4rec.checks import check_choice, check_integer, check_positive, is_number
 from ttt4rec.layers.ttt import TTTLayer
+from ttt4rec.models.losses import Loss
 from ttt4rec.models.ttt4rec import TTT4Rec
+from ttt4rec.options import TrainOptions
 from ttt4rec.precision import flushes_denormals
 from ttt4rec.recsys.data import IntArray
 from ttt4rec.recsys.data.split import Part, Split
@@ -29,70 +30,9 @@ from ttt4rec.recsys.data.windows import batches, training_windows
 from ttt4rec.recsys.training import parallel
 from ttt4rec.recsys.training.checkpoint import load_checkpoint, save_checkpoint
 from ttt4rec.recsys.training.evaluate import evaluate
-from ttt4rec.recsys.training.losses import LOSSES, Loss, LossName
 from ttt4rec.recsys.training.progress import progress_bar
 
 METRICS_FILE, CHECKPOINT_FILE = "metrics.csv", "checkpoint.safetensors"
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How to train; the defaults are the paper's.
-
-    Attributes:
-        epochs: at most so many passes over the training targets.
-        patience: stop after so many epochs without a better validation NDCG@10.
-        learning_rate: Adam's.
-        targets_per_batch: scored targets in one step.
-        clip_norm: largest norm of all gradients together.
-        inner_lr_warmup: steps over which TTT layers' inner rates rise from 0 to their full size; 0: none.
-        loss: ``"softmax"`` over all items, or one over negatives: ``"sampled"`` softmax, ``"gbce"``, ``"bpr"``.
-        num_negatives: negatives drawn for each piece of a step, shared by its targets; by each process for its own.
-        popularity: negatives are drawn in proportion to an item's training count + 1 to this power; 0: all alike.
-        calibration: gBCE's t, from 0 (binary cross-entropy) to 1.
-        exclude_seen: validate on items new to the user, see ``evaluate``.
-        accumulate: pieces in which a step's gradients are computed, one after the other, to save memory.
-        autocast: run the model in bfloat16 under autocast; weights, inner loop, scores and loss stay float32.
-        deterministic: have torch use deterministic algorithms only, and raise where there is none.
-        seed: of the shuffling, and with the number of processes of the dropout and the negatives; at least 0.
-    """
-
-    epochs: int = 300
-    patience: int = 5
-    learning_rate: float = 1e-3
-    targets_per_batch: int = 2048
-    clip_norm: float = 5.0
-    inner_lr_warmup: int = 0
-    loss: LossName = "softmax"
-    num_negatives: int = 256
-    popularity: float = 0.0
-    calibration: float = 0.75
-    exclude_seen: bool = False
-    accumulate: int = 1
-    autocast: bool = False
-    deterministic: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check every field.
-
-        Raises:
-            ValueError: one is out of range.
-        """
-        for name in ("epochs", "patience", "targets_per_batch", "num_negatives", "accumulate"):
-            check_integer(name, getattr(self, name))
-        for name in ("inner_lr_warmup", "seed"):
-            check_integer(name, getattr(self, name), least=0)
-        for name in ("exclude_seen", "autocast", "deterministic"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False; given {getattr(self, name)!r}")
-        check_positive("learning_rate", self.learning_rate)
-        check_positive("clip_norm", self.clip_norm)
-        check_choice("loss", self.loss, LOSSES)
-        if not is_number(self.popularity) or not 0 <= self.popularity < math.inf:
-            raise ValueError(f"popularity must be finite and at least 0; given {self.popularity!r}")
-        if not is_number(self.calibration) or not 0 <= self.calibration <= 1:
-            raise ValueError(f"calibration must be from 0 to 1; given {self.calibration!r}")
 
 
 @dataclass(frozen=True)
@@ -195,14 +135,14 @@ def _check_data(model: TTT4Rec, split: Split, exclude_seen: bool) -> None:
     parts: tuple[Part, ...] = ("train", "valid")
     for part in parts:
         if not split.num_targets(part):
-            raise ValueError(f"the split has no {part} targets; expected some to train on and some to validate")
+            raise ValueError(f"the split must have targets to train on and to validate; given no {part} targets")
     if exclude_seen and not split.num_new_targets("valid"):
         raise ValueError(
-            "every validation target is an item that its user had before; expected others, which exclude_seen ranks"
+            "validation targets must be new to their users for exclude_seen; given only items that they had before"
         )
     if model.config.num_items < split.histories.num_items:
         raise ValueError(
-            f"the model knows {model.config.num_items} items; expected at least the data's {split.histories.num_items}"
+            f"the model must know at least the data's {split.histories.num_items} items; given {model.config.num_items}"
         )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.recsys_data import make_model, make_split
-from ttt4rec.recsys.training.losses import LOSSES, Loss, bpr, gbce_beta, generalised_bce, sampled_softmax
+from ttt4rec.models.losses import LOSSES, Loss, LossKind, bpr, gbce_beta, generalised_bce, sampled_softmax
 from ttt4rec.recsys.training.train import TrainOptions, fit
 
 N, S = 5, 7
@@ -125,6 +125,19 @@ def test_losses_of_a_narrow_model_are_float32(tmp_path, name, dtype):
     assert given.dtype == torch.float32
     given.backward()
     assert model.embedding.weight.grad.abs().sum() > 0
+
+
+def test_a_loss_of_ones_own(tmp_path, monkeypatch):
+    def hinge(given):
+        return (1 - given.positive[:, None] + given.negative).clamp_min(0).masked_fill(given.own, 0).mean(1)
+
+    with pytest.raises(ValueError, match="loss must be one of softmax, sampled, gbce, bpr; given 'hinge'"):
+        TrainOptions(loss="hinge")
+    monkeypatch.setitem(LOSSES, "hinge", LossKind("a margin over negatives", hinge))
+    split = make_split(tmp_path)
+    options = TrainOptions(epochs=2, targets_per_batch=64, learning_rate=1e-2, loss="hinge", num_negatives=16)
+    first, second = fit(make_model(split, mixer="gru"), split, tmp_path / "run", options)
+    assert first.loss > second.loss > 0
 
 
 @pytest.mark.parametrize("name", ["sampled", "gbce", "bpr"])

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import cached_property
-from typing import Literal, TypeAlias, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt4rec.models.ttt4rec import TTT4Rec
-from ttt4rec.precision import without_autocast
-
-LossName: TypeAlias = Literal["softmax", "sampled", "gbce", "bpr"]
-LOSSES: tuple[str, ...] = get_args(LossName)
+from ..precision import without_autocast
+from .ttt4rec import TTT4Rec
 
 
 def sampled_softmax(positive: Tensor, negative: Tensor, own: Tensor, log_expected: Tensor) -> Tensor:
@@ -60,31 +58,65 @@ def bpr(positive: Tensor, negative: Tensor, own: Tensor) -> Tensor:
     return losses.sum(1) / (~own).sum(1).clamp_min(1)
 
 
+class Draws(NamedTuple):
+    """What a loss over negatives is computed of."""
+
+    positive: Tensor  # scores of the targets [N]
+    negative: Tensor  # scores of the negatives [N, S]
+    own: Tensor  # bool [N, S], where a negative is the target itself
+    log_expected: Tensor  # logarithm of how often each negative's item is drawn on average [S]
+    num_items: int  # in the catalogue
+    calibration: float  # gBCE's t
+
+
+class LossKind(NamedTuple):
+    """A row of the registry of losses."""
+
+    about: str
+    compute: Callable[[Draws], Tensor] | None  # losses [N]; None: it needs no negatives, the softmax over all items
+
+
+def _gbce(given: Draws) -> Tensor:
+    beta = gbce_beta(given.negative.shape[1], given.num_items, given.calibration)
+    return generalised_bce(*given[:3], beta)
+
+
+LOSSES = {
+    "softmax": LossKind("over all items", None),
+    "sampled": LossKind("softmax over negatives", lambda given: sampled_softmax(*given[:4])),
+    "gbce": LossKind("calibrated binary cross-entropy over negatives", _gbce),
+    "bpr": LossKind("pairs of target and negative", lambda given: bpr(*given[:3])),
+}
+"""By the names that ``TrainOptions.loss`` and the command line take. One more is an entry here."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loss:
     """A training loss with what it draws its negatives from.
 
     Attributes:
-        name: ``"softmax"``, ``"sampled"`` (softmax), ``"gbce"`` or ``"bpr"``.
+        name: one of ``LOSSES``.
         log_probability: float64 ``[num_items]``, how likely a draw is each item; empty for ``"softmax"``.
         num_negatives: draws for a piece of a step.
         calibration: gBCE's t, from 0 to 1.
     """
 
-    name: LossName
+    name: str
     log_probability: Tensor = dataclasses.field(repr=False)
     num_negatives: int
     calibration: float
 
     @staticmethod
-    def make(name: LossName, counts: Tensor, *, num_negatives: int, popularity: float, calibration: float) -> Loss:
+    def make(name: str, counts: Tensor, *, num_negatives: int, popularity: float, calibration: float) -> Loss:
         """A loss whose negatives are drawn in proportion to (counts + 1) ** popularity, counts ``[num_items]``."""
         weights = popularity * (counts.double() + 1).log()
-        return Loss(name, weights[: 0 if name == "softmax" else None].log_softmax(0), num_negatives, calibration)
+        draws = LOSSES[name].compute is not None
+        return Loss(name, weights[: None if draws else 0].log_softmax(0), num_negatives, calibration)
 
     def __call__(self, model: TTT4Rec, h: Tensor, items: Tensor) -> Tensor:
         """Sum of the losses of target items, int64 ``[N]`` from 1, for hidden states ``[N, width]``."""
-        if self.name == "softmax":
+        compute = LOSSES[self.name].compute
+        if compute is None:
             return model.nll(h, items, "sum")
         drawn = self.draw()
         with without_autocast(h.device.type):
@@ -93,13 +125,8 @@ class Loss:
             positive = (wide * own_rows).sum(1)
             negative = wide @ drawn_rows.T
         own = drawn == items.unsqueeze(1)
-        if self.name == "bpr":
-            return bpr(positive, negative, own).sum()
-        if self.name == "gbce":
-            beta = gbce_beta(self.num_negatives, model.config.num_items, self.calibration)
-            return generalised_bce(positive, negative, own, beta).sum()
-        log_expected = self.log_probability[drawn - 1] + math.log(self.num_negatives)
-        return sampled_softmax(positive, negative, own, log_expected.to(negative.dtype)).sum()
+        log_expected = (self.log_probability[drawn - 1] + math.log(self.num_negatives)).to(negative.dtype)
+        return compute(Draws(positive, negative, own, log_expected, model.config.num_items, self.calibration)).sum()
 
     def draw(self) -> Tensor:
         """Items from 1, int64 ``[num_negatives]``, on the device of the probabilities; torch's global generator."""

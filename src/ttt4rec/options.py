@@ -1,0 +1,70 @@
+"""How to train: what ``recsys`` and the command line both read, apart from ``recsys``, which needs more packages."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .checks import check_integer, check_positive, is_number
+from .fields import check_choices, choice
+from .models.losses import LOSSES
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train; the defaults are the paper's.
+
+    Attributes:
+        epochs: at most so many passes over the training targets.
+        patience: stop after so many epochs without a better validation NDCG@10.
+        learning_rate: of Adam.
+        targets_per_batch: scored targets in one step.
+        clip_norm: largest norm of all gradients together.
+        inner_lr_warmup: steps over which TTT layers' inner rates rise from 0 to their full size; 0: none.
+        loss: what is minimised.
+        num_negatives: negatives drawn for each piece of a step, shared by its targets; by each process for its own.
+        popularity: negatives are drawn in proportion to an item's training count + 1 to this power; 0: all alike.
+        calibration: gBCE's t, from 0 (binary cross-entropy) to 1.
+        exclude_seen: rank only items new to the user, for the targets that are such; see ``evaluate``.
+        accumulate: pieces in which a step's gradients are computed, one after the other, to save memory.
+        autocast: run the model in bfloat16 under autocast; weights, inner loop, scores and loss stay float32.
+        deterministic: have torch use deterministic algorithms only, and raise where there is none.
+        seed: of the shuffling, and with the number of processes of the dropout and the negatives; at least 0.
+    """
+
+    epochs: int = 300
+    patience: int = 5
+    learning_rate: float = 1e-3
+    targets_per_batch: int = 2048
+    clip_norm: float = 5.0
+    inner_lr_warmup: int = 0
+    loss: str = choice("softmax", LOSSES)
+    num_negatives: int = 256
+    popularity: float = 0.0
+    calibration: float = 0.75
+    exclude_seen: bool = False
+    accumulate: int = 1
+    autocast: bool = False
+    deterministic: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        for name in ("epochs", "patience", "targets_per_batch", "num_negatives", "accumulate"):
+            check_integer(name, getattr(self, name))
+        for name in ("inner_lr_warmup", "seed"):
+            check_integer(name, getattr(self, name), least=0)
+        for name in ("exclude_seen", "autocast", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False; given {getattr(self, name)!r}")
+        check_positive("learning_rate", self.learning_rate)
+        check_positive("clip_norm", self.clip_norm)
+        check_choices(self)
+        if not is_number(self.popularity) or not 0 <= self.popularity < math.inf:
+            raise ValueError(f"popularity must be finite and at least 0; given {self.popularity!r}")
+        if not is_number(self.calibration) or not 0 <= self.calibration <= 1:
+            raise ValueError(f"calibration must be from 0 to 1; given {self.calibration!r}")
