@@ -77,14 +77,27 @@ def project(
 
 def plain(module: nn.Module) -> bool:
     """Whether calling the module would do no more than multiply by its weight, or normalise with weight and bias."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    hooks = hooks or modules._global_forward_hooks or modules._global_forward_pre_hooks  # of all modules there are
-    hooks = hooks or modules._global_backward_hooks or modules._global_backward_pre_hooks
     biased = {nn.Linear: False, nn.LayerNorm: True}.get(type(module))
-    if hooks or biased is None or "forward" in module.__dict__ or biased != (module.bias is not None):
+    if biased is None or not untouched(module) or all_hooked() or biased != (module.bias is not None):
         return False
     # a subclass of Tensor may be no matrix of floats: quantised, split between processes
     return all(type(p) in (nn.Parameter, Tensor) for p in (module.weight, module.bias) if p is not None)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether calling the module is calling its class's ``forward``, but for hooks of all modules."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in module.__dict__
+
+
+def all_hooked() -> bool:
+    """Whether there are hooks of all modules."""
+    return bool(
+        modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
 
 
 def causal_convolutions(

@@ -17,7 +17,7 @@ from ..operators.backends import shortcut
 from ..operators.transforms import transformed
 from ..reference import rotation
 from .pool import StatePool
-from .projection import plain
+from .projection import all_hooked, untouched
 
 
 def step_at_once(layer: Any, x: Tensor, pool: StatePool, slots: Tensor) -> Tensor | None:
@@ -35,11 +35,12 @@ def step_at_once(layer: Any, x: Tensor, pool: StatePool, slots: Tensor) -> Tenso
 
 
 def unobserved() -> bool:
-    """Whether PyTorch just computes: no autocast, no tracing, no transform, no mode that sees operators."""
+    """Whether PyTorch just computes: no autocast, tracing, transform, hook of all modules, or mode that sees more."""
     return not (
         torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or transformed()
+        or all_hooked()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
     )
@@ -55,37 +56,49 @@ def layer_parts(layer: Any, pool: StatePool) -> LayerParts | None:
     """What a layer has, as it is now; None if something was done to a part of it, or the pool is another's."""
     C, H, D, K, modules = layer.width, layer.num_heads, layer.head_dim, layer.mini_batch_size, layer._modules
     owner, mamba, own = pool.layer, layer.backbone == "mamba", layer._parameters
-    names = ("query", "value", "gate") if mamba else ("query", "key", "value")
-    parts: list[Any] = [modules.get(name) for name in (*names, "output", "norm")]
-    if owner != layer or any(part is None or not plain(part) for part in parts):
+    names = ("query", "value", "gate", "output") if mamba else ("query", "key", "value", "output")
+    linears, norm, dtype = [modules.get(name) for name in names], modules.get("norm"), pool.records.dtype
+    if owner != layer or not all(is_like(x, nn.Linear) for x in linears) or not is_like(norm, nn.LayerNorm):
         return None
-    norm, dtype = parts.pop(), pool.records.dtype
-    parameters: list[Any] = [own.get(name) for name in ("token_offset", "inner_lr_weight", "inner_lr_bias")]
-    parameters += [own.get("inner_norm_weight"), own.get("inner_norm_bias"), norm.weight, norm.bias]
-    shapes: list[tuple[int, ...]] = [(K,), (H, C), (H,), (H, D), (H, D), (C,), (C,), *[(C, C)] * 4]
-    weights: list[Any] = [part.weight for part in parts]
+    weights: list[Any] = [x._parameters.get("weight") for x in linears]
+    offset, lr_weight, lr_bias, gamma, beta = (own.get(name) for name in _OWN)
+    norm_weight, norm_bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    if any(x._parameters.get("bias") is not None for x in linears):
+        return None
+    tensors: list[Any] = [offset, lr_weight, lr_bias, gamma, beta, norm_weight, norm_bias, pool.records, *weights]
+    shapes = [(K,), (H, C), (H,), (H, D), (H, D), (C,), (C,), pool.records.shape, *[(C, C)] * 4]
+    convolutions: list[Any] = []
     if mamba:
-        convs = [modules["query_conv"], modules["key_conv"]]
-        weights += [conv._parameters.get(name) for conv in convs for name in ("weight", "bias")]
+        both = (modules["query_conv"], modules["key_conv"])
+        convolutions = [conv._parameters.get(name) for conv in both for name in ("weight", "bias")]
         shapes += [(C, layer.conv_kernel), (C,)] * 2
-    if not fit(dtype, (*parameters, *weights, pool.records), (*shapes, pool.records.shape)):
+    if not fit(dtype, (*tensors, *convolutions), shapes):
         return None
-    offset, lr_weight, lr_bias, gamma, beta, norm_weight, norm_bias = parameters
     bound = float("inf") if layer.max_inner_step is None else layer.max_inner_step
     return LayerParts(
         pool.records, pool.position, pool.conv, layer.inner, pool.hidden,
-        *_table(K, D, layer.rope_theta, dtype), offset, tuple(weights[:3]), tuple(weights[4:]), weights[3],
+        *_table(K, D, layer.rope_theta, dtype), offset, tuple(weights[:3]), tuple(convolutions), weights[3],
         lr_weight, lr_bias, gamma, beta, norm_weight, norm_bias,
         layer.adapt, layer.base_lr, layer.inner_lr_scale, bound, norm.eps, 1e-6,
     )  # fmt: skip
 
 
+_OWN = ("token_offset", "inner_lr_weight", "inner_lr_bias", "inner_norm_weight", "inner_norm_bias")
+
+
+def is_like(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module is of a kind, no subclass, and nothing was done to it but for its parameters."""
+    return type(module) is kind and untouched(module)
+
+
 def fit(dtype: torch.dtype, tensors: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> bool:
     """Whether all are there, in a CPU's memory and contiguous, of one dtype and of their shapes."""
-    return all(
-        type(x) in (nn.Parameter, Tensor) and x.dtype is dtype and x.shape == shape and x.is_cpu and x.is_contiguous()
-        for x, shape in zip(tensors, shapes, strict=True)
-    )
+    for x, shape in zip(tensors, shapes, strict=True):
+        if type(x) is not nn.Parameter and type(x) is not Tensor:
+            return False
+        if x.dtype is not dtype or x.shape != shape or not x.is_cpu or not x.is_contiguous():
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=64)

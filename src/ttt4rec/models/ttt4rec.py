@@ -25,6 +25,7 @@ from . import full_softmax
 from .blocks import FEED_FORWARDS, NORMS, Block, BlockPool, BlockState, make_norm
 from .cloze import hide_next, hide_some
 from .mixers import MIXERS, Mixer
+from .step_at_once import step_at_once
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -259,7 +260,6 @@ class TTT4Rec(nn.Module):
         """
         return [block.make_pool(num_slots) for block in self.blocks]  # type: ignore[operator]
 
-    @torch.no_grad()
     def step(self, ids: Tensor, pools: Sequence[BlockPool], slots: Tensor) -> Tensor:
         """Read one item more of each of B streams, whose states in the pools change in place; see ``TTTLayer.step``.
 
@@ -276,8 +276,15 @@ class TTT4Rec(nn.Module):
                 CPU, an id of 0. The pools are as before.
             TypeError: ids or slots are not int64.
         """
+        y = step_at_once(self, ids, pools, slots) if type(self) is TTT4Rec else None
+        return self._step_by_parts(ids, pools, slots) if y is None else y
+
+    @torch.no_grad()
+    def _step_by_parts(self, ids: Tensor, pools: Sequence[BlockPool], slots: Tensor) -> Tensor:
         if ids.dim() != 1 or ids.dtype != torch.int64:
             raise TypeError(f"ids must be int64 [B]; given {ids.dtype} {list(ids.shape)}")
+        if slots.shape != ids.shape:
+            raise ValueError(f"slots must have a place for each of {len(ids)} ids; given {list(slots.shape)}")
         if len(pools) != len(self.blocks):
             raise ValueError(f"pools must hold one entry per block, {len(self.blocks)}; given {len(pools)}")
         for block, pool in zip(self.blocks, pools, strict=True):  # all of them, before the first one changes
