@@ -6,8 +6,7 @@ from torch import nn
 from torch.export import Dim, export
 
 from tests.support.checks import assert_close, make_layer
-from ttt4rec import TTT4Rec, TTT4RecConfig, TTTState
-from ttt4rec.models import full_softmax
+from ttt4rec import TTT4Rec, TTT4RecConfig, TTTState, item_blocks
 
 SIZES = [(3, 7), (5, 13), (2, 4), (1, 2), (1, 1), (4, 1), (8, 16)]  # of batch and length, the first that of the export
 BATCH_AND_LENGTH = {0: Dim("B"), 1: Dim("L")}
@@ -121,7 +120,7 @@ def test_model(options):
 @pytest.mark.parametrize(("reduction", "block"), [("none", 1 << 20), ("mean", 1 << 20), ("mean", 200)])
 def test_the_loss_of_any_number_of_targets(reduction, block, monkeypatch):
     """Also where the table is so large that their number would choose the way."""
-    monkeypatch.setattr(full_softmax, "SCORES_PER_BLOCK", block)
+    monkeypatch.setattr(item_blocks, "SCORES_PER_BLOCK", block)
     model = TTT4Rec(TTT4RecConfig(20, 16), dtype=torch.float64)
     call = Call(model, lambda model, h, items: model.nll(h, items, reduction))
     inputs = torch.randn(100, 16).double(), torch.randint(1, 21, (100,))

@@ -5,7 +5,6 @@ step asks for the shortest way first. It is taken only if the parts would have d
 modules that something was done to, autocast, tracing and modes of PyTorch go by the parts.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from ..arguments import LayerParts, LayerStep
 from ..operators.backends import shortcut
 from ..operators.transforms import transformed
-from ..reference import rotation
 from .pool import StatePool
 from .projection import all_hooked, untouched
+from .rotary import rotary_table
 
 
 def step_at_once(layer: Any, x: Tensor, pool: StatePool, slots: Tensor) -> Tensor | None:
@@ -75,9 +74,10 @@ def layer_parts(layer: Any, pool: StatePool) -> LayerParts | None:
     if not fit(dtype, (*tensors, *convolutions), shapes):
         return None
     bound = float("inf") if layer.max_inner_step is None else layer.max_inner_step
+    table = rotary_table(K, D, layer.rope_theta, dtype, pool.records.device)
     return LayerParts(
         pool.records, pool.position, pool.conv, layer.inner, pool.hidden,
-        *_table(K, D, layer.rope_theta, dtype), offset, tuple(weights[:3]), tuple(convolutions), weights[3],
+        *table, offset, tuple(weights[:3]), tuple(convolutions), weights[3],
         lr_weight, lr_bias, gamma, beta, norm_weight, norm_bias,
         layer.adapt, layer.base_lr, layer.inner_lr_scale, bound, norm.eps, 1e-6,
     )  # fmt: skip
@@ -99,9 +99,3 @@ def fit(dtype: torch.dtype, tensors: Sequence[Any], shapes: Sequence[tuple[int, 
         if x.dtype is not dtype or x.shape != shape or not x.is_cpu or not x.is_contiguous():
             return False
     return True
-
-
-@functools.lru_cache(maxsize=64)
-def _table(K: int, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The rotation's cos and sin at every place of a mini-batch."""
-    return rotation(torch.arange(K), head_dim, theta, dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..arguments import TokenStep
 from ..inner_models import INNER_MODELS
 from ..operators import Backend, check_backend, choose_backend, token_step
-from ..reference import rotation, token_scale
+from ..reference import token_scale
 from .convolution import CausalConv, convolve
 from .functional import autocast, inner_loop, make_spans
 from .initialisation import STD, Device, draw
@@ -18,6 +18,7 @@ from .original_weights import load_release_layer
 from .output import finish
 from .pool import StatePool
 from .projection import Rope, project
+from .rotary import rotary_table
 from .spans import Spans
 from .state import TTTState
 from .step_at_once import step_at_once
@@ -263,7 +264,7 @@ class TTTLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """q and k, rotated, and v, ``[B, L, H, D]``; the rates; what gates the output; the convolutions' context."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        table = rotation(torch.arange(self.mini_batch_size, device=x.device), self.head_dim, self.rope_theta, dtype)
+        table = rotary_table(self.mini_batch_size, self.head_dim, self.rope_theta, dtype, x.device)
         rope = Rope(*table, self._positions(x, spans, position))
         rates = (self.inner_lr_weight, self.inner_lr_bias)
         if self.backbone == "transformer":

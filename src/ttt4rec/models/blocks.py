@@ -13,11 +13,12 @@ from ..layers.convolution import CausalConv, convolve
 from ..layers.functional import make_spans
 from ..layers.initialisation import Device
 from ..layers.pool import StatePool
+from ..layers.rotary import rotary_table
 from ..layers.spans import Spans
 from ..layers.validation import check_slots
 from ..operators import choose_backend
 from ..operators.transforms import check_has_values
-from ..reference import rotate, rotation
+from ..reference import rotate
 
 
 class BlockState(NamedTuple):
@@ -125,7 +126,7 @@ class AttentionMixer(HistoryMixer):
         """x ``[N, L, width]`` to the same shape."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [N, L, H, D]
         table_dtype = torch.promote_types(q.dtype, torch.float32)
-        cos, sin = rotation(torch.arange(x.shape[1], device=x.device), q.shape[-1], self.rope_theta, table_dtype)
+        cos, sin = rotary_table(x.shape[1], q.shape[-1], self.rope_theta, table_dtype, x.device)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         if self.causal or real is None:  # padding lies behind, where causal attention does not look
             out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
