@@ -212,6 +212,8 @@ def test_who_looks_on_sees_the_parts(taken):
     finally:
         handle.remove()
     assert layer.query in seen
+    traced = torch.jit.trace(lambda x: layer.step(x, pool, slots), x, check_trace=False)
+    assert "ttt4rec::" in str(traced.graph)
     half = make_layer(dtype=torch.bfloat16)
     half.step(x.bfloat16(), half.make_pool(1), slots)
     narrow = TTTLayer(12, 2)  # heads of six features are no whole vectors

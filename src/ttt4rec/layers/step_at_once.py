@@ -38,6 +38,7 @@ def unobserved() -> bool:
     return not (
         torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or transformed()
         or all_hooked()
         or torch._C._len_torch_dispatch_stack()
@@ -79,7 +80,7 @@ def layer_parts(layer: Any, pool: StatePool) -> LayerParts | None:
         pool.records, pool.position, pool.conv, layer.inner, pool.hidden,
         *table, offset, tuple(weights[:3]), tuple(convolutions), weights[3],
         lr_weight, lr_bias, gamma, beta, norm_weight, norm_bias,
-        layer.adapt, layer.base_lr, layer.inner_lr_scale, bound, norm.eps, 1e-6,
+        bool(layer.adapt), float(layer.base_lr), float(layer.inner_lr_scale), float(bound), norm.eps, 1e-6,
     )  # fmt: skip
 
 
