@@ -212,6 +212,7 @@ def test_who_looks_on_sees_the_parts(taken):
     finally:
         handle.remove()
     assert layer.query in seen
+    layer.requires_grad_(False)
     traced = torch.jit.trace(lambda x: layer.step(x, pool, slots), x, check_trace=False)
     assert "ttt4rec::" in str(traced.graph)
     half = make_layer(dtype=torch.bfloat16)

@@ -38,7 +38,7 @@ def unobserved() -> bool:
     return not (
         torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or transformed()
         or all_hooked()
         or torch._C._len_torch_dispatch_stack()
