@@ -148,6 +148,7 @@ from torch import Tensor
 from tests.support.checks import inner_inputs, run_inner
 from ttt4rec import TTTLayer
 from ttt4rec.operators import Operator, backends
+from ttt4rec.operators.operator import Gradients
 
 
 class Scaled(NamedTuple):
@@ -164,7 +165,7 @@ def sample(sizes, draw):
 
 
 backends.PACKAGES["toy"] = "toy_backend"
-scaled = Operator("scaled", Scaled, ("y",), fake, sample, differentiable=1, gradients=("x",))
+scaled = Operator("scaled", Scaled, ("y",), fake, sample, gradients=Gradients(("x",), 1))
 given = scaled.sample(dtype=torch.float64)
 (y,) = scaled(given, "toy")
 assert torch.equal(y, 3 * given.x)

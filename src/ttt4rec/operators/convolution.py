@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..arguments import Convolution
-from .operator import Operator, numbered
+from .operator import Gradients, Operator, numbered
 from .samples import Draw, Sizes, angles
 
 
@@ -32,8 +32,7 @@ def _declare_convolution(count: int) -> Operator[Convolution]:
         sample,
         function="convolution",
         groups={"weights": numbered("weight", count), "biases": numbered("bias", count)},
-        differentiable=count,
-        gradients=("x", "weights", "biases"),
+        gradients=Gradients(("x", "weights", "biases"), differentiable=count),
     )
 
 

@@ -1,13 +1,11 @@
 """The loss of items under the softmax over all of them: every state's own, and the sum, computed with its gradients."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..arguments import FullSoftmax
 from ..item_blocks import score_dtype
-from .operator import Operator
+from .operator import Gradients, Operator
 from .samples import Draw, Sizes
 
 
@@ -30,10 +28,10 @@ def _fake_total(given: FullSoftmax, _: str) -> tuple[Tensor, ...]:
     return tuple(h.new_empty(shape, dtype=dtype) for shape in ((), h.shape, table.shape))
 
 
-_GRADIENTS: dict[str, Any] = {"differentiable": 1, "gradients": ("h", "table")}
+_GRADIENTS = Gradients(("h", "table"), differentiable=1)
 
 full_softmax_nll = Operator(
-    "full_softmax_nll", FullSoftmax, ("nll", "lse"), _fake, _sample, kept=("lse",), **_GRADIENTS
+    "full_softmax_nll", FullSoftmax, ("nll", "lse"), _fake, _sample, gradients=_GRADIENTS._replace(kept=("lse",))
 )
 """Losses ``[N]``, and the logarithms of the softmax's denominators, float64 ``[N]``; scores are computed twice."""
 
@@ -43,7 +41,6 @@ full_softmax_total_nll = Operator(
     ("total", "grad_h", "grad_table"),
     _fake_total,
     _sample,
-    kept=("grad_h", "grad_table"),
-    **_GRADIENTS,
+    gradients=_GRADIENTS._replace(kept=("grad_h", "grad_table")),
 )
 """Their sum, and its gradients of h and table, float32 (float64), which the backward multiplies."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..arguments import Scan
 from ..inner_models import INNER_MODELS, InnerModel
-from .operator import Operator
+from .operator import Gradients, Operator
 from .samples import Draw, Sizes
 
 TOKENS = ("q", "k", "v", "inner_lr")
@@ -57,11 +57,7 @@ def declare_scan(model: InnerModel) -> Operator[Scan]:
         sample,
         constants={"inner": model.name},
         groups={"weights": model.weights},
-        differentiable=1 + len(outgoing),
-        gradients=(*TOKENS, *PARAMETERS),
-        kept=kept,
-        gradient_dtype=gradient_dtype,
-        absent=absent,
+        gradients=Gradients((*TOKENS, *PARAMETERS), 1 + len(outgoing), kept, gradient_dtype, absent),
     )
 
 

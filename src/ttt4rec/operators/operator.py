@@ -32,6 +32,21 @@ class Slot(NamedTuple):
         return self.kind in (Tensor, Tensor | None)
 
 
+class Gradients(NamedTuple):
+    """What an operator's backward gives, and what it needs."""
+
+    of: Sequence[str]  # arguments that it gives gradients of, groups included
+    differentiable: int  # how many results, from the first, have gradients
+    kept: Sequence[str] = ()  # results that it needs
+    dtype: Callable[[Any, str], torch.dtype | None] = lambda *_: None
+    """In which dtype it gives an argument's gradient, of the arguments and the field's name; None: in its own."""
+    absent: Callable[[Any], Results] | None = None
+    """What stands for gradients of results that nobody gave, of the arguments; None: zeros."""
+
+
+NONE = Gradients((), 0)
+
+
 class Operator(Generic[A]):
     """``ttt4rec::name``, and ``ttt4rec::name_backward`` if there are gradients.
 
@@ -46,18 +61,13 @@ class Operator(Generic[A]):
     Args:
         name: without the namespace.
         arguments: the type of its arguments, a NamedTuple.
-        constants: values of fields that are the operator's own, and no arguments of its schema.
-        groups: names of the tensors of each field that is a tuple of tensors.
         results: names of the results.
         fake: the results, empty, of the arguments by a backend.
         sample: small random arguments, of sizes and by a ``Draw``; options are its own.
         function: the name of a backend's function, that of its backward without ``_backward``; None: the operator's.
-        differentiable: how many results, from the first, have gradients.
-        gradients: of which arguments, groups included, the backward gives gradients; empty if there is no backward.
-        kept: which results the backward needs.
-        gradient_dtype: the dtype in which the backward gives an argument's gradient; None: its own. Called with the
-            arguments and the field's name.
-        absent: what stands for gradients of results that nobody gave; None: zeros.
+        constants: values of fields that are the operator's own, and no arguments of its schema.
+        groups: names of the tensors of each field that is a tuple of tensors.
+        gradients: of the backward, if there is one.
         mutates: names of the arguments that it changes.
     """
 
@@ -72,22 +82,18 @@ class Operator(Generic[A]):
         function: str | None = None,
         constants: Mapping[str, Any] | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
-        differentiable: int = 0,
-        gradients: Sequence[str] = (),
-        kept: Sequence[str] = (),
-        gradient_dtype: Callable[[A, str], torch.dtype | None] = lambda *_: None,
-        absent: Callable[[A], Results] | None = None,
+        gradients: Gradients = NONE,
         mutates: Sequence[str] = (),
     ) -> None:
         self.name, self.function, self.arguments, self.results = name, function or name, arguments, tuple(results)
-        self._differentiable, self._kept = differentiable, tuple(map(self.results.index, kept))
-        self._gradient_dtype, self._absent, self._sample = gradient_dtype, absent, sample
+        self._gradients, self._kept = gradients, tuple(map(self.results.index, gradients.kept))
+        self._sample = sample
         constants, groups = dict(constants or {}), dict(groups or {})
         self.slots = tuple(slot for slot in _slots(arguments, groups) if slot.field not in constants)
         fields: tuple[str, ...] = arguments._fields  # type: ignore[attr-defined]
         # Of every field its constant and None, or how many tensors it has, 0 for what is no tuple.
         self._fields = [(constants.get(f), None if f in constants else len(groups.get(f, ()))) for f in fields]
-        self._graded = tuple(i for i, slot in enumerate(self.slots) if slot.field in gradients)
+        self._graded = tuple(i for i, slot in enumerate(self.slots) if slot.field in gradients.of)
         self._tensors = tuple(i for i, slot in enumerate(self.slots) if slot.is_tensor)
         inputs = [f"{_SCHEMA_TYPES[slot.kind]} {slot.name}" for slot in self.slots]
         self.op = self._define(name, [*inputs, "str backend"], len(self.results), self._forward, tuple(mutates))
@@ -113,7 +119,7 @@ class Operator(Generic[A]):
 
     def backward_sample(self, results: Results) -> tuple[Results, Results]:
         """What the backward is given beside the arguments: what is kept of the results, and random gradients."""
-        grads = tuple(torch.randn_like(x) for x in results[: self._differentiable])
+        grads = tuple(torch.randn_like(x) for x in results[: self._gradients.differentiable])
         return tuple(results[i] for i in self._kept), grads
 
     def flatten(self, arguments: A) -> tuple[Any, ...]:
@@ -151,7 +157,7 @@ class Operator(Generic[A]):
             return _one_or_all(compute(arguments))
 
     def _define_backward(self, inputs: Sequence[str]) -> Any:
-        num_kept, num_graded = len(self._kept), self._differentiable
+        num_kept, num_graded = len(self._kept), self._gradients.differentiable
         more = [f"Tensor kept_{i}" for i in range(num_kept)] + [f"Tensor grad_{i}" for i in range(num_graded)]
         num_inputs = len(inputs)
 
@@ -182,11 +188,11 @@ class Operator(Generic[A]):
     def _fake_gradient(self, arguments: A, slot: Slot, x: Tensor | None) -> Tensor:
         if x is None:
             return arguments[0].new_empty(0)  # type: ignore[no-any-return]
-        return x.new_empty(x.shape, dtype=self._gradient_dtype(arguments, slot.field))
+        return x.new_empty(x.shape, dtype=self._gradients.dtype(arguments, slot.field))
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         output = (output,) if isinstance(output, Tensor) else output
-        ctx.set_materialize_grads(self._absent is None)
+        ctx.set_materialize_grads(self._gradients.absent is None)
         ctx.others = [None if i in self._tensors else x for i, x in enumerate(inputs)]
         ctx.save_for_backward(*(inputs[i] for i in self._tensors), *(output[i] for i in self._kept))
 
@@ -194,9 +200,9 @@ class Operator(Generic[A]):
         saved, flat = ctx.saved_tensors, list(ctx.others)
         for i, x in zip(self._tensors, saved, strict=False):
             flat[i] = x
-        given = list(grads[: self._differentiable])
-        if self._absent is not None and any(g is None for g in given):
-            absent = self._absent(self.pack(flat[:-1]))
+        given = list(grads[: self._gradients.differentiable])
+        if self._gradients.absent is not None and any(g is None for g in given):
+            absent = self._gradients.absent(self.pack(flat[:-1]))
             given = [zeros if g is None else g for g, zeros in zip(given, absent, strict=True)]
         found = self.backward_overloads.default(*flat[:-1], *saved[len(self._tensors) :], *given, flat[-1])
         result: list[Tensor | None] = [None] * len(flat)

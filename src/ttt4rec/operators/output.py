@@ -1,7 +1,7 @@
 """Behind the inner loop: layer norm over the width, gate and output projection."""
 
 from ..arguments import Output
-from .operator import Operator
+from .operator import Gradients, Operator
 from .samples import Draw, Sizes
 
 
@@ -18,7 +18,6 @@ output = Operator(
     ("y",),
     lambda given, _: (given.o.new_empty(*given.o.shape[:2], given.o.shape[2] * given.o.shape[3]),),
     _sample,
-    differentiable=1,
-    gradients=("o", "gate", "norm_weight", "norm_bias", "weight"),
+    gradients=Gradients(("o", "gate", "norm_weight", "norm_bias", "weight"), differentiable=1),
 )
 """y ``[B, L, C]`` in o's dtype, in which the product is taken; the arithmetic before is float32 at least."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Projection
-from .operator import Operator, numbered
+from .operator import Gradients, Operator, numbered
 from .samples import Draw, Sizes, angles
 
 
@@ -34,9 +34,6 @@ projection = Operator(
     _fake,
     _sample,
     groups={"weights": numbered("weight", 3)},
-    differentiable=4,
-    gradients=("x", "weights", "lr_weight", "lr_bias"),
-    kept=("inner_lr",),
-    gradient_dtype=_gradient_dtype,
+    gradients=Gradients(("x", "weights", "lr_weight", "lr_bias"), 4, kept=("inner_lr",), dtype=_gradient_dtype),
 )
 """Three views ``[B, L, H, D]``, then the rates ``[B, L, H]``, float32 at least."""
