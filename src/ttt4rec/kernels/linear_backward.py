@@ -233,18 +233,19 @@ def prepare_linear_scan_backward(
     L, H = q.shape[1:3]
     choice, tile = launch.plan("linear_backward", q, scan.token_scale.numel())
     d_tokens, d_weights, sums = launch.new_gradients(scan)
+    (*grad_weights, W, b), strides = launch.strided(*grad_weights, *weights)
     arguments = (
         (grad_o.contiguous(), *grad_weights),
         launch.contiguous(*scan[:3], G),
         launch.contiguous(scan.inner_lr, scan.token_scale),
-        weights,
+        (W, b),
         (checkpoints, *copies.new_states(scan)),
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(scan.starts, scan.lengths),
         d_tokens,
         d_weights,
         sums,
-        tuple(x.stride() for x in (*grad_weights, *weights)),
+        strides,
         L,
         H,
         scan.segment,

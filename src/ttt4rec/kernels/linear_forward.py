@@ -144,16 +144,16 @@ def prepare_linear_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
     choice, tile = launch.plan("linear_forward", q, scan.token_scale.numel())
     o, G = launch.new_tokens(q, starts), launch.new_tokens(q, starts)
     outgoing = tuple(torch.empty(w.shape, dtype=torch.float32, device=q.device) for w in weights)
-    checkpoints = scan.new_checkpoints()
+    checkpoints, (incoming, strides) = scan.new_checkpoints(), launch.strided(*weights)
     arguments = (
         launch.contiguous(*scan[:3]),
         launch.contiguous(scan.inner_lr, scan.token_scale),
-        weights,
+        incoming,
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(starts, scan.lengths),
         (o, G, *outgoing),
         checkpoints,
-        tuple(w.stride() for w in weights),
+        strides,
         L,
         H,
         scan.segment,

@@ -374,15 +374,16 @@ def prepare_mlp_scan_backward(
     (L, H), hidden = q.shape[1:3], Z1.shape[-1]
     choice, tile = launch.plan("mlp_backward", q, scan.token_scale.numel(), hidden)
     d_tokens, d_weights, sums = launch.new_gradients(scan)
+    operands, strides = launch.strided(*weights, *grad_weights)
     scratch = None
     if tile.chunks > 1:
         shape = (weights[0].shape[0], H, tile.rows, hidden)
         scratch = torch.empty(shape, dtype=torch.float32, device=q.device)
     arguments = (
-        (grad_o.contiguous(), *grad_weights),
+        (grad_o.contiguous(), *operands[4:]),
         launch.contiguous(*scan[:3], G2, Z1),
         launch.contiguous(scan.inner_lr, scan.token_scale),
-        weights,
+        operands[:4],
         (checkpoints, *copies.new_states(scan)),
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(scan.starts, scan.lengths),
@@ -390,7 +391,7 @@ def prepare_mlp_scan_backward(
         d_weights,
         sums,
         scratch,
-        tuple(w.stride() for w in (*weights, *grad_weights)),
+        strides,
         L,
         H,
         scan.segment,
