@@ -39,7 +39,7 @@ _FORMS = {  # by the name: the core's operation and what the operands are, as `a
     r"tcgen05\.alloc\.cta_group::1\..*": "tcgen05.alloc S4 n",
     r"tcgen05\.dealloc\.cta_group::1\..*": "tcgen05.dealloc s4 n",
     r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(\.shared::cluster)?\.b64": "tcgen05.commit S8",
-    r"tcgen05\.mma\.cta_group::1\.kind::f16": "tcgen05.mma T4 D2 s8 s4 s0",
+    r"tcgen05\.mma\.cta_group::1\.kind::(f16|tf32)": r"tcgen05.mma.\1 T4 D2 s8 s4 s0",
 }
 _Operands = tuple[Operand, ...]
 

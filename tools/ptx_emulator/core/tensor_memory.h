@@ -71,14 +71,15 @@ inline void run_tensor_store(Frame& f) {
 
 // a: D's address, offset, A in tensor memory, A's descriptor or address, offset, B's descriptor, what it does, whether
 // to add to D. Executed by one lane.
-inline void run_tensor_product(Frame& f) {
+template <bool SINGLE> void run_tensor_product(Frame& f) {
     const int leader = f.leader();
     const bool inside = f.a[2], keep = f.predicate(7) >> leader & 1;
     const u32 how = f.reg<u32>(6)[leader], M = (how >> 24 & 31) * 16, N = (how >> 17 & 63) * 8;
-    const int kind = (how >> 7 & 7) ? BF16 : F16;
+    const u32 format = how >> 7 & 7;
+    const int kind = SINGLE ? TF32 : format ? BF16 : F16, K = SINGLE ? 8 : 16;
     const Descriptor a(inside ? 0 : f.reg<u64>(3)[leader], how >> 15 & 1), b(f.reg<u64>(5)[leader], how >> 16 & 1);
-    const bool known = (M == 64 || M == 128) && N && (how & 0x3F) == 0x10 && (how >> 7 & 7) < 2
-        && (how >> 10 & 7) == (how >> 7 & 7);
+    const bool known = (M == 64 || M == 128) && N && (how & 0x3F) == 0x10 && (how >> 10 & 7) == format
+        && (SINGLE ? format == 2 && !(how >> 15 & 3) : format < 2);
     if (!known || f.mask & (f.mask - 1))
         return f.stop("matrix product of a kind that the emulator does not know", how);
     for (const Warp& w : f.m.warps)
@@ -90,17 +91,17 @@ inline void run_tensor_product(Frame& f) {
     const TensorAddress left{inside ? f.reg<u32>(3)[leader] + u32(f.a[4]) : 0};
     const double sign = (how >> 13 & 1) != (how >> 14 & 1) ? -1 : 1;
     const auto lane_of = [M](u32 row) { return M == 64 ? row / 16 * 32 + row % 16 : row; };
-    std::vector<double> right(16 * N), own(16), sums(N);
-    for (u32 k = 0; k < 16 && !f.m.failed; ++k)
+    std::vector<double> right(K * N), own(K), sums(N);
+    for (int k = 0; k < K && !f.m.failed; ++k)
         for (u32 j = 0; j < N; ++j) right[k * N + j] = fetch(f, b, kind, j, k, f.m.unread);
     for (u32 row = 0; row < M && !f.m.failed; ++row) {
-        for (u32 k = 0; k < 16; ++k) {
+        for (int k = 0; k < K; ++k) {
             if (!inside) own[k] = fetch(f, a, kind, row, k, f.m.unread);
-            else if (const u32* word = tensor_word(f, left.lane() + lane_of(row), left.column() + k / 2))
-                own[k] = element(kind, *word >> 16 * (k & 1));
+            else if (const u32* word = tensor_word(f, left.lane() + lane_of(row), left.column() + k * 8 / K))
+                own[k] = element(kind, *word >> (SINGLE ? 0 : 16 * (k & 1)));
         }
         std::fill(sums.begin(), sums.end(), 0.0);
-        add_products(own.data(), right.data(), 16, N, sums.data());
+        add_products(own.data(), right.data(), K, N, sums.data());
         for (u32 j = 0; j < N; ++j)
             if (u32* word = tensor_word(f, d.lane() + lane_of(row), d.column() + j)) {
                 if (keep && *word == UNWRITTEN) f.report("sum with tensor memory that nobody wrote", j, leader);
@@ -159,5 +160,6 @@ inline void run_barrier_wait(Frame& f) {
     {"=tcgen05.ld", "", run_tensor_load}, {"=tcgen05.st", "", run_tensor_store}, \
     {"=tcgen05.wait::ld", "", [](Frame& f) { f.w.tensor_load = -1; }}, \
     {"=tcgen05.wait::st", "", [](Frame& f) { f.w.tensor_store = -1; }}, \
-    {"tcgen05.mma", "", run_tensor_product}, {"tcgen05.commit", "", run_tensor_commit}, \
+    {"tcgen05.mma.f16", "", run_tensor_product<false>}, {"tcgen05.mma.tf32", "", run_tensor_product<true>}, \
+    {"tcgen05.commit", "", run_tensor_commit}, \
     {"mbarrier.init", "", run_barrier_init}, {"mbarrier.inval", "", run_barrier_inval}, {"mbarrier.try_wait.parity", "", run_barrier_wait},
