@@ -53,10 +53,10 @@ def layer() -> TTTLayer:
     return TTTLayer(32, 2, mini_batch_size=K, backend="triton")
 
 
-def train(layer: Any, x: Tensor) -> list[Tensor]:
-    """Outputs and gradients, under autocast."""
+def train(layer: Any, x: Tensor, bounds: Tensor | None = None) -> list[Tensor]:
+    """Outputs and gradients, under autocast; of packed sequences where bounds are given."""
     with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
+        y = layer(x) if bounds is None else layer(x.flatten(0, 1)[None], cu_seqlens=bounds)
     return [y, *torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])]
 
 
@@ -77,11 +77,13 @@ def outline(made: list[launch.Launch]) -> list[Any]:
     ]
 
 
-def test_a_second_call_finds_everything_compiled_and_keeps_nothing(layer, launches, loaded, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_second_call_finds_everything_compiled_and_keeps_nothing(packed, layer, launches, loaded, monkeypatch):
     """As a CUDA graph needs it: whatever the values, the same launches, in memory of the call's own."""
     inputs = [torch.randn(2, 21, 32, requires_grad=True) for _ in range(2)]
+    bounds = [torch.tensor([0, n, 42]) if packed else None for n in (5, 30)]
     pools = [layer.make_pool(4) for _ in inputs]
-    train(layer, inputs[0]), step(layer, inputs[0], pools[0])
+    train(layer, inputs[0], bounds[0]), step(layer, inputs[0], pools[0])
     first = list(launches)
     assert len(first) == 9
     launches.clear(), loaded.clear()
@@ -90,10 +92,10 @@ def test_a_second_call_finds_everything_compiled_and_keeps_nothing(layer, launch
         raise AssertionError("a look at a tensor's values, for which a GPU would be waited for")
 
     with monkeypatch.context() as patch:
-        patch.setattr(validation, "check_slots", lambda *_: None)  # it looks at those of a CPU alone
+        patch.setattr(validation, "has_values", lambda _: False)  # a CPU's it looks at every time, a GPU's once
         for name in LOOKS:
             patch.setattr(torch.Tensor, name, refuse)
-        results = [*train(layer, inputs[1]), step(layer, inputs[1], pools[1])]
+        results = [*train(layer, inputs[1], bounds[1]), step(layer, inputs[1], pools[1])]
     assert all(x.isfinite().all() for x in results)
     assert loaded == []
     assert outline(launches) == outline(first)

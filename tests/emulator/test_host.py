@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from tests.emulator.test_emulation import emulate
 from tests.support.checks import BACKBONES, INNERS
 from tools.ptx_emulator.driver import emulated
-from ttt4rec import TTTLayer, kernels
+from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer, kernels
 from ttt4rec.kernels import launch
 from ttt4rec.operators import OPERATORS, SCANS
 from ttt4rec.operators.samples import Sizes
@@ -157,6 +157,24 @@ def test_layers_stay_on_the_device(inner, backbone, launches):
         packed = layer(x.view(1, 42, 32), cu_seqlens=bounds)
         torch.autograd.grad([y.sum() + z.sum() + packed.sum()], list(layer.parameters()), allow_unused=True)
         layer.step(x[:, 0], layer.make_pool(4), slots)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_models_stay_on_the_device(backbone, launches):
+    options = {"backbone": backbone, "block_conv": backbone == "mamba", "mini_batch_size": 8, "dropout": 0.1}
+    with GPU:
+        model = TTT4Rec(TTT4RecConfig(num_items=30, width=32, num_heads=2, ffn_width=32, **options))
+        ids, bounds, targets = torch.randint(1, 31, (2, 21)), torch.arange(4), torch.randint(1, 31, (42,))
+        slots = torch.arange(2)
+    for part in model.modules():
+        if isinstance(part, TTTLayer):
+            part.backend = "triton"
+    with NoCopies(), OnlyThere():
+        h, states = model(ids, return_states=True)
+        more, packed = model(ids, states=states), model(ids.view(1, 42), cu_seqlens=bounds)
+        loss = model.nll(h.flatten(0, 1), targets, "mean") + more.sum() + packed.sum()
+        torch.autograd.grad(loss, list(model.parameters()))
+        model.eval().step(ids[:, 0], model.make_pools(4), slots)
 
 
 @pytest.mark.slow
