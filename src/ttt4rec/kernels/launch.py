@@ -258,9 +258,9 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def strided(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[tuple[int, ...], ...]]:
     """The tensors a kernel reads by strides, and these.
 
-    Triton compiles a kernel anew where a stride is one, or a multiple of 16, that was none before, or the other way
-    round. Expanded tensors, whose strides are zeros, are copied where that would happen, so that every call launches
-    the same kernel; with head dimensions that are multiples of 16 it never does.
+    Triton compiles another kernel where a stride becomes one or a multiple of 16, or is so no more. Expanded tensors
+    have strides of zero. Where those would be another kernel's they are copied, so that every call launches the same.
+    Expanded weights of head dimensions that are multiples of 16 never are.
     """
     read, strides = [], []
     for x in tensors:

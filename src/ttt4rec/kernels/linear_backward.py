@@ -233,19 +233,20 @@ def prepare_linear_scan_backward(
     L, H = q.shape[1:3]
     choice, tile = launch.plan("linear_backward", q, scan.token_scale.numel())
     d_tokens, d_weights, sums = launch.new_gradients(scan)
-    (*grad_weights, W, b), strides = launch.strided(*grad_weights, *weights)
+    given, given_strides = launch.strided(*grad_weights)
+    weights, strides = launch.strided(*weights)
     arguments = (
-        (grad_o.contiguous(), *grad_weights),
+        (grad_o.contiguous(), *given),
         launch.contiguous(*scan[:3], G),
         launch.contiguous(scan.inner_lr, scan.token_scale),
-        (W, b),
+        weights,
         (checkpoints, *copies.new_states(scan)),
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(scan.starts, scan.lengths),
         d_tokens,
         d_weights,
         sums,
-        strides,
+        (*given_strides, *strides),
         L,
         H,
         scan.segment,

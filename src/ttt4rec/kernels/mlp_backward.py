@@ -374,16 +374,17 @@ def prepare_mlp_scan_backward(
     (L, H), hidden = q.shape[1:3], Z1.shape[-1]
     choice, tile = launch.plan("mlp_backward", q, scan.token_scale.numel(), hidden)
     d_tokens, d_weights, sums = launch.new_gradients(scan)
-    operands, strides = launch.strided(*weights, *grad_weights)
+    given, given_strides = launch.strided(*grad_weights)
+    weights, strides = launch.strided(*weights)
     scratch = None
     if tile.chunks > 1:
         shape = (weights[0].shape[0], H, tile.rows, hidden)
         scratch = torch.empty(shape, dtype=torch.float32, device=q.device)
     arguments = (
-        (grad_o.contiguous(), *operands[4:]),
+        (grad_o.contiguous(), *given),
         launch.contiguous(*scan[:3], G2, Z1),
         launch.contiguous(scan.inner_lr, scan.token_scale),
-        operands[:4],
+        weights,
         (checkpoints, *copies.new_states(scan)),
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(scan.starts, scan.lengths),
@@ -391,7 +392,7 @@ def prepare_mlp_scan_backward(
         d_weights,
         sums,
         scratch,
-        strides,
+        (*strides, *given_strides),
         L,
         H,
         scan.segment,

@@ -210,11 +210,12 @@ def prepare_mlp_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
     o, G2 = launch.new_tokens(q, starts), launch.new_tokens(q, starts)
     Z1 = launch.new_tokens(q, starts, hidden)
     outgoing = tuple(torch.empty(w.shape, dtype=torch.float32, device=q.device) for w in weights)
-    checkpoints, (incoming, strides) = scan.new_checkpoints(), launch.strided(*weights)
+    weights, strides = launch.strided(*weights)
+    checkpoints = scan.new_checkpoints()
     arguments = (
         launch.contiguous(*scan[:3]),
         launch.contiguous(scan.inner_lr, scan.token_scale),
-        incoming,
+        weights,
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(starts, scan.lengths),
         (o, *outgoing),
