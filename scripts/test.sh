@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 kernel_tests=()
 if [[ " $*" == *" --emulate"* && "$*" != *tests/* ]]; then
   for name in kernels/test_{inner_loop_kernels,step_kernels,triton_backend} operators/test_{projection,output} \
-    layers/test_compile emulator/emulated; do
+    layers/test_compile emulator/emulated{,_host}; do
     kernel_tests+=("tests/$name.py")
   done
 fi

@@ -97,10 +97,11 @@ def training_steps(dtype: torch.dtype) -> Iterator[Row]:
 
 @pytest.mark.parametrize("part", [inner_loops, steps, around, training_steps])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_errors(part, dtype, pytestconfig, capsys):
+def test_errors(part, dtype, pytestconfig, capsys, record_property):
     """At most twice PyTorch's, but for what float32's rounding comes to."""
     architecture, wrong = pytestconfig.getoption("--emulate"), []
     for kernel, error, usual in part(DTYPES[dtype]):
+        record_property(kernel, {"dtype": dtype, "error": error, "usual": usual})
         with capsys.disabled():
             print(f"\n| {kernel} | {dtype} | {architecture} | {error:.1e} | {usual:.1e} |", end="", flush=True)
         if not error <= 2 * max(usual, inner_loop.FP32_TOLERANCE):

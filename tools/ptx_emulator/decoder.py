@@ -4,8 +4,11 @@ Every register has a place of 32 lanes. Constants, parameters and special regist
 before a warp begins, so that an operand always is the number of a place.
 """
 
+import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -16,23 +19,29 @@ from .program import SHARED_BASE, SPECIALS, Parameter, Program, fill
 ZEROS = ("%tid.y", "%tid.z", "%cluster_ctarank", "%clusterid.x", "%cluster_ctaid.x")
 KINDS = {"bf16": 0, "f16": 1, "tf32": 2}
 _FRESH = 0x7FC5A5A5  # a NaN, in registers that nothing was written to
-_CACHING = {
-    "nc",
-    "ca",
-    "cg",
-    "cs",
-    "lu",
-    "cv",
-    "wb",
-    "wt",
-    "volatile",
-    "relaxed",
-    "acquire",
-    "release",
-    "cta",
-    "gpu",
-    "sys",
+_CACHES = r"(?:\.(?:nc|c[agsv]|lu|w[bt]|volatile|relaxed|acquire|release|cta|gpu|sys|L[12]::[\w:]+))*"
+_ACCESS = rf"(ld|st){_CACHES}\.(global|shared|param)(?:::\w+)?{_CACHES}(?:\.v([248]))?\.([bsuf])(\d+)"
+_FORMS = {  # by the name: the core's operation and what the operands are, as `argument` reads it
+    r"ret|exit": "ret",
+    r"trap": "trap",
+    r"fence\.proxy\.async.*": "fence.proxy.async",
+    r"(fence|membar|griddepcontrol|wgmma\.fence|tcgen05\.fence|tcgen05\.relinquish_alloc_permit)\b.*": "nop",
+    r"bar\.warp\.sync": "bar.warp.sync w",
+    r"elect\.sync": "elect.sync r4 r0 w",
+    r"cp\.async\.(commit_group|wait_all)": r"cp.async.\1",
+    r"cp\.async\.wait_group": "cp.async.wait_group n",
+    r"wgmma\.commit_group\..*": "wgmma.commit_group",
+    r"wgmma\.wait_group\..*": "wgmma.wait_group n",
+    r"mbarrier\.init\.shared.*": "mbarrier.init S8 s4",
+    r"mbarrier\.inval\.shared.*": "mbarrier.inval S8",
+    r"mbarrier\.try_wait\.parity\.shared.*": "mbarrier.try_wait.parity r0 S8 s4",
+    r"tcgen05\.wait::(ld|st)\..*": r"tcgen05.wait::\1",
+    r"tcgen05\.alloc\.cta_group::1\..*": "tcgen05.alloc S4 n",
+    r"tcgen05\.dealloc\.cta_group::1\..*": "tcgen05.dealloc s4 n",
+    r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(\.shared::cluster)?\.b64": "tcgen05.commit S8",
+    r"tcgen05\.mma\.cta_group::1\.kind::(f16|tf32)": r"tcgen05.mma.\1 T4 D2 s8 s4 s0",
 }
+_Operands = tuple[Operand, ...]
 
 
 def decode(text: str) -> Program:
@@ -54,7 +63,7 @@ class _Decoder:
         self.places: list[Parameter] = []
         self.code: list[list[int]] = []
         self.origin: list[Instruction] = []
-        self.smallest = {"shared": 16, "global": 16}
+        self.smallest = {"shared": 16, "global": 16, "tensor": 16}
         self.starts: list[int] = []
 
     def new(self, size: int) -> int:
@@ -73,18 +82,14 @@ class _Decoder:
             self.code[self.starts[at]][3] = self.starts[target]
         image = np.full(self.words, _FRESH, np.uint32)
         for (value, size), place in self.constants.items():
-            if size:
-                fill(image, place, size, value)
-            else:
-                image[place] = -value & 0xFFFFFFFF
-        sizes = [len(each) for each in self.code]
+            fill(image, place, size, value)
         return Program(
             self.kernel.name,
             self.kernel.threads,
             list(self.kernel.parameters.values()),
             self.origin,
-            np.array([x for each in self.code for x in each], np.int32),
-            np.cumsum([0, *sizes[:-1]]).astype(np.int32),
+            np.array([*itertools.chain(*self.code)], np.int32),
+            np.cumsum([0, *map(len, self.code[:-1])]).astype(np.int32),
             image,
             self.places,
             [self.specials.get(name, -1) for name in SPECIALS],
@@ -135,15 +140,39 @@ class _Decoder:
             raise UnknownPtxError(f"result {operand} instead of a register of {size} bytes")
         return self.place[operand]
 
-    def several(self, operand: Operand) -> tuple[str, ...]:
-        if isinstance(operand, Address):
-            raise UnknownPtxError(f"operand {operand} instead of registers")
+    def parts(self, operand: Operand) -> tuple[Operand, ...]:
         return operand if isinstance(operand, tuple) else (operand,)
+
+    def sources(self, operand: Operand, size: int) -> list[int]:
+        return [self.source(name, size) for name in self.parts(operand)]
+
+    def targets(self, operand: Operand, size: int) -> list[int]:
+        return [self.target(name, size) for name in self.parts(operand)]
 
     def address(self, operand: Operand, space: str) -> list[int]:
         if not isinstance(operand, Address):
             raise UnknownPtxError(f"operand {operand} instead of an address")
         return [self.source(operand.base, 8 if space == "global" else 4), operand.offset]
+
+    def argument(self, kind: str, operand: Operand) -> list[int]:
+        """``r4``: a result of 4 bytes; ``s4``: a source; ``n``: a number; ``w``: the mask of a whole warp.
+
+        ``S4``, ``G4``, ``T4``: where 4 bytes are accessed in shared, global or tensor memory. ``D2``: a matrix of
+        2 bytes an element, by a descriptor or in tensor memory.
+        """
+        what, size = kind[0], int(kind[1:] or 0)
+        if what == "w" and number(operand) & 0xFFFFFFFF != 0xFFFFFFFF:
+            raise UnknownPtxError("other lanes than a whole warp's")
+        if what in "nw":
+            return [number(operand)] if what == "n" else []
+        if what in "rs":
+            return [self.target(operand, size) if what == "r" else self.source(operand, size)]
+        space = {"S": "shared", "D": "shared", "G": "global", "T": "tensor"}[what]
+        self.smallest[space] = min(self.smallest[space], size)
+        if what != "D":
+            return self.address(operand, space)
+        inside = isinstance(operand, Address)
+        return [int(inside), *(self.address(operand, "tensor") if inside else (self.source(operand, 8), 0))]
 
     # instructions
 
@@ -156,12 +185,21 @@ class _Decoder:
 
     def instruction(self, instruction: Instruction) -> None:
         self.current = instruction
-        base, *modifiers = instruction.name.split(".")
-        handler: Callable[[list[str], tuple[Operand, ...]], None] | None = getattr(self, f"do_{base}", None)
-        if handler is not None:
-            handler(modifiers, instruction.operands)
+        handler: Callable[[_Operands], None] | None = getattr(self, f"do_{instruction.name.split('.')[0]}", None)
+        if (form := _form(instruction.name)) is not None:
+            operands = [name for operand in instruction.operands for name in self.parts(operand)]
+            places = [self.argument(*each) for each in zip(form[1:], operands, strict=True)]
+            self.emit(form[0], *itertools.chain(*places))
+        elif handler is not None:
+            handler(instruction.operands)
         else:
             self.plain(instruction.name, instruction.operands)
+
+    def shape(self, pattern: str) -> tuple[Any, ...]:
+        """The groups of a pattern that the whole name of the instruction has to match."""
+        if (found := re.fullmatch(pattern, self.current.name)) is None:
+            raise UnknownPtxError("unknown form of this instruction")
+        return found.groups()
 
     def plain(self, name: str, operands: Iterable[Operand]) -> None:
         """On registers alone, as the core's table has it."""
@@ -181,227 +219,121 @@ class _Decoder:
         else:
             self.emit(name, self.target(result, size), *places)
 
-    def do_mov(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
+    def do_mov(self, operands: _Operands) -> None:
         result, source = operands
-        (kind,) = modifiers
+        (kind,) = self.shape(r"mov\.(\w+)")
         if isinstance(result, tuple):
-            half = int(kind[1:]) // 16
-            whole = self.source(source, 2 * half)
             for part, name in zip(result, ("low", "high"), strict=True):
                 if part != "_":
-                    self.emit(f"{name}.b{16 * half}", self.target(part, half), whole)
+                    self.plain(f"{name}.{kind}", (part, source))
         elif isinstance(source, tuple):
             self.plain(f"pack.{kind}", (result, *source))
         else:
             self.plain(f"mov.{kind}", operands)
 
-    def do_bra(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
+    def do_bra(self, operands: _Operands) -> None:
         self.emit("bra", -1)
 
-    def do_ret(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        self.emit("ret")
-
-    do_exit = do_ret
-
-    def do_trap(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        self.emit("trap")
-
-    def do_bar(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        kind = [part for part in modifiers if part != "aligned"]
-        if kind == ["warp", "sync"] and number(str(operands[0])) & 0xFFFFFFFF == 0xFFFFFFFF:
-            self.emit("bar.warp.sync")
-        elif kind in (["sync"], ["cta", "sync"]) and operands in (("0",), ("0", str(self.kernel.threads))):
-            self.emit("bar.sync")
-        else:
-            raise UnknownPtxError("barrier other than that of all threads, or of a warp's")
+    def do_bar(self, operands: _Operands) -> None:
+        self.shape(r"bar(?:rier)?(?:\.cta)?\.sync(?:\.aligned)?")
+        if operands not in (("0",), ("0", str(self.kernel.threads))):
+            raise UnknownPtxError("barrier of other than all threads")
+        self.emit("bar.sync")
 
     do_barrier = do_bar
 
-    def do_fence(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        self.emit("fence.proxy.async" if modifiers[:2] == ["proxy", "async"] else "nop")
-
-    do_membar = do_griddepcontrol = do_fence
-
-    def do_shfl(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        mode = ["bfly", "idx", "up", "down"].index(modifiers[1])
-        result, predicate = (*self.several(operands[0]), "_")[:2]
+    def do_shfl(self, operands: _Operands) -> None:
+        (mode,) = self.shape(r"shfl\.sync\.(bfly|idx|up|down)\.b32")
+        result, predicate = (*self.parts(operands[0]), "_")[:2]
         value, by, clamp = (self.source(operand, 4) for operand in operands[1:4])
-        self.emit("shfl.sync", mode, self.target(result, 4), self.target(predicate, 0), value, by, clamp)
+        results = self.target(result, 4), self.target(predicate, 0)
+        self.emit("shfl.sync", ("bfly", "idx", "up", "down").index(mode), *results, value, by, clamp)
 
-    def do_elect(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        leader, predicate = self.several(operands[0])
-        self.emit("elect.sync", self.target(leader, 4), self.target(predicate, 0))
-
-    def access(self, space: str, size: int) -> None:
-        self.smallest[space] = min(self.smallest[space], size)
-
-    def do_ld(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        space, count, kind = self.memory(modifiers)
-        element, signed = int(kind[1:]) // 8, kind[0] == "s"
-        result, address = self.several(operands[0]), operands[1]
+    def do_ld(self, operands: _Operands) -> None:
+        kind, space, count, sign, bits = self.shape(_ACCESS)
+        load, count, element, signed = kind == "ld", int(count or 1), int(bits) // 8, sign == "s"
+        values, address = operands if load else operands[::-1]
+        names = self.parts(values)
+        width = max((self.size(str(name)) for name in names if name in self.place), default=max(element, 2))
         if space == "param":
-            if not isinstance(address, Address) or address.offset:
-                raise UnknownPtxError("part of a parameter")
-            width = self.size(result[0])
-            index = list(self.kernel.parameters).index(address.base)
-            self.places.append(Parameter(self.new(width), index, element, width, signed))
-            self.emit(f"mov.b{8 * width}", self.target(result[0], width), self.places[-1].place)
-            return
-        width = next((self.size(name) for name in result if name != "_"), max(element, 2))
-        if len(result) != count or width < element or (signed and width > element):
-            raise UnknownPtxError("load into other registers than its type's")
-        self.access(space, element * count)
-        where = self.address(address, space)
-        self.emit(f"ld.{space}", element, count, width, *where, *(self.target(name, width) for name in result))
+            return self.parameter(str(names[0]), address, element, width, signed)
+        if len(names) != count or width < element or (load and signed and width > element):
+            raise UnknownPtxError("other registers than its type's")
+        where = self.argument(f"{space[0].upper()}{element * count}", address)
+        places = (self.targets if load else self.sources)(values, width)
+        self.emit(f"{kind}.{space}", element, count, width, *where, *places)
+        return None
 
-    def do_st(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        space, count, kind = self.memory(modifiers)
-        element, values = int(kind[1:]) // 8, self.several(operands[1])
-        width = max((self.size(name) for name in values if name in self.place), default=max(element, 2))
-        if len(values) != count or width < element:
-            raise UnknownPtxError("store from other registers than its type's")
-        self.access(space, element * count)
-        where = self.address(operands[0], space)
-        self.emit(f"st.{space}", element, count, width, *where, *(self.source(value, width) for value in values))
+    do_st = do_ld
 
-    def memory(self, modifiers: list[str]) -> tuple[str, int, str]:
-        """Space, elements and type of a load or store; what is only for caches is left out."""
-        own = [part for part in modifiers if part not in _CACHING and not part.startswith(("L1::", "L2::"))]
-        space, *vector, kind = (part.split("::")[0] for part in own)
-        if space not in ("global", "shared", "param") or vector not in ([], ["v2"], ["v4"], ["v8"]):
-            raise UnknownPtxError("unknown kind of memory access")
-        return space, int(vector[0][1:]) if vector else 1, kind
+    def parameter(self, result: str, address: Operand, element: int, width: int, signed: bool) -> None:
+        if not isinstance(address, Address) or address.offset:
+            raise UnknownPtxError("part of a parameter")
+        index = list(self.kernel.parameters).index(address.base)
+        self.places.append(Parameter(self.new(width), index, element, width, signed))
+        self.emit(f"mov.b{8 * width}", self.target(result, width), self.places[-1].place)
 
-    def do_cp(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        if modifiers == ["async", "commit_group"]:
-            self.emit("cp.async.commit_group")
-        elif modifiers == ["async", "wait_all"]:
-            self.emit("cp.async.wait_all")
-        elif modifiers == ["async", "wait_group"]:
-            self.emit("cp.async.wait_group", number(str(operands[0])))
-        elif modifiers[:2] in (["async", "ca"], ["async", "cg"]) and modifiers[2].startswith("shared"):
-            size = number(str(operands[2]))
-            live = self.source(operands[3], 4) if len(operands) > 3 else -1
-            self.access("shared", size)
-            self.access("global", size)
-            where = [*self.address(operands[0], "shared"), *self.address(operands[1], "global")]
-            self.emit("cp.async", *where, size, live)
-        else:
-            raise UnknownPtxError("unknown instruction")
+    def do_cp(self, operands: _Operands) -> None:
+        self.shape(r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)?")
+        size = number(operands[2])
+        live = self.source(operands[3], 4) if len(operands) > 3 else -1
+        to, source = self.argument(f"S{size}", operands[0]), self.argument(f"G{size}", operands[1])
+        self.emit("cp.async", *to, *source, size, live)
 
     # matrices
 
-    def do_ldmatrix(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        if "m8n8" not in modifiers or modifiers[-1] != "b16":
-            raise UnknownPtxError("unknown shape of matrices")
-        self.access("shared", 2)
-        load = self.current.name.startswith("ldmatrix")
-        names, address = (operands[0], operands[1]) if load else (operands[1], operands[0])
-        places = [(self.target if load else self.source)(name, 4) for name in self.several(names)]
-        if len(places) != int(next(part[1:] for part in modifiers if part in ("x1", "x2", "x4"))):
+    def do_ldmatrix(self, operands: _Operands) -> None:
+        form = self.shape(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared.*\.b16")
+        load, count, transposed = form[0] == "ld", int(form[1]), int(form[2] is not None)
+        values, address = operands if load else operands[::-1]
+        places = (self.targets if load else self.sources)(values, 4)
+        if len(places) != count:
             raise UnknownPtxError("other registers than its matrices")
-        where = self.address(address, "shared")
-        self.emit("ldmatrix" if load else "stmatrix", len(places), int("trans" in modifiers), *where, *places)
+        self.emit(f"{form[0]}matrix", count, transposed, *self.argument("S2", address), *places)
 
     do_stmatrix = do_ldmatrix
 
-    def do_mma(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        found = re.fullmatch(
-            r"sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(bf16|f16|tf32)\.\2\.f32", ".".join(modifiers)
-        )
-        if found is None:
-            raise UnknownPtxError("unknown kind of matrix product")
-        result = [self.target(name, 4) for name in self.several(operands[0])]
-        left, right, start = ([self.source(name, 4) for name in self.several(part)] for part in operands[1:4])
-        self.emit("mma", KINDS[found[2]], int(found[1]), len(left), len(right), *result, *left, *right, *start)
+    def do_mma(self, operands: _Operands) -> None:
+        depth, kind = self.shape(r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(bf16|f16|tf32)\.\2\.f32")
+        result = self.targets(operands[0], 4)
+        left, right, start = (self.sources(part, 4) for part in operands[1:4])
+        self.emit("mma", KINDS[kind], int(depth), len(left), len(right), *result, *left, *right, *start)
 
-    def do_wgmma(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        if modifiers[0] == "fence":
-            self.emit("nop")
-        elif modifiers[0] == "commit_group":
-            self.emit("wgmma.commit_group")
-        elif modifiers[0] == "wait_group":
-            self.emit("wgmma.wait_group", number(str(operands[0])))
-        else:
-            self.wgmma(".".join(modifiers), operands)
-
-    def wgmma(self, modifiers: str, operands: tuple[Operand, ...]) -> None:
-        found = re.fullmatch(r"mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.f32\.(bf16|f16|tf32)\.\3", modifiers)
-        if found is None:
-            raise UnknownPtxError("unknown kind of matrix product")
-        self.access("shared", 2)
-        columns, depth = int(found[1]), int(found[2])
-        result = [self.target(name, 4) for name in self.several(operands[0])]
-        in_registers = isinstance(operands[1], tuple)
-        left = [self.source(name, 4 if in_registers else 8) for name in self.several(operands[1])]
-        left += [-1] * (4 - len(left))
-        negated_a, negated_b, *transposed = (number(str(operand)) for operand in operands[4:])
+    def do_wgmma(self, operands: _Operands) -> None:
+        shape = r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.f32\.(bf16|f16|tf32)\.\3"
+        columns, depth, kind = self.shape(shape)
+        result, left, right, keep, *signs = operands
+        negated_a, negated_b, *transposed = map(number, signs)
         transposed = [0] * (2 - len(transposed)) + transposed  # one: that of B
-        keep = str(operands[3])
-        accumulate = self.place[keep] if keep in self.place else -1 if number(keep) else -2
-        self.emit(
-            "wgmma.mma_async", KINDS[found[3]], columns, depth, int(in_registers), *transposed,
-            int(negated_a < 0), int(negated_b < 0), accumulate, self.source(operands[2], 8), *left, *result,
-        )  # fmt: skip
+        in_registers = isinstance(left, tuple)
+        rows = self.sources(left, 4) if in_registers else self.argument("D2", left)[1:2]
+        accumulate = self.place[str(keep)] if keep in self.place else -1 if number(keep) else -2
+        form = KINDS[kind], int(columns), int(depth), int(in_registers), *transposed, int(negated_a != negated_b)
+        places = self.argument("D2", right)[1], *rows, *[-1] * (4 - len(rows)), *self.targets(result, 4)
+        self.emit("wgmma.mma_async", *form, accumulate, *places)
 
-    # tensor memory and barriers in memory
+    # tensor memory
 
-    def do_mbarrier(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        kind = ".".join(part for part in modifiers if not part.startswith("shared") and part != "b64")
-        if kind == "init":
-            self.emit("mbarrier.init", *self.address(operands[0], "shared"), self.source(operands[1], 4))
-        elif kind == "inval":
-            self.emit("mbarrier.inval", *self.address(operands[0], "shared"))
-        elif kind == "try_wait.parity":
-            where = self.address(operands[1], "shared")
-            self.emit("mbarrier.try_wait.parity", *where, self.target(operands[0], 0), self.source(operands[2], 4))
-        else:
-            raise UnknownPtxError("unknown instruction")
-
-    def do_tcgen05(self, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        kind = modifiers[0]
-        if kind.startswith("fence") or kind == "relinquish_alloc_permit":
-            self.emit("nop")
-        elif kind in ("wait::ld", "wait::st"):
-            self.emit(f"tcgen05.{kind}")
-        elif kind in ("ld", "st"):
-            self.tensor_access(kind, modifiers, operands)
-        elif modifiers[1] != "cta_group::1":
-            raise UnknownPtxError("more than one program to a product")
-        elif kind == "alloc":
-            self.access("shared", 4)
-            self.emit("tcgen05.alloc", *self.address(operands[0], "shared"), number(str(operands[1])))
-        elif kind == "dealloc":
-            self.emit("tcgen05.dealloc", self.source(operands[0], 4), number(str(operands[1])))
-        elif kind == "commit" and modifiers[2] == "mbarrier::arrive::one":
-            self.emit("tcgen05.commit", *self.address(operands[0], "shared"))
-        elif kind == "mma" and modifiers[2:] == ["kind::f16"] and len(operands) == 5:
-            self.access("shared", 2)
-            result, left, right, how, keep = operands
-            inside = isinstance(left, Address)
-            where = self.address(left, "tensor") if inside else [self.source(left, 8), 0]
-            self.emit(
-                "tcgen05.mma", int(inside), *self.address(result, "tensor"), *where, self.source(right, 8),
-                self.source(how, 4), self.source(keep, 0),
-            )  # fmt: skip
-        else:
-            raise UnknownPtxError("unknown instruction")
-
-    def tensor_access(self, kind: str, modifiers: list[str], operands: tuple[Operand, ...]) -> None:
-        load = kind == "ld"
-        halves = {"16x32bx2": 2, "32x32b": 1}.get(modifiers[3])
-        if halves is None or modifiers[-1] != "b32" or len(modifiers) != 6:
-            raise UnknownPtxError("unknown shape of tensor memory")
-        address, values = (operands[1], operands[0]) if load else (operands[0], operands[-1])
-        split = number(str(operands[2 if load else 1])) if halves == 2 else 0
-        places = [(self.target if load else self.source)(name, 4) for name in self.several(values)]
-        if len(places) != int(modifiers[4][1:]):
+    def do_tcgen05(self, operands: _Operands) -> None:
+        kind, halves, count = self.shape(r"tcgen05\.(ld|st)\.sync\.aligned\.(16x32bx2|32x32b)\.x(\d+)\.b32")
+        values, address, *split = operands if kind == "ld" else (operands[-1], *operands[:-1])
+        places = (self.targets if kind == "ld" else self.sources)(values, 4)
+        if len(places) != int(count) or len(split) != (halves == "16x32bx2"):
             raise UnknownPtxError("other registers than its shape's")
-        self.emit(f"tcgen05.{kind}", halves, len(places), split, *self.address(address, "tensor"), *places)
+        form = 1 + len(split), len(places), sum(map(number, split))
+        self.emit(f"tcgen05.{kind}", *form, *self.address(address, "tensor"), *places)
 
 
-def number(text: str) -> int:
+@functools.cache
+def _form(name: str) -> list[str] | None:
+    found = ((re.fullmatch(pattern, name), form) for pattern, form in _FORMS.items())
+    return next((match.expand(form).split() for match, form in found if match is not None), None)
+
+
+def number(text: Operand) -> int:
     """The bits of a constant: ``-1``, ``0x10``, ``0f3F800000``, ``0d3FF0000000000000``."""
+    if not isinstance(text, str):
+        raise UnknownPtxError(f"operand {text} instead of a number")
     if text[:2] in ("0f", "0F", "0d", "0D"):
         return int(text[2:], 16)
     try:

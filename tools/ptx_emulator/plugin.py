@@ -4,10 +4,12 @@ Fresh memory is marked, so that a kernel that reads what nobody wrote is found; 
 to memory that must not be read, marks it too.
 """
 
+import datetime
 import functools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="fail",
         help="whether races and the like fail the test that launches the kernel, or are only listed at the end",
     )
-    group.addoption("--emulate-report", metavar="FILE", help="what was executed and found, as JSON")
+    group.addoption(
+        "--emulate-report", metavar="FILE", help="what was executed and found, and properties of tests, as JSON"
+    )
     group.addoption(
         "--emulate-mutations",
         action="store_true",
@@ -63,18 +67,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class _Mutations:
-    """What became of the kernels that were tried without something, one line or more for each."""
+    """What became of the kernels that were tried without something."""
 
     def __init__(self) -> None:
         self.lines: dict[int, list[str]] = {}  # by the decoded program, of which Triton keeps one
+        self.results: list[dict[str, Any]] = []
 
     def add(self, launch: "Launch") -> None:
         """Try a program that was not tried before."""
         from .mutation import mutate, summary
 
-        if id(launch.program) not in self.lines:
-            head = f"{launch.program.name}, {launch.program.threads} threads:"
-            self.lines[id(launch.program)] = [head, *(f"  {line}" for line in summary(mutate(launch)))]
+        if id(launch.program) in self.lines:
+            return
+        head, outcomes = f"{launch.program.name}, {launch.program.threads} threads", mutate(launch)
+        self.lines[id(launch.program)] = [f"{head}:", *(f"  {line}" for line in summary(outcomes))]
+        results: dict[str, Counter[str]] = {}
+        for outcome in outcomes:
+            results.setdefault(outcome.kind, Counter())[outcome.result] += 1
+        _, bracket, parameters = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0].partition("[")
+        self.results.append({"kernel": f"{head} {bracket}{parameters}".strip(), "results": results})
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -100,7 +111,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     state = config.stash.get(_STATE, None)
     if state is None:
         return
-    summary = _summary(state[1])
+    summary = _summary(state[1]) | {"mutations": state[3].results}
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    called = [report for report in reports if getattr(report, "when", None) == "call"]
+    summary["properties"] = [each for report in called for each in report.user_properties]
     if (path := config.getoption("--emulate-report")) is not None:
         Path(path).write_text(json.dumps(summary, indent=1), encoding="utf-8")
     terminalreporter.section(f"kernels executed for {summary['architecture']} by Triton {summary['triton']}")
@@ -133,7 +147,8 @@ def _summary(emulator: "Emulator") -> dict[str, Any]:
             kernel["findings"].setdefault(places, str(finding))
     for kernel in kernels.values():
         kernel["findings"] = list(kernel["findings"].values())
-    return {"architecture": emulator.architecture, "triton": triton.__version__, "kernels": kernels}
+    versions = {"triton": triton.__version__, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    return {"architecture": emulator.architecture, **versions, "kernels": kernels}
 
 
 def poisoning() -> list[tuple[object, str, Callable[..., Any]]]:

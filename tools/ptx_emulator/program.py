@@ -48,6 +48,9 @@ class Program:
 
 
 def fill(image: np.ndarray, place: int, width: int, value: int) -> None:
-    """Put a value into all lanes of a place."""
+    """Put a value into all lanes of a place; a predicate, of no width, has them in the bits of one word."""
+    if width == 0:
+        image[place] = 0xFFFFFFFF if value else 0
+        return
     kind = {2: np.uint16, 4: np.uint32, 8: np.uint64}[width]
     image[place : place + 8 * width].view(kind)[:] = value & ((1 << 8 * width) - 1)

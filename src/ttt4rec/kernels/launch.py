@@ -265,6 +265,28 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
+def strided(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[tuple[int, ...], ...]]:
+    """The tensors a kernel reads by strides, and these.
+
+    Triton compiles another kernel where a stride becomes one or a multiple of 16, or is so no more. Expanded tensors
+    have strides of zero. Where those would be another kernel's they are copied, so that every call launches the same.
+    Expanded weights of head dimensions that are multiples of 16 never are.
+    """
+    read, strides = [], []
+    for x in tensors:
+        usual = [1]
+        for size in reversed(x.shape[1:]):
+            usual.insert(0, usual[0] * size)
+        alike = [_kind(n) for n in x.stride()] == [_kind(n) for n in usual]
+        read.append(x if alike else x.contiguous())
+        strides.append(x.stride() if alike else tuple(usual))
+    return tuple(read), tuple(strides)
+
+
+def _kind(stride: int) -> tuple[bool, bool]:
+    return stride == 1, stride % 16 == 0
+
+
 def new_tokens(x: Tensor, starts: Tensor | None, features: int | None = None) -> Tensor:
     """Memory for a result per token of x, contiguous; zero where spans may leave tokens out.
 

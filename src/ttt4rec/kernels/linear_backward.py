@@ -233,8 +233,10 @@ def prepare_linear_scan_backward(
     L, H = q.shape[1:3]
     choice, tile = launch.plan("linear_backward", q, scan.token_scale.numel())
     d_tokens, d_weights, sums = launch.new_gradients(scan)
+    given, given_strides = launch.strided(*grad_weights)
+    weights, strides = launch.strided(*weights)
     arguments = (
-        (grad_o.contiguous(), *grad_weights),
+        (grad_o.contiguous(), *given),
         launch.contiguous(*scan[:3], G),
         launch.contiguous(scan.inner_lr, scan.token_scale),
         weights,
@@ -244,7 +246,7 @@ def prepare_linear_scan_backward(
         d_tokens,
         d_weights,
         sums,
-        tuple(x.stride() for x in (*grad_weights, *weights)),
+        (*given_strides, *strides),
         L,
         H,
         scan.segment,

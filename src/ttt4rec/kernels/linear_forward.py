@@ -144,6 +144,7 @@ def prepare_linear_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
     choice, tile = launch.plan("linear_forward", q, scan.token_scale.numel())
     o, G = launch.new_tokens(q, starts), launch.new_tokens(q, starts)
     outgoing = tuple(torch.empty(w.shape, dtype=torch.float32, device=q.device) for w in weights)
+    weights, strides = launch.strided(*weights)
     checkpoints = scan.new_checkpoints()
     arguments = (
         launch.contiguous(*scan[:3]),
@@ -153,7 +154,7 @@ def prepare_linear_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
         launch.contiguous(starts, scan.lengths),
         (o, G, *outgoing),
         checkpoints,
-        tuple(w.stride() for w in weights),
+        strides,
         L,
         H,
         scan.segment,

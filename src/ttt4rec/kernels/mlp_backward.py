@@ -374,12 +374,14 @@ def prepare_mlp_scan_backward(
     (L, H), hidden = q.shape[1:3], Z1.shape[-1]
     choice, tile = launch.plan("mlp_backward", q, scan.token_scale.numel(), hidden)
     d_tokens, d_weights, sums = launch.new_gradients(scan)
+    given, given_strides = launch.strided(*grad_weights)
+    weights, strides = launch.strided(*weights)
     scratch = None
     if tile.chunks > 1:
         shape = (weights[0].shape[0], H, tile.rows, hidden)
         scratch = torch.empty(shape, dtype=torch.float32, device=q.device)
     arguments = (
-        (grad_o.contiguous(), *grad_weights),
+        (grad_o.contiguous(), *given),
         launch.contiguous(*scan[:3], G2, Z1),
         launch.contiguous(scan.inner_lr, scan.token_scale),
         weights,
@@ -390,7 +392,7 @@ def prepare_mlp_scan_backward(
         d_weights,
         sums,
         scratch,
-        tuple(w.stride() for w in (*weights, *grad_weights)),
+        (*strides, *given_strides),
         L,
         H,
         scan.segment,

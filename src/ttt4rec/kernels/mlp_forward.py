@@ -210,6 +210,7 @@ def prepare_mlp_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
     o, G2 = launch.new_tokens(q, starts), launch.new_tokens(q, starts)
     Z1 = launch.new_tokens(q, starts, hidden)
     outgoing = tuple(torch.empty(w.shape, dtype=torch.float32, device=q.device) for w in weights)
+    weights, strides = launch.strided(*weights)
     checkpoints = scan.new_checkpoints()
     arguments = (
         launch.contiguous(*scan[:3]),
@@ -219,7 +220,7 @@ def prepare_mlp_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
         launch.contiguous(starts, scan.lengths),
         (o, *outgoing),
         (Z1, G2, checkpoints),
-        tuple(w.stride() for w in weights),
+        strides,
         L,
         H,
         scan.segment,

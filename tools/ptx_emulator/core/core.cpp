@@ -40,10 +40,6 @@ static void run_barrier(Frame& f) {
     f.w.barrier_at = f.instruction;
     ++f.w.barrier, ++f.w.together;
 }
-static void run_warp_barrier(Frame& f) { ++f.w.barrier, ++f.w.together; }
-static void run_nothing(Frame&) {}
-static void run_trap(Frame& f) { f.stop("trap"); }
-static void run_proxy_fence(Frame& f) { f.w.fence = f.m.time; }
 // a: mode, result, predicate, value, lane, clamp
 static void run_shuffle(Frame& f) {
     u32 out[LANES], inside = 0;
@@ -56,26 +52,24 @@ static void run_shuffle(Frame& f) {
         out[lane] = f.reg<u32>(3)[good ? j : lane];
         inside |= u32(good) << lane;
     }
-    for (int lane = 0; lane < LANES; ++lane)
-        if (f.has(lane)) f.reg<u32>(1)[lane] = out[lane];
-    f.predicate(2) = (f.predicate(2) & ~f.mask) | (inside & f.mask);
+    set<u32>(f, 1, [&](int lane) { return out[lane]; });
+    set<bool>(f, 2, [&](int lane) { return inside >> lane & 1; });
     f.w.together += f.mask == ALL;
 }
 // a: leading lane, predicate
 static void run_elect(Frame& f) {
-    const int leader = __builtin_ctz(f.mask);
-    for (int lane = 0; lane < LANES; ++lane)
-        if (f.has(lane)) f.reg<u32>(0)[lane] = leader;
-    f.predicate(1) = (f.predicate(1) & ~f.mask) | 1u << leader;
+    set<u32>(f, 0, [&](int) { return f.leader(); });
+    set<bool>(f, 1, [&](int lane) { return lane == f.leader(); });
 }
 
 // Names that begin with "=" want the whole warp.
 static const std::vector<Operation>& table() {
     static const std::vector<Operation> all = {
 #include "registers.inc"
-        {"bra", "", run_branch}, {"ret exit", "", run_return}, {"nop", "", run_nothing}, {"trap", "", run_trap},
-        {"bar.sync", "", run_barrier}, {"=bar.warp.sync", "", run_warp_barrier},
-        {"fence.proxy.async", "", run_proxy_fence}, {"shfl.sync", "", run_shuffle}, {"elect.sync", "", run_elect},
+        {"bra", "", run_branch}, {"ret exit", "", run_return}, {"nop", "", [](Frame&) {}},
+        {"trap", "", [](Frame& f) { f.stop("trap"); }}, {"bar.sync", "", run_barrier},
+        {"=bar.warp.sync", "", [](Frame& f) { ++f.w.barrier, ++f.w.together; }},
+        {"fence.proxy.async", "", [](Frame& f) { f.w.fence = f.m.time; }}, {"shfl.sync", "", run_shuffle}, {"elect.sync", "", run_elect},
         {"ld.global", "", run_load<false>}, {"ld.shared", "", run_load<true>},
         {"st.global", "", run_store<false>}, {"st.shared", "", run_store<true>},
         {"cp.async", "", run_copy}, {"cp.async.commit_group", "", run_copy_commit},

@@ -4,6 +4,7 @@
 #include <map>
 #include <set>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "numbers.h"
@@ -151,6 +152,7 @@ struct Frame {
     template <class T> T* reg(int i) const { return reinterpret_cast<T*>(w.registers + a[i]); }
     u32& predicate(int i) const { return w.registers[a[i]]; }
     bool has(int lane) const { return mask >> lane & 1; }
+    int leader() const { return __builtin_ctz(mask); }
     int thread(int lane) const { return w.id * LANES + lane; }
     void report(const char* what, u64 address, int lane, const Stamp* other = nullptr) const {
         m.report(what, instruction, address, thread(lane), other);
@@ -178,23 +180,23 @@ template <> struct Lanes<bool> {
     Lanes(const Frame& f, int i) : x(f.predicate(i)) {}
     bool operator[](int lane) const { return x >> lane & 1; }
 };
-template <class T, class F> inline void set(Frame& f, F value) {
+template <class T, class F> inline void set(Frame& f, int i, F value) {
     T out[LANES];
     for (int lane = 0; lane < LANES; ++lane) out[lane] = value(lane);
     if constexpr (std::is_same_v<T, bool>) {
         u32 word = 0;
         for (int lane = 0; lane < LANES; ++lane) word |= u32(out[lane]) << lane;
-        f.predicate(0) = (f.predicate(0) & ~f.mask) | (word & f.mask);
+        f.predicate(i) = (f.predicate(i) & ~f.mask) | (word & f.mask);
     } else if (f.mask == ALL) {
-        std::memcpy(f.reg<T>(0), out, sizeof out);
+        std::memcpy(f.reg<T>(i), out, sizeof out);
     } else {
         for (int lane = 0; lane < LANES; ++lane)
-            if (f.has(lane)) f.reg<T>(0)[lane] = out[lane];
+            if (f.has(lane)) f.reg<T>(i)[lane] = out[lane];
     }
 }
 template <class D, class... X, class F, size_t... I> void each_lane(Frame& f, F value, std::index_sequence<I...>) {
     const std::tuple<Lanes<X>...> operands{Lanes<X>(f, int(I) + 1)...};
-    set<D>(f, [&](int lane) { return value(std::get<I>(operands)[lane]...); });
+    set<D>(f, 0, [&](int lane) { return value(std::get<I>(operands)[lane]...); });
 }
 template <class D, class... X, class F> void each_lane(Frame& f, F value) {
     each_lane<D, X...>(f, value, std::index_sequence_for<X...>());

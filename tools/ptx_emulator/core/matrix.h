@@ -19,29 +19,30 @@ inline Place right(int kind, int lane, int i, int half) {
 }
 inline Place accumulator(int lane, int i) { return {lane / 4 + 8 * (i / 2), 2 * (lane % 4) + i % 2}; }
 
-template <class F> void each_operand(int kind, int registers, F visit) {
-    for (int lane = 0; lane < LANES; ++lane)
-        for (int i = 0; i < registers; ++i)
-            for (int half = 0; half < (kind == TF32 ? 1 : 2); ++half) visit(lane, i, half);
+// The matrix that registers of a warp hold, `where` each of its elements lies.
+template <int ROWS, int COLUMNS, class F>
+void gather(Frame& f, int kind, int first, int registers, F where, double (&matrix)[ROWS][COLUMNS]) {
+    for (int i = 0; i < registers; ++i)
+        for (int lane = 0; lane < LANES; ++lane)
+            for (int half = 0; half < (kind == TF32 ? 1 : 2); ++half) {
+                const Place p = where(kind, lane, i, half);
+                matrix[p.row][p.column] = element(kind, f.reg<u32>(first + i)[lane] >> 16 * half);
+            }
+}
+// To the sums of a row: a row of A times B.
+inline void add_products(const double* a, const double* b, int K, int N, double* sums) {
+    for (int k = 0; k < K; ++k)
+        for (int j = 0; j < N; ++j) sums[j] += a[k] * b[k * N + j];
 }
 
 // a: kind, K, registers of A, of B, then D (4), A, B, C (4)
 inline void run_mma(Frame& f) {
-    const int kind = f.a[0], K = f.a[1], in_a = f.a[2], in_b = f.a[3], A = 8, B = A + in_a, C = B + in_b;
-    double a[16][16], b[16][8];
+    const int kind = f.a[0], K = f.a[1], A = 8, B = A + f.a[2], C = B + f.a[3];
+    double a[16][16], b[16][8], sums[16][8] = {};
     float out[4][LANES];
-    each_operand(kind, in_a, [&](int lane, int i, int half) {
-        const Place p = left(kind, lane, i, half);
-        a[p.row][p.column] = element(kind, f.reg<u32>(A + i)[lane] >> 16 * half);
-    });
-    each_operand(kind, in_b, [&](int lane, int i, int half) {
-        const Place p = right(kind, lane, i, half);
-        b[p.row][p.column] = element(kind, f.reg<u32>(B + i)[lane] >> 16 * half);
-    });
-    double sums[16][8] = {};
-    for (int row = 0; row < 16; ++row)
-        for (int k = 0; k < K; ++k)
-            for (int j = 0; j < 8; ++j) sums[row][j] += a[row][k] * b[k][j];
+    gather(f, kind, A, f.a[2], left, a);
+    gather(f, kind, B, f.a[3], right, b);
+    for (int row = 0; row < 16; ++row) add_products(a[row], b[0], K, 8, sums[row]);
     for (int i = 0; i < 4; ++i)
         for (int lane = 0; lane < LANES; ++lane) {
             const Place p = accumulator(lane, i);
@@ -56,13 +57,10 @@ struct Descriptor {
     u32 start, lead, stride, row, swizzle;
     bool k_last;  // the depth is contiguous
 
-    static Descriptor wgmma(u64 raw, bool transposed) {
-        static const u32 rows[4] = {16, 128, 64, 32};
-        return make(raw, rows[raw >> 62], transposed);
-    }
-    static Descriptor make(u64 raw, u32 row, bool transposed) {
+    Descriptor(u64 raw, bool transposed) : k_last(!transposed) {
+        static const u32 rows[8] = {16, 0, 128, 0, 64, 0, 32, 0};  // by the kind of swizzle; 0: not known
         const auto part = [raw](int at) { return u32(raw >> at & 0x3FFF) << 4; };
-        return {part(0), part(16), part(32), row, row / 16 - 1, !transposed};
+        start = part(0), lead = part(16), stride = part(32), row = rows[raw >> 61], swizzle = row / 16 - 1;
     }
     u32 address(int outer, int k, int size) const {
         const u32 across = k_last ? k * size : outer * size, down = k_last ? outer : k;
@@ -76,6 +74,7 @@ struct Descriptor {
 // An operand in shared memory as a matrix product that does not wait reads it.
 inline float fetch(Frame& f, const Descriptor& d, int kind, int outer, int k, std::vector<u64>& reads) {
     const int size = kind == TF32 ? 4 : 2;
+    if (!d.row) return f.stop("matrix of a kind that the emulator does not know"), 0;
     const u64 address = d.address(outer, k, size);
     const u8* p = load(f, true, address, size, 0);
     if (!p) return 0;
@@ -96,42 +95,31 @@ inline void release_reads(Frame& f, const std::vector<u64>& reads) {
     for (u64 i : reads) --f.m.shared.cells[i].matrix_reads;
 }
 
-// a: kind, N, K, A in registers, transposed A, B, negated A, B, whether to accumulate (-1 always, -2 never, or a
-// predicate), descriptor of B, then A's descriptor or registers (4), D (N / 2)
+// a: kind, N, K, A in registers, transposed A, B, negated, whether to accumulate (-1 always, -2 never, or a predicate),
+// descriptor of B, then A's descriptor or registers (4), D (N / 2)
 inline void run_wgmma(Frame& f) {
-    const int kind = f.a[0], N = f.a[1], K = f.a[2], accumulate = f.a[8];
+    const int kind = f.a[0], N = f.a[1], K = f.a[2], accumulate = f.a[7];
     const bool keep = accumulate == -1 || (accumulate >= 0 && f.w.registers[accumulate] & 1);
-    double sign = f.a[6] == f.a[7] ? 1 : -1;
+    const double sign = f.a[6] ? -1 : 1;
     double a[16][16];
     std::vector<double> b(size_t(K) * N), sums(16 * N);
-    if (f.a[3])
-        each_operand(kind, 4, [&](int lane, int i, int half) {
-            const Place p = left(kind, lane, i, half);
-            a[p.row][p.column] = element(kind, f.reg<u32>(10 + i)[lane] >> 16 * half);
-        });
-    const Descriptor right = Descriptor::wgmma(f.reg<u64>(9)[0], f.a[5]);
-    if (!f.a[3]) {
-        const Descriptor own = Descriptor::wgmma(f.reg<u64>(10)[0], f.a[4]);
-        for (int row = 0; row < 16 && !f.m.failed; ++row)
-            for (int k = 0; k < K; ++k) a[row][k] = fetch(f, own, kind, f.w.id % 4 * 16 + row, k, f.w.products.reads);
-    }
+    std::vector<u64>& reads = f.w.products.reads;
+    if (f.a[3]) gather(f, kind, 9, 4, left, a);
+    const Descriptor other(f.reg<u64>(8)[0], f.a[5]), own(f.a[3] ? 0 : f.reg<u64>(9)[0], f.a[4]);
+    for (int row = 0; row < 16 && !f.a[3] && !f.m.failed; ++row)
+        for (int k = 0; k < K; ++k) a[row][k] = fetch(f, own, kind, f.w.id % 4 * 16 + row, k, reads);
     for (int k = 0; k < K && !f.m.failed; ++k)
-        for (int j = 0; j < N; ++j) b[k * N + j] = fetch(f, right, kind, j, k, f.w.products.reads);
-    for (int row = 0; row < 16; ++row)
-        for (int k = 0; k < K; ++k)
-            for (int j = 0; j < N; ++j) sums[row * N + j] += a[row][k] * b[k * N + j];
-    for (int i = 0; i < N / 2; ++i) f.w.products.registers.push_back({f.a[14 + i], f.instruction});
+        for (int j = 0; j < N; ++j) b[k * N + j] = fetch(f, other, kind, j, k, reads);
+    for (int row = 0; row < 16; ++row) add_products(a[row], b.data(), K, N, &sums[row * N]);
+    for (int i = 0; i < N / 2; ++i) f.w.products.registers.push_back({f.a[13 + i], f.instruction});
     for (int i = 0; i < N / 2; ++i)
         for (int lane = 0; lane < LANES; ++lane) {
             const Place p = accumulator(lane, i % 4);
-            float& out = f.reg<float>(14 + i)[lane];
+            float& out = f.reg<float>(13 + i)[lane];
             out = towards_zero(sign * sums[p.row * N + i / 4 * 8 + p.column] + (keep ? double(out) : 0.0));
         }
 }
-inline void run_wgmma_commit(Frame& f) {
-    f.w.product_groups.push_back(std::move(f.w.products));
-    f.w.products = {};
-}
+inline void run_wgmma_commit(Frame& f) { f.w.product_groups.push_back(std::exchange(f.w.products, {})); }
 inline void run_wgmma_wait(Frame& f) {
     for (; f.w.product_groups.size() > size_t(f.a[0]); f.w.product_groups.pop_front())
         release_reads(f, f.w.product_groups.front().reads);

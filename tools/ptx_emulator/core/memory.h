@@ -176,24 +176,13 @@ inline void run_copy(Frame& f) {
         f.w.copies.push_back(c);
     }
 }
-inline void run_copy_commit(Frame& f) {
-    f.w.copy_groups.push_back(std::move(f.w.copies));
-    f.w.copies.clear();
+inline void run_copy_commit(Frame& f) { f.w.copy_groups.push_back(std::exchange(f.w.copies, {})); }
+inline void finish_copies(Frame& f, s32 groups) {  // all but the last so many
+    for (; s32(f.w.copy_groups.size()) > groups && !f.m.failed; f.w.copy_groups.pop_front())
+        for (const Copy& c : f.w.copy_groups.front()) finish_copy(f, c);
 }
-// a: groups that may stay under way
-inline void run_copy_wait(Frame& f) {
-    for (; f.w.copy_groups.size() > size_t(f.a[0]) && !f.m.failed; f.w.copy_groups.pop_front())
-        for (const Copy& c : f.w.copy_groups.front()) {
-            Frame own{f.m, f.w, f.a, f.mask, f.instruction};
-            finish_copy(own, c);
-        }
-}
-inline void run_copy_wait_all(Frame& f) {
-    static const s32 none[1] = {0};
-    run_copy_commit(f);
-    Frame all{f.m, f.w, none, f.mask, f.instruction};
-    run_copy_wait(all);
-}
+inline void run_copy_wait(Frame& f) { finish_copies(f, f.a[0]); }
+inline void run_copy_wait_all(Frame& f) { run_copy_commit(f), finish_copies(f, 0); }
 
 // Row r of matrix i begins where lane 8i + r says. Lane l holds columns 2(l mod 4) and the next of row l / 4;
 // transposed, of column l / 4.

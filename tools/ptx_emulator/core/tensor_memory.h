@@ -68,26 +68,18 @@ inline void run_tensor_store(Frame& f) {
     each_tensor_word(f, [&](u32 lane, u32 i, u32& word) { word = f.reg<u32>(5 + i)[lane]; });
     f.w.tensor_store = f.instruction;
 }
-inline void run_tensor_wait_load(Frame& f) { f.w.tensor_load = -1; }
-inline void run_tensor_wait_store(Frame& f) { f.w.tensor_store = -1; }
 
-inline Descriptor tensor_descriptor(u64 raw, bool transposed) {
-    static const u32 rows[8] = {16, 0, 128, 0, 64, 0, 32, 0};  // by the swizzle
-    return Descriptor::make(raw, rows[raw >> 61], transposed);
-}
-
-// a: A in tensor memory, D's address, offset, A's descriptor or address, offset, B's descriptor, what it does, whether
+// a: D's address, offset, A in tensor memory, A's descriptor or address, offset, B's descriptor, what it does, whether
 // to add to D. Executed by one lane.
-inline void run_tensor_product(Frame& f) {
-    const int leader = __builtin_ctz(f.mask);
-    const u32 how = f.reg<u32>(6)[leader];
-    const u32 M = (how >> 24 & 31) * 16, N = (how >> 17 & 63) * 8;
-    const bool keep = f.predicate(7) >> leader & 1;
-    const int kind = (how >> 7 & 7) ? BF16 : F16;
-    const u64 a_raw = f.a[0] ? 0 : f.reg<u64>(3)[leader], b_raw = f.reg<u64>(5)[leader];
-    const Descriptor a = tensor_descriptor(a_raw, how >> 15 & 1), b = tensor_descriptor(b_raw, how >> 16 & 1);
-    const bool known = (M == 64 || M == 128) && N && (how & 0x3F) == 0x10 && (how >> 7 & 7) < 2
-        && (how >> 10 & 7) == (how >> 7 & 7) && (f.a[0] || a.row) && b.row;
+template <bool SINGLE> void run_tensor_product(Frame& f) {
+    const int leader = f.leader();
+    const bool inside = f.a[2], keep = f.predicate(7) >> leader & 1;
+    const u32 how = f.reg<u32>(6)[leader], M = (how >> 24 & 31) * 16, N = (how >> 17 & 63) * 8;
+    const u32 format = how >> 7 & 7;
+    const int kind = SINGLE ? TF32 : format ? BF16 : F16, K = SINGLE ? 8 : 16;
+    const Descriptor a(inside ? 0 : f.reg<u64>(3)[leader], how >> 15 & 1), b(f.reg<u64>(5)[leader], how >> 16 & 1);
+    const bool known = (M == 64 || M == 128) && N && (how & 0x3F) == 0x10 && (how >> 10 & 7) == format
+        && (SINGLE ? format == 2 && !(how >> 15 & 3) : format < 2);
     if (!known || f.mask & (f.mask - 1))
         return f.stop("matrix product of a kind that the emulator does not know", how);
     for (const Warp& w : f.m.warps)
@@ -95,22 +87,21 @@ inline void run_tensor_product(Frame& f) {
             const Stamp other{f.m.program, w.id * LANES, access};
             if (access >= 0) f.report("matrix product while tensor memory is read or written", 0, leader, &other);
         }
-    const TensorAddress d{f.reg<u32>(1)[leader] + u32(f.a[2])};
-    const TensorAddress left{f.a[0] ? f.reg<u32>(3)[leader] + u32(f.a[4]) : 0};
+    const TensorAddress d{f.reg<u32>(0)[leader] + u32(f.a[1])};
+    const TensorAddress left{inside ? f.reg<u32>(3)[leader] + u32(f.a[4]) : 0};
     const double sign = (how >> 13 & 1) != (how >> 14 & 1) ? -1 : 1;
     const auto lane_of = [M](u32 row) { return M == 64 ? row / 16 * 32 + row % 16 : row; };
-    std::vector<double> right(16 * N), own(16), sums(N);
-    for (u32 k = 0; k < 16 && !f.m.failed; ++k)
+    std::vector<double> right(K * N), own(K), sums(N);
+    for (int k = 0; k < K && !f.m.failed; ++k)
         for (u32 j = 0; j < N; ++j) right[k * N + j] = fetch(f, b, kind, j, k, f.m.unread);
     for (u32 row = 0; row < M && !f.m.failed; ++row) {
-        for (u32 k = 0; k < 16; ++k) {
-            if (!f.a[0]) own[k] = fetch(f, a, kind, row, k, f.m.unread);
-            else if (const u32* word = tensor_word(f, left.lane() + lane_of(row), left.column() + k / 2))
-                own[k] = element(kind, *word >> 16 * (k & 1));
+        for (int k = 0; k < K; ++k) {
+            if (!inside) own[k] = fetch(f, a, kind, row, k, f.m.unread);
+            else if (const u32* word = tensor_word(f, left.lane() + lane_of(row), left.column() + k * 8 / K))
+                own[k] = element(kind, *word >> (SINGLE ? 0 : 16 * (k & 1)));
         }
         std::fill(sums.begin(), sums.end(), 0.0);
-        for (u32 k = 0; k < 16; ++k)
-            for (u32 j = 0; j < N; ++j) sums[j] += own[k] * right[k * N + j];
+        add_products(own.data(), right.data(), K, N, sums.data());
         for (u32 j = 0; j < N; ++j)
             if (u32* word = tensor_word(f, d.lane() + lane_of(row), d.column() + j)) {
                 if (keep && *word == UNWRITTEN) f.report("sum with tensor memory that nobody wrote", j, leader);
@@ -120,23 +111,23 @@ inline void run_tensor_product(Frame& f) {
     f.m.uncommitted.push_back({d.column(), d.column() + N, f.instruction});
 }
 
-inline MatrixBarrier* memory_barrier(Frame& f, int lane) {
-    const auto found = f.m.barriers.find(u32(address_of<true>(f, lane, 0)));
+inline MatrixBarrier* memory_barrier(Frame& f, int i) {
+    const u64 address = address_of<true>(f, f.leader(), i);
+    const auto found = f.m.barriers.find(u32(address));
     if (found != f.m.barriers.end()) return &found->second;
-    f.stop("use of a barrier in memory that is not there", address_of<true>(f, lane, 0), lane);
-    return nullptr;
+    return f.stop("use of a barrier in memory that is not there", address, f.leader()), nullptr;
 }
 // a: address, offset; then arrivals of a phase
 inline void run_barrier_init(Frame& f) {
-    const int lane = __builtin_ctz(f.mask);
+    const int lane = f.leader();
     const u64 address = address_of<true>(f, lane, 0), value = u64(f.reg<u32>(2)[lane]) << 32 | u32(f.instruction);
     if (f.m.barriers.count(u32(address))) return f.stop("a barrier in memory where there is one", address, lane);
     if (store(f, true, address, 8, lane, &value)) f.m.barriers[u32(address)].expected = f.reg<u32>(2)[lane];
 }
 inline void run_barrier_inval(Frame& f) {
-    const int lane = __builtin_ctz(f.mask);
+    const int lane = f.leader();
     const u64 address = address_of<true>(f, lane, 0), value = u64(f.instruction) << 32;
-    MatrixBarrier* b = memory_barrier(f, lane);
+    MatrixBarrier* b = memory_barrier(f, 0);
     if (!b) return;
     if (!b->uses.empty()) return f.stop("end of a barrier that a product has still to reach", address, lane);
     f.m.barriers.erase(u32(address));
@@ -144,20 +135,20 @@ inline void run_barrier_inval(Frame& f) {
 }
 // All products of the thread so far arrive when they are done, which here is at once; who has waited knows.
 inline void run_tensor_commit(Frame& f) {
-    MatrixBarrier* b = memory_barrier(f, __builtin_ctz(f.mask));
+    MatrixBarrier* b = memory_barrier(f, 0);
     if (!b) return;
     b->uses.insert(b->uses.end(), f.m.uncommitted.begin(), f.m.uncommitted.end());
     b->reads.insert(b->reads.end(), f.m.unread.begin(), f.m.unread.end());
     f.m.uncommitted.clear(), f.m.unread.clear();
     if (++b->arrived == b->expected) b->arrived = 0, ++b->phase;
 }
-// a: address, offset, done, parity
+// a: done, address, offset, parity
 inline void run_barrier_wait(Frame& f) {
-    const int lane = __builtin_ctz(f.mask);
-    MatrixBarrier* b = memory_barrier(f, lane);
-    if (!b || !load(f, true, address_of<true>(f, lane, 0), 8, lane)) return;
+    const int lane = f.leader();
+    MatrixBarrier* b = memory_barrier(f, 1);
+    if (!b || !load(f, true, address_of<true>(f, lane, 1), 8, lane)) return;
     const bool done = (b->phase & 1) != (f.reg<u32>(3)[lane] & 1);
-    f.predicate(2) = (f.predicate(2) & ~f.mask) | (done ? f.mask : 0);
+    set<bool>(f, 0, [&](int) { return done; });
     f.w.polling = !done;
     if (!done) return;
     release_reads(f, b->reads);
@@ -167,7 +158,8 @@ inline void run_barrier_wait(Frame& f) {
 #define TENSOR_OPERATIONS \
     {"=tcgen05.alloc", "", run_tensor_alloc}, {"=tcgen05.dealloc", "", run_tensor_dealloc}, \
     {"=tcgen05.ld", "", run_tensor_load}, {"=tcgen05.st", "", run_tensor_store}, \
-    {"=tcgen05.wait::ld", "", run_tensor_wait_load}, {"=tcgen05.wait::st", "", run_tensor_wait_store}, \
-    {"tcgen05.mma", "", run_tensor_product}, {"tcgen05.commit", "", run_tensor_commit}, \
-    {"mbarrier.init", "", run_barrier_init}, \
-    {"mbarrier.inval", "", run_barrier_inval}, {"mbarrier.try_wait.parity", "", run_barrier_wait},
+    {"=tcgen05.wait::ld", "", [](Frame& f) { f.w.tensor_load = -1; }}, \
+    {"=tcgen05.wait::st", "", [](Frame& f) { f.w.tensor_store = -1; }}, \
+    {"tcgen05.mma.f16", "", run_tensor_product<false>}, {"tcgen05.mma.tf32", "", run_tensor_product<true>}, \
+    {"tcgen05.commit", "", run_tensor_commit}, \
+    {"mbarrier.init", "", run_barrier_init}, {"mbarrier.inval", "", run_barrier_inval}, {"mbarrier.try_wait.parity", "", run_barrier_wait},
