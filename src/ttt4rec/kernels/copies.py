@@ -19,14 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import Scan
-from .primitives import (
-    first_rows,
-    parameter_head,
-    parameter_mask,
-    row_offsets,
-    tile_offsets,
-    weight_mask,
-)
+from .primitives import first_rows, load_rates, load_rows, parameter_head, parameter_mask, weight_mask
 
 
 @triton.jit
@@ -74,12 +67,12 @@ def load_copy(memory, number, head, H, tile: tl.constexpr):
 
 
 @triton.jit
-def load_steps(tokens, inner_lr, at, rows, mask, H, tile: tl.constexpr):
-    """Keys of a mini-batch, the kept inner gradients and the rates; tokens are q, k, v and G."""
-    here = at * tile.head_dim + tile_offsets(H, tile)
-    k_rows = tl.load(tokens[1] + here, mask=mask, other=0.0)
-    G_rows = tl.load(tokens[3] + here, mask=mask, other=0.0)
-    lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
+def load_steps(k, G, inner_lr, mini_batch, H, tile: tl.constexpr):
+    """Keys of a mini-batch, the kept inner gradients and the rates."""
+    rows, _, _, _ = mini_batch
+    k_rows = load_rows(k, mini_batch, tile)
+    G_rows = load_rows(G, mini_batch, tile)
+    lr = load_rates(inner_lr, mini_batch, H, tile)
     return k_rows, G_rows, tl.where(rows, lr, 0.0)
 
 
