@@ -29,10 +29,9 @@ from .primitives import (
     normalised,
     own,
     program_place,
-    store_head_sums,
     store_rates,
     store_rows,
-    store_token_sums,
+    store_sums,
     store_weights,
     token_sums,
     updated,
@@ -112,6 +111,71 @@ def through_inputs(q_rows, k_rows, U, W, dW, db, minus_dout, minus_dC, minus_dZ,
     return dot(tl.trans(minus_dC), q_rows, tile, minus_de + through_W), dW, db
 
 
+@triton.jit
+def through_mini_batch(
+    m,  # which one of the sequence
+    number,  # of the state with the weights before it
+    tokens,
+    inner_lr,
+    states,
+    grad_o,
+    d_tokens,
+    d_state,  # dW, db behind it
+    sums,  # gradients of γ and β, s and s_last so far
+    norm,  # γ, β
+    scales,  # -s of every row, s_last
+    place,
+    eps,
+    tile: tl.constexpr,
+):
+    """Store the gradients of a mini-batch's tokens; returns dW, db before it, and the sums with it."""
+    q, k, v, G_kept = tokens
+    dq, dk, dv, d_lr = d_tokens
+    dW, db = d_state
+    d_gamma, d_beta, d_scale, d_last_scale = sums
+    gamma, _ = norm
+    minus_scale, last_scale = scales
+    _, _, length, head, H = place
+    start = m * tile.mini_batch
+    mini_batch = mini_batch_place(start, place, tile)
+    W, b = load_copy(states, number, head, H, tile)
+    k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
+    committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
+    s_last = committed * last_scale
+    K, U = expanded(k_rows, tile), lr[:, None] * G.to(tl.float32)
+    q_rows = load_rows(q, mini_batch, tile)
+    dO = load_rows(grad_o, mini_batch, tile).to(tl.float32)
+
+    d_q, C, minus_dout, minus_dC, gamma_terms, scale_terms = through_output(
+        dO, q_rows, k_rows, U, W, b, gamma, minus_scale, eps, tile
+    )
+    d_gamma += gamma_terms
+    d_beta += dO
+    d_scale += scale_terms
+    store_rows(dq, d_q, mini_batch, tile)
+
+    minus_dU, last_scale_terms = through_steps(C, minus_dout, minus_scale, U, K, dW, db, s_last, tile)
+    d_last_scale -= committed * last_scale_terms
+    # Read again, from the cache, as there are no registers to keep them in.
+    k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
+    G = G.to(tl.float32)
+    minus_dlr = tl.sum(G * minus_dU, 1)
+    store_rates(d_lr, -minus_dlr, mini_batch, H, tile)
+
+    minus_dZ, minus_de, minus_gamma_terms = through_inner_gradient(
+        minus_dU, minus_dlr, lr, G, k_rows, v, mini_batch, W, b, norm, eps, tile
+    )
+    d_gamma -= minus_gamma_terms
+    d_beta -= minus_de
+    store_rows(dv, minus_de, mini_batch, tile)
+
+    minus_dk, dW, db = through_inputs(
+        q_rows, k_rows, U, W, dW, db, minus_dout, minus_dC, minus_dZ, minus_de, s_last, tile
+    )
+    store_rows(dk, -minus_dk, mini_batch, tile)
+    return (dW, db), (d_gamma, d_beta, d_scale, d_last_scale)
+
+
 @triton.jit(do_not_specialize=["L", "H", "segment"])
 def linear_backward_kernel(
     grad_o,  # [B, L, H, D]
@@ -148,22 +212,17 @@ def linear_backward_kernel(
     In the code all but dO, dq and the parameters' gradients carry the opposite sign, with which they enter nearly
     everywhere.
     """
-    q, k, v, G_kept = tokens
     inner_lr, token_scale = rates
-    dq, dk, dv, d_lr = d_tokens
-    gamma_sums, beta_sums, scale_sums, last_scale_sums = partial_sums
     place = program_place(spans, L, H, tile)
     sequence, _, length, head, _ = place
-
     norm = load_layer_norm(layer_norm, head, H, tile)
-    gamma, _ = norm
-    minus_scale = -load_scale(token_scale, tile)
-    last_scale = tl.load(token_scale + tile.mini_batch - 1)
-    dW, db = load_weights(grad_weights, grad_strides, place, tile)
-    d_gamma = tl.zeros((tile.rows, tile.features), tl.float32)
-    d_beta = tl.zeros((tile.rows, tile.features), tl.float32)
-    d_scale = tl.zeros((tile.rows,), tl.float32)
-    d_last_scale = tl.zeros((tile.rows,), tl.float32)
+    scales = -load_scale(token_scale, tile), tl.load(token_scale + tile.mini_batch - 1)
+    d_state = load_weights(grad_weights, grad_strides, place, tile)
+    R: tl.constexpr = tile.rows
+    F: tl.constexpr = tile.features
+    no_rows, no_tokens = tl.zeros((R, F), tl.float32), tl.zeros((R,), tl.float32)
+    sums = no_rows, no_rows, no_tokens, no_tokens
+
     state = first_state(first_states, sequence, L, segment, tile)
     num_mini_batches = tl.cdiv(length, tile.mini_batch)
     num_segments = tl.cdiv(num_mini_batches, segment)
@@ -175,49 +234,14 @@ def linear_backward_kernel(
         replay(W, b, tokens, rates, states, state, place, begin, end, tile)
         tl.debug_barrier()
         for t in tl.range(0, end - begin):
-            start = (end - 1 - t) * tile.mini_batch
-            mini_batch = mini_batch_place(start, place, tile)
-            W, b = load_copy(states, state + (end - 1 - t - begin), head, H, tile)
-            k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
-            committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
-            s_last = committed * last_scale
-            K, U = expanded(k_rows, tile), lr[:, None] * G.to(tl.float32)
-
-            q_rows = load_rows(q, mini_batch, tile)
-            dO = load_rows(grad_o, mini_batch, tile).to(tl.float32)
-            d_q, C, minus_dout, minus_dC, gamma_terms, scale_terms = through_output(
-                dO, q_rows, k_rows, U, W, b, gamma, minus_scale, eps, tile
+            m = end - 1 - t
+            number = state + (m - begin)
+            d_state, sums = through_mini_batch(
+                m, number, tokens, inner_lr, states, grad_o, d_tokens, d_state, sums, norm, scales, place, eps, tile
             )
-            d_gamma += gamma_terms
-            d_beta += dO
-            d_scale += scale_terms
-            store_rows(dq, d_q, mini_batch, tile)
 
-            minus_dU, last_scale_terms = through_steps(C, minus_dout, minus_scale, U, K, dW, db, s_last, tile)
-            d_last_scale -= committed * last_scale_terms
-            # Read again, from the cache, as there are no registers to keep them in.
-            k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
-            G = G.to(tl.float32)
-            minus_dlr = tl.sum(G * minus_dU, 1)
-            store_rates(d_lr, -minus_dlr, mini_batch, H, tile)
-
-            minus_dZ, minus_de, minus_gamma_terms = through_inner_gradient(
-                minus_dU, minus_dlr, lr, G, k_rows, v, mini_batch, W, b, norm, eps, tile
-            )
-            d_gamma -= minus_gamma_terms
-            d_beta -= minus_de
-            store_rows(dv, minus_de, mini_batch, tile)
-
-            minus_dk, dW, db = through_inputs(
-                q_rows, k_rows, U, W, dW, db, minus_dout, minus_dC, minus_dZ, minus_de, s_last, tile
-            )
-            store_rows(dk, -minus_dk, mini_batch, tile)
-
-    store_weights(d_weights, dW, db, place, tile)
-    store_head_sums(gamma_sums, d_gamma, place, tile)
-    store_head_sums(beta_sums, d_beta, place, tile)
-    store_token_sums(scale_sums, d_scale, place, tile)
-    store_token_sums(last_scale_sums, d_last_scale, place, tile)
+    store_weights(d_weights, d_state, place, tile)
+    store_sums(partial_sums, sums, place, tile)
 
 
 @launch.on_its_device

@@ -104,7 +104,7 @@ def linear_forward_kernel(
     incoming_W, incoming_b = load_weights(weights, strides, place, tile)
     W = tl.where(changed, W + (incoming_W - centred(incoming_W, tile)), incoming_W)
     b = tl.where(changed, b + (incoming_b - centred(incoming_b, tile)), incoming_b)
-    store_weights(outgoing, W, b, place, tile)
+    store_weights(outgoing, (W, b), place, tile)
 
 
 @launch.on_its_device

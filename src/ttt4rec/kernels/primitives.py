@@ -307,9 +307,9 @@ def first_rows(tile: tl.constexpr):
 
 
 @triton.jit
-def load_weights(weights, strides, place, tile: tl.constexpr):
+def load_weights(pointers, strides, place, tile: tl.constexpr):
     """TTT-Linear's stacked W, [P·F, F], and b, a tile of parameters."""
-    W, b = weights
+    W, b = pointers
     W_strides, b_strides = strides
     sequence, _, _, head, H = place
     W_at = W + weight_offsets(W_strides, sequence, head, tile)
@@ -321,9 +321,10 @@ def load_weights(weights, strides, place, tile: tl.constexpr):
 
 
 @triton.jit
-def store_weights(pointers, W, b, place, tile: tl.constexpr):
+def store_weights(pointers, weights, place, tile: tl.constexpr):
     """Store TTT-Linear's weights in a contiguous ``[N, H, D, D]`` and ``[N, H, D]``."""
     W_out, b_out = pointers
+    W, b = weights
     sequence, _, _, head, H = place
     D: tl.constexpr = tile.head_dim
     W_mask, once = weight_mask(head, H, tile), parameter_mask(head, H, tile) & first_rows(tile)
@@ -395,3 +396,14 @@ def store_token_sums(pointer, x, place, tile: tl.constexpr):
     heads, positions = head + row_head(tile), row_token(tile)
     offsets = (sequence.to(tl.int64) * H + heads) * tile.mini_batch + positions
     tl.store(pointer + offsets, x, mask=(heads < H) & (positions < tile.mini_batch))
+
+
+@triton.jit
+def store_sums(pointers, sums, place, tile: tl.constexpr):
+    """Store a sequence's gradients of γ and β, [R, F], and of s and s_last, [R]."""
+    d_gamma, d_beta, d_scale, d_last_scale = sums
+    gamma_sums, beta_sums, scale_sums, last_scale_sums = pointers
+    store_head_sums(gamma_sums, d_gamma, place, tile)
+    store_head_sums(beta_sums, d_beta, place, tile)
+    store_token_sums(scale_sums, d_scale, place, tile)
+    store_token_sums(last_scale_sums, d_last_scale, place, tile)
