@@ -51,19 +51,19 @@ def copy_places(number, head, H, tile: tl.constexpr):
 
 
 @triton.jit
-def store_copy(memory, number, W, b, head, H, tile: tl.constexpr):
+def store_copy(copies, number, W, b, head, H, tile: tl.constexpr):
     """Copy TTT-Linear's weights."""
     W_place, b_place = copy_places(number, head, H, tile)
-    tl.store(memory + W_place, W, mask=weight_mask(head, H, tile))
-    tl.store(memory + b_place, b, mask=parameter_mask(head, H, tile) & first_rows(tile))
+    tl.store(copies + W_place, W, mask=weight_mask(head, H, tile))
+    tl.store(copies + b_place, b, mask=parameter_mask(head, H, tile) & first_rows(tile))
 
 
 @triton.jit
-def load_copy(memory, number, head, H, tile: tl.constexpr):
+def load_copy(copies, number, head, H, tile: tl.constexpr):
     """What ``store_copy`` stored."""
     W_place, b_place = copy_places(number, head, H, tile)
-    W = tl.load(memory + W_place, mask=weight_mask(head, H, tile), other=0.0)
-    return W, tl.load(memory + b_place, mask=parameter_mask(head, H, tile), other=0.0)
+    W = tl.load(copies + W_place, mask=weight_mask(head, H, tile), other=0.0)
+    return W, tl.load(copies + b_place, mask=parameter_mask(head, H, tile), other=0.0)
 
 
 @triton.jit

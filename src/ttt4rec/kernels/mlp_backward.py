@@ -21,12 +21,15 @@ from .hidden_layer import (
     gelu,
     hidden_columns,
     hidden_mask,
-    hidden_offsets,
+    load_b2,
     load_copied_b2,
     load_hidden,
     load_hidden_copy,
     load_state,
+    put_chunk,
+    store_b2,
     store_state,
+    take_chunk,
     wait_for_stores,
 )
 from .mlp_replay import first_weights, replay
@@ -34,22 +37,18 @@ from .primitives import (
     causal,
     dot,
     expanded,
-    first_rows,
     inner_gradient_backward,
     layer_norm_backward,
     load_layer_norm,
+    load_rows,
+    load_scale,
     mini_batch_place,
     own,
-    parameter_mask,
-    parameter_offsets,
     program_place,
     recentred,
-    rounded,
-    row_offsets,
-    row_token,
-    store_head_sums,
-    store_token_sums,
-    tile_offsets,
+    store_rates,
+    store_rows,
+    store_sums,
     token_sums,
 )
 
@@ -57,7 +56,7 @@ from .primitives import (
 @triton.jit
 def part_places(place, chunk, tile: tl.constexpr):
     """Offsets and mask of a chunk of a program's rows in ``[N, H, R, hidden]``."""
-    sequence, head, H = place
+    sequence, _, _, head, H = place
     columns, tokens = hidden_columns(chunk, tile), tl.arange(0, tile.rows)
     rows = (sequence.to(tl.int64) * H + head) * tile.rows + tokens
     return rows[:, None] * tile.hidden + columns[None, :], hidden_mask(tokens >= 0, columns, tile)
@@ -65,42 +64,76 @@ def part_places(place, chunk, tile: tl.constexpr):
 
 @triton.jit
 def store_part(pointer, x, place, chunk, tile: tl.constexpr):
-    """Store x [R, C]."""
-    offsets, mask = part_places(place, chunk, tile)
-    tl.store(pointer + offsets, x, mask=mask)
+    """Store x [R, C], if there are several chunks."""
+    if tile.chunks > 1:
+        offsets, mask = part_places(place, chunk, tile)
+        tl.store(pointer + offsets, x, mask=mask)
 
 
 @triton.jit
-def load_part(pointer, place, chunk, tile: tl.constexpr):
-    """Load what ``store_part`` stored."""
-    offsets, mask = part_places(place, chunk, tile)
-    return tl.load(pointer + offsets, mask=mask, other=0.0)
+def take_part(x, pointer, place, chunk, tile: tl.constexpr):
+    """What ``store_part`` was given: x itself, if there is one chunk."""
+    if tile.chunks > 1:
+        offsets, mask = part_places(place, chunk, tile)
+        x = tl.load(pointer + offsets, mask=mask, other=0.0)
+    return x
 
 
 @triton.jit
-def forward_values(Z1, state, mini_batch, tile: tl.constexpr):
+def take_before(held, memory, chunk, tile: tl.constexpr):
+    """Of a chunk: Z1, and the weights before the mini-batch. Registers hold them, if there is one chunk."""
+    if tile.chunks > 1:
+        Z1, states, number, mini_batch, place = memory
+        _, _, _, head, H = place
+        held = load_hidden(Z1, mini_batch, chunk, H, tile), load_hidden_copy(states, number, head, H, chunk, tile)
+    return held
+
+
+@triton.jit
+def mini_batch_values(q_rows, k_rows, G2_rows, own_rates, minus_scale, s_last, tile: tl.constexpr):
+    """C1, and what every pass over the hidden features needs: K, Q, G2, U2, A1, lr, -s and s_last."""
+    lr, lr_columns = own_rates[:, None], own_rates[None, :]
+    K, Q, G2 = expanded(k_rows, tile), expanded(q_rows, tile), expanded(G2_rows, tile)
+    U2 = lr * G2_rows.to(tl.float32)
+    C1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
+    A1 = C1 * lr_columns
+    return C1, (K, Q, G2, expanded(U2, tile), A1, lr, minus_scale, s_last)
+
+
+@triton.jit
+def forward_values(Z1, state, values, tile: tl.constexpr):
     """Of a chunk, at the weights before the mini-batch: G2 W2ᵀ; G1; X̄2 and gelu' at P1."""
     W1, b1, W2 = state
-    _, Q, G2, _, A1, _, minus_scale, _ = mini_batch
+    _, Q, G2, _, A1, _, minus_scale, _ = values
+    _, slope, _ = gelu(Z1)
     G2_W2 = dot(G2, W2, tile)
-    G1 = G2_W2 * gelu(Z1)[1]
+    G1 = G2_W2 * slope
     X2_bar, bar_slope, _ = gelu(dot(Q, W1, tile, b1) + minus_scale * dot(A1, G1, tile))
     return G2_W2, G1, X2_bar, bar_slope
 
 
 @triton.jit
-def add_chunk(Z1, state, dW2, mini_batch, sums, tile: tl.constexpr):
-    """Add what a chunk contributes to X̄2 X2ᵀ, X2 W2, X̄2 W2 and X2 dW2.
+def forward_sums(held, d_state, values, memory, d_weights, contiguous, tile: tl.constexpr):
+    """The forward once more, chunk by chunk: X̄2 X2ᵀ, X2 W2, X̄2 W2 and X2 dW2.
 
     The last product decides how all tiles of a loop are spread over the warps: it must not be a square of tokens.
     """
-    _, _, W2 = state
-    X2, _, _ = gelu(Z1)
-    _, _, X2_bar, _ = forward_values(Z1, state, mini_batch, tile)
-    X2_bar_X2 = dot(X2_bar, tl.trans(X2), tile, sums[0])
-    X2_W2 = dot(X2, tl.trans(W2), tile, sums[1])
-    X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, sums[2])
-    return X2_bar_X2, X2_W2, X2_bar_W2, dot(X2, tl.trans(dW2), tile, sums[3])
+    _, _, _, _, place = memory
+    R: tl.constexpr = tile.rows
+    PF: tl.constexpr = tile.heads * tile.features
+    X2_bar_X2, X2_W2 = tl.zeros((R, R), tl.float32), tl.zeros((R, PF), tl.float32)
+    X2_bar_W2, X2_dW2 = X2_W2, X2_W2
+    for chunk in tl.range(0, tile.chunks, num_stages=1):
+        Z1, state = take_before(held, memory, chunk, tile)
+        _W1, _b1, W2 = state
+        _dW1, _db1, dW2 = take_chunk(d_state, d_weights, contiguous, place, chunk, tile)
+        X2, _slope, _curve = gelu(Z1)
+        _G2_W2, _G1, X2_bar, _bar_slope = forward_values(Z1, state, values, tile)
+        X2_bar_X2 = dot(X2_bar, tl.trans(X2), tile, X2_bar_X2)
+        X2_W2 = dot(X2, tl.trans(W2), tile, X2_W2)
+        X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, X2_bar_W2)
+        X2_dW2 = dot(X2, tl.trans(dW2), tile, X2_dW2)
+    return X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2
 
 
 @triton.jit
@@ -124,63 +157,198 @@ def through_output(dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last
 
 
 @triton.jit
-def through_outputs(Z1, state, d_state, mini_batch, minus_dP2, minus_dC2, sums, tile: tl.constexpr):
-    """Through a chunk's outputs, steps and G1.
+def through_outputs(
+    held, d_state, values, memory, d_weights, contiguous, scratch, minus_dP2, minus_dC2, along_dW, tile: tl.constexpr
+):
+    """Through the hidden layer's outputs, steps and G1, chunk by chunk.
 
-    Returns dW1, db1 and dW2 without what passes through Z1; that part of -dZ1 which does not pass through Z2; and the
-    chunk added to -dP1 G1ᵀ, -dP1 W1ᵀ, G1 dW1ᵀ, -E W2 and Σ G1 ∘ (K dW1 + db1).
+    Returns dW1, db1 and dW2 without what passes through Z1; that part of the last chunk's -dZ1 which does not pass
+    through Z2; and the sums -dP1 G1ᵀ, -dP1 W1ᵀ, G1 dW1ᵀ, -E W2, and along_dW with Σ G1 ∘ (K dW1 + db1).
     """
-    W1, _, W2 = state
-    dW1, db1, dW2 = d_state
-    K, Q, G2, U2, A1, lr, minus_scale, s_last = mini_batch
-    dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW1 = sums
-    X2, slope, curve = gelu(Z1)
-    G2_W2, G1, X2_bar, bar_slope = forward_values(Z1, state, mini_batch, tile)
-    minus_dP1 = dot(minus_dC2, X2, tile, dot(minus_dP2, W2, tile)) * bar_slope
-    dP1_G1 = dot(minus_dP1, tl.trans(G1), tile, dP1_G1)
-    dP1_W1 = dot(minus_dP1, tl.trans(W1), tile, dP1_W1)
-    K_dW1 = dot(K, dW1, tile, db1)
-    along_dW1 += tl.sum(G1 * K_dW1, 1)
-    minus_dG1 = dot(tl.trans(A1), minus_scale * minus_dP1, tile, s_last * lr * K_dW1)
-    minus_E = minus_dG1 * slope
-    E_W2 = dot(minus_E, tl.trans(W2), tile, E_W2)
-    G1_dW1 = dot(G1, tl.trans(dW1), tile, G1_dW1)
-    minus_dX2 = dot(tl.trans(minus_dC2), X2_bar, tile, s_last * dot(U2, dW2, tile))
-    minus_dZ1 = minus_dX2 * slope + minus_dG1 * G2_W2 * curve
-    db1 -= token_sums(minus_dP1, tile)
-    dW1 -= dot(tl.trans(Q), minus_dP1, tile)
-    dW2 -= dot(tl.trans(minus_dP2), X2_bar, tile, dot(tl.trans(G2), minus_E, tile))
-    return dW1, db1, dW2, minus_dZ1, (dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW1)
+    K, Q, G2, U2, A1, lr, minus_scale, s_last = values
+    _, _, _, _, place = memory
+    R: tl.constexpr = tile.rows
+    C: tl.constexpr = tile.chunk
+    PF: tl.constexpr = tile.heads * tile.features
+    dP1_G1, dP1_W1 = tl.zeros((R, R), tl.float32), tl.zeros((R, PF), tl.float32)
+    G1_dW1, E_W2 = dP1_W1, dP1_W1
+    minus_dZ1 = tl.zeros((R, C), tl.float32)
+    for chunk in tl.range(0, tile.chunks, num_stages=1):
+        Z1, state = take_before(held, memory, chunk, tile)
+        W1, _b1, W2 = state
+        dW1, db1, dW2 = take_chunk(d_state, d_weights, contiguous, place, chunk, tile)
+        X2, slope, curve = gelu(Z1)
+        G2_W2, G1, X2_bar, bar_slope = forward_values(Z1, state, values, tile)
+        minus_dP1 = dot(minus_dC2, X2, tile, dot(minus_dP2, W2, tile)) * bar_slope
+        dP1_G1 = dot(minus_dP1, tl.trans(G1), tile, dP1_G1)
+        dP1_W1 = dot(minus_dP1, tl.trans(W1), tile, dP1_W1)
+        K_dW1 = dot(K, dW1, tile, db1)
+        along_dW += tl.sum(G1 * K_dW1, 1)
+        minus_dG1 = dot(tl.trans(A1), minus_scale * minus_dP1, tile, s_last * lr * K_dW1)
+        minus_E = minus_dG1 * slope
+        E_W2 = dot(minus_E, tl.trans(W2), tile, E_W2)
+        G1_dW1 = dot(G1, tl.trans(dW1), tile, G1_dW1)
+        minus_dX2 = dot(tl.trans(minus_dC2), X2_bar, tile, s_last * dot(U2, dW2, tile))
+        minus_dZ1 = minus_dX2 * slope + minus_dG1 * G2_W2 * curve
+        db1 -= token_sums(minus_dP1, tile)
+        dW1 -= dot(tl.trans(Q), minus_dP1, tile)
+        dW2 -= dot(tl.trans(minus_dP2), X2_bar, tile, dot(tl.trans(G2), minus_E, tile))
+        d_state = put_chunk((dW1, db1, dW2), d_weights, contiguous, place, chunk, tile)
+        store_part(scratch, minus_dZ1, place, chunk, tile)
+    wait_for_stores(tile)
+    return d_state, minus_dZ1, (dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW)
 
 
 @triton.jit
-def through_inputs(Z1, minus_dZ1, state, d_state, K, minus_dZ2, dZ1_W1, tile: tl.constexpr):
-    """Through a chunk's Z2 and Z1: dW1, db1 and dW2 before the mini-batch, and the chunk added to -dZ1 W1ᵀ."""
-    W1, _, W2 = state
-    dW1, db1, dW2 = d_state
-    X2, slope, _ = gelu(Z1)
-    minus_dZ1 += dot(minus_dZ2, W2, tile) * slope
-    dZ1_W1 = dot(minus_dZ1, tl.trans(W1), tile, dZ1_W1)
-    db1 -= token_sums(minus_dZ1, tile)
-    dW1 -= dot(tl.trans(K), minus_dZ1, tile)
-    dW2 -= dot(tl.trans(minus_dZ2), X2, tile)
-    return dW1, db1, dW2, dZ1_W1
+def through_inner_gradient(minus_dG2, E_W2, G2_rows, Z2, k_rows, v, mini_batch, norm, eps, tile: tl.constexpr):
+    """Through G2 = J y at Z2: -dZ2, -de and what the tokens add to -dγ; a norm is γ and β.
+
+    Given are what of -dG2 does not pass through G1, and -E W2.
+    """
+    gamma, beta = norm
+    x_hat, r = recentred(Z2, eps, tile)
+    v_rows = load_rows(v, mini_batch, tile)
+    error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
+    G2 = G2_rows.to(tl.float32)
+    minus_dG2 += own(E_W2, tile)
+    along_G2 = tl.sum(minus_dG2 * G2, 1)[:, None]
+    return inner_gradient_backward(minus_dG2, along_G2, G2, error, x_hat, r, gamma, tile)
+
+
+@triton.jit
+def through_inputs(held, minus_dZ1, d_state, K, minus_dZ2, memory, d_weights, contiguous, scratch, tile: tl.constexpr):
+    """Through Z2 and Z1, chunk by chunk: dW1, db1 and dW2 before the mini-batch, and -dZ1 W1ᵀ."""
+    _, _, _, _, place = memory
+    R: tl.constexpr = tile.rows
+    PF: tl.constexpr = tile.heads * tile.features
+    dZ1_W1 = tl.zeros((R, PF), tl.float32)
+    for chunk in tl.range(0, tile.chunks, num_stages=1):
+        Z1, state = take_before(held, memory, chunk, tile)
+        W1, _b1, W2 = state
+        dW1, db1, dW2 = take_chunk(d_state, d_weights, contiguous, place, chunk, tile)
+        part = take_part(minus_dZ1, scratch, place, chunk, tile)
+        X2, slope, _curve = gelu(Z1)
+        part += dot(minus_dZ2, W2, tile) * slope
+        dZ1_W1 = dot(part, tl.trans(W1), tile, dZ1_W1)
+        db1 -= token_sums(part, tile)
+        dW1 -= dot(tl.trans(K), part, tile)
+        dW2 -= dot(tl.trans(minus_dZ2), X2, tile)
+        d_state = put_chunk((dW1, db1, dW2), d_weights, contiguous, place, chunk, tile)
+    wait_for_stores(tile)
+    return d_state, dZ1_W1
+
+
+@triton.jit
+def through_mini_batch(
+    m,  # which one of the sequence
+    number,  # of the state with the weights before it
+    tokens,
+    inner_lr,
+    states,
+    grad_o,
+    d_tokens,
+    d_weights,  # where dW1, db1 and dW2 wait, if there are several chunks
+    contiguous,  # their strides
+    scratch,
+    d_state,  # dW1, db1 and dW2 behind it, if there is one chunk
+    db2,
+    sums,  # gradients of γ and β, s and s_last so far
+    norm,  # γ, β
+    scales,  # -s of every row, s_last
+    place,
+    eps,
+    tile: tl.constexpr,
+):
+    """Store the gradients of a mini-batch's tokens; returns dW1, db1 and dW2, db2 before it, and the sums with it."""
+    q, k, v, G2_kept, Z1_kept = tokens
+    dq, dk, dv, d_lr = d_tokens
+    d_gamma, d_beta, d_scale, d_last_scale = sums
+    gamma, _ = norm
+    minus_scale, last_scale = scales
+    _, _, length, head, H = place
+    start = m * tile.mini_batch
+    mini_batch = mini_batch_place(start, place, tile)
+    q_rows = load_rows(q, mini_batch, tile)
+    k_rows, G2_rows, own_rates = load_steps(k, G2_kept, inner_lr, mini_batch, H, tile)
+    lr, lr_columns = own_rates[:, None], own_rates[None, :]
+    committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
+    s_last = committed * last_scale
+    C1, values = mini_batch_values(q_rows, k_rows, G2_rows, own_rates, minus_scale, s_last, tile)
+    K, _, _, _, A1, _, _, _ = values
+
+    b2 = load_copied_b2(states, number, head, H, tile)
+    memory = Z1_kept, states, number, mini_batch, place
+    held = ()
+    if tile.chunks == 1:
+        state = load_hidden_copy(states, number, head, H, 0, tile)
+        held = load_hidden(Z1_kept, mini_batch, 0, H, tile), state
+    X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2 = forward_sums(held, d_state, values, memory, d_weights, contiguous, tile)
+
+    dO = load_rows(grad_o, mini_batch, tile).to(tl.float32)
+    outer = own(X2_bar_W2, tile) + b2, own(X2_dW2, tile) + db2
+    minus_dP2, minus_dG2, minus_dC2, gamma_terms, pairs, along_dW = through_output(
+        dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last, gamma, eps, tile
+    )
+    C2, dP2_G2 = pairs
+    d_gamma += gamma_terms
+    d_beta += dO
+
+    d_state, minus_dZ1, products = through_outputs(
+        held,
+        d_state,
+        values,
+        memory,
+        d_weights,
+        contiguous,
+        scratch,
+        expanded(minus_dP2, tile),
+        minus_dC2,
+        along_dW,
+        tile,
+    )
+    dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW = products
+    d_scale += A1 * dP1_G1 + C2 * lr_columns * dP2_G2
+    d_last_scale -= committed * own_rates * along_dW
+    minus_dlr = tl.sum(minus_scale * (C1 * dP1_G1 + C2 * dP2_G2), 0)
+    store_rates(d_lr, -minus_dlr - s_last * along_dW, mini_batch, H, tile)
+    minus_dC1 = tl.where(causal(tile), minus_scale * lr_columns * dP1_G1, 0.0)
+    store_rows(dq, dO - dot(minus_dC1, k_rows, tile) - own(dP1_W1, tile), mini_batch, tile)
+
+    minus_dZ2, minus_de, minus_gamma_terms = through_inner_gradient(
+        minus_dG2, E_W2, G2_rows, own(X2_W2, tile) + b2, k_rows, v, mini_batch, norm, eps, tile
+    )
+    d_gamma -= minus_gamma_terms
+    d_beta -= minus_de
+    store_rows(dv, minus_de, mini_batch, tile)
+
+    db2 -= token_sums(minus_dP2, tile) + token_sums(minus_dZ2, tile)
+    d_k = -dot(tl.trans(minus_dC1), q_rows, tile, minus_de + s_last * lr * own(G1_dW1, tile))
+    d_state, dZ1_W1 = through_inputs(
+        held, minus_dZ1, d_state, K, expanded(minus_dZ2, tile), memory, d_weights, contiguous, scratch, tile
+    )
+    # Subtracted, as in the forward: a sum would move the product behind the state's.
+    store_rows(dk, d_k - own(dZ1_W1, tile), mini_batch, tile)
+    return d_state, db2, (d_gamma, d_beta, d_scale, d_last_scale)
 
 
 @triton.jit(do_not_specialize=["L", "H", "segment"])
 def mlp_backward_kernel(
-    grads,  # of o [B, L, H, D]; of W1, b1, W2, b2
+    grad_o,  # [B, L, H, D]
+    grad_weights,  # of W1, b1, W2, b2
     tokens,  # q, k, v and the forward's G2 [B, L, H, D], Z1 [B, L, H, hidden]
     rates,  # inner_lr [B, L, H], token_scale [K]
     weights,  # the incoming W1 [N, H, D, hidden], b1 [N, H, hidden], W2 [N, H, hidden, D], b2 [N, H, D]
-    memory,  # checkpoints and states [number, H, 2 D hidden + hidden + D], and each sequence's first state [N] or None
+    checkpoints,  # [number, H, 2 D hidden + hidden + D]
+    states,  # [number, H, 2 D hidden + hidden + D]
+    first_states,  # each sequence's first state [N], or None
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
     d_tokens,  # of q, k, v [B, L, H, D] and inner_lr [B, L, H]
     d_weights,  # of W1, b1, W2, b2
     partial_sums,  # per sequence: γ and β's gradients [N, H, D], s's and the updates' share of s_last's [N, H, K]
     scratch,  # for chunks: a part of a mini-batch's -dZ1 [N, H, R, hidden]
-    strides,  # of W1, b1, W2, b2 and of their gradients; all others are contiguous
+    strides,  # of weights
+    grad_strides,  # of grad_weights; all others are contiguous
     L,
     H,
     segment,  # mini-batches
@@ -203,38 +371,26 @@ def mlp_backward_kernel(
 
     In the code, as in TTT-Linear's, all but dO, dq and the parameters' gradients carry the opposite sign.
     """
-    q, _, v, _, Z1_kept = tokens
     inner_lr, token_scale = rates
-    dq, dk, dv, d_lr = d_tokens
-    checkpoints, states, first_states = memory
-    sequence, head, first, length = program_place(spans, L, H, tile)
-    walk, place = (sequence, first, length, head, H), (sequence, head, H)
-    d_state, contiguous = d_weights[:3], contiguous_strides(place, tile)
-
-    R: tl.constexpr = tile.rows
-    F: tl.constexpr = tile.features
-    PF: tl.constexpr = tile.heads * tile.features
-    C: tl.constexpr = tile.chunk
-    D: tl.constexpr = tile.head_dim
-    positions = row_token(tile)
-    gamma, beta = load_layer_norm(layer_norm, head, H, tile)
-    minus_scale = -tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
-    last_scale = tl.load(token_scale + tile.mini_batch - 1)
-    b_mask = parameter_mask(head, H, tile)
-    db2 = tl.load(grads[4] + parameter_offsets(strides[7], sequence, head, tile), mask=b_mask, other=0.0)
+    place = program_place(spans, L, H, tile)
+    sequence, _, length, head, _ = place
+    contiguous = contiguous_strides(H, tile)
+    norm = load_layer_norm(layer_norm, head, H, tile)
+    scales = -load_scale(token_scale, tile), tl.load(token_scale + tile.mini_batch - 1)
+    db2 = load_b2(grad_weights, grad_strides, place, tile)
+    d_state = ()
     if tile.chunks == 1:
-        dW1, db1, dW2 = load_state(grads[1:4], strides[4:7], place, 0, tile)
+        d_state = load_state(grad_weights, grad_strides, place, 0, tile)
     else:
         for chunk in tl.range(0, tile.chunks, num_stages=1):
-            loaded = load_state(grads[1:4], strides[4:7], place, chunk, tile)
-            store_state(d_state, contiguous, loaded, place, chunk, tile)
+            loaded = load_state(grad_weights, grad_strides, place, chunk, tile)
+            store_state(d_weights, contiguous, loaded, place, chunk, tile)
     wait_for_stores(tile)
+    R: tl.constexpr = tile.rows
+    F: tl.constexpr = tile.features
+    no_rows = tl.zeros((R, F), tl.float32)
+    sums = no_rows, no_rows, tl.zeros((R, R), tl.float32), tl.zeros((R,), tl.float32)
 
-    d_gamma, d_beta = tl.zeros((R, F), tl.float32), tl.zeros((R, F), tl.float32)
-    d_scale, d_last_scale = tl.zeros((R, R), tl.float32), tl.zeros((R,), tl.float32)
-    no_pairs, no_rows = tl.zeros((R, R), tl.float32), tl.zeros((R, PF), tl.float32)
-    Z1 = tl.zeros((R, C), tl.float32)
-    minus_dZ1 = Z1
     state = first_state(first_states, sequence, L, segment, tile)
     num_mini_batches = tl.cdiv(length, tile.mini_batch)
     num_segments = tl.cdiv(num_mini_batches, segment)
@@ -243,114 +399,38 @@ def mlp_backward_kernel(
         end = min(begin + segment, num_mini_batches)
         tl.debug_barrier()  # until all threads have read the states of the segment behind
         for chunk in tl.range(0, tile.chunks, num_stages=1):
-            chunk_state, b2 = first_weights(weights, strides, checkpoints, walk, begin, segment, chunk, tile)
-            replay(chunk_state, b2, tokens, rates, states, state, walk, begin, end, chunk, tile)
+            chunk_state, b2 = first_weights(weights, strides, checkpoints, place, begin, segment, chunk, tile)
+            replay(chunk_state, b2, tokens, rates, states, state, place, begin, end, chunk, tile)
         tl.debug_barrier()
         for t in tl.range(0, end - begin):
-            start = (end - 1 - t) * tile.mini_batch
-            rows, mask = mini_batch_place(start, length, head, H, tile)
-            at = (first + start) * H + head
-            here = at * D + tile_offsets(H, tile)
-            Z1_here = Z1_kept + at * tile.hidden
-            before = state + (end - 1 - t - begin)
-            q_rows = tl.load(q + here, mask=mask, other=0.0)
-            k_rows, G2_rows, own_rates = load_steps(tokens, inner_lr, at, rows, mask, H, tile)
-            lr, lr_columns = own_rates[:, None], own_rates[None, :]
-            K, Q, G2 = expanded(k_rows, tile), expanded(q_rows, tile), expanded(G2_rows, tile)
-            committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
-            s_last = committed * last_scale
-            U2_rows = lr * G2_rows.to(tl.float32)
-            C1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
-            A1 = C1 * lr_columns
-            mini_batch = K, Q, G2, expanded(U2_rows, tile), A1, lr, minus_scale, s_last
-
-            # The forward's values.
-            b2 = load_copied_b2(states, before, head, H, tile)
-            if tile.chunks == 1:
-                W1, b1, W2 = load_hidden_copy(states, before, head, H, 0, tile)
-            X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2 = no_pairs, no_rows, no_rows, no_rows
-            for chunk in tl.range(0, tile.chunks, num_stages=1):
-                Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
-                if tile.chunks > 1:
-                    W1, b1, W2 = load_hidden_copy(states, before, head, H, chunk, tile)
-                    dW1, db1, dW2 = load_state(d_state, contiguous, place, chunk, tile)
-                sums = X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2
-                X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2 = add_chunk(Z1, (W1, b1, W2), dW2, mini_batch, sums, tile)
-
-            # Through the output and the outer layer's steps.
-            dO = tl.load(grads[0] + here, mask=mask, other=0.0).to(tl.float32)
-            outer = own(X2_bar_W2, tile) + b2, own(X2_dW2, tile) + db2
-            minus_dP2, minus_dG2, minus_dC2, d_gamma_terms, pairs, along_dW = through_output(
-                dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last, gamma, eps, tile
+            m = end - 1 - t
+            number = state + (m - begin)
+            d_state, db2, sums = through_mini_batch(
+                m,
+                number,
+                tokens,
+                inner_lr,
+                states,
+                grad_o,
+                d_tokens,
+                d_weights,
+                contiguous,
+                scratch,
+                d_state,
+                db2,
+                sums,
+                norm,
+                scales,
+                place,
+                eps,
+                tile,
             )
-            C2, dP2_G2 = pairs
-            d_gamma += d_gamma_terms
-            d_beta += dO
-            expanded_dP2 = expanded(minus_dP2, tile)
-
-            # Through the hidden layer's outputs and steps.
-            dP1_G1, dP1_W1, G1_dW1, E_W2 = no_pairs, no_rows, no_rows, no_rows
-            for chunk in tl.range(0, tile.chunks, num_stages=1):
-                if tile.chunks > 1:
-                    Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
-                    W1, b1, W2 = load_hidden_copy(states, before, head, H, chunk, tile)
-                    dW1, db1, dW2 = load_state(d_state, contiguous, place, chunk, tile)
-                through = dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW
-                dW1, db1, dW2, minus_dZ1, through = through_outputs(
-                    Z1, (W1, b1, W2), (dW1, db1, dW2), mini_batch, expanded_dP2, minus_dC2, through, tile
-                )
-                dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW = through
-                if tile.chunks > 1:
-                    store_state(d_state, contiguous, (dW1, db1, dW2), place, chunk, tile)
-                    store_part(scratch, minus_dZ1, place, chunk, tile)
-            wait_for_stores(tile)
-            d_scale += A1 * dP1_G1 + C2 * lr_columns * dP2_G2
-            d_last_scale -= committed * own_rates * along_dW
-            minus_dlr = tl.sum(minus_scale * (C1 * dP1_G1 + C2 * dP2_G2), 0)
-            tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr - s_last * along_dW, mask=rows)
-            minus_dC1 = tl.where(causal(tile), minus_scale * lr_columns * dP1_G1, 0.0)
-            d_q = dO - dot(minus_dC1, k_rows, tile) - own(dP1_W1, tile)
-            tl.store(dq + here, rounded(d_q, tile), mask=mask)
-
-            # Through the inner gradient.
-            x_hat, r = recentred(own(X2_W2, tile) + b2, eps, tile)
-            v_rows = tl.load(v + here, mask=mask, other=0.0)
-            error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
-            minus_dG2 += own(E_W2, tile)
-            along_G2 = tl.sum(minus_dG2 * G2_rows.to(tl.float32), 1)[:, None]
-            minus_dZ2, minus_de, minus_d_gamma = inner_gradient_backward(
-                minus_dG2, along_G2, G2_rows.to(tl.float32), error, x_hat, r, gamma, tile
-            )
-            d_gamma -= minus_d_gamma
-            d_beta -= minus_de
-            tl.store(dv + here, rounded(minus_de, tile), mask=mask)
-            db2 -= token_sums(minus_dP2, tile) + token_sums(minus_dZ2, tile)
-            d_k = -dot(tl.trans(minus_dC1), q_rows, tile, minus_de + s_last * lr * own(G1_dW1, tile))
-            expanded_dZ2 = expanded(minus_dZ2, tile)
-            dZ1_W1 = no_rows
-            for chunk in tl.range(0, tile.chunks, num_stages=1):
-                if tile.chunks > 1:
-                    Z1 = load_hidden(Z1_here + hidden_offsets(chunk, H, tile), rows, chunk, tile)
-                    W1, b1, W2 = load_hidden_copy(states, before, head, H, chunk, tile)
-                    dW1, db1, dW2 = load_state(d_state, contiguous, place, chunk, tile)
-                    minus_dZ1 = load_part(scratch, place, chunk, tile)
-                dW1, db1, dW2, dZ1_W1 = through_inputs(
-                    Z1, minus_dZ1, (W1, b1, W2), (dW1, db1, dW2), K, expanded_dZ2, dZ1_W1, tile
-                )
-                if tile.chunks > 1:
-                    store_state(d_state, contiguous, (dW1, db1, dW2), place, chunk, tile)
-            wait_for_stores(tile)
-            # Subtracted, as in the forward: a sum would move the product behind the state's.
-            tl.store(dk + here, rounded(d_k - own(dZ1_W1, tile), tile), mask=mask)
 
     if tile.chunks == 1:
-        store_state(d_state, contiguous, (dW1, db1, dW2), place, 0, tile)
-    once = b_mask & first_rows(tile)
-    tl.store(d_weights[3] + parameter_offsets((H * D, D, 1), sequence, head, tile), db2, mask=once)
-    store_head_sums(partial_sums[0], d_gamma, sequence, head, H, tile)
-    store_head_sums(partial_sums[1], d_beta, sequence, head, H, tile)
-    store_token_sums(partial_sums[2], tl.sum(d_scale, 1), sequence, head, H, tile)
-    store_token_sums(partial_sums[3], d_last_scale, sequence, head, H, tile)
+        store_state(d_weights, contiguous, d_state, place, 0, tile)
+    store_b2(d_weights, contiguous, db2, place, tile)
+    d_gamma, d_beta, d_scale, d_last_scale = sums
+    store_sums(partial_sums, (d_gamma, d_beta, tl.sum(d_scale, 1), d_last_scale), place, tile)
 
 
 @launch.on_its_device
@@ -379,18 +459,21 @@ def prepare_mlp_scan_backward(
         shape = (weights[0].shape[0], H, tile.rows, hidden)
         scratch = torch.empty(shape, dtype=torch.float32, device=q.device)
     arguments = (
-        (grad_o.contiguous(), *grad_weights),
-        launch.contiguous(*scan[:3], G2, Z1),
+        grad_o.contiguous(),
+        tuple(grad_weights),
+        launch.contiguous(scan.q, scan.k, scan.v, G2, Z1),
         launch.contiguous(scan.inner_lr, scan.token_scale),
         weights,
-        (checkpoints, *copies.new_states(scan)),
+        checkpoints,
+        *copies.new_states(scan),
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(scan.starts, scan.lengths),
         d_tokens,
         d_weights,
         sums,
         scratch,
-        tuple(w.stride() for w in (*weights, *grad_weights)),
+        tuple(w.stride() for w in weights),
+        tuple(g.stride() for g in grad_weights),
         L,
         H,
         scan.segment,

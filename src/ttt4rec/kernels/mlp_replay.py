@@ -13,7 +13,7 @@ import triton.language as tl
 from .copies import checkpoint_number, load_steps
 from .hidden_layer import (
     gelu,
-    hidden_offsets,
+    load_b2,
     load_centred_state,
     load_copied_b2,
     load_hidden,
@@ -21,17 +21,16 @@ from .hidden_layer import (
     store_hidden_copy,
     updated_state,
 )
-from .primitives import centred, dot, expanded, mini_batch_place, parameter_mask, parameter_offsets, token_sums
+from .primitives import centred, dot, expanded, mini_batch_place, token_sums
 
 
 @triton.jit
 def first_weights(weights, strides, checkpoints, place, begin, segment, chunk, tile: tl.constexpr):
     """A chunk of W1, b1, W2, and b2, before the segment that begins at mini-batch begin of a sequence."""
-    sequence, first, _, head, H = place
+    _, first, _, head, H = place
     if begin == 0:
-        W1, b1, W2 = load_centred_state(weights[:3], strides[:3], (sequence, head, H), chunk, tile)
-        b2_at = weights[3] + parameter_offsets(strides[3], sequence, head, tile)
-        b2 = centred(tl.load(b2_at, mask=parameter_mask(head, H, tile), other=0.0), tile)
+        W1, b1, W2 = load_centred_state(weights, strides, place, chunk, tile)
+        b2 = centred(load_b2(weights, strides, place, tile), tile)
     else:
         number = checkpoint_number(first + begin * tile.mini_batch, segment, tile)
         W1, b1, W2 = load_hidden_copy(checkpoints, number, head, H, chunk, tile)
@@ -45,16 +44,17 @@ def replay(state, b2, tokens, rates, states, number, place, begin, end, chunk, t
 
     Given are those before the first. Updates are made as the forward made them; only complete mini-batches have one.
     """
+    _, k, _, G2_kept, Z1_kept = tokens
+    inner_lr, token_scale = rates
+    _, _, _, head, H = place
     W1, b1, W2 = state
-    first, length, head, H = place[1:]
-    last_scale = tl.load(rates[1] + tile.mini_batch - 1)
+    last_scale = tl.load(token_scale + tile.mini_batch - 1)
     store_hidden_copy(states, number, (W1, b1, W2), b2, head, H, chunk, tile)
     for m in tl.range(begin, end - 1):
-        rows, mask = mini_batch_place(m * tile.mini_batch, length, head, H, tile)
-        at = (first + m * tile.mini_batch) * H + head
-        k_rows, G2_rows, own_rates = load_steps(tokens, rates[0], at, rows, mask, H, tile)
-        Z1 = load_hidden(tokens[4] + at * tile.hidden + hidden_offsets(chunk, H, tile), rows, chunk, tile)
-        X2, slope, _ = gelu(Z1)
+        mini_batch = mini_batch_place(m * tile.mini_batch, place, tile)
+        k_rows, G2_rows, own_rates = load_steps(k, G2_kept, inner_lr, mini_batch, H, tile)
+        Z1 = load_hidden(Z1_kept, mini_batch, chunk, H, tile)
+        X2, slope, _curve = gelu(Z1)
         G1 = dot(expanded(G2_rows, tile), W2, tile) * slope
         lr = own_rates[:, None]
         U2 = lr * G2_rows.to(tl.float32)
