@@ -129,15 +129,16 @@ def contiguous_strides(H, tile: tl.constexpr):
 
 
 @triton.jit
-def load_state(weights, strides, place, chunk, tile: tl.constexpr):
-    """A chunk of W1, b1 and W2."""
-    W1, b1, W2, _ = weights
+def load_state(weights, strides, place, chunk, tile: tl.constexpr, centre: tl.constexpr = False):
+    """A chunk of W1, b1 and W2; on demand with the rows of W2 centred."""
+    W1_in, b1_in, W2_in, _ = weights
     W1_at, b1_at, W2_at, W_mask, b_mask = hidden_state_places(strides, place, chunk, tile)
-    return (
-        tl.load(W1 + W1_at, mask=W_mask, other=0.0),
-        tl.load(b1 + b1_at, mask=b_mask, other=0.0),
-        tl.load(W2 + W2_at, mask=W_mask, other=0.0),
-    )
+    W1 = tl.load(W1_in + W1_at, mask=W_mask, other=0.0)
+    b1 = tl.load(b1_in + b1_at, mask=b_mask, other=0.0)
+    W2 = tl.load(W2_in + W2_at, mask=W_mask, other=0.0)
+    if centre:
+        W2 = centred_columns(W2, tile)
+    return W1, b1, W2
 
 
 @triton.jit
@@ -165,6 +166,21 @@ def put_chunk(state, weights, strides, place, chunk, tile: tl.constexpr):
     if tile.chunks > 1:
         store_state(weights, strides, state, place, chunk, tile)
         state = ()
+    return state
+
+
+@triton.jit
+def first_chunks(weights, strides, memory, contiguous, place, tile: tl.constexpr, centre: tl.constexpr = False):
+    """What registers hold of a state, or of its gradient, at the beginning; where it is cut, memory gets the chunks."""
+    if tile.chunks == 1:
+        state = load_state(weights, strides, place, 0, tile, centre)
+    else:
+        for chunk in tl.range(0, tile.chunks, num_stages=1):
+            store_state(
+                memory, contiguous, load_state(weights, strides, place, chunk, tile, centre), place, chunk, tile
+            )
+        state = ()
+    wait_for_stores(tile)
     return state
 
 
@@ -251,13 +267,6 @@ def centred_columns(W, tile: tl.constexpr):
     W = tl.reshape(heads, (tile.heads * tile.features, tile.chunk))
     stacked = tl.arange(0, tile.heads * tile.features)
     return tl.where((stacked % tile.features < tile.head_dim)[:, None], W, 0.0)
-
-
-@triton.jit
-def load_centred_state(weights, strides, place, chunk, tile: tl.constexpr):
-    """A chunk of W1, b1 and W2, with the rows of W2 centred."""
-    W1, b1, W2 = load_state(weights, strides, place, chunk, tile)
-    return W1, b1, centred_columns(W2, tile)
 
 
 @triton.jit

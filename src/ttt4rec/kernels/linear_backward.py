@@ -33,6 +33,7 @@ from .primitives import (
     store_rows,
     store_sums,
     store_weights,
+    tile_offsets,
     token_sums,
     updated,
 )
@@ -63,7 +64,7 @@ def replay(W, b, tokens, rates, states, number, place, begin, end, tile: tl.cons
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     store_copy(states, number, W, b, head, H, tile)
     for m in tl.range(begin, end - 1):
-        mini_batch = mini_batch_place(m * tile.mini_batch, place, tile)
+        mini_batch = mini_batch_place(m * tile.mini_batch, place, tile_offsets(H, tile), tile)
         k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
         U = lr[:, None] * G.to(tl.float32)
         W, b = updated(W, b, expanded(k_rows, tile), U, last_scale, tile)
@@ -71,8 +72,9 @@ def replay(W, b, tokens, rates, states, number, place, begin, end, tile: tl.cons
 
 
 @triton.jit
-def through_output(dO, q_rows, k_rows, U, W, b, gamma, minus_scale, eps, tile: tl.constexpr):
+def through_output(dO, q_rows, k_rows, U, W, b, minus_scale, norm, tile: tl.constexpr):
     """Through O = Q + LN(out): dQ, C, -dout and -dC, and what the tokens add to dγ and ds."""
+    gamma, _, eps = norm
     C = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
     CU = dot(C, U, tile)
     p_hat, p_r = normalised(dot(expanded(q_rows, tile), W, tile, b) + minus_scale * CU, eps, tile)
@@ -91,9 +93,9 @@ def through_steps(C, minus_dout, minus_scale, U, K, dW, db, s_last, tile: tl.con
 
 
 @triton.jit
-def through_inner_gradient(minus_dU, minus_dlr, lr, G, k_rows, v, mini_batch, W, b, norm, eps, tile: tl.constexpr):
-    """Through G = J y at Z = K W + b: -dZ, -de and what the tokens add to -dγ; a norm is γ and β."""
-    gamma, beta = norm
+def through_inner_gradient(minus_dU, minus_dlr, lr, G, k_rows, v, mini_batch, W, b, norm, tile: tl.constexpr):
+    """Through G = J y at Z = K W + b: -dZ, -de and what the tokens add to -dγ; a norm is γ, β and ε."""
+    gamma, beta, eps = norm
     x_hat, r = normalised(dot(expanded(k_rows, tile), W, tile, b), eps, tile)
     v_rows = load_rows(v, mini_batch, tile)
     error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
@@ -114,31 +116,30 @@ def through_inputs(q_rows, k_rows, U, W, dW, db, minus_dout, minus_dC, minus_dZ,
 @triton.jit
 def through_mini_batch(
     m,  # which one of the sequence
-    number,  # of the state with the weights before it
+    copy,  # number of the state with the weights before it
     tokens,
-    inner_lr,
+    rates,
     states,
     grad_o,
     d_tokens,
     d_state,  # dW, db behind it
     sums,  # gradients of γ and β, s and s_last so far
-    norm,  # γ, β
+    norm,  # γ, β, ε
     scales,  # -s of every row, s_last
     place,
-    eps,
     tile: tl.constexpr,
 ):
     """Store the gradients of a mini-batch's tokens; returns dW, db before it, and the sums with it."""
     q, k, v, G_kept = tokens
     dq, dk, dv, d_lr = d_tokens
     dW, db = d_state
+    inner_lr, _ = rates
     d_gamma, d_beta, d_scale, d_last_scale = sums
-    gamma, _ = norm
     minus_scale, last_scale = scales
     _, _, length, head, H = place
     start = m * tile.mini_batch
-    mini_batch = mini_batch_place(start, place, tile)
-    W, b = load_copy(states, number, head, H, tile)
+    mini_batch = mini_batch_place(start, place, tile_offsets(H, tile), tile)
+    W, b = load_copy(states, copy, head, H, tile)
     k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
     committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
     s_last = committed * last_scale
@@ -147,7 +148,7 @@ def through_mini_batch(
     dO = load_rows(grad_o, mini_batch, tile).to(tl.float32)
 
     d_q, C, minus_dout, minus_dC, gamma_terms, scale_terms = through_output(
-        dO, q_rows, k_rows, U, W, b, gamma, minus_scale, eps, tile
+        dO, q_rows, k_rows, U, W, b, minus_scale, norm, tile
     )
     d_gamma += gamma_terms
     d_beta += dO
@@ -163,7 +164,7 @@ def through_mini_batch(
     store_rates(d_lr, -minus_dlr, mini_batch, H, tile)
 
     minus_dZ, minus_de, minus_gamma_terms = through_inner_gradient(
-        minus_dU, minus_dlr, lr, G, k_rows, v, mini_batch, W, b, norm, eps, tile
+        minus_dU, minus_dlr, lr, G, k_rows, v, mini_batch, W, b, norm, tile
     )
     d_gamma -= minus_gamma_terms
     d_beta -= minus_de
@@ -212,10 +213,11 @@ def linear_backward_kernel(
     In the code all but dO, dq and the parameters' gradients carry the opposite sign, with which they enter nearly
     everywhere.
     """
-    inner_lr, token_scale = rates
+    _, token_scale = rates
     place = program_place(spans, L, H, tile)
     sequence, _, length, head, _ = place
-    norm = load_layer_norm(layer_norm, head, H, tile)
+    gamma, beta = load_layer_norm(layer_norm, head, H, tile)
+    norm = gamma, beta, eps
     scales = -load_scale(token_scale, tile), tl.load(token_scale + tile.mini_batch - 1)
     d_state = load_weights(grad_weights, grad_strides, place, tile)
     R: tl.constexpr = tile.rows
@@ -235,9 +237,9 @@ def linear_backward_kernel(
         tl.debug_barrier()
         for t in tl.range(0, end - begin):
             m = end - 1 - t
-            number = state + (m - begin)
+            copy = state + (m - begin)
             d_state, sums = through_mini_batch(
-                m, number, tokens, inner_lr, states, grad_o, d_tokens, d_state, sums, norm, scales, place, eps, tile
+                m, copy, tokens, rates, states, grad_o, d_tokens, d_state, sums, norm, scales, place, tile
             )
 
     store_weights(d_weights, d_state, place, tile)

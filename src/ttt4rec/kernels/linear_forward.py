@@ -33,6 +33,7 @@ from .primitives import (
     rounded,
     store_rows,
     store_weights,
+    tile_offsets,
     updated,
 )
 
@@ -68,6 +69,7 @@ def linear_forward_kernel(
     place = program_place(spans, L, H, tile)
     _, first, length, head, _ = place
 
+    offsets = tile_offsets(H, tile)
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
     scale = load_scale(token_scale, tile)
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
@@ -78,7 +80,7 @@ def linear_forward_kernel(
         if begin > 0:
             store_copy(checkpoints, checkpoint_number(first + begin, segment, tile), W, b, head, H, tile)
         for start in tl.range(begin, min(begin + segment * tile.mini_batch, length), tile.mini_batch):
-            mini_batch = mini_batch_place(start, place, tile)
+            mini_batch = mini_batch_place(start, place, offsets, tile)
             k_rows = load_rows(k, mini_batch, tile)
             v_rows = load_rows(v, mini_batch, tile)
             lr = load_rates(inner_lr, mini_batch, H, tile)

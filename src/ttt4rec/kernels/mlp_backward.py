@@ -18,21 +18,19 @@ from . import copies, launch
 from .copies import first_state, load_steps
 from .hidden_layer import (
     contiguous_strides,
+    first_chunks,
     gelu,
     hidden_columns,
     hidden_mask,
     load_b2,
     load_copied_b2,
-    load_hidden,
-    load_hidden_copy,
-    load_state,
     put_chunk,
     store_b2,
     store_state,
     take_chunk,
     wait_for_stores,
 )
-from .mlp_replay import first_weights, replay
+from .mlp_replay import first_weights, forward_sums, forward_values, hold_before, mini_batch_values, replay, take_before
 from .primitives import (
     causal,
     dot,
@@ -49,6 +47,7 @@ from .primitives import (
     store_rates,
     store_rows,
     store_sums,
+    tile_offsets,
     token_sums,
 )
 
@@ -80,70 +79,14 @@ def take_part(x, pointer, place, chunk, tile: tl.constexpr):
 
 
 @triton.jit
-def take_before(held, memory, chunk, tile: tl.constexpr):
-    """Of a chunk: Z1, and the weights before the mini-batch. Registers hold them, if there is one chunk."""
-    if tile.chunks > 1:
-        Z1, states, number, mini_batch, place = memory
-        _, _, _, head, H = place
-        held = load_hidden(Z1, mini_batch, chunk, H, tile), load_hidden_copy(states, number, head, H, chunk, tile)
-    return held
-
-
-@triton.jit
-def mini_batch_values(q_rows, k_rows, G2_rows, own_rates, minus_scale, s_last, tile: tl.constexpr):
-    """C1, and what every pass over the hidden features needs: K, Q, G2, U2, A1, lr, -s and s_last."""
-    lr, lr_columns = own_rates[:, None], own_rates[None, :]
-    K, Q, G2 = expanded(k_rows, tile), expanded(q_rows, tile), expanded(G2_rows, tile)
-    U2 = lr * G2_rows.to(tl.float32)
-    C1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
-    A1 = C1 * lr_columns
-    return C1, (K, Q, G2, expanded(U2, tile), A1, lr, minus_scale, s_last)
-
-
-@triton.jit
-def forward_values(Z1, state, values, tile: tl.constexpr):
-    """Of a chunk, at the weights before the mini-batch: G2 W2ᵀ; G1; X̄2 and gelu' at P1."""
-    W1, b1, W2 = state
-    _, Q, G2, _, A1, _, minus_scale, _ = values
-    _, slope, _ = gelu(Z1)
-    G2_W2 = dot(G2, W2, tile)
-    G1 = G2_W2 * slope
-    X2_bar, bar_slope, _ = gelu(dot(Q, W1, tile, b1) + minus_scale * dot(A1, G1, tile))
-    return G2_W2, G1, X2_bar, bar_slope
-
-
-@triton.jit
-def forward_sums(held, d_state, values, memory, d_weights, contiguous, tile: tl.constexpr):
-    """The forward once more, chunk by chunk: X̄2 X2ᵀ, X2 W2, X̄2 W2 and X2 dW2.
-
-    The last product decides how all tiles of a loop are spread over the warps: it must not be a square of tokens.
-    """
-    _, _, _, _, place = memory
-    R: tl.constexpr = tile.rows
-    PF: tl.constexpr = tile.heads * tile.features
-    X2_bar_X2, X2_W2 = tl.zeros((R, R), tl.float32), tl.zeros((R, PF), tl.float32)
-    X2_bar_W2, X2_dW2 = X2_W2, X2_W2
-    for chunk in tl.range(0, tile.chunks, num_stages=1):
-        Z1, state = take_before(held, memory, chunk, tile)
-        _W1, _b1, W2 = state
-        _dW1, _db1, dW2 = take_chunk(d_state, d_weights, contiguous, place, chunk, tile)
-        X2, _slope, _curve = gelu(Z1)
-        _G2_W2, _G1, X2_bar, _bar_slope = forward_values(Z1, state, values, tile)
-        X2_bar_X2 = dot(X2_bar, tl.trans(X2), tile, X2_bar_X2)
-        X2_W2 = dot(X2, tl.trans(W2), tile, X2_W2)
-        X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, X2_bar_W2)
-        X2_dW2 = dot(X2, tl.trans(dW2), tile, X2_dW2)
-    return X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2
-
-
-@triton.jit
-def through_output(dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last, gamma, eps, tile: tl.constexpr):
+def through_output(dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last, norm, tile: tl.constexpr):
     """Through O = Q + LN(P2) and the outer layer's steps; outer is X̄2 W2 + b2 and X2 dW2 + db2.
 
     Returns -dP2; what of -dG2 does not pass through G1; -dC2; what the tokens add to dγ; C2 and -dP2 G2ᵀ; and
     Σ G2 ∘ (X2 dW2 + db2).
     """
     X2_bar_W2, X2_dW2 = outer
+    gamma, _, eps = norm
     lr, lr_columns = own_rates[:, None], own_rates[None, :]
     C2 = tl.where(causal(tile), X2_bar_X2 + 1.0, 0.0)
     A2 = C2 * lr_columns
@@ -153,19 +96,18 @@ def through_output(dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last
     minus_dC2 = tl.where(causal(tile), minus_scale * lr_columns * dP2_G2, 0.0)
     minus_dG2 = dot(tl.trans(A2), minus_scale * minus_dP2, tile, s_last * lr * X2_dW2)
     along_dW = tl.sum(G2_rows.to(tl.float32) * X2_dW2, 1)
-    return minus_dP2, minus_dG2, minus_dC2, dO * p_hat, (C2, dP2_G2), along_dW
+    return minus_dP2, minus_dG2, minus_dC2, dO * p_hat, C2, dP2_G2, along_dW
 
 
 @triton.jit
-def through_outputs(
-    held, d_state, values, memory, d_weights, contiguous, scratch, minus_dP2, minus_dC2, along_dW, tile: tl.constexpr
-):
+def through_outputs(held, d_state, values, memory, waiting, minus_dP2, minus_dC2, along_dW, tile: tl.constexpr):
     """Through the hidden layer's outputs, steps and G1, chunk by chunk.
 
     Returns dW1, db1 and dW2 without what passes through Z1; that part of the last chunk's -dZ1 which does not pass
     through Z2; and the sums -dP1 G1ᵀ, -dP1 W1ᵀ, G1 dW1ᵀ, -E W2, and along_dW with Σ G1 ∘ (K dW1 + db1).
     """
     K, Q, G2, U2, A1, lr, minus_scale, s_last = values
+    d_weights, contiguous, scratch = waiting
     _, _, _, _, place = memory
     R: tl.constexpr = tile.rows
     C: tl.constexpr = tile.chunk
@@ -200,12 +142,12 @@ def through_outputs(
 
 
 @triton.jit
-def through_inner_gradient(minus_dG2, E_W2, G2_rows, Z2, k_rows, v, mini_batch, norm, eps, tile: tl.constexpr):
-    """Through G2 = J y at Z2: -dZ2, -de and what the tokens add to -dγ; a norm is γ and β.
+def through_inner_gradient(minus_dG2, E_W2, G2_rows, Z2, k_rows, v, mini_batch, norm, tile: tl.constexpr):
+    """Through G2 = J y at Z2: -dZ2, -de and what the tokens add to -dγ; a norm is γ, β and ε.
 
     Given are what of -dG2 does not pass through G1, and -E W2.
     """
-    gamma, beta = norm
+    gamma, beta, eps = norm
     x_hat, r = recentred(Z2, eps, tile)
     v_rows = load_rows(v, mini_batch, tile)
     error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
@@ -216,8 +158,9 @@ def through_inner_gradient(minus_dG2, E_W2, G2_rows, Z2, k_rows, v, mini_batch, 
 
 
 @triton.jit
-def through_inputs(held, minus_dZ1, d_state, K, minus_dZ2, memory, d_weights, contiguous, scratch, tile: tl.constexpr):
+def through_inputs(held, minus_dZ1, d_state, K, minus_dZ2, memory, waiting, tile: tl.constexpr):
     """Through Z2 and Z1, chunk by chunk: dW1, db1 and dW2 before the mini-batch, and -dZ1 W1ᵀ."""
+    d_weights, contiguous, scratch = waiting
     _, _, _, _, place = memory
     R: tl.constexpr = tile.rows
     PF: tl.constexpr = tile.heads * tile.features
@@ -241,33 +184,30 @@ def through_inputs(held, minus_dZ1, d_state, K, minus_dZ2, memory, d_weights, co
 @triton.jit
 def through_mini_batch(
     m,  # which one of the sequence
-    number,  # of the state with the weights before it
+    copy,  # number of the state with the weights before it
     tokens,
-    inner_lr,
+    rates,
     states,
     grad_o,
     d_tokens,
-    d_weights,  # where dW1, db1 and dW2 wait, if there are several chunks
-    contiguous,  # their strides
-    scratch,
+    waiting,  # where dW1, db1 and dW2 wait, if there are several chunks, and their strides; where -dZ1 does
     d_state,  # dW1, db1 and dW2 behind it, if there is one chunk
     db2,
     sums,  # gradients of γ and β, s and s_last so far
-    norm,  # γ, β
+    norm,  # γ, β, ε
     scales,  # -s of every row, s_last
     place,
-    eps,
     tile: tl.constexpr,
 ):
     """Store the gradients of a mini-batch's tokens; returns dW1, db1 and dW2, db2 before it, and the sums with it."""
     q, k, v, G2_kept, Z1_kept = tokens
     dq, dk, dv, d_lr = d_tokens
+    inner_lr, _ = rates
     d_gamma, d_beta, d_scale, d_last_scale = sums
-    gamma, _ = norm
     minus_scale, last_scale = scales
     _, _, length, head, H = place
     start = m * tile.mini_batch
-    mini_batch = mini_batch_place(start, place, tile)
+    mini_batch = mini_batch_place(start, place, tile_offsets(H, tile), tile)
     q_rows = load_rows(q, mini_batch, tile)
     k_rows, G2_rows, own_rates = load_steps(k, G2_kept, inner_lr, mini_batch, H, tile)
     lr, lr_columns = own_rates[:, None], own_rates[None, :]
@@ -276,35 +216,21 @@ def through_mini_batch(
     C1, values = mini_batch_values(q_rows, k_rows, G2_rows, own_rates, minus_scale, s_last, tile)
     K, _, _, _, A1, _, _, _ = values
 
-    b2 = load_copied_b2(states, number, head, H, tile)
-    memory = Z1_kept, states, number, mini_batch, place
-    held = ()
-    if tile.chunks == 1:
-        state = load_hidden_copy(states, number, head, H, 0, tile)
-        held = load_hidden(Z1_kept, mini_batch, 0, H, tile), state
-    X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2 = forward_sums(held, d_state, values, memory, d_weights, contiguous, tile)
+    b2 = load_copied_b2(states, copy, head, H, tile)
+    memory = Z1_kept, states, copy, mini_batch, place
+    held = hold_before(memory, tile)
+    X2_bar_X2, X2_W2, X2_bar_W2, X2_dW2 = forward_sums(held, d_state, values, memory, waiting, tile)
 
     dO = load_rows(grad_o, mini_batch, tile).to(tl.float32)
     outer = own(X2_bar_W2, tile) + b2, own(X2_dW2, tile) + db2
-    minus_dP2, minus_dG2, minus_dC2, gamma_terms, pairs, along_dW = through_output(
-        dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last, gamma, eps, tile
+    minus_dP2, minus_dG2, minus_dC2, gamma_terms, C2, dP2_G2, along_dW = through_output(
+        dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last, norm, tile
     )
-    C2, dP2_G2 = pairs
     d_gamma += gamma_terms
     d_beta += dO
 
     d_state, minus_dZ1, products = through_outputs(
-        held,
-        d_state,
-        values,
-        memory,
-        d_weights,
-        contiguous,
-        scratch,
-        expanded(minus_dP2, tile),
-        minus_dC2,
-        along_dW,
-        tile,
+        held, d_state, values, memory, waiting, expanded(minus_dP2, tile), minus_dC2, along_dW, tile
     )
     dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW = products
     d_scale += A1 * dP1_G1 + C2 * lr_columns * dP2_G2
@@ -315,7 +241,7 @@ def through_mini_batch(
     store_rows(dq, dO - dot(minus_dC1, k_rows, tile) - own(dP1_W1, tile), mini_batch, tile)
 
     minus_dZ2, minus_de, minus_gamma_terms = through_inner_gradient(
-        minus_dG2, E_W2, G2_rows, own(X2_W2, tile) + b2, k_rows, v, mini_batch, norm, eps, tile
+        minus_dG2, E_W2, G2_rows, own(X2_W2, tile) + b2, k_rows, v, mini_batch, norm, tile
     )
     d_gamma -= minus_gamma_terms
     d_beta -= minus_de
@@ -323,9 +249,8 @@ def through_mini_batch(
 
     db2 -= token_sums(minus_dP2, tile) + token_sums(minus_dZ2, tile)
     d_k = -dot(tl.trans(minus_dC1), q_rows, tile, minus_de + s_last * lr * own(G1_dW1, tile))
-    d_state, dZ1_W1 = through_inputs(
-        held, minus_dZ1, d_state, K, expanded(minus_dZ2, tile), memory, d_weights, contiguous, scratch, tile
-    )
+    expanded_dZ2 = expanded(minus_dZ2, tile)
+    d_state, dZ1_W1 = through_inputs(held, minus_dZ1, d_state, K, expanded_dZ2, memory, waiting, tile)
     # Subtracted, as in the forward: a sum would move the product behind the state's.
     store_rows(dk, d_k - own(dZ1_W1, tile), mini_batch, tile)
     return d_state, db2, (d_gamma, d_beta, d_scale, d_last_scale)
@@ -371,21 +296,16 @@ def mlp_backward_kernel(
 
     In the code, as in TTT-Linear's, all but dO, dq and the parameters' gradients carry the opposite sign.
     """
-    inner_lr, token_scale = rates
+    _, token_scale = rates
     place = program_place(spans, L, H, tile)
     sequence, _, length, head, _ = place
     contiguous = contiguous_strides(H, tile)
-    norm = load_layer_norm(layer_norm, head, H, tile)
+    waiting = d_weights, contiguous, scratch
+    gamma, beta = load_layer_norm(layer_norm, head, H, tile)
+    norm = gamma, beta, eps
     scales = -load_scale(token_scale, tile), tl.load(token_scale + tile.mini_batch - 1)
     db2 = load_b2(grad_weights, grad_strides, place, tile)
-    d_state = ()
-    if tile.chunks == 1:
-        d_state = load_state(grad_weights, grad_strides, place, 0, tile)
-    else:
-        for chunk in tl.range(0, tile.chunks, num_stages=1):
-            loaded = load_state(grad_weights, grad_strides, place, chunk, tile)
-            store_state(d_weights, contiguous, loaded, place, chunk, tile)
-    wait_for_stores(tile)
+    d_state = first_chunks(grad_weights, grad_strides, d_weights, contiguous, place, tile)
     R: tl.constexpr = tile.rows
     F: tl.constexpr = tile.features
     no_rows = tl.zeros((R, F), tl.float32)
@@ -404,26 +324,9 @@ def mlp_backward_kernel(
         tl.debug_barrier()
         for t in tl.range(0, end - begin):
             m = end - 1 - t
-            number = state + (m - begin)
+            copy = state + (m - begin)
             d_state, db2, sums = through_mini_batch(
-                m,
-                number,
-                tokens,
-                inner_lr,
-                states,
-                grad_o,
-                d_tokens,
-                d_weights,
-                contiguous,
-                scratch,
-                d_state,
-                db2,
-                sums,
-                norm,
-                scales,
-                place,
-                eps,
-                tile,
+                m, copy, tokens, rates, states, grad_o, d_tokens, waiting, d_state, db2, sums, norm, scales, place, tile
             )
 
     if tile.chunks == 1:

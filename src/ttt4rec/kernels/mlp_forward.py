@@ -21,9 +21,9 @@ from .copies import checkpoint_number
 from .hidden_layer import (
     centred_columns,
     contiguous_strides,
+    first_chunks,
     gelu,
     load_b2,
-    load_centred_state,
     load_hidden,
     load_state,
     put_chunk,
@@ -51,6 +51,7 @@ from .primitives import (
     recentred,
     rounded,
     store_rows,
+    tile_offsets,
     token_sums,
 )
 
@@ -159,18 +160,12 @@ def mlp_forward_kernel(
     place = program_place(spans, L, H, tile)
     _, first, length, head, _ = place
     contiguous = contiguous_strides(H, tile)
+    offsets = tile_offsets(H, tile)
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
     scale = load_scale(token_scale, tile)
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     b2 = centred(load_b2(weights, strides, place, tile), tile)
-    state = ()
-    if tile.chunks == 1:
-        state = load_centred_state(weights, strides, place, 0, tile)
-    else:
-        for chunk in tl.range(0, tile.chunks, num_stages=1):
-            loaded = load_centred_state(weights, strides, place, chunk, tile)
-            store_state(outgoing, contiguous, loaded, place, chunk, tile)
-    wait_for_stores(tile)
+    state = first_chunks(weights, strides, outgoing, contiguous, place, tile, centre=True)
 
     for begin in tl.range(0, length, segment * tile.mini_batch, num_stages=1):
         if begin > 0:
@@ -179,7 +174,7 @@ def mlp_forward_kernel(
                 taken = take_chunk(state, outgoing, contiguous, place, chunk, tile)
                 store_hidden_copy(checkpoints, number, taken, b2, head, H, chunk, tile)
         for start in tl.range(begin, min(begin + segment * tile.mini_batch, length), tile.mini_batch):
-            mini_batch = mini_batch_place(start, place, tile)
+            mini_batch = mini_batch_place(start, place, offsets, tile)
             k_rows = load_rows(k, mini_batch, tile)
             v_rows = load_rows(v, mini_batch, tile)
             q_rows = load_rows(q, mini_batch, tile)

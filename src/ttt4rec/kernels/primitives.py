@@ -240,8 +240,8 @@ def program_place(spans, L, H, tile: tl.constexpr):
 
 
 @triton.jit
-def mini_batch_place(start, place, tile: tl.constexpr):
-    """Where the mini-batch at a sequence's token start lies, in a program's place.
+def mini_batch_place(start, place, offsets, tile: tl.constexpr):
+    """Where the mini-batch at a sequence's token start lies, given a program's place and ``tile_offsets``.
 
     Which rows exist, [R], and which elements, [R, F]; the offset of the first token and head in a contiguous
     ``[B, L, H]``, and those of the elements in a contiguous ``[B, L, H, D]``, [R, F].
@@ -251,7 +251,7 @@ def mini_batch_place(start, place, tile: tl.constexpr):
     rows = exist & (row_token(tile) < min(tile.mini_batch, length - start))
     mask = rows[:, None] & (tl.arange(0, tile.features)[None, :] < tile.head_dim)
     at = (first + start) * H + head
-    return rows, mask, at, at * tile.head_dim + tile_offsets(H, tile)
+    return rows, mask, at, at * tile.head_dim + offsets
 
 
 @triton.jit
