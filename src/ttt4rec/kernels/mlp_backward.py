@@ -332,8 +332,7 @@ def mlp_backward_kernel(
     if tile.chunks == 1:
         store_state(d_weights, contiguous, d_state, place, 0, tile)
     store_b2(d_weights, contiguous, db2, place, tile)
-    d_gamma, d_beta, d_scale, d_last_scale = sums
-    store_sums(partial_sums, (d_gamma, d_beta, tl.sum(d_scale, 1), d_last_scale), place, tile)
+    store_sums(partial_sums, sums, place, tile)
 
 
 @launch.on_its_device

@@ -400,10 +400,12 @@ def store_token_sums(pointer, x, place, tile: tl.constexpr):
 
 @triton.jit
 def store_sums(pointers, sums, place, tile: tl.constexpr):
-    """Store a sequence's gradients of γ and β, [R, F], and of s and s_last, [R]."""
+    """Store a sequence's gradients of γ and β, [R, F], of s, [R] or pairs yet to be summed, and of s_last, [R]."""
     d_gamma, d_beta, d_scale, d_last_scale = sums
     gamma_sums, beta_sums, scale_sums, last_scale_sums = pointers
     store_head_sums(gamma_sums, d_gamma, place, tile)
     store_head_sums(beta_sums, d_beta, place, tile)
+    if len(d_scale.shape) == 2:
+        d_scale = tl.sum(d_scale, 1)
     store_token_sums(scale_sums, d_scale, place, tile)
     store_token_sums(last_scale_sums, d_last_scale, place, tile)
