@@ -254,19 +254,19 @@ def linear_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tens
     runs give the same bits.
     """
     launch.check_compiler("linear_backward", scan.q.shape[-1], scan.token_scale.numel())
-    results, sums, prepared = prepare_linear_scan_backward(scan, kept, grads)
+    gradients, prepared = prepare_linear_scan_backward(scan, kept, grads)
     prepared.run()
-    return launch.with_sums(results, sums)
+    return launch.all_gradients(*gradients)
 
 
 def prepare_linear_scan_backward(
     scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], launch.Launch]:
+) -> tuple[launch.Gradients, launch.Launch]:
     """Allocate the results and the sums per sequence, and make the launch that fills them."""
     q, weights, (G, checkpoints), (grad_o, *grad_weights) = scan.q, scan.weights, kept, grads
     L, H = q.shape[1:3]
     choice, tile = launch.plan("linear_backward", q, scan.token_scale.numel())
-    d_tokens, d_weights, sums = launch.new_gradients(scan)
+    gradients = launch.new_gradients(scan)
     arguments = (
         grad_o.contiguous(),
         tuple(grad_weights),
@@ -277,9 +277,7 @@ def prepare_linear_scan_backward(
         *copies.new_states(scan),
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(scan.starts, scan.lengths),
-        d_tokens,
-        d_weights,
-        sums,
+        *gradients,
         tuple(g.stride() for g in grad_weights),
         tuple(w.stride() for w in weights),
         L,
@@ -289,5 +287,4 @@ def prepare_linear_scan_backward(
         tile,
     )
     grid = (weights[0].shape[0] * triton.cdiv(H, choice.heads),)
-    prepared = launch.Launch(linear_backward_kernel, grid, arguments, choice)
-    return (*d_tokens, *d_weights), sums, prepared
+    return gradients, launch.Launch(linear_backward_kernel, grid, arguments, choice)

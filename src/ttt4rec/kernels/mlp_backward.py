@@ -343,19 +343,19 @@ def mlp_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor,
     two runs give the same bits.
     """
     launch.check_compiler("mlp_backward", scan.q.shape[-1], scan.token_scale.numel())
-    results, sums, prepared = prepare_mlp_scan_backward(scan, kept, grads)
+    gradients, prepared = prepare_mlp_scan_backward(scan, kept, grads)
     prepared.run()
-    return launch.with_sums(results, sums)
+    return launch.all_gradients(*gradients)
 
 
 def prepare_mlp_scan_backward(
     scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], launch.Launch]:
+) -> tuple[launch.Gradients, launch.Launch]:
     """Allocate the results and the sums per sequence, and make the launch that fills them."""
     q, weights, (Z1, G2, checkpoints), (grad_o, *grad_weights) = scan.q, scan.weights, kept, grads
     (L, H), hidden = q.shape[1:3], Z1.shape[-1]
     choice, tile = launch.plan("mlp_backward", q, scan.token_scale.numel(), hidden)
-    d_tokens, d_weights, sums = launch.new_gradients(scan)
+    gradients = launch.new_gradients(scan)
     scratch = None
     if tile.chunks > 1:
         shape = (weights[0].shape[0], H, tile.rows, hidden)
@@ -370,9 +370,7 @@ def prepare_mlp_scan_backward(
         *copies.new_states(scan),
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(scan.starts, scan.lengths),
-        d_tokens,
-        d_weights,
-        sums,
+        *gradients,
         scratch,
         tuple(w.stride() for w in weights),
         tuple(g.stride() for g in grad_weights),
@@ -383,4 +381,4 @@ def prepare_mlp_scan_backward(
         tile,
     )
     grid = (weights[0].shape[0] * triton.cdiv(H, choice.heads),)
-    return (*d_tokens, *d_weights), sums, launch.Launch(mlp_backward_kernel, grid, arguments, choice)
+    return gradients, launch.Launch(mlp_backward_kernel, grid, arguments, choice)

@@ -83,7 +83,7 @@ def hold_before(memory, tile: tl.constexpr):
         Z1, states, number, mini_batch, place = memory
         _, _, _, head, H = place
         state = load_hidden_copy(states, number, head, H, 0, tile)
-        held = load_hidden(Z1, mini_batch, 0, H, tile), state
+        held = load_hidden(Z1, mini_batch, 0, H, tile), state  # type: ignore[assignment]
     return held
 
 
