@@ -101,7 +101,7 @@ def hidden_state_places(strides, place, chunk, tile: tl.constexpr):
     W1_by_sequence, W1_by_head, W1_by_input, W1_by_column = W1_strides
     b1_by_sequence, b1_by_head, b1_by_column = b1_strides
     W2_by_sequence, W2_by_head, W2_by_column, W2_by_output = W2_strides
-    sequence, _, _, head, H = place
+    sequence, head, _, _, H = place
     columns = hidden_columns(chunk, tile)
     stacked = tl.arange(0, tile.heads * tile.features)
     heads, features = (head + stacked // tile.features).to(tl.int64), (stacked % tile.features).to(tl.int64)
@@ -189,7 +189,7 @@ def load_b2(weights, strides, place, tile: tl.constexpr):
     """b2, a tile of parameters."""
     _, _, _, b2 = weights
     _, _, _, b2_strides = strides
-    sequence, _, _, head, H = place
+    sequence, head, _, _, H = place
     b2_at = b2 + parameter_offsets(b2_strides, sequence, head, tile)
     return tl.load(b2_at, mask=parameter_mask(head, H, tile), other=0.0)
 
@@ -199,7 +199,7 @@ def store_b2(weights, strides, b2, place, tile: tl.constexpr):
     """Store b2."""
     _, _, _, b2_out = weights
     _, _, _, b2_strides = strides
-    sequence, _, _, head, H = place
+    sequence, head, _, _, H = place
     once = parameter_mask(head, H, tile) & first_rows(tile)
     tl.store(b2_out + parameter_offsets(b2_strides, sequence, head, tile), b2, mask=once)
 

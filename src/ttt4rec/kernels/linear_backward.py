@@ -42,7 +42,7 @@ from .primitives import (
 @triton.jit
 def first_weights(weights, strides, checkpoints, place, begin, segment, tile: tl.constexpr):
     """W and b before the segment that begins at mini-batch begin of a sequence."""
-    _, first, _, head, H = place
+    _, head, first, _, H = place
     if begin == 0:
         W, b = load_weights(weights, strides, place, tile)
         W, b = centred(W, tile), centred(b, tile)
@@ -60,7 +60,7 @@ def replay(W, b, tokens, rates, states, number, place, begin, end, tile: tl.cons
     """
     _, k, _, G_kept = tokens
     inner_lr, token_scale = rates
-    _, _, _, head, H = place
+    _, head, _, _, H = place
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     store_copy(states, number, W, b, head, H, tile)
     for m in tl.range(begin, end - 1):
@@ -136,7 +136,7 @@ def through_mini_batch(
     inner_lr, _ = rates
     d_gamma, d_beta, d_scale, d_last_scale = sums
     minus_scale, last_scale = scales
-    _, _, length, head, H = place
+    _, head, _, length, H = place
     start = m * tile.mini_batch
     mini_batch = mini_batch_place(start, place, tile_offsets(H, tile), tile)
     W, b = load_copy(states, copy, head, H, tile)
@@ -215,7 +215,7 @@ def linear_backward_kernel(
     """
     _, token_scale = rates
     place = program_place(spans, L, H, tile)
-    sequence, _, length, head, _ = place
+    sequence, head, _, length, _ = place
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
     norm = gamma, beta, eps
     scales = -load_scale(token_scale, tile), tl.load(token_scale + tile.mini_batch - 1)

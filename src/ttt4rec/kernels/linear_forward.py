@@ -67,7 +67,7 @@ def linear_forward_kernel(
     q, k, v = tokens
     inner_lr, token_scale = rates
     place = program_place(spans, L, H, tile)
-    _, first, length, head, _ = place
+    _, head, first, length, _ = place
 
     offsets = tile_offsets(H, tile)
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)

@@ -55,7 +55,7 @@ from .primitives import (
 @triton.jit
 def part_places(place, chunk, tile: tl.constexpr):
     """Offsets and mask of a chunk of a program's rows in ``[N, H, R, hidden]``."""
-    sequence, _, _, head, H = place
+    sequence, head, _, _, H = place
     columns, tokens = hidden_columns(chunk, tile), tl.arange(0, tile.rows)
     rows = (sequence.to(tl.int64) * H + head) * tile.rows + tokens
     return rows[:, None] * tile.hidden + columns[None, :], hidden_mask(tokens >= 0, columns, tile)
@@ -205,7 +205,7 @@ def through_mini_batch(
     inner_lr, _ = rates
     d_gamma, d_beta, d_scale, d_last_scale = sums
     minus_scale, last_scale = scales
-    _, _, length, head, H = place
+    _, head, _, length, H = place
     start = m * tile.mini_batch
     mini_batch = mini_batch_place(start, place, tile_offsets(H, tile), tile)
     q_rows = load_rows(q, mini_batch, tile)
@@ -298,7 +298,7 @@ def mlp_backward_kernel(
     """
     _, token_scale = rates
     place = program_place(spans, L, H, tile)
-    sequence, _, length, head, _ = place
+    sequence, head, _, length, _ = place
     contiguous = contiguous_strides(H, tile)
     waiting = d_weights, contiguous, scratch
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)

@@ -158,7 +158,7 @@ def mlp_forward_kernel(
     inner_lr, token_scale = rates
     Z1_kept, G2_kept, checkpoints = kept
     place = program_place(spans, L, H, tile)
-    _, first, length, head, _ = place
+    _, head, first, length, _ = place
     contiguous = contiguous_strides(H, tile)
     offsets = tile_offsets(H, tile)
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)

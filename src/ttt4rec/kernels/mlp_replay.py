@@ -28,7 +28,7 @@ from .primitives import causal, centred, dot, expanded, mini_batch_place, tile_o
 @triton.jit
 def first_weights(weights, strides, checkpoints, place, begin, segment, chunk, tile: tl.constexpr):
     """A chunk of W1, b1, W2, and b2, before the segment that begins at mini-batch begin of a sequence."""
-    _, first, _, head, H = place
+    _, head, first, _, H = place
     if begin == 0:
         W1, b1, W2 = load_state(weights, strides, place, chunk, tile, centre=True)
         b2 = centred(load_b2(weights, strides, place, tile), tile)
@@ -47,7 +47,7 @@ def replay(state, b2, tokens, rates, states, number, place, begin, end, chunk, t
     """
     _, k, _, G2_kept, Z1_kept = tokens
     inner_lr, token_scale = rates
-    _, _, _, head, H = place
+    _, head, _, _, H = place
     W1, b1, W2 = state
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     store_hidden_copy(states, number, (W1, b1, W2), b2, head, H, chunk, tile)
@@ -70,7 +70,7 @@ def take_before(held, memory, chunk, tile: tl.constexpr):
     """Of a chunk: Z1, and the weights before the mini-batch. Registers hold them, if there is one chunk."""
     if tile.chunks > 1:
         Z1, states, number, mini_batch, place = memory
-        _, _, _, head, H = place
+        _, head, _, _, H = place
         held = load_hidden(Z1, mini_batch, chunk, H, tile), load_hidden_copy(states, number, head, H, chunk, tile)
     return held
 
@@ -81,7 +81,7 @@ def hold_before(memory, tile: tl.constexpr):
     held = ()
     if tile.chunks == 1:
         Z1, states, number, mini_batch, place = memory
-        _, _, _, head, H = place
+        _, head, _, _, H = place
         state = load_hidden_copy(states, number, head, H, 0, tile)
         held = load_hidden(Z1, mini_batch, 0, H, tile), state  # type: ignore[assignment]
     return held

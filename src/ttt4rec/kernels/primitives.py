@@ -225,7 +225,7 @@ def expanded(x, tile: tl.constexpr):
 
 @triton.jit
 def program_place(spans, L, H, tile: tl.constexpr):
-    """The program's sequence, its first token in the flattened tokens, and its length; the program's first head; H."""
+    """The program's sequence and first head; the sequence's first token in the flattened tokens, and its length; H."""
     head_groups = tl.cdiv(H, tile.heads)
     sequence = tl.program_id(0) // head_groups
     head = (tl.program_id(0) % head_groups) * tile.heads
@@ -236,7 +236,7 @@ def program_place(spans, L, H, tile: tl.constexpr):
     else:
         first = tl.load(starts + sequence).to(tl.int64)
         length = tl.load(lengths + sequence).to(tl.int32)
-    return sequence, first, length, head, H
+    return sequence, head, first, length, H
 
 
 @triton.jit
@@ -246,7 +246,7 @@ def mini_batch_place(start, place, offsets, tile: tl.constexpr):
     Which rows exist, [R], and which elements, [R, F]; the offset of the first token and head in a contiguous
     ``[B, L, H]``, and those of the elements in a contiguous ``[B, L, H, D]``, [R, F].
     """
-    _, first, length, head, H = place
+    _, head, first, length, H = place
     exist = head + row_head(tile) < H
     rows = exist & (row_token(tile) < min(tile.mini_batch, length - start))
     mask = rows[:, None] & (tl.arange(0, tile.features)[None, :] < tile.head_dim)
@@ -311,7 +311,7 @@ def load_weights(pointers, strides, place, tile: tl.constexpr):
     """TTT-Linear's stacked W, [P·F, F], and b, a tile of parameters."""
     W, b = pointers
     W_strides, b_strides = strides
-    sequence, _, _, head, H = place
+    sequence, head, _, _, H = place
     W_at = W + weight_offsets(W_strides, sequence, head, tile)
     b_at = b + parameter_offsets(b_strides, sequence, head, tile)
     return (
@@ -325,7 +325,7 @@ def store_weights(pointers, weights, place, tile: tl.constexpr):
     """Store TTT-Linear's weights in a contiguous ``[N, H, D, D]`` and ``[N, H, D]``."""
     W_out, b_out = pointers
     W, b = weights
-    sequence, _, _, head, H = place
+    sequence, head, _, _, H = place
     D: tl.constexpr = tile.head_dim
     W_mask, once = weight_mask(head, H, tile), parameter_mask(head, H, tile) & first_rows(tile)
     tl.store(W_out + weight_offsets((H * D * D, D * D, D, 1), sequence, head, tile), W, mask=W_mask)
@@ -335,7 +335,7 @@ def store_weights(pointers, weights, place, tile: tl.constexpr):
 @triton.jit
 def store_head_sums(pointer, x, place, tile: tl.constexpr):
     """Sum x [R, F] over each head's rows and store it in a contiguous ``[N, H, D]``."""
-    sequence, _, _, head, H = place
+    sequence, head, _, _, H = place
     heads, features = head + tl.arange(0, tile.heads), tl.arange(0, tile.features)
     sums = tl.sum(tl.reshape(x, (tile.heads, tile.rows // tile.heads, tile.features)), 1)
     offsets = (sequence.to(tl.int64) * H + heads)[:, None] * tile.head_dim + features[None, :]
@@ -392,7 +392,7 @@ def load_layer_norm(layer_norm, head, H, tile: tl.constexpr):
 @triton.jit
 def store_token_sums(pointer, x, place, tile: tl.constexpr):
     """Store x [R] in a contiguous ``[N, H, K]``."""
-    sequence, _, _, head, H = place
+    sequence, head, _, _, H = place
     heads, positions = head + row_head(tile), row_token(tile)
     offsets = (sequence.to(tl.int64) * H + heads) * tile.mini_batch + positions
     tl.store(pointer + offsets, x, mask=(heads < H) & (positions < tile.mini_batch))
