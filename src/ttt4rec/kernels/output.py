@@ -152,7 +152,8 @@ def norm_forward_kernel(o, gate, mask, norm, h, num_tokens, eps, sizes: tl.const
     rows = tl.program_id(0).to(tl.int64) * sizes.rows + tl.arange(0, sizes.rows)
     offsets, wanted = places(rows, real_tokens(mask, rows, num_tokens), sizes)
     gated = load_gated(o, gate, norm, offsets, wanted, eps, sizes)
-    tl.store(h + offsets, gated.to(sizes.operand), mask=places(rows, rows < num_tokens, sizes)[1])
+    _, exists = places(rows, rows < num_tokens, sizes)
+    tl.store(h + offsets, gated.to(sizes.operand), mask=exists)
 
 
 @triton.jit
