@@ -353,7 +353,7 @@ def prepare_mlp_scan_backward(
 ) -> tuple[launch.Gradients, launch.Launch]:
     """Allocate the results and the sums per sequence, and make the launch that fills them."""
     q, weights, (Z1, G2, checkpoints), (grad_o, *grad_weights) = scan.q, scan.weights, kept, grads
-    (L, H), hidden = q.shape[1:3], Z1.shape[-1]
+    (L, H), hidden = q.shape[1:3], scan.hidden
     choice, tile = launch.plan("mlp_backward", q, scan.token_scale.numel(), hidden)
     gradients = launch.new_gradients(scan)
     scratch = None

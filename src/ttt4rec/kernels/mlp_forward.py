@@ -222,7 +222,7 @@ def mlp_scan(scan: Scan) -> tuple[Tensor, ...]:
 def prepare_mlp_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
     """Allocate the results and make the launch that fills them."""
     q, weights, starts, (L, H) = scan.q, scan.weights, scan.starts, scan.q.shape[1:3]
-    hidden = weights[0].shape[-1]
+    hidden = scan.hidden
     choice, tile = launch.plan("mlp_forward", q, scan.token_scale.numel(), hidden)
     o, G2 = launch.new_tokens(q, starts), launch.new_tokens(q, starts)
     Z1 = launch.new_tokens(q, starts, hidden)
