@@ -57,6 +57,10 @@ def convolution_forward_kernel(
     sizes: tl.constexpr,
 ):
     """One program: R tokens and N features of y_t = b + Σ_back w_(taps - 1 - back) x_(t - back), turned."""
+    R: tl.constexpr = sizes.rows
+    N: tl.constexpr = sizes.features
+    taps: tl.constexpr = sizes.taps
+    convolutions: tl.constexpr = sizes.convolutions
     _, rows, first = program_tile(sizes)
     features = first + tl.arange(0, sizes.features)
     own = features < sizes.width
@@ -68,10 +72,10 @@ def convolution_forward_kernel(
         reach = tl.minimum(token, tl.load(reaches + rows, mask=exists, other=0))
     if table is not None:
         cos, sin = load_angles(table, positions, rows, num_tokens, num_positions, first, sizes)
-    for i in tl.static_range(sizes.convolutions):
-        y = tl.zeros((sizes.rows, sizes.features), tl.float32)
+    for i in tl.static_range(convolutions):
+        y = tl.zeros((R, N), tl.float32)
         y += tl.load(biases[i] + features, mask=own, other=0.0).to(tl.float32)[None, :]
-        for back in tl.static_range(sizes.taps):
+        for back in tl.static_range(taps):
             w = tl.load(weights[i] + features * sizes.taps + (sizes.taps - 1 - back), mask=own, other=0.0)
             mask = (exists & (reach >= back))[:, None] & own[None, :]
             X = tl.load(x + (source - back)[:, None] * sizes.width + features[None, :], mask=mask, other=0.0)
@@ -104,6 +108,10 @@ def convolution_backward_kernel(
     g = turned back(grad)                       db = Σ_t g_t
     dx_t = Σ_back w_(taps - 1 - back) g_(t + back)    dw_(taps - 1 - back) = Σ_t g_(t + back) x_t
     """
+    R: tl.constexpr = sizes.rows
+    N: tl.constexpr = sizes.features
+    taps: tl.constexpr = sizes.taps
+    convolutions: tl.constexpr = sizes.convolutions
     block, rows, first = program_tile(sizes)
     features = first + tl.arange(0, sizes.features)
     own = features < sizes.width
@@ -113,15 +121,15 @@ def convolution_backward_kernel(
     X = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     sequence, token = rows // (lead + L), rows % (lead + L) - lead
     num_outputs = num_inputs // (lead + L) * L
-    d_x = tl.zeros((sizes.rows, sizes.features), tl.float32)
-    for back in tl.static_range(sizes.taps):
+    d_x = tl.zeros((R, N), tl.float32)
+    for back in tl.static_range(taps):
         reached = exists & (token + back >= 0) & (token + back < L)
         source = tl.where(reached, sequence * L + token + back, 0)
         if reaches is not None:
             reached = reached & (tl.load(reaches + source, mask=reached, other=0) >= back)
         if table is not None:
             cos, sin = load_angles(table, positions, source, num_outputs, num_positions, first, sizes)
-        for i in tl.static_range(sizes.convolutions):
+        for i in tl.static_range(convolutions):
             g_mask = reached[:, None] & own[None, :]
             g = tl.load(grads[i] + source[:, None] * sizes.width + features[None, :], mask=g_mask, other=0.0)
             g = g.to(tl.float32)

@@ -19,14 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import Scan
-from .primitives import (
-    first_rows,
-    parameter_head,
-    parameter_mask,
-    row_offsets,
-    tile_offsets,
-    weight_mask,
-)
+from .primitives import first_rows, load_rates, load_rows, parameter_head, parameter_mask, weight_mask
 
 
 @triton.jit
@@ -58,28 +51,28 @@ def copy_places(number, head, H, tile: tl.constexpr):
 
 
 @triton.jit
-def store_copy(memory, number, W, b, head, H, tile: tl.constexpr):
+def store_copy(copies, number, W, b, head, H, tile: tl.constexpr):
     """Copy TTT-Linear's weights."""
     W_place, b_place = copy_places(number, head, H, tile)
-    tl.store(memory + W_place, W, mask=weight_mask(head, H, tile))
-    tl.store(memory + b_place, b, mask=parameter_mask(head, H, tile) & first_rows(tile))
+    tl.store(copies + W_place, W, mask=weight_mask(head, H, tile))
+    tl.store(copies + b_place, b, mask=parameter_mask(head, H, tile) & first_rows(tile))
 
 
 @triton.jit
-def load_copy(memory, number, head, H, tile: tl.constexpr):
+def load_copy(copies, number, head, H, tile: tl.constexpr):
     """What ``store_copy`` stored."""
     W_place, b_place = copy_places(number, head, H, tile)
-    W = tl.load(memory + W_place, mask=weight_mask(head, H, tile), other=0.0)
-    return W, tl.load(memory + b_place, mask=parameter_mask(head, H, tile), other=0.0)
+    W = tl.load(copies + W_place, mask=weight_mask(head, H, tile), other=0.0)
+    return W, tl.load(copies + b_place, mask=parameter_mask(head, H, tile), other=0.0)
 
 
 @triton.jit
-def load_steps(tokens, inner_lr, at, rows, mask, H, tile: tl.constexpr):
-    """Keys of a mini-batch, the kept inner gradients and the rates; tokens are q, k, v and G."""
-    here = at * tile.head_dim + tile_offsets(H, tile)
-    k_rows = tl.load(tokens[1] + here, mask=mask, other=0.0)
-    G_rows = tl.load(tokens[3] + here, mask=mask, other=0.0)
-    lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
+def load_steps(k, G, inner_lr, mini_batch, H, tile: tl.constexpr):
+    """Keys of a mini-batch, the kept inner gradients and the rates."""
+    rows, _, _, _ = mini_batch
+    k_rows = load_rows(k, mini_batch, tile)
+    G_rows = load_rows(G, mini_batch, tile)
+    lr = load_rates(inner_lr, mini_batch, H, tile)
     return k_rows, G_rows, tl.where(rows, lr, 0.0)
 
 

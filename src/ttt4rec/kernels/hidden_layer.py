@@ -11,7 +11,15 @@ mini-batch takes one chunk after the other.
 import triton
 import triton.language as tl
 
-from .primitives import dot, first_rows, parameter_head, parameter_mask, row_offsets, token_sums
+from .primitives import (
+    dot,
+    first_rows,
+    parameter_head,
+    parameter_mask,
+    parameter_offsets,
+    row_offsets,
+    token_sums,
+)
 
 
 @triton.jit
@@ -52,17 +60,27 @@ def hidden_offsets(chunk, H, tile: tl.constexpr):
 
 
 @triton.jit
-def load_hidden(pointer, rows, chunk, tile: tl.constexpr):
-    """Rounded Z1 of a chunk, as float32 [R, C].
+def load_hidden(Z1, mini_batch, chunk, H, tile: tl.constexpr):
+    """A mini-batch of a chunk of the rounded Z1, contiguous ``[B, L, H, hidden]``, as float32 [R, C].
 
     It becomes a product with the identity, which changes no 16-bit number: so it is laid out as products are, and the
     compiler does not compute its GELU over again in the layout of every operand that depends on it.
     """
-    Z1 = tl.load(pointer, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile), other=0.0)
+    rows, _, at, _ = mini_batch
+    Z1_at = Z1 + at * tile.hidden + hidden_offsets(chunk, H, tile)
+    x = tl.load(Z1_at, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile), other=0.0)
     if tile.operand != tl.float32:
         tokens = tl.arange(0, tile.rows)
-        Z1 = dot(tl.where(tokens[:, None] == tokens[None, :], 1.0, 0.0), Z1, tile)
-    return Z1.to(tl.float32)
+        x = dot(tl.where(tokens[:, None] == tokens[None, :], 1.0, 0.0), x, tile)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def store_hidden(Z1, x, mini_batch, chunk, H, tile: tl.constexpr):
+    """Store a chunk x [R, C] of the rounded Z1."""
+    rows, _, at, _ = mini_batch
+    Z1_at = Z1 + at * tile.hidden + hidden_offsets(chunk, H, tile)
+    tl.store(Z1_at, x, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile))
 
 
 @triton.jit
@@ -75,56 +93,115 @@ def hidden_state_masks(head, H, chunk, tile: tl.constexpr):
 
 @triton.jit
 def hidden_state_places(strides, place, chunk, tile: tl.constexpr):
-    """Offsets and masks of a chunk of W1 ``[N, H, D, hidden]``, b1 ``[N, H, hidden]`` and W2 ``[N, H, hidden, D]``.
+    """Offsets of a chunk of W1 ``[N, H, D, hidden]``, b1 ``[N, H, hidden]`` and W2 ``[N, H, hidden, D]``; two masks.
 
-    W1 and W2 are stacked, [P·F, C], W2 transposed; b1 is a tile of parameters, [R, C] or [1, C]. A place is the
-    program's sequence and first head, and H.
+    W1 and W2 are stacked, [P·F, C], W2 transposed, and have one mask; b1 is a tile of parameters, [R, C] or [1, C].
     """
-    W1_strides, b1_strides, W2_strides = strides
-    sequence, head, H = place
+    W1_strides, b1_strides, W2_strides, _ = strides
+    W1_by_sequence, W1_by_head, W1_by_input, W1_by_column = W1_strides
+    b1_by_sequence, b1_by_head, b1_by_column = b1_strides
+    W2_by_sequence, W2_by_head, W2_by_column, W2_by_output = W2_strides
+    sequence, head, _, _, H = place
     columns = hidden_columns(chunk, tile)
     stacked = tl.arange(0, tile.heads * tile.features)
     heads, features = (head + stacked // tile.features).to(tl.int64), (stacked % tile.features).to(tl.int64)
     W_mask, b_mask = hidden_state_masks(head, H, chunk, tile)
     b_heads = head + parameter_head(tile)
     n, columns = sequence.to(tl.int64), columns.to(tl.int64)
-    W1_rows = n * W1_strides[0] + heads * W1_strides[1] + features * W1_strides[2]
-    b1_rows = n * b1_strides[0] + b_heads.to(tl.int64) * b1_strides[1]
-    W2_rows = n * W2_strides[0] + heads * W2_strides[1] + features * W2_strides[3]
+    W1_rows = n * W1_by_sequence + heads * W1_by_head + features * W1_by_input
+    b1_rows = n * b1_by_sequence + b_heads.to(tl.int64) * b1_by_head
+    W2_rows = n * W2_by_sequence + heads * W2_by_head + features * W2_by_output
     return (
-        (W1_rows[:, None] + columns[None, :] * W1_strides[3], W_mask),
-        (b1_rows[:, None] + columns[None, :] * b1_strides[2], b_mask),
-        (W2_rows[:, None] + columns[None, :] * W2_strides[2], W_mask),
+        W1_rows[:, None] + columns[None, :] * W1_by_column,
+        b1_rows[:, None] + columns[None, :] * b1_by_column,
+        W2_rows[:, None] + columns[None, :] * W2_by_column,
+        W_mask,
+        b_mask,
     )
 
 
 @triton.jit
-def contiguous_strides(place, tile: tl.constexpr):
-    """Strides of contiguous W1, b1 and W2."""
-    _, _, H = place
+def contiguous_strides(H, tile: tl.constexpr):
+    """Strides of contiguous W1, b1, W2 and b2."""
     n: tl.constexpr = tile.hidden
     D: tl.constexpr = tile.head_dim
-    return (H * D * n, D * n, n, 1), (H * n, n, 1), (H * n * D, n * D, D, 1)
+    return (H * D * n, D * n, n, 1), (H * n, n, 1), (H * n * D, n * D, D, 1), (H * D, D, 1)
 
 
 @triton.jit
-def load_state(pointers, strides, place, chunk, tile: tl.constexpr):
-    """A chunk of W1, b1 and W2."""
-    W1, b1, W2 = hidden_state_places(strides, place, chunk, tile)
-    return (
-        tl.load(pointers[0] + W1[0], mask=W1[1], other=0.0),
-        tl.load(pointers[1] + b1[0], mask=b1[1], other=0.0),
-        tl.load(pointers[2] + W2[0], mask=W2[1], other=0.0),
-    )
+def load_state(weights, strides, place, chunk, tile: tl.constexpr, centre: tl.constexpr = False):
+    """A chunk of W1, b1 and W2; on demand with the rows of W2 centred."""
+    W1_in, b1_in, W2_in, _ = weights
+    W1_at, b1_at, W2_at, W_mask, b_mask = hidden_state_places(strides, place, chunk, tile)
+    W1 = tl.load(W1_in + W1_at, mask=W_mask, other=0.0)
+    b1 = tl.load(b1_in + b1_at, mask=b_mask, other=0.0)
+    W2 = tl.load(W2_in + W2_at, mask=W_mask, other=0.0)
+    if centre:
+        W2 = centred_columns(W2, tile)
+    return W1, b1, W2
 
 
 @triton.jit
-def store_state(pointers, strides, state, place, chunk, tile: tl.constexpr):
+def store_state(weights, strides, state, place, chunk, tile: tl.constexpr):
     """Store a chunk of W1, b1 and W2."""
-    W1, b1, W2 = hidden_state_places(strides, place, chunk, tile)
-    tl.store(pointers[0] + W1[0], state[0], mask=W1[1])
-    tl.store(pointers[1] + b1[0], state[1], mask=b1[1] & first_rows(tile))
-    tl.store(pointers[2] + W2[0], state[2], mask=W2[1])
+    W1_out, b1_out, W2_out, _ = weights
+    W1, b1, W2 = state
+    W1_at, b1_at, W2_at, W_mask, b_mask = hidden_state_places(strides, place, chunk, tile)
+    tl.store(W1_out + W1_at, W1, mask=W_mask)
+    tl.store(b1_out + b1_at, b1, mask=b_mask & first_rows(tile))
+    tl.store(W2_out + W2_at, W2, mask=W_mask)
+
+
+@triton.jit
+def take_chunk(state, weights, strides, place, chunk, tile: tl.constexpr):
+    """A chunk of a state, or of its gradient: what registers hold or, where it is cut, what waits in memory."""
+    if tile.chunks > 1:
+        state = load_state(weights, strides, place, chunk, tile)
+    return state
+
+
+@triton.jit
+def put_chunk(state, weights, strides, place, chunk, tile: tl.constexpr):
+    """Put back what ``take_chunk`` took, and return what registers hold of the state: it, or nothing."""
+    if tile.chunks > 1:
+        store_state(weights, strides, state, place, chunk, tile)
+        state = ()
+    return state
+
+
+@triton.jit
+def first_chunks(weights, strides, memory, contiguous, place, tile: tl.constexpr, centre: tl.constexpr = False):
+    """What registers hold of a state, or of its gradient, at the beginning; where it is cut, memory gets the chunks."""
+    if tile.chunks == 1:
+        state = load_state(weights, strides, place, 0, tile, centre)
+    else:
+        for chunk in tl.range(0, tile.chunks, num_stages=1):
+            store_state(
+                memory, contiguous, load_state(weights, strides, place, chunk, tile, centre), place, chunk, tile
+            )
+        state = ()
+    wait_for_stores(tile)
+    return state
+
+
+@triton.jit
+def load_b2(weights, strides, place, tile: tl.constexpr):
+    """b2, a tile of parameters."""
+    _, _, _, b2 = weights
+    _, _, _, b2_strides = strides
+    sequence, head, _, _, H = place
+    b2_at = b2 + parameter_offsets(b2_strides, sequence, head, tile)
+    return tl.load(b2_at, mask=parameter_mask(head, H, tile), other=0.0)
+
+
+@triton.jit
+def store_b2(weights, strides, b2, place, tile: tl.constexpr):
+    """Store b2."""
+    _, _, _, b2_out = weights
+    _, _, _, b2_strides = strides
+    sequence, head, _, _, H = place
+    once = parameter_mask(head, H, tile) & first_rows(tile)
+    tl.store(b2_out + parameter_offsets(b2_strides, sequence, head, tile), b2, mask=once)
 
 
 @triton.jit
@@ -152,33 +229,34 @@ def copy_places(number, head, H, chunk, tile: tl.constexpr):
 
 
 @triton.jit
-def store_hidden_copy(memory, number, state, b2, head, H, chunk, tile: tl.constexpr):
+def store_hidden_copy(copies, number, state, b2, head, H, chunk, tile: tl.constexpr):
     """Copy a chunk of W1, b1 and W2, and b2."""
+    W1, b1, W2 = state
     W1_at, b1_at, W2_at, b2_at = copy_places(number, head, H, chunk, tile)
     W_mask, b_mask = hidden_state_masks(head, H, chunk, tile)
-    tl.store(memory + W1_at, state[0], mask=W_mask)
-    tl.store(memory + b1_at, state[1], mask=b_mask & first_rows(tile))
-    tl.store(memory + W2_at, state[2], mask=W_mask)
-    tl.store(memory + b2_at, b2, mask=parameter_mask(head, H, tile) & first_rows(tile))
+    tl.store(copies + W1_at, W1, mask=W_mask)
+    tl.store(copies + b1_at, b1, mask=b_mask & first_rows(tile))
+    tl.store(copies + W2_at, W2, mask=W_mask)
+    tl.store(copies + b2_at, b2, mask=parameter_mask(head, H, tile) & first_rows(tile))
 
 
 @triton.jit
-def load_hidden_copy(memory, number, head, H, chunk, tile: tl.constexpr):
+def load_hidden_copy(copies, number, head, H, chunk, tile: tl.constexpr):
     """A copied chunk of W1, b1 and W2."""
     W1_at, b1_at, W2_at, _ = copy_places(number, head, H, chunk, tile)
     W_mask, b_mask = hidden_state_masks(head, H, chunk, tile)
     return (
-        tl.load(memory + W1_at, mask=W_mask, other=0.0),
-        tl.load(memory + b1_at, mask=b_mask, other=0.0),
-        tl.load(memory + W2_at, mask=W_mask, other=0.0),
+        tl.load(copies + W1_at, mask=W_mask, other=0.0),
+        tl.load(copies + b1_at, mask=b_mask, other=0.0),
+        tl.load(copies + W2_at, mask=W_mask, other=0.0),
     )
 
 
 @triton.jit
-def load_copied_b2(memory, number, head, H, tile: tl.constexpr):
+def load_copied_b2(copies, number, head, H, tile: tl.constexpr):
     """Copied b2."""
-    b2_at = copy_places(number, head, H, 0, tile)[3]
-    return tl.load(memory + b2_at, mask=parameter_mask(head, H, tile), other=0.0)
+    _, _, _, b2_at = copy_places(number, head, H, 0, tile)
+    return tl.load(copies + b2_at, mask=parameter_mask(head, H, tile), other=0.0)
 
 
 @triton.jit
@@ -189,13 +267,6 @@ def centred_columns(W, tile: tl.constexpr):
     W = tl.reshape(heads, (tile.heads * tile.features, tile.chunk))
     stacked = tl.arange(0, tile.heads * tile.features)
     return tl.where((stacked % tile.features < tile.head_dim)[:, None], W, 0.0)
-
-
-@triton.jit
-def load_centred_state(pointers, strides, place, chunk, tile: tl.constexpr):
-    """A chunk of W1, b1 and W2, with the rows of W2 centred."""
-    W1, b1, W2 = load_state(pointers, strides, place, chunk, tile)
-    return W1, b1, centred_columns(W2, tile)
 
 
 @triton.jit

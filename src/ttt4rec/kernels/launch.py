@@ -297,7 +297,11 @@ def new_tokens(x: Tensor, starts: Tensor | None, features: int | None = None) ->
     return allocate(shape, dtype=x.dtype, device=x.device)
 
 
-def new_gradients(scan: Scan) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+Gradients = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
+"""Of the tokens and the rates, of the weights, and the sums of every sequence."""
+
+
+def new_gradients(scan: Scan) -> Gradients:
     """Memory for the gradients of the tokens and the rates, of the weights, and for the sums of every sequence.
 
     The sums are dγ and dβ, and ds of the mini-batches' outputs and of their updates.
@@ -307,13 +311,15 @@ def new_gradients(scan: Scan) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], t
     def new(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
         return tuple(torch.empty(shape, dtype=torch.float32, device=scan.q.device) for shape in shapes)
 
-    d_tokens = tuple(new_tokens(x, scan.starts) for x in scan[:4])
+    d_tokens = tuple(new_tokens(x, scan.starts) for x in scan.tokens)
     return d_tokens, new(*(tuple(w.shape) for w in scan.weights)), new((N, H, D), (N, H, D), (N, H, K), (N, H, K))
 
 
-def with_sums(results: tuple[Tensor, ...], sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """All gradients of a backward, in the order of the arguments, from those of ``new_gradients``."""
+def all_gradients(
+    d_tokens: tuple[Tensor, ...], d_weights: tuple[Tensor, ...], sums: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """All gradients of a backward, in the order of the arguments, from what ``new_gradients`` allocated."""
     d_gamma, d_beta, d_scale, d_last_scale = (x.sum(0) for x in sums)
     d_scale = d_scale.sum(0)
     d_scale[-1] += d_last_scale.sum()
-    return *results[:4], d_scale, *results[4:], d_gamma, d_beta
+    return *d_tokens, d_scale, *d_weights, d_gamma, d_beta

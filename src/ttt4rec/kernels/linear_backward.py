@@ -19,38 +19,33 @@ from .primitives import (
     centred,
     dot,
     expanded,
-    first_rows,
     inner_gradient_backward,
     layer_norm_backward,
     load_layer_norm,
+    load_rows,
+    load_scale,
+    load_weights,
     mini_batch_place,
     normalised,
     own,
-    parameter_mask,
-    parameter_offsets,
     program_place,
-    rounded,
-    row_offsets,
-    row_token,
-    store_head_sums,
-    store_token_sums,
+    store_rates,
+    store_rows,
+    store_sums,
+    store_weights,
     tile_offsets,
     token_sums,
     updated,
-    weight_mask,
-    weight_offsets,
 )
 
 
 @triton.jit
 def first_weights(weights, strides, checkpoints, place, begin, segment, tile: tl.constexpr):
     """W and b before the segment that begins at mini-batch begin of a sequence."""
-    sequence, first, _, head, H = place
+    _, head, first, _, H = place
     if begin == 0:
-        W_at = weights[0] + weight_offsets(strides[2], sequence, head, tile)
-        b_at = weights[1] + parameter_offsets(strides[3], sequence, head, tile)
-        W = centred(tl.load(W_at, mask=weight_mask(head, H, tile), other=0.0), tile)
-        b = centred(tl.load(b_at, mask=parameter_mask(head, H, tile), other=0.0), tile)
+        W, b = load_weights(weights, strides, place, tile)
+        W, b = centred(W, tile), centred(b, tile)
     else:
         number = checkpoint_number(first + begin * tile.mini_batch, segment, tile)
         W, b = load_copy(checkpoints, number, head, H, tile)
@@ -63,21 +58,23 @@ def replay(W, b, tokens, rates, states, number, place, begin, end, tile: tl.cons
 
     Given are those before the first. Updates are made as the forward made them; only complete mini-batches have one.
     """
-    first, length, head, H = place[1:]
-    last_scale = tl.load(rates[1] + tile.mini_batch - 1)
+    _, k, _, G_kept = tokens
+    inner_lr, token_scale = rates
+    _, head, _, _, H = place
+    last_scale = tl.load(token_scale + tile.mini_batch - 1)
     store_copy(states, number, W, b, head, H, tile)
     for m in tl.range(begin, end - 1):
-        start = m * tile.mini_batch
-        rows, mask = mini_batch_place(start, length, head, H, tile)
-        k_rows, G, lr = load_steps(tokens, rates[0], (first + start) * H + head, rows, mask, H, tile)
+        mini_batch = mini_batch_place(m * tile.mini_batch, place, tile_offsets(H, tile), tile)
+        k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
         U = lr[:, None] * G.to(tl.float32)
         W, b = updated(W, b, expanded(k_rows, tile), U, last_scale, tile)
         store_copy(states, number + (m + 1 - begin), W, b, head, H, tile)
 
 
 @triton.jit
-def through_output(dO, q_rows, k_rows, U, W, b, gamma, minus_scale, eps, tile: tl.constexpr):
+def through_output(dO, q_rows, k_rows, U, W, b, minus_scale, norm, tile: tl.constexpr):
     """Through O = Q + LN(out): dQ, C, -dout and -dC, and what the tokens add to dγ and ds."""
+    gamma, _, eps = norm
     C = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
     CU = dot(C, U, tile)
     p_hat, p_r = normalised(dot(expanded(q_rows, tile), W, tile, b) + minus_scale * CU, eps, tile)
@@ -87,19 +84,116 @@ def through_output(dO, q_rows, k_rows, U, W, b, gamma, minus_scale, eps, tile: t
     return d_q, C, minus_dout, minus_dC, dO * p_hat, tl.sum(minus_dout * CU, 1)
 
 
+@triton.jit
+def through_steps(C, minus_dout, minus_scale, U, K, dW, db, s_last, tile: tl.constexpr):
+    """Through the steps U, of which the output and the update are made: -dU, and what the tokens add to -ds_last."""
+    X = dot(K, dW, tile, db)
+    minus_dU = dot(tl.trans(C), minus_scale * minus_dout, tile, s_last * X)
+    return minus_dU, tl.sum(U * X, 1)
+
+
+@triton.jit
+def through_inner_gradient(minus_dU, minus_dlr, lr, G, k_rows, v, mini_batch, W, b, norm, tile: tl.constexpr):
+    """Through G = J y at Z = K W + b: -dZ, -de and what the tokens add to -dγ; a norm is γ, β and ε."""
+    gamma, beta, eps = norm
+    x_hat, r = normalised(dot(expanded(k_rows, tile), W, tile, b), eps, tile)
+    v_rows = load_rows(v, mini_batch, tile)
+    error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
+    return inner_gradient_backward(lr[:, None] * minus_dU, (lr * minus_dlr)[:, None], G, error, x_hat, r, gamma, tile)
+
+
+@triton.jit
+def through_inputs(q_rows, k_rows, U, W, dW, db, minus_dout, minus_dC, minus_dZ, minus_de, s_last, tile: tl.constexpr):
+    """Through Q W, K W and Q Kᵀ: -dk, and dW and db before the mini-batch."""
+    K, Q = expanded(k_rows, tile), expanded(q_rows, tile)
+    through_W = own(dot(minus_dZ, tl.trans(W), tile) + s_last * dot(U, tl.trans(dW), tile), tile)
+    dW -= dot(tl.trans(Q), minus_dout, tile) + dot(tl.trans(K), minus_dZ, tile)
+    db -= token_sums(minus_dout, tile) + token_sums(minus_dZ, tile)
+    # The last product: Triton splits all tiles among the warps as suits its shape, and [R, F] repeats least.
+    return dot(tl.trans(minus_dC), q_rows, tile, minus_de + through_W), dW, db
+
+
+@triton.jit
+def through_mini_batch(
+    m,  # which one of the sequence
+    copy,  # number of the state with the weights before it
+    tokens,
+    rates,
+    states,
+    grad_o,
+    d_tokens,
+    d_state,  # dW, db behind it
+    sums,  # gradients of γ and β, s and s_last so far
+    norm,  # γ, β, ε
+    scales,  # -s of every row, s_last
+    place,
+    tile: tl.constexpr,
+):
+    """Store the gradients of a mini-batch's tokens; returns dW, db before it, and the sums with it."""
+    q, k, v, G_kept = tokens
+    dq, dk, dv, d_lr = d_tokens
+    dW, db = d_state
+    inner_lr, _ = rates
+    d_gamma, d_beta, d_scale, d_last_scale = sums
+    minus_scale, last_scale = scales
+    _, head, _, length, H = place
+    start = m * tile.mini_batch
+    mini_batch = mini_batch_place(start, place, tile_offsets(H, tile), tile)
+    W, b = load_copy(states, copy, head, H, tile)
+    k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
+    committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
+    s_last = committed * last_scale
+    K, U = expanded(k_rows, tile), lr[:, None] * G.to(tl.float32)
+    q_rows = load_rows(q, mini_batch, tile)
+    dO = load_rows(grad_o, mini_batch, tile).to(tl.float32)
+
+    d_q, C, minus_dout, minus_dC, gamma_terms, scale_terms = through_output(
+        dO, q_rows, k_rows, U, W, b, minus_scale, norm, tile
+    )
+    d_gamma += gamma_terms
+    d_beta += dO
+    d_scale += scale_terms
+    store_rows(dq, d_q, mini_batch, tile)
+
+    minus_dU, last_scale_terms = through_steps(C, minus_dout, minus_scale, U, K, dW, db, s_last, tile)
+    d_last_scale -= committed * last_scale_terms
+    # Read again, from the cache, as there are no registers to keep them in.
+    k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
+    G = G.to(tl.float32)
+    minus_dlr = tl.sum(G * minus_dU, 1)
+    store_rates(d_lr, -minus_dlr, mini_batch, H, tile)
+
+    minus_dZ, minus_de, minus_gamma_terms = through_inner_gradient(
+        minus_dU, minus_dlr, lr, G, k_rows, v, mini_batch, W, b, norm, tile
+    )
+    d_gamma -= minus_gamma_terms
+    d_beta -= minus_de
+    store_rows(dv, minus_de, mini_batch, tile)
+
+    minus_dk, dW, db = through_inputs(
+        q_rows, k_rows, U, W, dW, db, minus_dout, minus_dC, minus_dZ, minus_de, s_last, tile
+    )
+    store_rows(dk, -minus_dk, mini_batch, tile)
+    return (dW, db), (d_gamma, d_beta, d_scale, d_last_scale)
+
+
 @triton.jit(do_not_specialize=["L", "H", "segment"])
 def linear_backward_kernel(
-    grads,  # of o [B, L, H, D], of W1 [N, H, D, D] and b1 [N, H, D]
+    grad_o,  # [B, L, H, D]
+    grad_weights,  # of W1 [N, H, D, D], b1 [N, H, D]
     tokens,  # q, k, v and the forward's G [B, L, H, D]
     rates,  # inner_lr [B, L, H], token_scale [K]
     weights,  # the incoming W1 [N, H, D, D], b1 [N, H, D]
-    memory,  # checkpoints and states [number, H, D² + D], and each sequence's first state [N] or None
+    checkpoints,  # [number, H, D² + D]
+    states,  # [number, H, D² + D]
+    first_states,  # each sequence's first state [N], or None
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
     d_tokens,  # of q, k, v [B, L, H, D] and inner_lr [B, L, H]
     d_weights,  # of W1, b1
     partial_sums,  # per sequence: γ and β's gradients [N, H, D], s's and the updates' share of s_last's [N, H, K]
-    strides,  # of W1's and b1's gradients and of weights; all others are contiguous
+    grad_strides,  # of grad_weights
+    strides,  # of weights; all others are contiguous
     L,
     H,
     segment,  # mini-batches
@@ -119,29 +213,18 @@ def linear_backward_kernel(
     In the code all but dO, dq and the parameters' gradients carry the opposite sign, with which they enter nearly
     everywhere.
     """
-    grad_o, grad_W, grad_b = grads
-    q, _, v, _ = tokens
-    inner_lr, token_scale = rates
-    dq, dk, dv, d_lr = d_tokens
-    checkpoints, states, first_states = memory
-    sequence, head, first, length = program_place(spans, L, H, tile)
-    place = sequence, first, length, head, H
-
+    _, token_scale = rates
+    place = program_place(spans, L, H, tile)
+    sequence, head, _, length, _ = place
+    gamma, beta = load_layer_norm(layer_norm, head, H, tile)
+    norm = gamma, beta, eps
+    scales = -load_scale(token_scale, tile), tl.load(token_scale + tile.mini_batch - 1)
+    d_state = load_weights(grad_weights, grad_strides, place, tile)
     R: tl.constexpr = tile.rows
     F: tl.constexpr = tile.features
-    D: tl.constexpr = tile.head_dim
-    positions = row_token(tile)
-    b_mask, W_mask = parameter_mask(head, H, tile), weight_mask(head, H, tile)
-    gamma, beta = load_layer_norm(layer_norm, head, H, tile)
-    minus_scale = -tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
-    last_scale = tl.load(token_scale + tile.mini_batch - 1)
-    dW = tl.load(grad_W + weight_offsets(strides[0], sequence, head, tile), mask=W_mask, other=0.0)
-    db = tl.load(grad_b + parameter_offsets(strides[1], sequence, head, tile), mask=b_mask, other=0.0)
+    no_rows, no_tokens = tl.zeros((R, F), tl.float32), tl.zeros((R,), tl.float32)
+    sums = no_rows, no_rows, no_tokens, no_tokens
 
-    d_gamma = tl.zeros((R, F), tl.float32)
-    d_beta = tl.zeros((R, F), tl.float32)
-    d_scale = tl.zeros((R,), tl.float32)
-    d_last_scale = tl.zeros((R,), tl.float32)
     state = first_state(first_states, sequence, L, segment, tile)
     num_mini_batches = tl.cdiv(length, tile.mini_batch)
     num_segments = tl.cdiv(num_mini_batches, segment)
@@ -153,63 +236,14 @@ def linear_backward_kernel(
         replay(W, b, tokens, rates, states, state, place, begin, end, tile)
         tl.debug_barrier()
         for t in tl.range(0, end - begin):
-            start = (end - 1 - t) * tile.mini_batch
-            rows, mask = mini_batch_place(start, length, head, H, tile)
-            at = (first + start) * H + head
-            here = at * D + tile_offsets(H, tile)
-            W, b = load_copy(states, state + (end - 1 - t - begin), head, H, tile)
-            k_rows, G, lr = load_steps(tokens, inner_lr, at, rows, mask, H, tile)
-            committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
-            s_last = committed * last_scale
-            K, U = expanded(k_rows, tile), lr[:, None] * G.to(tl.float32)
-
-            # Through the output.
-            q_rows = tl.load(q + here, mask=mask, other=0.0)
-            dO = tl.load(grad_o + here, mask=mask, other=0.0).to(tl.float32)
-            d_q, C, minus_dout, minus_dC, d_gamma_terms, d_scale_terms = through_output(
-                dO, q_rows, k_rows, U, W, b, gamma, minus_scale, eps, tile
+            m = end - 1 - t
+            copy = state + (m - begin)
+            d_state, sums = through_mini_batch(
+                m, copy, tokens, rates, states, grad_o, d_tokens, d_state, sums, norm, scales, place, tile
             )
-            d_gamma += d_gamma_terms
-            d_beta += dO
-            d_scale += d_scale_terms
-            tl.store(dq + here, rounded(d_q, tile), mask=mask)
 
-            # Through the steps.
-            X = dot(K, dW, tile, db)
-            minus_dU = dot(tl.trans(C), minus_scale * minus_dout, tile, s_last * X)
-            d_last_scale -= committed * tl.sum(U * X, 1)
-            # Read again, from the cache, as there are no registers to keep them in.
-            k_rows, G, lr = load_steps(tokens, inner_lr, at, rows, mask, H, tile)
-            G = G.to(tl.float32)
-            minus_dlr = tl.sum(G * minus_dU, 1)
-            tl.store(d_lr + at + row_offsets(H, tile), -minus_dlr, mask=rows)
-
-            # Through the inner gradient.
-            K, Q = expanded(k_rows, tile), expanded(q_rows, tile)
-            x_hat, r = normalised(dot(K, W, tile, b), eps, tile)
-            v_rows = tl.load(v + here, mask=mask, other=0.0)
-            error = gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32))
-            minus_dZ, minus_de, minus_d_gamma = inner_gradient_backward(
-                lr[:, None] * minus_dU, (lr * minus_dlr)[:, None], G, error, x_hat, r, gamma, tile
-            )
-            d_gamma -= minus_d_gamma
-            d_beta -= minus_de
-            tl.store(dv + here, rounded(minus_de, tile), mask=mask)
-            through_W = own(dot(minus_dZ, tl.trans(W), tile) + s_last * dot(U, tl.trans(dW), tile), tile)
-            dW -= dot(tl.trans(Q), minus_dout, tile) + dot(tl.trans(K), minus_dZ, tile)
-            db -= token_sums(minus_dout, tile) + token_sums(minus_dZ, tile)
-
-            # The last product: Triton splits all tiles among the warps as suits its shape, and [R, F] repeats least.
-            minus_dk = dot(tl.trans(minus_dC), q_rows, tile, minus_de + through_W)
-            tl.store(dk + here, rounded(-minus_dk, tile), mask=mask)
-
-    tl.store(d_weights[0] + weight_offsets((H * D * D, D * D, D, 1), sequence, head, tile), dW, mask=W_mask)
-    once = b_mask & first_rows(tile)
-    tl.store(d_weights[1] + parameter_offsets((H * D, D, 1), sequence, head, tile), db, mask=once)
-    store_head_sums(partial_sums[0], d_gamma, sequence, head, H, tile)
-    store_head_sums(partial_sums[1], d_beta, sequence, head, H, tile)
-    store_token_sums(partial_sums[2], d_scale, sequence, head, H, tile)
-    store_token_sums(partial_sums[3], d_last_scale, sequence, head, H, tile)
+    store_weights(d_weights, d_state, place, tile)
+    store_sums(partial_sums, sums, place, tile)
 
 
 @launch.on_its_device
@@ -220,33 +254,34 @@ def linear_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tens
     runs give the same bits.
     """
     launch.check_compiler("linear_backward", scan.q.shape[-1], scan.token_scale.numel())
-    results, sums, prepared = prepare_linear_scan_backward(scan, kept, grads)
+    gradients, prepared = prepare_linear_scan_backward(scan, kept, grads)
     prepared.run()
-    return launch.with_sums(results, sums)
+    return launch.all_gradients(*gradients)
 
 
 def prepare_linear_scan_backward(
     scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], launch.Launch]:
+) -> tuple[launch.Gradients, launch.Launch]:
     """Allocate the results and the sums per sequence, and make the launch that fills them."""
     q, weights, (G, checkpoints), (grad_o, *grad_weights) = scan.q, scan.weights, kept, grads
     L, H = q.shape[1:3]
     choice, tile = launch.plan("linear_backward", q, scan.token_scale.numel())
-    d_tokens, d_weights, sums = launch.new_gradients(scan)
+    gradients = launch.new_gradients(scan)
     given, given_strides = launch.strided(*grad_weights)
     weights, strides = launch.strided(*weights)
     arguments = (
-        (grad_o.contiguous(), *given),
-        launch.contiguous(*scan[:3], G),
+        grad_o.contiguous(),
+        given,
+        launch.contiguous(scan.q, scan.k, scan.v, G),
         launch.contiguous(scan.inner_lr, scan.token_scale),
         weights,
-        (checkpoints, *copies.new_states(scan)),
+        checkpoints,
+        *copies.new_states(scan),
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(scan.starts, scan.lengths),
-        d_tokens,
-        d_weights,
-        sums,
-        (*given_strides, *strides),
+        *gradients,
+        given_strides,
+        strides,
         L,
         H,
         scan.segment,
@@ -254,5 +289,4 @@ def prepare_linear_scan_backward(
         tile,
     )
     grid = (weights[0].shape[0] * triton.cdiv(H, choice.heads),)
-    prepared = launch.Launch(linear_backward_kernel, grid, arguments, choice)
-    return (*d_tokens, *d_weights), sums, prepared
+    return gradients, launch.Launch(linear_backward_kernel, grid, arguments, choice)

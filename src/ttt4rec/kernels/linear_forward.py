@@ -21,21 +21,20 @@ from .primitives import (
     centred,
     dot,
     expanded,
-    first_rows,
     inner_gradient,
     load_layer_norm,
+    load_rates,
+    load_rows,
+    load_scale,
+    load_weights,
     mini_batch_place,
     normalised,
-    parameter_mask,
-    parameter_offsets,
     program_place,
     rounded,
-    row_offsets,
-    row_token,
+    store_rows,
+    store_weights,
     tile_offsets,
     updated,
-    weight_mask,
-    weight_offsets,
 )
 
 
@@ -46,7 +45,9 @@ def linear_forward_kernel(
     weights,  # W1 [N, H, D, D], b1 [N, H, D]
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
-    outputs,  # o and G [B, L, H, D], W1 and b1 after the last complete mini-batch
+    o,  # [B, L, H, D]
+    G_kept,  # [B, L, H, D]
+    outgoing,  # W1 and b1 after the last complete mini-batch
     checkpoints,  # [B L // (segment K) + 2, H, D² + D]
     strides,  # of weights; all others are contiguous
     L,
@@ -65,47 +66,36 @@ def linear_forward_kernel(
     """
     q, k, v = tokens
     inner_lr, token_scale = rates
-    W1, b1 = weights
-    o, G_kept, W1_out, b1_out = outputs
-    W_strides, b_strides = strides
-    sequence, head, first, length = program_place(spans, L, H, tile)
+    place = program_place(spans, L, H, tile)
+    _, head, first, length, _ = place
 
-    positions = row_token(tile)
-    b_mask = parameter_mask(head, H, tile)
-    elements = tile_offsets(H, tile)
-    D: tl.constexpr = tile.head_dim
+    offsets = tile_offsets(H, tile)
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
-    scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
+    scale = load_scale(token_scale, tile)
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
-    W_mask = weight_mask(head, H, tile)
-    W_in = W1 + weight_offsets(W_strides, sequence, head, tile)
-    b_in = b1 + parameter_offsets(b_strides, sequence, head, tile)
-    W = centred(tl.load(W_in, mask=W_mask, other=0.0), tile)
-    b = centred(tl.load(b_in, mask=b_mask, other=0.0), tile)
+    W, b = load_weights(weights, strides, place, tile)
+    W, b = centred(W, tile), centred(b, tile)
 
     for begin in tl.range(0, length, segment * tile.mini_batch, num_stages=1):
         if begin > 0:
             store_copy(checkpoints, checkpoint_number(first + begin, segment, tile), W, b, head, H, tile)
         for start in tl.range(begin, min(begin + segment * tile.mini_batch, length), tile.mini_batch):
-            rows, mask = mini_batch_place(start, length, head, H, tile)
-            at = (first + start) * H + head
-            here = at * D + elements
-            k_rows = tl.load(k + here, mask=mask, other=0.0)
-            v_rows = tl.load(v + here, mask=mask, other=0.0)
-            lr = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
+            mini_batch = mini_batch_place(start, place, offsets, tile)
+            k_rows = load_rows(k, mini_batch, tile)
+            v_rows = load_rows(v, mini_batch, tile)
+            lr = load_rates(inner_lr, mini_batch, H, tile)
             K = expanded(k_rows, tile)
             x_hat, r = normalised(dot(K, W, tile, b), eps, tile)
             y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
             G = rounded(inner_gradient(y, x_hat, r, tile), tile)
-            tl.store(G_kept + here, G, mask=mask)
+            store_rows(G_kept, G, mini_batch, tile)
             U = lr[:, None] * G.to(tl.float32)
 
-            q_rows = tl.load(q + here, mask=mask, other=0.0)
+            q_rows = load_rows(q, mini_batch, tile)
             Q = expanded(q_rows, tile)
             C = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
-            p_hat, _ = normalised(dot(Q, W, tile, b) - scale * dot(C, U, tile), eps, tile)
-            out = q_rows.to(tl.float32) + gamma * p_hat + beta
-            tl.store(o + here, rounded(out, tile), mask=mask)
+            p_hat, _r = normalised(dot(Q, W, tile, b) - scale * dot(C, U, tile), eps, tile)
+            store_rows(o, q_rows.to(tl.float32) + gamma * p_hat + beta, mini_batch, tile)
 
             # A last, short mini-batch is not committed.
             committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
@@ -113,13 +103,10 @@ def linear_forward_kernel(
 
     # Give the rows' means back; without an update, give back exactly what came.
     changed = length >= tile.mini_batch
-    incoming_W = tl.load(W_in, mask=W_mask, other=0.0)
-    incoming_b = tl.load(b_in, mask=b_mask, other=0.0)
+    incoming_W, incoming_b = load_weights(weights, strides, place, tile)
     W = tl.where(changed, W + (incoming_W - centred(incoming_W, tile)), incoming_W)
     b = tl.where(changed, b + (incoming_b - centred(incoming_b, tile)), incoming_b)
-    tl.store(W1_out + weight_offsets((H * D * D, D * D, D, 1), sequence, head, tile), W, mask=W_mask)
-    once = b_mask & first_rows(tile)
-    tl.store(b1_out + parameter_offsets((H * D, D, 1), sequence, head, tile), b, mask=once)
+    store_weights(outgoing, (W, b), place, tile)
 
 
 @launch.on_its_device
@@ -147,12 +134,14 @@ def prepare_linear_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
     weights, strides = launch.strided(*weights)
     checkpoints = scan.new_checkpoints()
     arguments = (
-        launch.contiguous(*scan[:3]),
+        launch.contiguous(scan.q, scan.k, scan.v),
         launch.contiguous(scan.inner_lr, scan.token_scale),
         weights,
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(starts, scan.lengths),
-        (o, G, *outgoing),
+        o,
+        G,
+        outgoing,
         checkpoints,
         strides,
         L,

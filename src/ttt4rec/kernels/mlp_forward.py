@@ -21,15 +21,17 @@ from .copies import checkpoint_number
 from .hidden_layer import (
     centred_columns,
     contiguous_strides,
+    first_chunks,
     gelu,
-    hidden_columns,
-    hidden_mask,
-    hidden_offsets,
-    load_centred_state,
+    load_b2,
     load_hidden,
     load_state,
+    put_chunk,
+    store_b2,
+    store_hidden,
     store_hidden_copy,
     store_state,
+    take_chunk,
     updated_state,
     wait_for_stores,
 )
@@ -38,21 +40,90 @@ from .primitives import (
     centred,
     dot,
     expanded,
-    first_rows,
     layer_norm_backward,
     load_layer_norm,
+    load_rates,
+    load_rows,
+    load_scale,
     mini_batch_place,
     own,
-    parameter_mask,
-    parameter_offsets,
     program_place,
     recentred,
     rounded,
-    row_offsets,
-    row_token,
+    store_rows,
     tile_offsets,
     token_sums,
 )
+
+
+@triton.jit
+def at_keys(K, Q, state, outgoing, contiguous, Z1_kept, mini_batch, place, tile: tl.constexpr):
+    """The inner model at the keys, chunk by chunk; Z1 is kept.
+
+    Returns X2 W2, and of the last chunk the rounded Z1 and Q W1 + b1.
+    """
+    _, _, _, _, H = place
+    R: tl.constexpr = tile.rows
+    C: tl.constexpr = tile.chunk
+    PF: tl.constexpr = tile.heads * tile.features
+    Z1 = tl.zeros((R, C), tl.float32)
+    Q_W1 = Z1
+    X2_W2 = tl.zeros((R, PF), tl.float32)
+    for chunk in tl.range(0, tile.chunks, num_stages=1):
+        W1, b1, W2 = take_chunk(state, outgoing, contiguous, place, chunk, tile)
+        kept_Z1 = rounded(dot(K, W1, tile, b1), tile)
+        store_hidden(Z1_kept, kept_Z1, mini_batch, chunk, H, tile)
+        Z1, Q_W1 = kept_Z1.to(tl.float32), dot(Q, W1, tile, b1)
+        X2, _slope, _curve = gelu(Z1)
+        X2_W2 = dot(X2, tl.trans(W2), tile, X2_W2)
+    wait_for_stores(tile)
+    return X2_W2, Z1, Q_W1
+
+
+@triton.jit
+def at_queries(Z1, Q_W1, values, scales, state, outgoing, contiguous, Z1_kept, mini_batch, place, tile: tl.constexpr):
+    """The inner model at the queries, after the steps up to each, and the update, chunk by chunk.
+
+    Given are the last chunk's Z1 and Q W1 + b1. Returns X̄2 W2, A2 G2 and the state after the mini-batch.
+    """
+    K, Q, G2_rows, U2, A1, own_rates = values
+    scale, committed_scale = scales
+    _, _, _, _, H = place
+    lr, lr_columns = own_rates[:, None], own_rates[None, :]
+    G2 = expanded(G2_rows, tile)
+    R: tl.constexpr = tile.rows
+    F: tl.constexpr = tile.features
+    PF: tl.constexpr = tile.heads * tile.features
+    X2_bar_W2 = tl.zeros((R, PF), tl.float32)
+    A2_G2 = tl.zeros((R, F), tl.float32)
+    for chunk in tl.range(0, tile.chunks, num_stages=1):
+        W1, b1, W2 = take_chunk(state, outgoing, contiguous, place, chunk, tile)
+        if tile.chunks > 1:
+            Z1 = load_hidden(Z1_kept, mini_batch, chunk, H, tile)
+            Q_W1 = dot(Q, W1, tile, b1)
+        X2, slope, _curve = gelu(Z1)
+        G1 = dot(G2, W2, tile) * slope
+        X2_bar, _slope, _curve = gelu(Q_W1 - scale * dot(A1, G1, tile))
+        A2 = dot(X2_bar, tl.trans(X2), tile) + tl.where(chunk == 0, 1.0, 0.0)
+        A2_G2 = dot(tl.where(causal(tile), A2, 0.0) * lr_columns, G2_rows, tile, A2_G2)
+        X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, X2_bar_W2)
+        new_state = updated_state((W1, b1, W2), K, lr, G1, U2, X2, committed_scale, tile)
+        state = put_chunk(new_state, outgoing, contiguous, place, chunk, tile)
+    wait_for_stores(tile)
+    return X2_bar_W2, A2_G2, state
+
+
+@triton.jit
+def store_outgoing(state, b2, changed, weights, strides, outgoing, contiguous, place, tile: tl.constexpr):
+    """Give the means of W2 and b2 back; without an update, give back exactly what came."""
+    for chunk in tl.range(0, tile.chunks, num_stages=1):
+        W1, b1, W2 = take_chunk(state, outgoing, contiguous, place, chunk, tile)
+        _, _, incoming_W2 = load_state(weights, strides, place, chunk, tile)
+        W2 = tl.where(changed, W2 + (incoming_W2 - centred_columns(incoming_W2, tile)), incoming_W2)
+        store_state(outgoing, contiguous, (W1, b1, W2), place, chunk, tile)
+    incoming_b2 = load_b2(weights, strides, place, tile)
+    b2 = tl.where(changed, b2 + (incoming_b2 - centred(incoming_b2, tile)), incoming_b2)
+    store_b2(outgoing, contiguous, b2, place, tile)
 
 
 @triton.jit(do_not_specialize=["L", "H", "segment"])
@@ -62,7 +133,8 @@ def mlp_forward_kernel(
     weights,  # W1 [N, H, D, hidden], b1 [N, H, hidden], W2 [N, H, hidden, D], b2 [N, H, D]
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
-    outputs,  # o [B, L, H, D]; W1, b1, W2, b2 after the last complete mini-batch
+    o,  # [B, L, H, D]
+    outgoing,  # W1, b1, W2, b2 after the last complete mini-batch
     kept,  # Z1 [B, L, H, hidden], G2 [B, L, H, D] and checkpoints [B L // (segment K) + 2, H, 2 D hidden + hidden + D]
     strides,  # of weights; all others are contiguous
     L,
@@ -84,108 +156,53 @@ def mlp_forward_kernel(
     """
     q, k, v = tokens
     inner_lr, token_scale = rates
-    incoming, incoming_strides = (weights[0], weights[1], weights[2]), (strides[0], strides[1], strides[2])
-    state = outputs[1], outputs[2], outputs[3]
-    sequence, head, first, length = program_place(spans, L, H, tile)
-    place = sequence, head, H
-    contiguous = contiguous_strides(place, tile)
-
-    R: tl.constexpr = tile.rows
-    F: tl.constexpr = tile.features
-    PF: tl.constexpr = tile.heads * tile.features
-    C: tl.constexpr = tile.chunk
-    D: tl.constexpr = tile.head_dim
-    positions = row_token(tile)
-    b2_mask = parameter_mask(head, H, tile)
-    elements = tile_offsets(H, tile)
+    Z1_kept, G2_kept, checkpoints = kept
+    place = program_place(spans, L, H, tile)
+    _, head, first, length, _ = place
+    contiguous = contiguous_strides(H, tile)
+    offsets = tile_offsets(H, tile)
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
-    scale = tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
+    scale = load_scale(token_scale, tile)
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
-    b2_in = weights[3] + parameter_offsets(strides[3], sequence, head, tile)
-    b2 = centred(tl.load(b2_in, mask=b2_mask, other=0.0), tile)
-    if tile.chunks == 1:
-        W1, b1, W2 = load_centred_state(incoming, incoming_strides, place, 0, tile)
-    else:
-        for chunk in tl.range(0, tile.chunks, num_stages=1):
-            loaded = load_centred_state(incoming, incoming_strides, place, chunk, tile)
-            store_state(state, contiguous, loaded, place, chunk, tile)
-    wait_for_stores(tile)
+    b2 = centred(load_b2(weights, strides, place, tile), tile)
+    state = first_chunks(weights, strides, outgoing, contiguous, place, tile, centre=True)
 
-    Z1 = tl.zeros((R, C), tl.float32)
-    Q_W1 = Z1
     for begin in tl.range(0, length, segment * tile.mini_batch, num_stages=1):
         if begin > 0:
             number = checkpoint_number(first + begin, segment, tile)
             for chunk in tl.range(0, tile.chunks, num_stages=1):
-                if tile.chunks > 1:
-                    W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
-                store_hidden_copy(kept[2], number, (W1, b1, W2), b2, head, H, chunk, tile)
+                taken = take_chunk(state, outgoing, contiguous, place, chunk, tile)
+                store_hidden_copy(checkpoints, number, taken, b2, head, H, chunk, tile)
         for start in tl.range(begin, min(begin + segment * tile.mini_batch, length), tile.mini_batch):
-            rows, mask = mini_batch_place(start, length, head, H, tile)
-            at = (first + start) * H + head
-            here = at * D + elements
-            k_rows = tl.load(k + here, mask=mask, other=0.0)
-            v_rows = tl.load(v + here, mask=mask, other=0.0)
-            q_rows = tl.load(q + here, mask=mask, other=0.0)
-            own_rates = tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
-            lr, lr_columns = own_rates[:, None], own_rates[None, :]
+            mini_batch = mini_batch_place(start, place, offsets, tile)
+            k_rows = load_rows(k, mini_batch, tile)
+            v_rows = load_rows(v, mini_batch, tile)
+            q_rows = load_rows(q, mini_batch, tile)
+            own_rates = load_rates(inner_lr, mini_batch, H, tile)
             K, Q = expanded(k_rows, tile), expanded(q_rows, tile)
-            X2_W2 = tl.zeros((R, PF), tl.float32)
-            for chunk in tl.range(0, tile.chunks, num_stages=1):
-                if tile.chunks > 1:
-                    W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
-                kept_Z1 = rounded(dot(K, W1, tile, b1), tile)
-                Z1_here = kept[0] + at * tile.hidden + hidden_offsets(chunk, H, tile)
-                tl.store(Z1_here, kept_Z1, mask=hidden_mask(rows, hidden_columns(chunk, tile), tile))
-                Z1, Q_W1 = kept_Z1.to(tl.float32), dot(Q, W1, tile, b1)
-                X2_W2 = dot(gelu(Z1)[0], tl.trans(W2), tile, X2_W2)
-            wait_for_stores(tile)
+            X2_W2, Z1, Q_W1 = at_keys(K, Q, state, outgoing, contiguous, Z1_kept, mini_batch, place, tile)
             x_hat, r = recentred(own(X2_W2, tile) + b2, eps, tile)
             y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
             G2_rows = rounded(layer_norm_backward(y, x_hat, r, tile), tile)
-            tl.store(kept[1] + here, G2_rows, mask=mask)
-            G2, U2 = expanded(G2_rows, tile), lr * G2_rows.to(tl.float32)
-            U2_sums, U2 = token_sums(U2, tile), expanded(U2, tile)
+            store_rows(G2_kept, G2_rows, mini_batch, tile)
+            U2 = own_rates[:, None] * G2_rows.to(tl.float32)
+            U2_sums = token_sums(U2, tile)
 
-            A1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0) * lr_columns
+            A1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0) * own_rates[None, :]
             # A last, short mini-batch is not committed.
             committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
-            X2_bar_W2 = tl.zeros((R, PF), tl.float32)
-            A2_G2 = tl.zeros((R, F), tl.float32)
-            for chunk in tl.range(0, tile.chunks, num_stages=1):
-                if tile.chunks > 1:
-                    W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
-                    Z1 = load_hidden(kept[0] + at * tile.hidden + hidden_offsets(chunk, H, tile), rows, chunk, tile)
-                    Q_W1 = dot(Q, W1, tile, b1)
-                X2, slope, _ = gelu(Z1)
-                G1 = dot(G2, W2, tile) * slope
-                X2_bar, _, _ = gelu(Q_W1 - scale * dot(A1, G1, tile))
-                A2 = dot(X2_bar, tl.trans(X2), tile) + tl.where(chunk == 0, 1.0, 0.0)
-                A2_G2 = dot(tl.where(causal(tile), A2, 0.0) * lr_columns, G2_rows, tile, A2_G2)
-                X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, X2_bar_W2)
-                W1, b1, W2 = updated_state((W1, b1, W2), K, lr, G1, U2, X2, committed_scale, tile)
-                if tile.chunks > 1:
-                    store_state(state, contiguous, (W1, b1, W2), place, chunk, tile)
-            wait_for_stores(tile)
+            values, scales = (K, Q, G2_rows, expanded(U2, tile), A1, own_rates), (scale, committed_scale)
+            X2_bar_W2, A2_G2, state = at_queries(
+                Z1, Q_W1, values, scales, state, outgoing, contiguous, Z1_kept, mini_batch, place, tile
+            )
             # Subtracted, since a product that something is added to moves to the sum, here behind that of the state:
             # the last product of the loop decides how all tiles are spread over the warps.
-            p_hat, _ = recentred(own(X2_bar_W2, tile) - (scale * A2_G2 - b2), eps, tile)
-            out = q_rows.to(tl.float32) + gamma * p_hat + beta
-            tl.store(outputs[0] + here, rounded(out, tile), mask=mask)
+            p_hat, _r = recentred(own(X2_bar_W2, tile) - (scale * A2_G2 - b2), eps, tile)
+            store_rows(o, q_rows.to(tl.float32) + gamma * p_hat + beta, mini_batch, tile)
             b2 -= committed_scale * U2_sums
 
-    # Give the means of W2 and b2 back; without an update, give back exactly what came.
     changed = length >= tile.mini_batch
-    for chunk in tl.range(0, tile.chunks, num_stages=1):
-        if tile.chunks > 1:
-            W1, b1, W2 = load_state(state, contiguous, place, chunk, tile)
-        _, _, incoming_W2 = load_state(incoming, incoming_strides, place, chunk, tile)
-        W2 = tl.where(changed, W2 + (incoming_W2 - centred_columns(incoming_W2, tile)), incoming_W2)
-        store_state(state, contiguous, (W1, b1, W2), place, chunk, tile)
-    incoming_b2 = tl.load(b2_in, mask=b2_mask, other=0.0)
-    b2 = tl.where(changed, b2 + (incoming_b2 - centred(incoming_b2, tile)), incoming_b2)
-    once = b2_mask & first_rows(tile)
-    tl.store(outputs[4] + parameter_offsets((H * D, D, 1), sequence, head, tile), b2, mask=once)
+    store_outgoing(state, b2, changed, weights, strides, outgoing, contiguous, place, tile)
 
 
 @launch.on_its_device
@@ -205,7 +222,7 @@ def mlp_scan(scan: Scan) -> tuple[Tensor, ...]:
 def prepare_mlp_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
     """Allocate the results and make the launch that fills them."""
     q, weights, starts, (L, H) = scan.q, scan.weights, scan.starts, scan.q.shape[1:3]
-    hidden = weights[0].shape[-1]
+    hidden = scan.hidden
     choice, tile = launch.plan("mlp_forward", q, scan.token_scale.numel(), hidden)
     o, G2 = launch.new_tokens(q, starts), launch.new_tokens(q, starts)
     Z1 = launch.new_tokens(q, starts, hidden)
@@ -213,12 +230,13 @@ def prepare_mlp_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
     weights, strides = launch.strided(*weights)
     checkpoints = scan.new_checkpoints()
     arguments = (
-        launch.contiguous(*scan[:3]),
+        launch.contiguous(scan.q, scan.k, scan.v),
         launch.contiguous(scan.inner_lr, scan.token_scale),
         weights,
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(starts, scan.lengths),
-        (o, *outgoing),
+        o,
+        outgoing,
         (Z1, G2, checkpoints),
         strides,
         L,

@@ -104,9 +104,10 @@ def load_parameter(pointer, sizes: tl.constexpr):
 @triton.jit
 def load_normed(o, norm, offsets, wanted, eps, sizes: tl.constexpr):
     """γ, x̂, 1/σ and γ ∘ x̂ + β of the inner loop's outputs, float32."""
-    gamma = load_parameter(norm[0], sizes)
+    gamma, beta = norm
+    gamma = load_parameter(gamma, sizes)
     x_hat, r = normalised(centred(tl.load(o + offsets, mask=wanted, other=0.0).to(tl.float32), sizes), eps, sizes)
-    return gamma, x_hat, r, gamma * x_hat + load_parameter(norm[1], sizes)
+    return gamma, x_hat, r, gamma * x_hat + load_parameter(beta, sizes)
 
 
 @triton.jit
@@ -151,7 +152,8 @@ def norm_forward_kernel(o, gate, mask, norm, h, num_tokens, eps, sizes: tl.const
     rows = tl.program_id(0).to(tl.int64) * sizes.rows + tl.arange(0, sizes.rows)
     offsets, wanted = places(rows, real_tokens(mask, rows, num_tokens), sizes)
     gated = load_gated(o, gate, norm, offsets, wanted, eps, sizes)
-    tl.store(h + offsets, gated.to(sizes.operand), mask=places(rows, rows < num_tokens, sizes)[1])
+    _, exists = places(rows, rows < num_tokens, sizes)
+    tl.store(h + offsets, gated.to(sizes.operand), mask=exists)
 
 
 @triton.jit
@@ -173,10 +175,11 @@ def gated_backward(dh, o, gate, norm, d_o, d_gate, offsets, wanted, exists, eps,
 @triton.jit
 def store_norm_sums(d_norm, d_gamma, d_beta, sizes: tl.constexpr):
     """Sum over the rows and store the program's share of dγ and dβ, contiguous ``[P, C]``."""
+    gamma_sums, beta_sums = d_norm
     features = tl.arange(0, sizes.features)
     target = tl.program_id(0) * sizes.head_dim + features
-    tl.store(d_norm[0] + target, tl.sum(d_gamma, 0), mask=features < sizes.head_dim)
-    tl.store(d_norm[1] + target, tl.sum(d_beta, 0), mask=features < sizes.head_dim)
+    tl.store(gamma_sums + target, tl.sum(d_gamma, 0), mask=features < sizes.head_dim)
+    tl.store(beta_sums + target, tl.sum(d_beta, 0), mask=features < sizes.head_dim)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -225,7 +225,7 @@ def expanded(x, tile: tl.constexpr):
 
 @triton.jit
 def program_place(spans, L, H, tile: tl.constexpr):
-    """The program's sequence and first head; the sequence's first token in the flattened tokens, and its length."""
+    """The program's sequence and first head; the sequence's first token in the flattened tokens, and its length; H."""
     head_groups = tl.cdiv(H, tile.heads)
     sequence = tl.program_id(0) // head_groups
     head = (tl.program_id(0) % head_groups) * tile.heads
@@ -236,15 +236,22 @@ def program_place(spans, L, H, tile: tl.constexpr):
     else:
         first = tl.load(starts + sequence).to(tl.int64)
         length = tl.load(lengths + sequence).to(tl.int32)
-    return sequence, head, first, length
+    return sequence, head, first, length, H
 
 
 @triton.jit
-def mini_batch_place(start, length, head, H, tile: tl.constexpr):
-    """Of the mini-batch at a sequence's token start: which rows exist [R], and which elements [R, F]."""
+def mini_batch_place(start, place, offsets, tile: tl.constexpr):
+    """Where the mini-batch at a sequence's token start lies, given a program's place and ``tile_offsets``.
+
+    Which rows exist, [R], and which elements, [R, F]; the offset of the first token and head in a contiguous
+    ``[B, L, H]``, and those of the elements in a contiguous ``[B, L, H, D]``, [R, F].
+    """
+    _, head, first, length, H = place
     exist = head + row_head(tile) < H
     rows = exist & (row_token(tile) < min(tile.mini_batch, length - start))
-    return rows, rows[:, None] & (tl.arange(0, tile.features)[None, :] < tile.head_dim)
+    mask = rows[:, None] & (tl.arange(0, tile.features)[None, :] < tile.head_dim)
+    at = (first + start) * H + head
+    return rows, mask, at, at * tile.head_dim + offsets
 
 
 @triton.jit
@@ -262,11 +269,12 @@ def tile_offsets(H, tile: tl.constexpr):
 @triton.jit
 def weight_offsets(strides, sequence, head, tile: tl.constexpr):
     """Offsets of the stacked weights ``[P·F, F]`` in ``[N, H, D, D]``."""
+    sequence_stride, head_stride, row_stride, column_stride = strides
     stacked = tl.arange(0, tile.heads * tile.features)
     heads = head + stacked // tile.features
-    rows = sequence.to(tl.int64) * strides[0] + heads.to(tl.int64) * strides[1]
-    rows += (stacked % tile.features).to(tl.int64) * strides[2]
-    return rows[:, None] + tl.arange(0, tile.features).to(tl.int64)[None, :] * strides[3]
+    rows = sequence.to(tl.int64) * sequence_stride + heads.to(tl.int64) * head_stride
+    rows += (stacked % tile.features).to(tl.int64) * row_stride
+    return rows[:, None] + tl.arange(0, tile.features).to(tl.int64)[None, :] * column_stride
 
 
 @triton.jit
@@ -280,8 +288,9 @@ def weight_mask(head, H, tile: tl.constexpr):
 @triton.jit
 def parameter_offsets(strides, sequence, head, tile: tl.constexpr):
     """Offsets in ``[N, H, D]`` of a tile of parameters, [R, F] or [1, F]."""
-    rows = sequence.to(tl.int64) * strides[0] + (head + parameter_head(tile)).to(tl.int64) * strides[1]
-    return rows[:, None] + tl.arange(0, tile.features)[None, :] * strides[2]
+    sequence_stride, head_stride, feature_stride = strides
+    rows = sequence.to(tl.int64) * sequence_stride + (head + parameter_head(tile)).to(tl.int64) * head_stride
+    return rows[:, None] + tl.arange(0, tile.features)[None, :] * feature_stride
 
 
 @triton.jit
@@ -298,8 +307,35 @@ def first_rows(tile: tl.constexpr):
 
 
 @triton.jit
-def store_head_sums(pointer, x, sequence, head, H, tile: tl.constexpr):
+def load_weights(pointers, strides, place, tile: tl.constexpr):
+    """TTT-Linear's stacked W, [P·F, F], and b, a tile of parameters."""
+    W, b = pointers
+    W_strides, b_strides = strides
+    sequence, head, _, _, H = place
+    W_at = W + weight_offsets(W_strides, sequence, head, tile)
+    b_at = b + parameter_offsets(b_strides, sequence, head, tile)
+    return (
+        tl.load(W_at, mask=weight_mask(head, H, tile), other=0.0),
+        tl.load(b_at, mask=parameter_mask(head, H, tile), other=0.0),
+    )
+
+
+@triton.jit
+def store_weights(pointers, weights, place, tile: tl.constexpr):
+    """Store TTT-Linear's weights in a contiguous ``[N, H, D, D]`` and ``[N, H, D]``."""
+    W_out, b_out = pointers
+    W, b = weights
+    sequence, head, _, _, H = place
+    D: tl.constexpr = tile.head_dim
+    W_mask, once = weight_mask(head, H, tile), parameter_mask(head, H, tile) & first_rows(tile)
+    tl.store(W_out + weight_offsets((H * D * D, D * D, D, 1), sequence, head, tile), W, mask=W_mask)
+    tl.store(b_out + parameter_offsets((H * D, D, 1), sequence, head, tile), b, mask=once)
+
+
+@triton.jit
+def store_head_sums(pointer, x, place, tile: tl.constexpr):
     """Sum x [R, F] over each head's rows and store it in a contiguous ``[N, H, D]``."""
+    sequence, head, _, _, H = place
     heads, features = head + tl.arange(0, tile.heads), tl.arange(0, tile.features)
     sums = tl.sum(tl.reshape(x, (tile.heads, tile.rows // tile.heads, tile.features)), 1)
     offsets = (sequence.to(tl.int64) * H + heads)[:, None] * tile.head_dim + features[None, :]
@@ -307,18 +343,69 @@ def store_head_sums(pointer, x, sequence, head, H, tile: tl.constexpr):
 
 
 @triton.jit
-def load_layer_norm(layer_norm, head, H, tile: tl.constexpr):
-    """γ and β, contiguous ``[H, D]``, as tiles of parameters."""
-    offsets = (head + parameter_head(tile))[:, None] * tile.head_dim + tl.arange(0, tile.features)[None, :]
-    mask = parameter_mask(head, H, tile)
-    gamma = tl.load(layer_norm[0] + offsets, mask=mask, other=0.0).to(tl.float32)
-    beta = tl.load(layer_norm[1] + offsets, mask=mask, other=0.0).to(tl.float32)
-    return gamma, beta
+def load_rows(pointer, mini_batch, tile: tl.constexpr):
+    """A mini-batch of a contiguous ``[B, L, H, D]``, [R, F]."""
+    _, mask, _, elements = mini_batch
+    return tl.load(pointer + elements, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_token_sums(pointer, x, sequence, head, H, tile: tl.constexpr):
+def store_rows(pointer, x, mini_batch, tile: tl.constexpr):
+    """Store x [R, F], rounded, as a mini-batch of a contiguous ``[B, L, H, D]``."""
+    _, mask, _, elements = mini_batch
+    tl.store(pointer + elements, rounded(x, tile), mask=mask)
+
+
+@triton.jit
+def load_rates(inner_lr, mini_batch, H, tile: tl.constexpr):
+    """A mini-batch of the rates, contiguous ``[B, L, H]``, [R]."""
+    rows, _, at, _ = mini_batch
+    return tl.load(inner_lr + at + row_offsets(H, tile), mask=rows, other=0.0)
+
+
+@triton.jit
+def store_rates(pointer, x, mini_batch, H, tile: tl.constexpr):
+    """Store x [R] as a mini-batch of a contiguous ``[B, L, H]``."""
+    rows, _, at, _ = mini_batch
+    tl.store(pointer + at + row_offsets(H, tile), x, mask=rows)
+
+
+@triton.jit
+def load_scale(token_scale, tile: tl.constexpr):
+    """s of every row, [R, 1]."""
+    positions = row_token(tile)
+    return tl.load(token_scale + positions, mask=positions < tile.mini_batch, other=0.0)[:, None]
+
+
+@triton.jit
+def load_layer_norm(layer_norm, head, H, tile: tl.constexpr):
+    """γ and β, contiguous ``[H, D]``, as tiles of parameters."""
+    gamma, beta = layer_norm
+    offsets = (head + parameter_head(tile))[:, None] * tile.head_dim + tl.arange(0, tile.features)[None, :]
+    mask = parameter_mask(head, H, tile)
+    return (
+        tl.load(gamma + offsets, mask=mask, other=0.0).to(tl.float32),
+        tl.load(beta + offsets, mask=mask, other=0.0).to(tl.float32),
+    )
+
+
+@triton.jit
+def store_token_sums(pointer, x, place, tile: tl.constexpr):
     """Store x [R] in a contiguous ``[N, H, K]``."""
+    sequence, head, _, _, H = place
     heads, positions = head + row_head(tile), row_token(tile)
     offsets = (sequence.to(tl.int64) * H + heads) * tile.mini_batch + positions
     tl.store(pointer + offsets, x, mask=(heads < H) & (positions < tile.mini_batch))
+
+
+@triton.jit
+def store_sums(pointers, sums, place, tile: tl.constexpr):
+    """Store a sequence's gradients of γ and β, [R, F], of s, [R] or pairs yet to be summed, and of s_last, [R]."""
+    d_gamma, d_beta, d_scale, d_last_scale = sums
+    gamma_sums, beta_sums, scale_sums, last_scale_sums = pointers
+    store_head_sums(gamma_sums, d_gamma, place, tile)
+    store_head_sums(beta_sums, d_beta, place, tile)
+    if len(d_scale.shape) == 2:
+        d_scale = tl.sum(d_scale, 1)
+    store_token_sums(scale_sums, d_scale, place, tile)
+    store_token_sums(last_scale_sums, d_last_scale, place, tile)

@@ -133,10 +133,11 @@ def prepare(
 @triton.jit
 def load_angles(table, positions, rows, num_tokens, num_positions, first, sizes: tl.constexpr):
     """cos and sin [R, N/2] at tokens ``rows`` and output features ``first`` to ``first + N``; all heads share them."""
+    cos, sin = table
     place = tl.load(positions + rows % num_positions, mask=rows < num_tokens, other=0)
     pairs = (first // 2 + tl.arange(0, sizes.features // 2)) % (sizes.head_dim // 2)
     offsets = place[:, None] * (sizes.head_dim // 2) + pairs[None, :]
-    return tl.load(table[0] + offsets), tl.load(table[1] + offsets)
+    return tl.load(cos + offsets), tl.load(sin + offsets)
 
 
 @triton.jit

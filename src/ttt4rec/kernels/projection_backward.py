@@ -49,17 +49,21 @@ def fused_backward_kernel(
 
     dV_i = turned back(grad_i)    dx = Σ dV_i W_i + dz w_lr    dW_i = dV_iᵀ x    dw_lr = dzᵀ x    db_lr = Σ dz
     """
+    grad0, grad1, grad2 = grads
+    grad_lr, inner_lr = rates
+    weight0, weight1, weight2, lr_weight = weights
+    d_weight0, d_weight1, d_weight2, d_lr_weight = d_weights
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     features, heads = tl.arange(0, sizes.inputs), tl.arange(0, sizes.head_columns)
     own = features < sizes.width
     square = features[:, None] * sizes.width + features[None, :]
     square_mask = own[:, None] & own[None, :]
-    W0 = tl.load(weights[0] + square, mask=square_mask, other=0.0)
-    W1 = tl.load(weights[1] + square, mask=square_mask, other=0.0)
-    W2 = tl.load(weights[2] + square, mask=square_mask, other=0.0)
+    W0 = tl.load(weight0 + square, mask=square_mask, other=0.0)
+    W1 = tl.load(weight1 + square, mask=square_mask, other=0.0)
+    W2 = tl.load(weight2 + square, mask=square_mask, other=0.0)
     head_offsets = heads[:, None] * sizes.width + features[None, :]
     head_mask = (heads < sizes.heads)[:, None] & own[None, :]
-    w = tl.load(weights[3] + head_offsets, mask=head_mask, other=0.0)
+    w = tl.load(lr_weight + head_offsets, mask=head_mask, other=0.0)
     N: tl.constexpr = sizes.inputs
     P: tl.constexpr = sizes.head_columns
     dW0 = tl.zeros((N, N), tl.float32)
@@ -72,14 +76,14 @@ def fused_backward_kernel(
         offsets = rows[:, None] * sizes.width + features[None, :]
         mask = (rows < num_tokens)[:, None] & own[None, :]
         X = tl.load(x + offsets, mask=mask, other=0.0)
-        d0 = tl.load(grads[0] + offsets, mask=mask, other=0.0).to(tl.float32)
-        d1 = tl.load(grads[1] + offsets, mask=mask, other=0.0).to(tl.float32)
-        d2 = tl.load(grads[2] + offsets, mask=mask, other=0.0)
+        d0 = tl.load(grad0 + offsets, mask=mask, other=0.0).to(tl.float32)
+        d1 = tl.load(grad1 + offsets, mask=mask, other=0.0).to(tl.float32)
+        d2 = tl.load(grad2 + offsets, mask=mask, other=0.0)
         if sizes.rotated > 0:
             cos, sin = load_angles(table, positions, rows, num_tokens, num_positions, 0, sizes)
             d0 = turned(d0, cos, -sin, sizes)
             d1 = turned(d1, cos, -sin, sizes)
-        dz = logit_gradient(rates[0], rates[1], rows, num_tokens, base_lr, sizes)
+        dz = logit_gradient(grad_lr, inner_lr, rows, num_tokens, base_lr, sizes)
         d_X = dot(d0, W0, sizes) + dot(d1, W1, sizes) + dot(d2, W2, sizes) + dot(dz, w, sizes)
         tl.store(dx + offsets, d_X.to(dx.dtype.element_ty), mask=mask)
         dW0 += dot(tl.trans(d0), X, sizes)
@@ -88,10 +92,10 @@ def fused_backward_kernel(
         dw += dot(tl.trans(dz), X, sizes)
         db += tl.sum(dz, 0)
     partial = program.to(tl.int64) * sizes.width * sizes.width
-    tl.store(d_weights[0] + partial + square, dW0, mask=square_mask)
-    tl.store(d_weights[1] + partial + square, dW1, mask=square_mask)
-    tl.store(d_weights[2] + partial + square, dW2, mask=square_mask)
-    tl.store(d_weights[3] + program * sizes.heads * sizes.width + head_offsets, dw, mask=head_mask)
+    tl.store(d_weight0 + partial + square, dW0, mask=square_mask)
+    tl.store(d_weight1 + partial + square, dW1, mask=square_mask)
+    tl.store(d_weight2 + partial + square, dW2, mask=square_mask)
+    tl.store(d_lr_weight + program * sizes.heads * sizes.width + head_offsets, dw, mask=head_mask)
     tl.store(d_bias + program * sizes.heads + heads, db, mask=heads < sizes.heads)
 
 
@@ -108,6 +112,7 @@ def packing_kernel(
     sizes: tl.constexpr,
 ):
     """One program: the gradients of R tokens' views, turned back, side by side, and those of the logits behind."""
+    grad_lr, inner_lr = rates
     rows = tl.program_id(0).to(tl.int64) * sizes.rows + tl.arange(0, sizes.rows)
     exists = (rows < num_tokens)[:, None]
     target = packed + rows[:, None] * (3 * sizes.width + sizes.head_columns)
@@ -121,7 +126,7 @@ def packing_kernel(
             if i < sizes.rotated:
                 d = turned(d.to(tl.float32), cos, -sin, sizes).to(sizes.operand)
             tl.store(target + i * sizes.width + features[None, :], d, mask=mask)
-    dz = logit_gradient(rates[0], rates[1], rows, num_tokens, base_lr, sizes).to(sizes.operand)
+    dz = logit_gradient(grad_lr, inner_lr, rows, num_tokens, base_lr, sizes).to(sizes.operand)
     tl.store(target + 3 * sizes.width + tl.arange(0, sizes.head_columns)[None, :], dz, mask=exists)
 
 

@@ -30,6 +30,7 @@ def fused_forward_kernel(
     sizes: tl.constexpr,
 ):
     """One program: R tokens, all their results. V_i = turned(x W_iᵀ), lr = base_lr · sigmoid(x w_lrᵀ + b_lr) / D."""
+    lr_weight, lr_bias = rates
     rows = tl.program_id(0).to(tl.int64) * sizes.rows + tl.arange(0, sizes.rows)
     inputs = tl.arange(0, sizes.inputs)
     exists, own = rows < num_tokens, inputs < sizes.width
@@ -37,8 +38,8 @@ def fused_forward_kernel(
 
     heads = tl.arange(0, sizes.head_columns)
     mask = (heads < sizes.heads)[:, None] & own[None, :]
-    w = tl.load(rates[0] + heads[:, None] * sizes.width + inputs[None, :], mask=mask, other=0.0)
-    store_rates(dot(X, tl.trans(w), exact), rates[1], inner_lr, rows, num_tokens, base_lr, sizes)
+    w = tl.load(lr_weight + heads[:, None] * sizes.width + inputs[None, :], mask=mask, other=0.0)
+    store_rates(dot(X, tl.trans(w), exact), lr_bias, inner_lr, rows, num_tokens, base_lr, sizes)
 
     for first in tl.range(0, sizes.width, sizes.features):
         outputs = first + tl.arange(0, sizes.features)
@@ -69,6 +70,7 @@ def rotation_kernel(
     sizes: tl.constexpr,
 ):
     """One program: what is left to do for R tokens when their views are products without rotation."""
+    lr_weight, lr_bias = rates
     rows = tl.program_id(0).to(tl.int64) * sizes.rows + tl.arange(0, sizes.rows)
     R: tl.constexpr = sizes.rows
     P: tl.constexpr = sizes.head_columns
@@ -80,7 +82,7 @@ def rotation_kernel(
         offsets = rows[:, None] * sizes.width + features[None, :]
         mask = (rows < num_tokens)[:, None] & own[None, :]
         w_mask = (heads < sizes.heads)[:, None] & own[None, :]
-        w = tl.load(rates[0] + heads[:, None] * sizes.width + features[None, :], mask=w_mask, other=0.0)
+        w = tl.load(lr_weight + heads[:, None] * sizes.width + features[None, :], mask=w_mask, other=0.0)
         logits += dot(tl.load(x + offsets, mask=mask, other=0.0), tl.trans(w), exact)
         if sizes.rotated > 0:
             cos, sin = load_angles(table, positions, rows, num_tokens, num_positions, first, sizes)
@@ -88,7 +90,7 @@ def rotation_kernel(
             if i < sizes.rotated:
                 view = tl.load(views[i] + offsets, mask=mask, other=0.0).to(tl.float32)
                 tl.store(views[i] + offsets, turned(view, cos, sin, sizes).to(sizes.operand), mask=mask)
-    store_rates(logits, rates[1], inner_lr, rows, num_tokens, base_lr, sizes)
+    store_rates(logits, lr_bias, inner_lr, rows, num_tokens, base_lr, sizes)
 
 
 @triton.jit

@@ -35,9 +35,15 @@ class StepTile(NamedTuple):
     chunk: int  # hidden features held at a time, a power of two
     chunks: int
     record: int  # numbers of a record
-    weights_at: tuple[int, ...]  # in a record: W and b of every layer, and the rows
+    second_at: int  # in a record: TTT-MLP's W2 and b2,
+    rows_at: int  # and the rows
     row: int  # numbers of a kept token's row
-    row_at: tuple[int, ...]  # in a row: X and U of every layer, v, lr
+    k_at: int  # in a row, as all below
+    u1_at: int
+    x2_at: int  # of TTT-MLP, as u2
+    u2_at: int
+    v_at: int
+    lr_at: int
 
 
 # Chunk of hidden features and warps of a program by padded head dimension: what fits the registers without spills.
@@ -121,14 +127,17 @@ def program_stream(slots, offset, H):
 @triton.jit
 def load_token(tokens, rates, layer_norm, place, H, tile: tl.constexpr):
     """q, k, v, γ and β [F]; lr and s."""
+    q, k, v = tokens
+    inner_lr, token_scale = rates
+    gamma, beta = layer_norm
     features = tl.arange(0, tile.features)
     here = tl.program_id(0).to(tl.int64) * tile.head_dim + features
     parameters = (tl.program_id(0) % H) * tile.head_dim + features
     real = features < tile.head_dim
-    q, k, v = load(tokens[0], here, real), load(tokens[1], here, real), load(tokens[2], here, real)
-    gamma, beta = load(layer_norm[0], parameters, real), load(layer_norm[1], parameters, real)
-    lr = tl.load(rates[0] + tl.program_id(0)).to(tl.float32)
-    return q, k, v, gamma, beta, lr, tl.load(rates[1] + place).to(tl.float32)
+    q, k, v = load(q, here, real), load(k, here, real), load(v, here, real)
+    gamma, beta = load(gamma, parameters, real), load(beta, parameters, real)
+    lr = tl.load(inner_lr + tl.program_id(0)).to(tl.float32)
+    return q, k, v, gamma, beta, lr, tl.load(token_scale + place).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -153,8 +162,7 @@ def linear_step_kernel(
     square, square_mask = features[:, None] * D + features[None, :], outer_mask(real, real)
     kept, kept_mask = before[:, None] * tile.row + features[None, :], outer_mask(before < place, real)
     M = records + head * tile.record
-    keys = M + tile.weights_at[1] + tile.row_at[0]
-    steps = M + tile.weights_at[1] + tile.row_at[1]
+    keys, steps = M + tile.rows_at + tile.k_at, M + tile.rows_at + tile.u1_at
 
     W = load(M, square, square_mask)
     b = load(M, D * D + features, real)
@@ -170,11 +178,59 @@ def linear_step_kernel(
         tl.store(M + square, W, mask=square_mask)
         tl.store(M + D * D + features, b, mask=real)
     else:
-        row = M + tile.weights_at[1] + place * tile.row
-        tl.store(row + tile.row_at[0] + features, k, mask=real)
-        tl.store(row + tile.row_at[1] + features, u, mask=real)
-        tl.store(row + tile.row_at[2] + features, v, mask=real)
-        tl.store(row + tile.row_at[3], lr)
+        row = M + tile.rows_at + place * tile.row
+        tl.store(row + tile.k_at + features, k, mask=real)
+        tl.store(row + tile.u1_at + features, u, mask=real)
+        tl.store(row + tile.v_at + features, v, mask=real)
+        tl.store(row + tile.lr_at, lr)
+
+
+@triton.jit
+def load_hidden(M1, M2, c, D: tl.constexpr, F: tl.constexpr, tile: tl.constexpr):
+    """W1 [features, chunk], b1 [chunk] and W2 [chunk, features] of a chunk of hidden features."""
+    features, hidden = tl.arange(0, tile.features), c * tile.chunk + tl.arange(0, tile.chunk)
+    W1 = load(M1, features[:, None] * F + hidden[None, :], outer_mask(features < D, hidden < F))
+    W2 = load(M2, hidden[:, None] * D + features[None, :], outer_mask(hidden < F, features < D))
+    return W1, load(M1, D * F + hidden, hidden < F), W2
+
+
+@triton.jit
+def inner_outputs(M1, M2, k, b2, tile: tl.constexpr):
+    """z2 = b2 + gelu(k W1 + b1) W2; and of the last chunk its weights, x2 and gelu'(z1)."""
+    D: tl.constexpr = tile.head_dim
+    F: tl.constexpr = tile.hidden
+    W1, b1, W2 = load_hidden(M1, M2, 0, D, F, tile)
+    x2, slope, _ = gelu(times(k, W1) + b1)
+    z2 = b2 + times(x2, W2)
+    for c in tl.range(1, tile.chunks):
+        W1, b1, W2 = load_hidden(M1, M2, c, D, F, tile)
+        x2, slope, _ = gelu(times(k, W1) + b1)
+        z2 += times(x2, W2)
+    return z2, (W1, b1, W2), x2, slope
+
+
+@triton.jit
+def store_chunk(M1, M2, state, b2, k, u1, x2, u2, s, place, c, tile: tl.constexpr):
+    """Write a chunk's u1 and x2 to the token's row, or, where it completes its mini-batch, W1, b1, W2 and b2."""
+    D: tl.constexpr = tile.head_dim
+    F: tl.constexpr = tile.hidden
+    W1, b1, W2 = state
+    features, hidden = tl.arange(0, tile.features), c * tile.chunk + tl.arange(0, tile.chunk)
+    real = features < D
+    kept_rows = M1 + tile.rows_at
+    if place == tile.mini_batch - 1:
+        keys, steps1 = kept_rows + tile.k_at, kept_rows + tile.u1_at
+        inputs2, steps2 = kept_rows + tile.x2_at, kept_rows + tile.u2_at
+        W1, b1 = stepped(W1, b1, k, u1, s, keys, steps1, features, hidden, D, F, tile)
+        W2, b2 = stepped(W2, b2, x2, u2, s, inputs2, steps2, hidden, features, F, D, tile)
+        tl.store(M1 + features[:, None] * F + hidden[None, :], W1, mask=outer_mask(real, hidden < F))
+        tl.store(M1 + D * F + hidden, b1, mask=hidden < F)
+        tl.store(M2 + hidden[:, None] * D + features[None, :], W2, mask=outer_mask(hidden < F, real))
+        tl.store(M2 + F * D + features, b2, mask=real)
+    else:
+        row = kept_rows + place * tile.row
+        tl.store(row + tile.u1_at + hidden, u1, mask=hidden < F)
+        tl.store(row + tile.x2_at + hidden, x2, mask=hidden < F)
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -203,67 +259,40 @@ def mlp_step_kernel(
     real = features < D
     kept, kept_mask = before[:, None] * tile.row + features[None, :], outer_mask(before < place, real)
     M1 = records + head * tile.record
-    M2 = M1 + tile.weights_at[1]
-    kept_rows = M1 + tile.weights_at[2]
-    keys, steps1 = kept_rows + tile.row_at[0], kept_rows + tile.row_at[1]
-    inputs2, steps2 = kept_rows + tile.row_at[2], kept_rows + tile.row_at[3]
-    row = kept_rows + place * tile.row
+    M2, kept_rows = M1 + tile.second_at, M1 + tile.rows_at
 
     b2 = load(M2, F * D + features, real)
-    W1, b1, W2 = load_hidden(M1, M2, 0, D, F, tile)
-    x2, slope, _ = gelu(times(k, W1) + b1)
-    z2 = b2 + times(x2, W2)
-    for c in tl.range(1, tile.chunks):
-        W1, b1, W2 = load_hidden(M1, M2, c, D, F, tile)
-        x2, slope, _ = gelu(times(k, W1) + b1)
-        z2 += times(x2, W2)
+    z2, state, x2, slope = inner_outputs(M1, M2, k, b2, tile)
+    W1, b1, W2 = state
     u2 = inner_step(z2, k, v, lr, gamma, beta, real, eps, tile)
-
-    A1 = times_rows(load(keys, kept, kept_mask), q) + 1.0
+    A1 = times_rows(load(kept_rows + tile.k_at, kept, kept_mask), q) + 1.0
     own1 = tl.sum(q * k, 0) + 1.0
     A2 = tl.full((tile.kept,), 1.0, tl.float32)
     own2 = 1.0
     p2 = b2
     for c in tl.range(0, tile.chunks):
-        hidden = c * tile.chunk + tl.arange(0, tile.chunk)
         if tile.chunks > 1:
             W1, b1, W2 = load_hidden(M1, M2, c, D, F, tile)
             x2, slope, _ = gelu(times(k, W1) + b1)
+        hidden = c * tile.chunk + tl.arange(0, tile.chunk)
         u1 = times_rows(W2, u2) * slope
         rows, rows_mask = before[:, None] * tile.row + hidden[None, :], outer_mask(before < place, hidden < F)
-        U1 = load(steps1, rows, rows_mask)
+        U1 = load(kept_rows + tile.u1_at, rows, rows_mask)
         x2_bar, _, _ = gelu(times(q, W1) + b1 - s * (times(A1, U1) + own1 * u1))
         p2 += times(x2_bar, W2)
-        A2 += times_rows(load(inputs2, rows, rows_mask), x2_bar)
+        A2 += times_rows(load(kept_rows + tile.x2_at, rows, rows_mask), x2_bar)
         own2 += tl.sum(x2_bar * x2, 0)
-        if place == tile.mini_batch - 1:
-            W1, b1 = stepped(W1, b1, k, u1, s, keys, steps1, features, hidden, D, F, tile)
-            W2, b2_next = stepped(W2, b2, x2, u2, s, inputs2, steps2, hidden, features, F, D, tile)
-            tl.store(M1 + features[:, None] * F + hidden[None, :], W1, mask=outer_mask(real, hidden < F))
-            tl.store(M1 + D * F + hidden, b1, mask=hidden < F)
-            tl.store(M2 + hidden[:, None] * D + features[None, :], W2, mask=outer_mask(hidden < F, real))
-            tl.store(M2 + F * D + features, b2_next, mask=real)
-        else:
-            tl.store(row + tile.row_at[1] + hidden, u1, mask=hidden < F)
-            tl.store(row + tile.row_at[2] + hidden, x2, mask=hidden < F)
-    U2 = load(steps2, kept, kept_mask)
+        store_chunk(M1, M2, (W1, b1, W2), b2, k, u1, x2, u2, s, place, c, tile)
+    U2 = load(kept_rows + tile.u2_at, kept, kept_mask)
     p2 -= s * (times(A2, U2) + own2 * u2)
     here = tl.program_id(0).to(tl.int64) * D + features
     tl.store(o + here, output(p2, q, gamma, beta, real, eps, tile).to(o.dtype.element_ty), mask=real)
     if place < tile.mini_batch - 1:
-        tl.store(row + tile.row_at[0] + features, k, mask=real)
-        tl.store(row + tile.row_at[3] + features, u2, mask=real)
-        tl.store(row + tile.row_at[4] + features, v, mask=real)
-        tl.store(row + tile.row_at[5], lr)
-
-
-@triton.jit
-def load_hidden(M1, M2, c, D: tl.constexpr, F: tl.constexpr, tile: tl.constexpr):
-    """W1 [features, chunk], b1 [chunk] and W2 [chunk, features] of a chunk of hidden features."""
-    features, hidden = tl.arange(0, tile.features), c * tile.chunk + tl.arange(0, tile.chunk)
-    W1 = load(M1, features[:, None] * F + hidden[None, :], outer_mask(features < D, hidden < F))
-    W2 = load(M2, hidden[:, None] * D + features[None, :], outer_mask(hidden < F, features < D))
-    return W1, load(M1, D * F + hidden, hidden < F), W2
+        row = kept_rows + place * tile.row
+        tl.store(row + tile.k_at + features, k, mask=real)
+        tl.store(row + tile.u2_at + features, u2, mask=real)
+        tl.store(row + tile.v_at + features, v, mask=real)
+        tl.store(row + tile.lr_at, lr)
 
 
 KERNELS = {"linear": (linear_step_kernel, LINEAR_BLOCKS), "mlp": (mlp_step_kernel, MLP_BLOCKS)}
@@ -290,6 +319,10 @@ def prepare_token_step(step: TokenStep) -> tuple[Tensor, launch.Launch]:
     launch.plan("linear_forward", q.unsqueeze(1), K)  # raises where no kernel runs
     kernel, blocks = KERNELS[step.inner]
     chunk, num_warps = blocks[launch.padded(D)]
+    _, second_at, *_ = record.weights_at
+    *_, rows_at = record.weights_at
+    k_at, u1_at, *of_second, v_at, lr_at = record.row_at
+    x2_at, u2_at = of_second or (0, 0)
     tile = StepTile(
         mini_batch=K,
         kept=triton.next_power_of_2(max(1, K - 1)),
@@ -299,13 +332,19 @@ def prepare_token_step(step: TokenStep) -> tuple[Tensor, launch.Launch]:
         chunk=chunk,
         chunks=triton.cdiv(hidden, chunk) if hidden else 0,
         record=step.records.shape[2],
-        weights_at=record.weights_at,
+        second_at=second_at,
+        rows_at=rows_at,
         row=record.row_size,
-        row_at=record.row_at,
+        k_at=k_at,
+        u1_at=u1_at,
+        x2_at=x2_at,
+        u2_at=u2_at,
+        v_at=v_at,
+        lr_at=lr_at,
     )
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     arguments = (
-        launch.contiguous(*step[:3]),
+        launch.contiguous(step.q, step.k, step.v),
         launch.contiguous(step.inner_lr, step.token_scale),
         launch.contiguous(step.ln_weight, step.ln_bias),
         step.slots.contiguous(),
