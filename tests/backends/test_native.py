@@ -14,19 +14,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.layers.test_functional import batches, check_gradients, flat
-from tests.layers.test_step import read_on, step_arguments
+from tests.support.batches import batches
 from tests.support.checks import (
     BACKBONES,
     INNERS,
     assert_close,
     assert_states_close,
+    check_gradients,
+    flat,
     inner_inputs,
     inner_results,
     make_layer,
     run_inner,
 )
 from tests.support.crash import fork, wait
+from tests.support.steps import read_on, step_arguments
 from ttt4rec import TTTState, native, ttt_linear
 from ttt4rec.arguments import TokenStep
 from ttt4rec.eager import record_parts, row_parts

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from tests.layers.test_golden import layer_of
 from tests.support.checks import (
     INNERS,
     assert_close,
     golden_cases,
     gradients,
     inner_inputs,
+    layer_of,
     load_golden,
     norm_error,
     run_inner,

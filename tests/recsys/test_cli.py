@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from tests.support.recsys_data import write_events
+from tests.support.recsys_data import SMALL, write_events
 from ttt4rec import TTT4Rec
 from ttt4rec.atomic_files import write_json
 from ttt4rec.cli import main, make_parser
@@ -19,8 +19,6 @@ from ttt4rec.models.ttt4rec import MIXERS, TTT4RecConfig
 from ttt4rec.recsys.training.checkpoint import load_checkpoint
 from ttt4rec.recsys.training.losses import LOSSES
 from ttt4rec.recsys.training.train import CHECKPOINT_FILE, TrainOptions
-
-SMALL = ["--width", "16", "--num-heads", "2", "--ffn-width", "16", "--max-len", "8", "--targets-per-batch", "128"]
 
 
 @pytest.fixture(scope="module")
