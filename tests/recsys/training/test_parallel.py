@@ -354,7 +354,8 @@ def test_the_command_line_under_torchrun(tmp_path, capsys):
     options = ["--epochs", "1", "--width", "16", "--max-len", "8", "--dropout", "0", "--targets-per-batch", "64"]
     command = ["train", str(tmp_path / "ring.inter"), *options, "--threads", "1", "--out"]
     assert cli.main([*command, str(tmp_path / "one")]) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    alone = ["--standalone", "--local-addr", "localhost"]  # the machine's own name need not lead to it
+    launcher = [sys.executable, "-m", "torch.distributed.run", *alone, "--nproc-per-node", "2", "-m"]
     words = [*launcher, "ttt4rec.cli", *command, str(tmp_path / "two")]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
