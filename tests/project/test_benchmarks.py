@@ -158,7 +158,8 @@ def test_who_cannot_be_measured_does_not_stop_the_others():
     }
     outcomes = measure.take_turns(makers, "cpu", 1.0)
     assert len(outcomes["fine"].seconds) >= measure.MIN_ROUNDS
-    assert re.fullmatch(r"out of time, 0\.5\d? s a call", outcomes["slow"].why_not)
+    told = re.fullmatch(r"out of time, (\S+) s a call", outcomes["slow"].why_not)
+    assert 0.5 <= float(told[1]) < 2  # on a busy machine it is called late
     assert outcomes["large"].why_not == "out of memory"
     assert outcomes["stepless"].why_not == "no step"
     assert outcomes["broken"].error is failure
