@@ -121,8 +121,17 @@ PACKED = {
 
 
 @both
-@pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("lengths", "index_dtype"),
+    [
+        *(pytest.param(lengths, torch.int32, id=f"{name}-int32") for name, lengths in PACKED.items()),
+        pytest.param(PACKED["unequal"], torch.int64, id="unequal-int64"),
+        *(
+            pytest.param(PACKED[name], torch.int64, id=f"{name}-int64", marks=pytest.mark.slow)
+            for name in ("first and last empty", "all complete")
+        ),
+    ],
+)
 def test_packed_sequences(inner: str, lengths: list[int], index_dtype: torch.dtype) -> None:
     inputs = make_inputs(inner, 1, sum(lengths), 3, 16, 8, N=len(lengths))
     gradients = make_gradients(inner, inputs)

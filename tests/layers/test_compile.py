@@ -6,16 +6,23 @@ The backend "auto" alone is in ``test_operators``.
 import pytest
 import torch
 
-from tests.support.checks import BACKBONES, assert_close, gradients
+from tests.support.checks import BACKBONES, INNERS, assert_close, gradients
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 
-PATHS = [("reference", "linear"), ("reference", "mlp"), ("triton", "linear"), ("triton", "mlp")]
+QUICK = [  # the reference is traced step by step, for seconds: in the default run each of its options is met once
+    ("reference", "linear", "transformer"),
+    ("reference", "mlp", "mamba"),
+    *(("triton", inner, backbone) for inner in INNERS for backbone in BACKBONES),
+]
+PATHS = [
+    *QUICK,
+    *(pytest.param("reference", *way, marks=pytest.mark.slow) for way in (("linear", "mamba"), ("mlp", "transformer"))),
+]
 SINGLE = 1e-5  # the same operators on the same numbers; only what is around them may be reordered
 MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize(("backend", "inner"), PATHS)
+@pytest.mark.parametrize(("backend", "inner", "backbone"), PATHS)
 @pytest.mark.parametrize("where", ["packed", "state"])
 def test_layer(backend, inner, backbone, where):
     torch._dynamo.reset()
