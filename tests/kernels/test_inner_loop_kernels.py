@@ -177,7 +177,7 @@ def test_any_strides(inner: str) -> None:
         assert torch.equal(results[name], x), name
 
 
-@both
+@pytest.mark.parametrize("inner", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_same_bits_twice(inner: str) -> None:
     inputs = make_inputs(inner, 2, 21, 4, 16, 8)
     gradients = make_gradients(inner, inputs)
@@ -223,7 +223,9 @@ def test_segments_change_no_bit(inner: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @both
-@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e2, 1e4, "mixed"])
+@pytest.mark.parametrize(
+    "scale", [1e-6, 1.0, "mixed", *(pytest.param(scale, marks=pytest.mark.slow) for scale in (1e-3, 1e2, 1e4))]
+)
 def test_gradients_are_exact_at_every_scale(inner: str, scale: float | str) -> None:
     """At most twice PyTorch's error, with weights as a layer initialises them: updates may be far larger, or smaller.
 
@@ -300,8 +302,9 @@ def test_what_the_kernels_cannot_do_is_an_error(inner: str, change: dict[str, ob
         run_forward(inner, make_scan(inner, make_inputs(inner, **shape)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("chunks", [2, 4])
-@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize(
+    ("heads", "chunks"), [(1, 4), (2, 2), *(pytest.param(*cut, marks=pytest.mark.slow) for cut in ((1, 2), (2, 4)))]
+)
 def test_state_in_chunks(heads: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hidden features one part after the other, their weights in memory."""
     monkeypatch.setattr(launch, "blocks", lambda *_: launch.Blocks(4, 1, heads, chunks))

@@ -36,7 +36,12 @@ def make_layer(**options):
     return layer.to(DEVICE)
 
 
-@pytest.mark.parametrize("name", golden_cases())
+LONGEST = "mlp_transformer_d16_k8_l50"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == LONGEST else ()) for name in golden_cases()]
+)
 def test_layer_matches_the_release(name):
     """In float32, at most twice as far from the release's float64 numbers as the reference run in float32."""
     case = load_golden(name)

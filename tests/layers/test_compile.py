@@ -9,21 +9,18 @@ import torch
 from tests.support.checks import BACKBONES, INNERS, assert_close, gradients
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 
-QUICK = [  # the reference is traced step by step, for seconds: in the default run each of its options is met once
-    ("reference", "linear", "transformer"),
-    ("reference", "mlp", "mamba"),
-    *(("triton", inner, backbone) for inner in INNERS for backbone in BACKBONES),
-]
+CALLS = [(inner, backbone, where) for inner in INNERS for backbone in BACKBONES for where in ("packed", "state")]
+# The reference is traced step by step, for seconds: the default run meets each option once.
+QUICK = [("linear", "transformer", "packed"), ("mlp", "mamba", "state")]
 PATHS = [
-    *QUICK,
-    *(pytest.param("reference", *way, marks=pytest.mark.slow) for way in (("linear", "mamba"), ("mlp", "transformer"))),
+    *(("triton", *call) for call in CALLS),
+    *(pytest.param("reference", *call, marks=() if call in QUICK else pytest.mark.slow) for call in CALLS),
 ]
 SINGLE = 1e-5  # the same operators on the same numbers; only what is around them may be reordered
 MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
 
 
-@pytest.mark.parametrize(("backend", "inner", "backbone"), PATHS)
-@pytest.mark.parametrize("where", ["packed", "state"])
+@pytest.mark.parametrize(("backend", "inner", "backbone", "where"), PATHS)
 def test_layer(backend, inner, backbone, where):
     torch._dynamo.reset()
     layer = TTTLayer(8, 2, inner=inner, backbone=backbone, mini_batch_size=4, backend=backend)

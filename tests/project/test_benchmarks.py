@@ -1,6 +1,7 @@
 """The benchmark suite but for the timings: contestants, turns, budgets, reports."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -255,7 +256,8 @@ def test_results_are_saved_and_compared_by_pytest_benchmark(tmp_path):
     chosen = "one-token_step-w64-b1-l50 and (attention or GRU)"
     command = [sys.executable, "-m", "pytest", "benchmarks/test_mixers.py", "--benchmark-only", "-k", chosen]
     command += ["--size=small", "--budget=5", "--note=a test", f"--benchmark-json={saved}", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    run = subprocess.run(command, cwd=report.ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "one-token step, width 64, 1 × after 50: 2 of 2 sides measured" in run.stdout
     compare = [sys.executable, "-m", "pytest_benchmark", "compare", str(saved)]

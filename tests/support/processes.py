@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 import torch.distributed as dist
+import torch.distributed.tensor.parallel  # noqa: F401 or each process would import it, for a second
 
 from tests.support.crash import fork, wait
 from ttt4rec.recsys.training.parallel import processes

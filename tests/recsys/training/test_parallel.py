@@ -349,6 +349,7 @@ def test_clipping_is_torchs(tmp_path):
     assert sum(float(g.square().sum()) for g in grads[0]) == pytest.approx(0.01)
 
 
+@pytest.mark.slow
 def test_the_command_line_under_torchrun(tmp_path, capsys):
     write_events(tmp_path / "ring.inter", users=20)
     options = ["--epochs", "1", "--width", "16", "--max-len", "8", "--dropout", "0", "--targets-per-batch", "64"]
