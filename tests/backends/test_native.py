@@ -74,7 +74,7 @@ def test_gradcheck_from_state_to_state(inner):
 
 
 @pytest.mark.parametrize("inner", INNERS)
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [pytest.param(32, marks=pytest.mark.slow), 64, 128])
 def test_large_heads_in_float32(inner, head_dim):
     inputs = {n: x.float() for n, x in inner_inputs(inner, B=2, L=19, H=1, D=head_dim, K=16).items()}
     exact = flat(inner_results(inner, {n: x.double() for n, x in inputs.items()}, backend="reference"))

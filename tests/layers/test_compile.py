@@ -10,11 +10,13 @@ from tests.support.checks import BACKBONES, INNERS, assert_close, gradients
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 
 CALLS = [(inner, backbone, where) for inner in INNERS for backbone in BACKBONES for where in ("packed", "state")]
-# The reference is traced step by step, for seconds: the default run meets each option once.
-QUICK = [("linear", "transformer", "packed"), ("mlp", "mamba", "state")]
+QUICK = [  # each takes seconds: the default run meets any two options together on the kernels, one on the reference
+    *(("triton", *CALLS[i]) for i in (0, 3, 5, 6)),
+    *(("reference", *CALLS[i]) for i in (0, 7)),
+]
 PATHS = [
-    *(("triton", *call) for call in CALLS),
-    *(pytest.param("reference", *call, marks=() if call in QUICK else pytest.mark.slow) for call in CALLS),
+    pytest.param(*path, marks=() if path in QUICK else pytest.mark.slow)
+    for path in ((backend, *call) for backend in ("reference", "triton") for call in CALLS)
 ]
 SINGLE = 1e-5  # the same operators on the same numbers; only what is around them may be reordered
 MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])

@@ -251,6 +251,7 @@ def test_readme_and_reports_are_what_the_committed_results_give():
         assert (result.path.parent / report.REPORT_FILE).read_text() == report.report(result)
 
 
+@pytest.mark.slow
 def test_results_are_saved_and_compared_by_pytest_benchmark(tmp_path):
     saved = tmp_path / "benchmark.json"
     chosen = "one-token_step-w64-b1-l50 and (attention or GRU)"

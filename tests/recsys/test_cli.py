@@ -217,7 +217,11 @@ def test_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("question", "lines"),
-    [(["--user", "u1"], 0), (["--help"], 0), (["--histories", "FILE"], 1)],  # the first two are flushed at the end only
+    [  # the first two are flushed at the end only
+        pytest.param(["--user", "u1"], 0, marks=pytest.mark.slow),
+        (["--help"], 0),
+        (["--histories", "FILE"], 1),
+    ],
     ids=str,
 )
 def test_a_closed_pipe_ends_quietly(run, question, lines):
