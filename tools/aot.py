@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -197,14 +198,16 @@ def main() -> None:
     """Print what kernels cost, as a table or as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "kernels", nargs="+", help="op:architecture:head_dim:mini_batch_size:dtype, e.g. linear_forward:sm_90:16:8:bf16"
+        "kernels",
+        nargs="+",
+        help="op:architecture:head_dim:mini_batch_size:dtype, e.g. linear_forward:sm_90:16:8:bf16, or - for input",
     )
     parser.add_argument("--blocks", nargs="+", type=int, metavar="WARPS STAGES HEADS CHUNKS")
     parser.add_argument("--json", action="store_true", help="one object per kernel, the intermediate form included")
     given = parser.parse_args()
     if given.blocks:
         launch.blocks = lambda *_: launch.Blocks(*given.blocks)
-    for kernel in given.kernels:
+    for kernel in map(str.strip, sys.stdin) if given.kernels == ["-"] else given.kernels:
         op, architecture, head_dim, mini_batch_size, dtype = kernel.split(":")
         cost = compile_for(architecture, op, int(head_dim), int(mini_batch_size), DTYPES[dtype])
         print(json.dumps({"kernel": kernel, **asdict(cost)}) if given.json else f"{kernel:36} {cost}", flush=True)

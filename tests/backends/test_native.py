@@ -5,8 +5,6 @@ import logging
 import os
 import pwd
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,18 +14,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.layers.test_functional import batches, check_gradients, flat
-from tests.layers.test_step import read_on, step_arguments
+from tests.support.batches import batches
 from tests.support.checks import (
     BACKBONES,
     INNERS,
     assert_close,
     assert_states_close,
+    check_gradients,
+    flat,
     inner_inputs,
     inner_results,
     make_layer,
     run_inner,
 )
+from tests.support.crash import fork, wait
+from tests.support.steps import read_on, step_arguments
 from ttt4rec import TTTState, native, ttt_linear
 from ttt4rec.arguments import TokenStep
 from ttt4rec.native import build, cache, full_softmax, inner_loop, step, threads
@@ -73,7 +74,7 @@ def test_gradcheck_from_state_to_state(inner):
 
 
 @pytest.mark.parametrize("inner", INNERS)
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [pytest.param(32, marks=pytest.mark.slow), 64, 128])
 def test_large_heads_in_float32(inner, head_dim):
     inputs = {n: x.float() for n, x in inner_inputs(inner, B=2, L=19, H=1, D=head_dim, K=16).items()}
     exact = flat(inner_results(inner, {n: x.double() for n, x in inputs.items()}, backend="reference"))
@@ -317,12 +318,55 @@ def fresh(tmp_path, monkeypatch):
     forget_libraries()
 
 
+STAND_IN = """#!/bin/sh
+made={inner_loop}
+for word; do
+  case $word in
+    --version) echo stand-in; exit ;;
+    *full_softmax.cpp) made={softmax} ;;
+  esac
+done
+{meanwhile}
+while [ "$1" != -o ]; do shift; done
+cat "$made" >"$2"  # with the rights that the umask gives a new file
+"""
+
+
+def stand_in(folder, inner_loop, softmax, meanwhile=""):
+    """In place of a compiler: a command that copies what was compiled before, and does something else before that."""
+    script = folder / "stand-in"
+    script.write_text(STAND_IN.format(inner_loop=inner_loop, softmax=softmax, meanwhile=meanwhile))
+    script.chmod(0o755)
+    return script
+
+
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory):
+def compiled():
+    """Paths of two libraries that were compiled: of the inner loop, and of the softmax."""
+    forget_libraries()
+    return build.library("linear", 8, 0, "float")._name, build.library("linear", 16, 0, "float", build.SOFTMAX)._name
+
+
+@pytest.fixture(scope="module")
+def compiler(compiled, tmp_path_factory):
+    """One that takes no time; to all that looks after libraries it is one."""
+    return str(stand_in(tmp_path_factory.mktemp("compiler"), *compiled))
+
+
+@pytest.fixture
+def quick(compiler, fresh, monkeypatch):
+    """``fresh``, with that compiler."""
+    monkeypatch.setenv("CXX", compiler)
+    return fresh
+
+
+@pytest.fixture(scope="module")
+def filled(compiler, tmp_path_factory):
     """A cache with what the tests below need."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TTT4REC_CACHE", str(folder))
+        patch.setenv("CXX", compiler)
         forget_libraries()
         build.library("linear", 8, 0, "float")
         build.library("linear", 16, 0, "float", build.SOFTMAX)
@@ -400,9 +444,9 @@ def test_a_cache_that_cannot_be_written(fresh, monkeypatch):
         build.library("linear", 8, 0, "float")
 
 
-def test_compiled_once_and_kept(fresh, monkeypatch):
+def test_compiled_once_and_kept(quick, monkeypatch):
     build.library("linear", 8, 0, "float")
-    assert len(list(fresh.glob("*"))) == 1  # nothing beside it
+    assert len(list(quick.glob("*"))) == 1  # nothing beside it
     build.library.cache_clear()
     made, compile_ = [], build._compile
     monkeypatch.setattr(build, "_compile", lambda *given: (made.append(given), compile_(*given)))
@@ -414,7 +458,7 @@ def test_compiled_once_and_kept(fresh, monkeypatch):
             patch.setattr(build, name, lambda *_: "another")
             build.library("linear", 8, 0, "float")
     assert len(made) == 2
-    assert len({place.name.rpartition("-")[0] for place in fresh.iterdir()}) == 3
+    assert len({place.name.rpartition("-")[0] for place in quick.iterdir()}) == 3
 
 
 def plant(content):
@@ -450,7 +494,7 @@ def test_a_library_that_cannot_be_loaded(fresh, monkeypatch, caplog):
     assert "cannot be loaded" in auto_runs_eagerly(caplog)
 
 
-def test_a_library_that_lacks_a_function(fresh, monkeypatch, caplog):
+def test_a_library_that_lacks_a_function(quick, monkeypatch, caplog):
     softmax = Path(build.library("linear", 16, 0, "float", build.SOFTMAX)._name).read_bytes()
     native.softmax_refusal.cache_clear()
     monkeypatch.setattr(build, "_compile", plant(softmax))
@@ -515,11 +559,10 @@ def test_commands_that_are_no_compiler(case, fresh, monkeypatch, caplog, tmp_pat
 
 
 @pytest.mark.parametrize("command", ["no-such-compiler", "false", "{script}"])
-def test_a_filled_cache_serves_without_a_compiler(command, fresh, monkeypatch, caplog, tmp_path):
-    monkeypatch.setenv("CXX", "c++")
+def test_a_filled_cache_serves_without_a_compiler(command, quick, monkeypatch, caplog, tmp_path):
     inputs = inner_inputs("linear", B=1, L=5, H=1, D=8, K=2, dtype=torch.float32)
     expected, _ = run("linear", inputs)
-    kept = sorted(fresh.iterdir())
+    kept = sorted(quick.iterdir())
     forget_libraries()
     (tmp_path / "script").write_bytes(b"\x00\x01")
     (tmp_path / "script").chmod(0o755)
@@ -527,7 +570,7 @@ def test_a_filled_cache_serves_without_a_compiler(command, fresh, monkeypatch, c
     with caplog.at_level(logging.WARNING, "ttt4rec"):
         assert torch.equal(run("linear", inputs)[0], expected)
     assert not caplog.records
-    assert sorted(fresh.iterdir()) == kept
+    assert sorted(quick.iterdir()) == kept
 
 
 def flip(path, place=-100):
@@ -537,9 +580,9 @@ def flip(path, place=-100):
     path.write_bytes(content)
 
 
-def test_a_damaged_library_is_compiled_anew_or_not_used(fresh, monkeypatch, caplog):
+def test_a_damaged_library_is_compiled_anew_or_not_used(quick, monkeypatch, caplog):
     build.library("linear", 8, 0, "float")
-    (path,) = fresh.iterdir()
+    (path,) = quick.iterdir()
     whole = path.read_bytes()
     flip(path)
     forget_libraries()
@@ -566,24 +609,24 @@ def give_away(path, monkeypatch):
 
 @pytest.mark.parametrize("what", ["folder", "file"])
 @pytest.mark.parametrize("change", ["owner", 0o757, 0o775])
-def test_what_others_may_have_put_there_is_not_loaded(what, change, filled, fresh, monkeypatch, caplog):
-    shutil.copytree(filled, fresh)
-    for path in [fresh] if what == "folder" else list(fresh.iterdir()):
+def test_what_others_may_have_put_there_is_not_loaded(what, change, filled, quick, monkeypatch, caplog):
+    shutil.copytree(filled, quick)
+    for path in [quick] if what == "folder" else list(quick.iterdir()):
         give_away(path, monkeypatch) if change == "owner" else path.chmod(change)
-    kept = sorted(fresh.iterdir())
+    kept = sorted(quick.iterdir())
     forget_libraries()
     message = auto_runs_eagerly(caplog)
-    assert str(fresh) in message
+    assert str(quick) in message
     assert ("belongs to the user number" if change == "owner" else f"has the mode {change:o}") in message
-    assert sorted(fresh.iterdir()) == kept
+    assert sorted(quick.iterdir()) == kept
 
 
 @pytest.mark.parametrize(
     ("mode", "owned", "taken"),
     [(0o777, True, False), (0o1777, True, True), (0o755, True, True), (0o755, False, False), (0o1777, False, False)],
 )
-def test_the_folder_of_the_cache_cannot_be_exchanged(mode, owned, taken, fresh, monkeypatch, caplog):
-    parent = fresh.parent / "parent"
+def test_the_folder_of_the_cache_cannot_be_exchanged(mode, owned, taken, quick, monkeypatch, caplog):
+    parent = quick.parent / "parent"
     parent.mkdir()
     parent.chmod(mode)
     if not owned:
@@ -596,21 +639,25 @@ def test_the_folder_of_the_cache_cannot_be_exchanged(mode, owned, taken, fresh, 
         assert f"they can exchange what is in {parent};" in auto_runs_eagerly(caplog)
 
 
-def test_libraries_are_written_by_nobody_else(fresh):
+def test_libraries_are_written_by_nobody_else(quick):
     before = os.umask(0)
     try:
         build.library("linear", 8, 0, "float")
     finally:
         os.umask(before)
-    assert [path.stat().st_mode & 0o022 for path in (fresh, *fresh.iterdir())] == [0, 0]
+    assert [path.stat().st_mode & 0o022 for path in (quick, *quick.iterdir())] == [0, 0]
     forget_libraries()
     build.library("linear", 8, 0, "float")
 
 
-def test_processes_that_compile_at_once(fresh):
-    code = "from ttt4rec.native import build; build.library('linear', 8, 0, 'double')"
-    runs = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-    assert [run.wait() for run in runs] == [0, 0, 0]
+def test_processes_that_compile_at_once(compiled, fresh, tmp_path, monkeypatch):
+    """Each has begun before one ends."""
+    everyone = 'touch "{0}/$$"; for wait in $(seq 1000); do [ "$(ls {0} | wc -l)" -ge 3 ] && break; sleep 0.01; done'
+    (tmp_path / "begun").mkdir()
+    monkeypatch.setenv("CXX", str(stand_in(tmp_path, *compiled, everyone.format(tmp_path / "begun"))))
+    children = [fork(lambda: build.library("linear", 8, 0, "float")) for _ in range(3)]
+    assert [wait(child) for child in children] == [0, 0, 0]
+    assert len(list((tmp_path / "begun").iterdir())) == 3
     assert len(list(fresh.glob("*"))) == 1
 
 

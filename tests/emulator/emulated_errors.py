@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels import test_inner_loop_kernels as inner_loop
-from tests.layers.test_step import step_arguments
-from tests.operators import test_output, test_projection
+from tests.support import inner_loop_kernels as inner_loop
+from tests.support import output as after
+from tests.support import projection as before
 from tests.support.checks import norm_errors
+from tests.support.steps import step_arguments
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer, eager, kernels
 from ttt4rec.arguments import TokenStep
 from ttt4rec.operators import token_step
@@ -59,18 +60,18 @@ def steps(dtype: torch.dtype) -> Iterator[Row]:
 
 
 def around(dtype: torch.dtype) -> Iterator[Row]:
-    inputs = test_projection.make_inputs(2, 40, 4, 16, dtype)
-    rope = test_projection.make_rope(2, 40, 16, 8, "shared", torch.float32)
-    exact = test_projection.defined_results(inputs, rope, 2)
-    results = (run(inputs, rope, 2, dtype) for run in (test_projection.run_kernels, test_projection.run_eager))
+    inputs = before.make_inputs(2, 40, 4, 16, dtype)
+    rope = before.make_rope(2, 40, 16, 8, "shared", torch.float32)
+    exact = before.defined_results(inputs, rope, 2)
+    results = (run(inputs, rope, 2, dtype) for run in (before.run_kernels, before.run_eager))
     yield "projection, width 64", *(worst(r, exact) for r in results)
     shape = (2, 40, 24, 4, 3, 2)
-    own, exact = test_projection.convolution_results(kernels, dtype, True, *shape)
-    plain, _ = test_projection.convolution_results(eager, dtype, True, *shape)
+    own, exact = before.convolution_results(kernels, dtype, True, *shape)
+    plain, _ = before.convolution_results(eager, dtype, True, *shape)
     yield "convolution, width 24", worst(own, exact), worst(plain, exact)
-    given = test_output.make_inputs(2, 40, 4, 16, True, dtype=dtype)
-    exact = test_output.defined_results(given)
-    yield "output, width 64", *(worst(test_output.run(p, given), exact) for p in (kernels, eager))
+    given = after.make_inputs(2, 40, 4, 16, True, dtype=dtype)
+    exact = after.defined_results(given)
+    yield "output, width 64", *(worst(after.run(p, given), exact) for p in (kernels, eager))
 
 
 def training_steps(dtype: torch.dtype) -> Iterator[Row]:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.emulator.test_matrices import LAYOUTS, in_shared_memory, integers, names, raw
 from tests.support.emulation import check, lane_address, launch, run
+from tests.support.matrices import LAYOUTS, in_shared_memory, integers, names, raw
 
 THREADS = 128
 SWIZZLE = {8: 2, 4: 4, 2: 6, 1: 0}  # of the descriptor, by chunks in a row

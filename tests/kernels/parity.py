@@ -9,7 +9,8 @@ import torch
 
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
-from tests.kernels import test_inner_loop_kernels as kernels
+from tests.support import inner_loop_kernels as kernels
+from tests.support.checks import INNERS
 
 SHAPES = [(2, 26, 2, 16, 8), (1, 51, 2, 16, 16), (1, 51, 1, 32, 16), (1, 35, 1, 64, 16), (1, 19, 1, 128, 8)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,7 +34,7 @@ def main() -> None:
         f"Norm of the error relative to the exact value's, on {where}; in brackets the reference in the same dtype.\n"
     )
     print("| inner model | D, K | dtype | outputs | worst gradient | its error |\n|---|---|---|---|---|---|")
-    for inner in kernels.INNERS:
+    for inner in INNERS:
         for shape in SHAPES:
             for name, dtype in DTYPES.items():
                 cells = [inner, f"{shape[3]}, {shape[4]}", name, *row(inner, shape, dtype)]

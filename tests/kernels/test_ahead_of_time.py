@@ -1,8 +1,6 @@
 """Kernels compiled for GPUs that need not be there: what they cost, and how they update the state."""
 
 import itertools
-import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +10,7 @@ import pytest
 import torch
 import triton
 
+from tests.support.compiled import cost_of, environment
 from tools import resources
 from tools.aot import DTYPES, TARGETS
 from tools.documents import ROOT
@@ -35,9 +34,6 @@ STATE_SHAPE = {  # stacked heads by what each inner layer puts out
 }
 NUM_WEIGHTS = {"linear": 1, "mlp": 2}  # matrices
 
-pytestmark = pytest.mark.slow
-
-
 TABLE = resources.read((ROOT / "docs" / "resources.md").read_text())
 VERSIONS = ("3.6.0", "3.9.0")  # oldest and newest
 UNSPILLED = {  # D and K without a spill in the loop, on sm_90 and sm_100
@@ -57,23 +53,6 @@ LARGEST_PRODUCT = {"sm_80": 4096, "gfx942": 16384}
 TRAPS = [("3.6.0", "sm_100", "linear_backward", 128, 64)]
 
 
-def in_a_process(*command: str) -> str:
-    """What it prints. In a process of its own: under the interpreter nothing is compiled."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return run.stdout
-
-
-@pytest.fixture(scope="module")
-def costs() -> dict[str, dict[str, Any]]:
-    """What every kernel of the sample costs."""
-    lines = in_a_process("-m", "tools.aot", "--json", *SAMPLE).splitlines()
-    return {cost["kernel"]: cost for cost in map(json.loads, lines)}
-
-
 def test_the_table_has_every_configuration() -> None:
     """Of the launch table, with its present cuts."""
     assert set(TABLE) == {(version, architecture) for version in VERSIONS for architecture in TARGETS}
@@ -86,11 +65,12 @@ def test_the_table_has_every_configuration() -> None:
             assert (r.num_warps, r.num_stages, r.heads, r.chunks) == cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", SAMPLE)
-def test_costs_are_those_of_the_table(kernel: str, costs: dict[str, dict[str, Any]]) -> None:
+def test_costs_are_those_of_the_table(kernel: str) -> None:
     """To the instruction under a Triton of the table; under another one nothing may be a quarter worse."""
     architecture = kernel.split(":")[1]
-    measured = resources.row(architecture, costs[kernel])
+    measured = resources.row(architecture, cost_of(kernel))
     known = triton.__version__ in VERSIONS
     rows = TABLE[triton.__version__ if known else VERSIONS[-1], architecture]
     (expected,) = (r for r in rows if r[:4] == measured[:4])
@@ -159,10 +139,12 @@ def test_architectures_that_were_not_looked_at_take_the_nearest_ones_cuts(name: 
     assert launch.nearest(name) == nearest
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_all_lengths() -> None:
     script = """
 import torch
 from tools import aot
+aot._nvidia_cost = lambda compiled, times: None  # which takes longer than to compile
 around = [f"{part}_{way}" for part in ("projection", "convolution", "output") for way in ("forward", "backward")]
 for op in ("linear_forward", "linear_backward", "mlp_forward", "mlp_backward", *around):
     for length in (1, 7, 16, 50, 4096):
@@ -175,7 +157,10 @@ for name, module in sorted(sys.modules.items()):
             if compiled := sum(len(cache[0]) for cache in caches):
                 print(compiled, kernel.__name__)
 """
-    printed = in_a_process("-c", script).splitlines()
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    printed = run.stdout.splitlines()
     assert len(printed) == 10
     assert {line.split()[0] for line in printed} == {"1"}, printed
 
@@ -188,25 +173,27 @@ def state_shape(kernel: str) -> str | None:
     return STATE_SHAPE.get((op.split("_")[0], f"{head_dim}:{mini_batch_size}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [kernel for kernel in SAMPLE if state_shape(kernel)])
-def test_state_is_updated_by_a_float32_subtraction(kernel: str, costs: dict[str, dict[str, Any]]) -> None:
+def test_state_is_updated_by_a_float32_subtraction(kernel: str) -> None:
     """Never inside the tensor core's accumulator, which rounds towards zero: errors of one sign would add up.
 
     The forward carries the weights, so does the replay, and the walk back their gradients.
     """
-    carried = carried_tensors(costs[kernel]["ttgir"], state_shape(kernel) or "")
-    subtracted = {name: subtraction(name, costs[kernel]["ttgir"]) for name in carried}
+    carried = carried_tensors(cost_of(kernel)["ttgir"], state_shape(kernel) or "")
+    subtracted = {name: subtraction(name, cost_of(kernel)["ttgir"]) for name in carried}
     inner, direction = kernel.split(":")[0].split("_")
     assert len(carried) == NUM_WEIGHTS[inner] * (1 if direction == "forward" else 2)
     assert all(subtracted.values()), subtracted
     for name in carried:
-        assert not accumulates_into(name, costs[kernel]["ttgir"]), name
+        assert not accumulates_into(name, cost_of(kernel)["ttgir"]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["linear_forward", "linear_backward", "mlp_forward"])
-def test_float32_products_are_three_tf32_products(op: str, costs: dict[str, dict[str, Any]]) -> None:
+def test_float32_products_are_three_tf32_products(op: str) -> None:
     """Never one, which would keep 11 bits."""
-    single, half = (costs[f"{op}:sm_90:16:8:{dtype}"]["ttgir"].count("= tt.dot ") for dtype in ("fp32", "bf16"))
+    single, half = (cost_of(f"{op}:sm_90:16:8:{dtype}")["ttgir"].count("= tt.dot ") for dtype in ("fp32", "bf16"))
     assert half > 0
     assert single == 3 * half
 

@@ -1,15 +1,10 @@
 """The kernels around the inner loop compiled for GPUs that need not be there: registers, spills, shared memory."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 
-from tools.documents import ROOT
+from tests.support.compiled import cost_of
 
 # Largest allowed: registers, spill instructions, of them in the loop, bytes of shared memory. About 15 % above the
 # worst of Triton 3.6.0 and 3.9.0. Width is 4 head dimensions: 64 and 256 fused forward, 512 by the library's products.
@@ -78,19 +73,9 @@ PRODUCTS = {name: least for name in LIMITS for kind, least in FUSED.items() if r
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def costs() -> dict[str, dict[str, Any]]:
-    """What every kernel costs. In a process of its own: under the interpreter nothing is compiled."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tools.aot", "--json", *LIMITS]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return {cost["kernel"]: cost for cost in map(json.loads, run.stdout.splitlines())}
-
-
 @pytest.mark.parametrize("kernel", LIMITS)
-def test_cost_stays_within_limits(kernel: str, costs: dict[str, dict[str, Any]]) -> None:
-    cost = costs[kernel]
+def test_cost_stays_within_limits(kernel: str) -> None:
+    cost = cost_of(kernel)
     names = ("registers", "spills", "loop_spills", "shared_memory")
     beyond = {name: cost[name] for name, limit in zip(names, LIMITS[kernel], strict=True) if cost[name] > limit}
     assert cost["registers"] > 20  # fewer, and it was not found
@@ -98,13 +83,13 @@ def test_cost_stays_within_limits(kernel: str, costs: dict[str, dict[str, Any]])
 
 
 @pytest.mark.parametrize("kernel", PRODUCTS)
-def test_fused_kernels_multiply_in_tensor_cores(kernel: str, costs: dict[str, dict[str, Any]]) -> None:
-    ttgir = costs[kernel]["ttgir"]
+def test_fused_kernels_multiply_in_tensor_cores(kernel: str) -> None:
+    ttgir = cost_of(kernel)["ttgir"]
     products = sum(ttgir.count(name) for name in ("= tt.dot ", "warp_group_dot ", "tc_gen5_mma "))
     assert products >= PRODUCTS[kernel]
 
 
 @pytest.mark.parametrize("kernel", LIMITS)
-def test_sums_are_taken_without_atomics(kernel: str, costs: dict[str, dict[str, Any]]) -> None:
-    assert "store" in costs[kernel]["ttgir"]
-    assert "atomic" not in costs[kernel]["ttgir"]
+def test_sums_are_taken_without_atomics(kernel: str) -> None:
+    assert "store" in cost_of(kernel)["ttgir"]
+    assert "atomic" not in cost_of(kernel)["ttgir"]

@@ -1,15 +1,10 @@
 """The step kernels compiled for GPUs that need not be there: registers, spills, and what they do not do."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 
-from tools.documents import ROOT
+from tests.support.compiled import cost_of
 
 # Largest allowed: registers, spill instructions. About 15 % above the worst of Triton 3.6.0 and 3.9.0.
 LIMITS = {
@@ -29,30 +24,20 @@ LIMITS = {
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def costs() -> dict[str, dict[str, Any]]:
-    """What every kernel costs. In a process of its own: under the interpreter nothing is compiled."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tools.aot", "--json", *LIMITS]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return {cost["kernel"]: cost for cost in map(json.loads, run.stdout.splitlines())}
-
-
 @pytest.mark.parametrize("kernel", LIMITS)
-def test_cost_stays_within_limits(kernel: str, costs: dict[str, dict[str, Any]]) -> None:
-    cost = costs[kernel]
+def test_cost_stays_within_limits(kernel: str) -> None:
+    cost = cost_of(kernel)
     assert cost["registers"] > 20  # fewer, and it was not found
     assert cost["registers"] <= LIMITS[kernel][0]
     assert cost["spills"] <= LIMITS[kernel][1]
 
 
 @pytest.mark.parametrize("kernel", LIMITS)
-def test_weights_stay_where_they_were_loaded(kernel: str, costs: dict[str, dict[str, Any]]) -> None:
+def test_weights_stay_where_they_were_loaded(kernel: str) -> None:
     """No tile of weights goes through shared memory to change its layout, and none is loaded twice if it fits."""
     op, _, head_dim, *_ = kernel.split(":")
     D = int(head_dim)
-    ttgir = costs[kernel]["ttgir"]
+    ttgir = cost_of(kernel)["ttgir"]
     chunk = {16: 64, 64: 256, 128: 64}[D]
     shapes = [f"{D}x{D}"] if op == "linear_step" else [f"{D}x{chunk}", f"{chunk}x{D}"]
     for shape in shapes:

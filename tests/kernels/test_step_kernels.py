@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.layers.test_step import read_on, step_arguments, tokens
 from tests.support.checks import INNERS, assert_close, assert_states_close, make_layer
+from tests.support.steps import read_on, step_arguments, tokens
 from ttt4rec import TTTLayer
 from ttt4rec.arguments import TokenStep
 from ttt4rec.kernels import step

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from tests.layers.test_golden import layer_of
 from tests.support.checks import (
     INNERS,
     assert_close,
     golden_cases,
     gradients,
     inner_inputs,
+    layer_of,
     load_golden,
     norm_error,
     run_inner,
@@ -36,7 +36,12 @@ def make_layer(**options):
     return layer.to(DEVICE)
 
 
-@pytest.mark.parametrize("name", golden_cases())
+LONGEST = "mlp_transformer_d16_k8_l50"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == LONGEST else ()) for name in golden_cases()]
+)
 def test_layer_matches_the_release(name):
     """In float32, at most twice as far from the release's float64 numbers as the reference run in float32."""
     case = load_golden(name)

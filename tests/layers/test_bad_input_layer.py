@@ -188,7 +188,7 @@ def test_a_state_whose_parts_do_not_fit_together(name):
         (ValueError, {"position": torch.neg}, ["position", "from 0", "[-6, -6]"]),
         (ValueError, {"pending_v": lambda x: x.to("meta")}, ["pending_v", "cpu", "meta"]),
     ],
-    ids=str,
+    ids=["dtype of a weight", "dtype of keys", "dtype of a position", "negative position", "device"],
 )
 def test_a_state_whose_parts_are_of_another_kind(kind, change, parts):
     layer = make_layer("linear", "transformer")

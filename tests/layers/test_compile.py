@@ -6,17 +6,23 @@ The backend "auto" alone is in ``test_operators``.
 import pytest
 import torch
 
-from tests.support.checks import BACKBONES, assert_close, gradients
+from tests.support.checks import BACKBONES, INNERS, assert_close, gradients
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 
-PATHS = [("reference", "linear"), ("reference", "mlp"), ("triton", "linear"), ("triton", "mlp")]
+CALLS = [(inner, backbone, where) for inner in INNERS for backbone in BACKBONES for where in ("packed", "state")]
+QUICK = [  # each takes seconds: the default run meets any two options together on the kernels, one on the reference
+    *(("triton", *CALLS[i]) for i in (0, 3, 5, 6)),
+    *(("reference", *CALLS[i]) for i in (0, 7)),
+]
+PATHS = [
+    pytest.param(*path, marks=() if path in QUICK else pytest.mark.slow)
+    for path in ((backend, *call) for backend in ("reference", "triton") for call in CALLS)
+]
 SINGLE = 1e-5  # the same operators on the same numbers; only what is around them may be reordered
 MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize(("backend", "inner"), PATHS)
-@pytest.mark.parametrize("where", ["packed", "state"])
+@pytest.mark.parametrize(("backend", "inner", "backbone", "where"), PATHS)
 def test_layer(backend, inner, backbone, where):
     torch._dynamo.reset()
     layer = TTTLayer(8, 2, inner=inner, backbone=backbone, mini_batch_size=4, backend=backend)

@@ -49,7 +49,10 @@ def test_layer(inner, backbone, strict):
         assert_close(program(x), layer(x), name=str(size))
 
 
-@pytest.mark.parametrize(("backbone", "strict"), [("transformer", False), ("mamba", False), ("mamba", True)])
+@pytest.mark.parametrize(
+    ("backbone", "strict"),
+    [("transformer", False), ("mamba", False), pytest.param("mamba", True, marks=pytest.mark.slow)],
+)
 def test_layer_with_a_mask_and_its_state(backbone, strict):
     """The state too: its context of the convolutions is shorter and longer than the input."""
     layer = make_layer("mlp", backbone, width=16)

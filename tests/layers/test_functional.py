@@ -7,10 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.batches import batches
 from tests.support.checks import (
     INNERS,
     assert_close,
     assert_states_close,
+    check_gradients,
+    flat,
     inner_inputs,
     inner_results,
     relative_error,
@@ -69,27 +72,6 @@ def test_gradcheck_of_packed_and_padded_sequences(inner):
             return o, *state.weights
 
         check_gradients(function, list(inputs.values()))
-
-
-@st.composite
-def batches(draw, head_dims=(2, 4, 6)):
-    """Shape options and where the sequences are: dense, padded or packed."""
-    K, H, D = draw(st.integers(1, 5)), draw(st.integers(1, 2)), draw(st.sampled_from(head_dims))
-    kind = draw(st.sampled_from(["dense", "mask", "packed"]))
-    where = {}
-    B, L = draw(st.integers(1, 3)), draw(st.integers(1, 12))
-    if kind == "mask":
-        mask = torch.zeros(B, L, dtype=torch.bool)
-        for row in mask:
-            first, last = sorted(draw(st.tuples(st.integers(0, L), st.integers(0, L))))
-            row[first:last] = True
-        where["mask"] = mask
-    elif kind == "packed":
-        B = 1
-        lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any))
-        where["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
-        L = sum(lengths)
-    return {"B": B, "L": L, "H": H, "D": D, "K": K, "hidden": draw(st.integers(1, 9))}, where
 
 
 @pytest.mark.parametrize("inner", INNERS)
@@ -190,25 +172,6 @@ def test_non_contiguous_inputs(inner):
     expected, actual = flat(inner_results(inner, inputs)), flat(inner_results(inner, strided))
     for name, x in expected.items():
         assert_close(actual[name], x, name=name)
-
-
-def flat(results):
-    """Outputs, outgoing weights and gradients under one roof."""
-    o, state, grads = results
-    named = {"o": o} | {f"weights.{i}": w for i, w in enumerate(state.weights)}
-    return named | {f"grad {name}": g for name, g in grads.items()}
-
-
-def check_gradients(function, tensors):
-    """gradcheck of two random combinations of all outputs; every input element is perturbed."""
-    leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    count = sum(x.numel() for x in function(*leaves))
-    mix = torch.randn(count, 2, dtype=torch.float64) / count**0.5
-
-    def mixed(*arguments):
-        return torch.cat([x.flatten() for x in function(*arguments)]) @ mix
-
-    assert torch.autograd.gradcheck(mixed, leaves, atol=1e-7, rtol=1e-5)
 
 
 def test_the_second_derivative_of_gelu_does_not_cancel():

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tests.support.checks import assert_close, golden_cases, load_golden
-from ttt4rec import TTTLayer
+from tests.support.checks import assert_close, golden_cases, layer_of, load_golden
 from ttt4rec.layers.original_weights import _LAYER_NAMES
 
 TOLERANCE = 1e-6  # the release computes its rotary tables in float32
@@ -43,17 +42,3 @@ def test_a_streamed_release_layer_matches_the_release(name):
             y, state = layer(piece, state=state, return_state=True)
             outputs.append(y)
     assert_close(torch.cat(outputs, dim=1), case.tensors["layer.y"], TOLERANCE, "y")
-
-
-def layer_of(config, backend):
-    return TTTLayer(
-        config["head_dim"] * config["num_heads"],
-        config["num_heads"],
-        inner=config["inner"],
-        backbone="mamba" if config["share_qk"] else "transformer",
-        mini_batch_size=config["mini_batch_size"],
-        rope_theta=config["rope_theta"],
-        base_lr=config["ttt_base_lr"],
-        conv_kernel=config["conv_kernel"],
-        backend=backend,
-    ).double()

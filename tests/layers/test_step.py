@@ -1,7 +1,6 @@
 """One token at a time: streams in a pool against the whole forward, on the eager path and the kernels."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,27 +11,17 @@ from tests.support.checks import (
     assert_close,
     assert_states_close,
     assert_states_identical,
-    inner_inputs,
     make_layer,
 )
-from ttt4rec import StatePool, TTT4Rec, TTT4RecConfig, TTTLayer
+from tests.support.steps import LENGTH, WIDTH, read_on, step_arguments, tokens
+from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 from ttt4rec.arguments import TokenStep
 from ttt4rec.eager import step
 from ttt4rec.models.mixers import MIXERS
 
-WIDTH, LENGTH = 8, 11
 all_layers = pytest.mark.parametrize(
     ("inner", "backbone"), [(inner, backbone) for inner in INNERS for backbone in BACKBONES]
 )
-
-
-def tokens(streams, length=LENGTH, width=WIDTH):
-    return torch.randn(streams, length, width, dtype=torch.float64)
-
-
-def read_on(layer, x, pool, slots):
-    """Step through x [B, L, width]."""
-    return torch.stack([layer.step(x[:, t], pool, slots) for t in range(x.shape[1])], 1)
 
 
 @all_layers
@@ -369,17 +358,3 @@ def test_the_host_need_not_know_a_value(inner):
     given = step_arguments(inner, torch.float64)
     (o,) = step.token_step(TokenStep(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in given)))
     assert o.shape == given.q.shape
-
-
-def step_arguments(inner, dtype, *, B=3, H=2, D=6, K=4):
-    """Arguments of the operator, for streams at the first, at a middle and at the last token of a mini-batch."""
-    inputs = inner_inputs(inner, B, 1, H, D, K, dtype=dtype)
-    q, k, v, lr = (inputs.pop(name).squeeze(1) for name in ("q", "k", "v", "inner_lr"))
-    scale, gamma, beta = (inputs.pop(name) for name in ("token_scale", "ln_weight", "ln_bias"))
-    layer = SimpleNamespace(
-        inner=inner, mini_batch_size=K, initial_state=lambda: (tuple(inputs.values()), (gamma, beta))
-    )
-    pool = StatePool(5, layer)
-    pool.records += 0.1 * torch.randn_like(pool.records)
-    where = torch.tensor([4, 0, 2]), torch.tensor([0, K // 2, K - 1])
-    return TokenStep(q, k, v, lr, scale, gamma, beta, *where, pool.records, inner, pool.hidden, 1e-6)

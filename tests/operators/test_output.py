@@ -1,23 +1,19 @@
 """Norm, gate and output projection behind the inner loop: the operator against plain PyTorch in float64."""
 
-import os
 import sys
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read when the kernels are imported
+from torch import nn
 
 from tests.support.checks import BACKBONES, INNERS, assert_close, gradients, make_layer, norm_errors
+from tests.support.output import DEVICE, EPS, defined_results, make_inputs, run
 from ttt4rec import TTTLayer, eager, kernels
 from ttt4rec.arguments import Output
 from ttt4rec.operators import output
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 KERNEL_CHOICE = sys.modules["ttt4rec.kernels.output"]  # the package has the function of that name
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EPS = 1e-6
 FP32_TOLERANCE = 2e-6  # some roundings of 1e-7, in norm
 GATED = (True, False)
 FUSED = {"everything": 1 << 31, "nothing": 0}
@@ -28,47 +24,6 @@ SHAPES = [  # B, L, H, D
     (1, 70, 5, 26),  # width 130: a last chunk of 2 output features
     (3, 0, 2, 8),  # no token
 ]
-
-
-def make_inputs(
-    B: int, L: int, H: int, D: int, gated: bool, masked: bool = True, dtype: torch.dtype = torch.float64
-) -> list[Tensor | None]:
-    """o, gate, mask, γ, β, W and the gradient of y."""
-    C = H * D
-    o, d_y = 3 + torch.randn(B, L, H, D), torch.randn(B, L, C)  # a mean, which cancels
-    gate = 2 * torch.randn(B, L, C) if gated else None
-    parameters = [1 + 0.3 * torch.randn(C), 0.3 * torch.randn(C), torch.randn(C, C) / C**0.5]
-    mask = (torch.rand(B, L) < 0.7).to(DEVICE) if masked else None
-    o, gate, *parameters, d_y = (x if x is None else x.to(DEVICE, dtype) for x in (o, gate, *parameters, d_y))
-    return [o, gate, mask, *parameters, d_y]
-
-
-def definition(o, gate, mask, norm_weight, norm_bias, weight):
-    """Outputs as the mathematics has them."""
-    x = o.flatten(2)
-    centred = x - x.mean(-1, keepdim=True)
-    h = norm_weight * centred * (centred.square().mean(-1, keepdim=True) + EPS) ** -0.5 + norm_bias
-    if gate is not None:
-        h = h * gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
-    y = h @ weight.t()
-    return y if mask is None else y.masked_fill(~mask.unsqueeze(-1), 0)
-
-
-def defined_results(inputs):
-    """Outputs and gradients of o, the gate, γ, β and W, in float64."""
-    o, gate, mask, *parameters, d_y = (x if x is None or x.dtype == torch.bool else x.double() for x in inputs)
-    leaves = [x.requires_grad_() for x in (o, gate, *parameters) if x is not None]
-    y = definition(o, gate, mask, *parameters)
-    return [y.detach(), *torch.autograd.grad(y, leaves, d_y)]
-
-
-def run(path, inputs):
-    """Outputs and gradients in the same order."""
-    *arguments, d_y = inputs
-    given = Output(*arguments, EPS)
-    d_o, d_gate, *d_parameters = path.output_backward(given, (), (d_y,))
-    gradients = [d_o, *([] if given.gate is None else [d_gate]), *d_parameters]
-    return [*path.output(given), *gradients]
 
 
 def choose_kernels(monkeypatch: pytest.MonkeyPatch, width: int) -> None:

@@ -1,6 +1,7 @@
 """The benchmark suite but for the timings: contestants, turns, budgets, reports."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -158,7 +159,8 @@ def test_who_cannot_be_measured_does_not_stop_the_others():
     }
     outcomes = measure.take_turns(makers, "cpu", 1.0)
     assert len(outcomes["fine"].seconds) >= measure.MIN_ROUNDS
-    assert re.fullmatch(r"out of time, 0\.5\d? s a call", outcomes["slow"].why_not)
+    told = re.fullmatch(r"out of time, (\S+) s a call", outcomes["slow"].why_not)
+    assert 0.5 <= float(told[1]) < 2  # on a busy machine it is called late
     assert outcomes["large"].why_not == "out of memory"
     assert outcomes["stepless"].why_not == "no step"
     assert outcomes["broken"].error is failure
@@ -249,12 +251,14 @@ def test_readme_and_reports_are_what_the_committed_results_give():
         assert (result.path.parent / report.REPORT_FILE).read_text() == report.report(result)
 
 
+@pytest.mark.slow
 def test_results_are_saved_and_compared_by_pytest_benchmark(tmp_path):
     saved = tmp_path / "benchmark.json"
     chosen = "one-token_step-w64-b1-l50 and (attention or GRU)"
     command = [sys.executable, "-m", "pytest", "benchmarks/test_mixers.py", "--benchmark-only", "-k", chosen]
     command += ["--size=small", "--budget=5", "--note=a test", f"--benchmark-json={saved}", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    run = subprocess.run(command, cwd=report.ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "one-token step, width 64, 1 × after 50: 2 of 2 sides measured" in run.stdout
     compare = [sys.executable, "-m", "pytest_benchmark", "compare", str(saved)]

@@ -65,7 +65,10 @@ def in_core_install(tmp_path, *hidden):
     return json.loads(run.stdout), run.stderr.splitlines()
 
 
-@pytest.mark.parametrize("hidden", [("numpy", "safetensors", "tqdm", "pyarrow", "matplotlib"), ("safetensors",)])
+@pytest.mark.parametrize(
+    "hidden",
+    [("numpy", "safetensors", "tqdm", "pyarrow", "matplotlib"), pytest.param(("safetensors",), marks=pytest.mark.slow)],
+)
 def test_a_core_install_names_the_extra(tmp_path, hidden):
     TTT4Rec(TTT4RecConfig(num_items=9)).save(tmp_path / "oldmodel")
     found, commands = in_core_install(tmp_path, *hidden)

@@ -430,6 +430,7 @@ def test_health_tells_of_a_damaged_event(other, other_folder):
     assert re.search("the checksum of event . of user 'u9' is wrong", answer.json()["detail"])
 
 
+@pytest.mark.slow
 def test_killed_and_ended(folder, tmp_path):
     """What was acknowledged is there after a kill; a service that is ended saves its states."""
     copied(folder, tmp_path)

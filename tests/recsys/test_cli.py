@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from tests.support.recsys_data import write_events
+from tests.support.recsys_data import SMALL, write_events
 from ttt4rec import TTT4Rec
 from ttt4rec.atomic_files import write_json
 from ttt4rec.cli import _add_fields, _Parser, main, make_parser
@@ -23,8 +23,6 @@ from ttt4rec.models.ttt4rec import TTT4RecConfig
 from ttt4rec.options import TrainOptions
 from ttt4rec.recsys.training.checkpoint import load_checkpoint
 from ttt4rec.recsys.training.train import CHECKPOINT_FILE
-
-SMALL = ["--width", "16", "--num-heads", "2", "--ffn-width", "16", "--max-len", "8", "--targets-per-batch", "128"]
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +222,11 @@ def test_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("question", "lines"),
-    [(["--user", "u1"], 0), (["--help"], 0), (["--histories", "FILE"], 1)],  # the first two are flushed at the end only
+    [  # the first two are flushed at the end only
+        pytest.param(["--user", "u1"], 0, marks=pytest.mark.slow),
+        (["--help"], 0),
+        (["--histories", "FILE"], 1),
+    ],
     ids=str,
 )
 def test_a_closed_pipe_ends_quietly(run, question, lines):

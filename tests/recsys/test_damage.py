@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from studies.runner import keep, read_results
-from tests.recsys.test_cli import SMALL
 from tests.support.checks import assert_states_identical, make_layer
-from tests.support.recsys_data import make_model, make_split
+from tests.support.recsys_data import SMALL, make_model, make_split
 from ttt4rec import TTT4Rec, TTTState, atomic_files
 from ttt4rec.cli import main
 from ttt4rec.recsys.recommend import Recommender

@@ -7,8 +7,7 @@ import pyarrow as arrow
 import pytest
 from pyarrow import parquet
 
-from tests.recsys.test_cli import SMALL
-from tests.support.recsys_data import NUM_ITEMS
+from tests.support.recsys_data import NUM_ITEMS, SMALL
 from ttt4rec.checks import printable
 from ttt4rec.cli import main
 from ttt4rec.recsys import DataError, OnlineRecommender, Recommender, SQLiteEventLog, read_interactions

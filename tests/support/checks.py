@@ -170,3 +170,37 @@ def load_golden(name: str) -> Golden:
     with safe_open(_GOLDEN / f"{name}.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
         return Golden(config, {key: file.get_tensor(key).double() for key in file.keys()})  # noqa: SIM118
+
+
+def flat(results):
+    """Outputs, outgoing weights and gradients under one roof."""
+    o, state, grads = results
+    named = {"o": o} | {f"weights.{i}": w for i, w in enumerate(state.weights)}
+    return named | {f"grad {name}": g for name, g in grads.items()}
+
+
+def check_gradients(function, tensors):
+    """gradcheck of two random combinations of all outputs; every input element is perturbed."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    count = sum(x.numel() for x in function(*leaves))
+    mix = torch.randn(count, 2, dtype=torch.float64) / count**0.5
+
+    def mixed(*arguments):
+        return torch.cat([x.flatten() for x in function(*arguments)]) @ mix
+
+    assert torch.autograd.gradcheck(mixed, leaves, atol=1e-7, rtol=1e-5)
+
+
+def layer_of(config: dict[str, Any], backend: str) -> TTTLayer:
+    """A layer as that of a golden case."""
+    return TTTLayer(
+        config["head_dim"] * config["num_heads"],
+        config["num_heads"],
+        inner=config["inner"],
+        backbone="mamba" if config["share_qk"] else "transformer",
+        mini_batch_size=config["mini_batch_size"],
+        rope_theta=config["rope_theta"],
+        base_lr=config["ttt_base_lr"],
+        conv_kernel=config["conv_kernel"],
+        backend=backend,
+    ).double()

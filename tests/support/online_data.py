@@ -81,3 +81,21 @@ class MemoryEventLog:
         with self.lock:
             for user in user_ids:
                 self.histories.pop(user, None)
+
+
+def run_threads(work, count):
+    """Call ``work(number)`` in so many threads; what goes wrong in one is an error here."""
+    errors = []
+
+    def guarded(number):
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors

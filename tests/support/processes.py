@@ -2,25 +2,29 @@
 
 import os
 import pickle
-import socket
 import tempfile
 import traceback
 from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.tensor.parallel  # noqa: F401 or each process would import it, for a second
 
 from tests.support.crash import fork, wait
 from ttt4rec.recsys.training.parallel import processes
 
 
 def together(world_size, function):
-    """What the function returns in each of so many processes of one group."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    """What the function returns in each of so many processes of one group.
+
+    They meet in a store of this process, as those of torchrun do in its: a port that is free now could be taken by
+    another test when the first of them opens it.
+    """
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
 
         def run(rank):
-            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "LOCAL_RANK": str(rank)}
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "TORCHELASTIC_USE_AGENT_STORE": "True"}
             try:
                 with processes("cpu"):
                     result = function()

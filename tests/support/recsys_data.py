@@ -9,6 +9,18 @@ from ttt4rec.recsys.data import build_histories, read_interactions
 from ttt4rec.recsys.data.split import split_by_ratio
 
 NUM_ITEMS = 24
+SMALL = [
+    "--width",
+    "16",
+    "--num-heads",
+    "2",
+    "--ffn-width",
+    "16",
+    "--max-len",
+    "8",
+    "--targets-per-batch",
+    "128",
+]
 
 
 def write_events(path, users=60, seed=0):

@@ -120,6 +120,7 @@ def test_a_damaged_packed_file_is_told_as_everywhere(tmp_path):
         ("twitch-100k", "100k_a.csv.gz", gzip.compress(TWITCH)),
         ("amazon-video-games", "ratings_Video_Games.csv.gz", gzip.compress(AMAZON)),
     ],
+    ids=["gowalla", "twitch", "twitch packed", "amazon packed"],  # a packed file has the time in it
 )
 def test_the_publishers_file_packed_or_not(tmp_path, name, file, content):
     (tmp_path / file).write_bytes(content)

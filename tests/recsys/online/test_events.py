@@ -4,7 +4,6 @@ import random
 import re
 import resource
 import sqlite3
-import threading
 from collections import Counter
 from contextlib import closing
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.crash import fork, wait
-from tests.support.online_data import MemoryEventLog, history
+from tests.support.online_data import MemoryEventLog, history, run_threads
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.online import events
 from ttt4rec.recsys.online.events import DamagedLogError, Event, Known, SQLiteEventLog, Tail, events_of
@@ -117,23 +116,6 @@ def test_many_threads(log):
 
     run_threads(work, 5)
     assert sorted(history(log, "all")) == sorted(str(n) for n in range(5) for _ in range(40))
-
-
-def run_threads(work, count):
-    errors = []
-
-    def guarded(number):
-        try:
-            work(number)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.recsys.online.test_events import run_threads
 from tests.support.checks import ROUNDING
-from tests.support.online_data import ITEMS, MemoryEventLog, batch_scores, history, make_model, slot_bytes
+from tests.support.online_data import ITEMS, MemoryEventLog, batch_scores, history, make_model, run_threads, slot_bytes
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.online import OnlineRecommender, earlier, streams
 from ttt4rec.recsys.online.events import Event, SQLiteEventLog

@@ -17,8 +17,9 @@ from ttt4rec.recsys.training.checkpoint import save_checkpoint
 from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, fit
 
 
-def test_killed_at_random_moments(tmp_path):
-    assert survive(tmp_path, kills=100) >= 10
+@pytest.mark.parametrize("kills", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tmp_path, kills):
+    assert survive(tmp_path, kills, seed=kills) >= kills // 10
 
 
 @pytest.mark.parametrize("nth", [0, 1, 2, 2 * OPTIONS.epochs - 1])  # the last: nothing of the training is left

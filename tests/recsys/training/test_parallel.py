@@ -350,16 +350,18 @@ def test_clipping_is_torchs(tmp_path):
     assert sum(float(g.square().sum()) for g in grads[0]) == pytest.approx(0.01)
 
 
+@pytest.mark.slow
 def test_the_command_line_under_torchrun(tmp_path, capsys):
     write_events(tmp_path / "ring.inter", users=20)
     options = ["--epochs", "1", "--width", "16", "--max-len", "8", "--dropout", "0", "--targets-per-batch", "64"]
     command = ["train", str(tmp_path / "ring.inter"), *options, "--threads", "1", "--out"]
     assert cli.main([*command, str(tmp_path / "one")]) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    alone = ["--standalone", "--local-addr", "localhost"]  # the machine's own name need not lead to it
+    launcher = [sys.executable, "-m", "torch.distributed.run", *alone, "--nproc-per-node", "2", "-m"]
     words = [*launcher, "ttt4rec.cli", *command, str(tmp_path / "two")]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for printed in (capsys.readouterr().out, done.stdout):
         assert printed.count("epoch   0") == printed.count("model in") == 1
     results = [json.loads((tmp_path / name / "run.json").read_text())["test"] for name in ("one", "two")]
-    assert results[1] == pytest.approx(results[0], abs=1 / 100)  # of 300 targets; float32 may swap close scores
+    assert results[1] == pytest.approx(results[0], abs=1 / 100)  # of 185 targets; float32 may swap close scores
