@@ -111,14 +111,14 @@ def test_what_a_compiler_turns_into_a_trap_is_refused(trap: tuple[Any, ...], mon
     monkeypatch.setattr(launch, "architecture", lambda: architecture)
     launch.check_compiler(op, head_dim, mini_batch_size // 2)
     monkeypatch.setattr(triton, "__version__", version)
-    with pytest.raises(ValueError, match=r"under a Triton newer than 3\.6, got 3\.6\.0"):
+    with pytest.raises(ValueError, match=r"under a Triton newer than 3\.6; given 3\.6\.0"):
         launch.check_compiler(op, head_dim, mini_batch_size)
 
 
 def test_what_does_not_compile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "architecture", lambda: "sm_100")
     launch.check_compiler("mlp_backward", 16, 32)
-    with pytest.raises(ValueError, match="trains TTT-MLP with a mini_batch_size of up to 32, got 33"):
+    with pytest.raises(ValueError, match="trains TTT-MLP with a mini_batch_size of up to 32; given 33"):
         launch.check_compiler("mlp_backward", 16, 33)
 
 

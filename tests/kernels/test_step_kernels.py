@@ -5,7 +5,7 @@ import torch
 
 from tests.support.checks import INNERS, assert_close, assert_states_close, make_layer
 from tests.support.steps import read_on, step_arguments, tokens
-from ttt4rec import TTTLayer
+from ttt4rec import TTTLayer, kernels
 from ttt4rec.arguments import TokenStep
 from ttt4rec.kernels import step
 from ttt4rec.operators import token_step
@@ -135,3 +135,8 @@ def test_a_captured_step_reads_whatever_is_in_its_buffers(inner):
             outputs[streams, t] = y
     layer.backend = "reference"
     assert_close(outputs, layer(x), 2 * FP32)  # both err
+
+
+def test_an_inner_model_without_a_kernel_is_refused_by_name():
+    given = step_arguments("linear", torch.float32)._replace(inner="cubic")
+    assert kernels.refusal("token_step", given) == "steps the inner models linear, mlp; given cubic"

@@ -178,7 +178,7 @@ def test_auto_takes_no_kernel_whose_backward_would_be_refused(monkeypatch, caplo
     q = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 2, 3, 16), device="cuda:0")
     for _ in range(2):
         assert choose_backend("auto", q, 16, 64, "mlp") == "auto"
-    assert caplog.text.count("trains TTT-MLP with a mini_batch_size of up to 32, got 64") == 1
+    assert caplog.text.count("trains TTT-MLP with a mini_batch_size of up to 32; given 64") == 1
     with pytest.raises(RuntimeError, match="'triton' on sm_100 trains TTT-MLP"):
         choose_backend("triton", q, 16, 64, "mlp")
     with torch.no_grad():

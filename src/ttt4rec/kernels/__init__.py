@@ -1,5 +1,9 @@
 """Fused Triton kernels; the only part of the package that imports triton."""
 
+from typing import Any
+
+from ..arguments import TokenStep
+from . import step
 from .convolution import convolution, convolution_backward
 from .launch import compiler_refusal
 from .linear_backward import linear_scan_backward
@@ -23,5 +27,13 @@ __all__ = [
     "output_backward",
     "projection",
     "projection_backward",
+    "refusal",
     "token_step",
 ]
+
+
+def refusal(operator: str, arguments: Any) -> str | None:
+    """Why this backend cannot compute an operator, or its backward, on such arguments; None if it can."""
+    if isinstance(arguments, TokenStep) and arguments.inner not in step.KERNELS:
+        return f"steps the inner models {', '.join(step.KERNELS)}; given {arguments.inner}"
+    return None

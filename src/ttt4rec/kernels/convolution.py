@@ -218,7 +218,7 @@ def prepare_convolution_backward(
 
 def _sizes(given: Convolution) -> Sizes:
     if given.x.dtype not in launch.TRITON_DTYPE:
-        raise ValueError(f"kernels need float32, bfloat16 or float16 inputs, got {given.x.dtype}")
+        raise ValueError(f"kernels' inputs must be float32, bfloat16 or float16; given {given.x.dtype}")
     C, taps = given.weights[0].shape
     features = min(64, launch.padded(C))
     return Sizes(

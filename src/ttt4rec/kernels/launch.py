@@ -210,11 +210,11 @@ def plan(op: str, q: Tensor, mini_batch_size: int, hidden: int = 0) -> tuple[Blo
     """
     D = q.shape[3]
     if q.dtype not in TRITON_DTYPE:
-        raise ValueError(f"kernels need float32, bfloat16 or float16 tokens, got {q.dtype}")
+        raise ValueError(f"kernels' tokens must be float32, bfloat16 or float16; given {q.dtype}")
     if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"kernels need a head dimension from 1 to {MAX_HEAD_DIM}, got {D}")
+        raise ValueError(f"kernels' head dimension must be from 1 to {MAX_HEAD_DIM}; given {D}")
     if not 1 <= mini_batch_size <= MAX_MINI_BATCH_SIZE:
-        raise ValueError(f"kernels need a mini_batch_size from 1 to {MAX_MINI_BATCH_SIZE}, got {mini_batch_size}")
+        raise ValueError(f"kernels' mini_batch_size must be from 1 to {MAX_MINI_BATCH_SIZE}; given {mini_batch_size}")
     here = architecture()
     choice = blocks(op, D, mini_batch_size, q.dtype, here, q.shape[2])
     operand = TRITON_DTYPE[q.dtype]
@@ -244,12 +244,12 @@ def compiler_refusal(op: str, head_dim: int, mini_batch_size: int) -> str | None
     if mini_batch_size <= 32 or architecture() != "sm_100":
         return None
     if op == "mlp_backward":
-        return f"on sm_100 trains TTT-MLP with a mini_batch_size of up to 32, got {mini_batch_size}"
+        return f"on sm_100 trains TTT-MLP with a mini_batch_size of up to 32; given {mini_batch_size}"
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     if op == "linear_backward" and version <= (3, 6) and head_dim > 64:
         return (
             f"on sm_100 trains head dimension {head_dim} with mini_batch_size {mini_batch_size} under a Triton newer "
-            f"than 3.6, got {triton.__version__}"
+            f"than 3.6; given {triton.__version__}"
         )
     return None
 

@@ -67,7 +67,7 @@ def choose(op: str, width: int, dtype: torch.dtype) -> tuple[Width, launch.Block
         ValueError: the kernels do not run that dtype.
     """
     if dtype not in launch.TRITON_DTYPE:
-        raise ValueError(f"kernels need float32, bfloat16 or float16 inputs, got {dtype}")
+        raise ValueError(f"kernels' inputs must be float32, bfloat16 or float16; given {dtype}")
     features = launch.padded(width)
     table = TABLE | TABLE_BY_ARCHITECTURE.get(launch.architecture(), {})
     if op in table:

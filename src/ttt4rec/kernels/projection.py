@@ -83,7 +83,7 @@ def columns(op: str, given: Projection) -> tuple[Columns, launch.Blocks]:
     """
     for dtype in (given.x.dtype, given.dtype):
         if dtype not in launch.TRITON_DTYPE:
-            raise ValueError(f"kernels need float32, bfloat16 or float16 inputs, got {dtype}")
+            raise ValueError(f"kernels' inputs must be float32, bfloat16 or float16; given {dtype}")
     H, C = given.lr_weight.shape
     inputs = launch.padded(C)
     rows, features, blocks = choose(op, C, given.dtype)

@@ -113,7 +113,7 @@ def compiler() -> list[str]:
         try:
             command = shlex.split(chosen)
         except ValueError as error:
-            raise BuildError(f"$CXX expects the command of a C++ compiler, given {chosen!r}: {error}") from error
+            raise BuildError(f"$CXX must be the command of a C++ compiler; given {chosen!r}: {error}") from error
         if command and shutil.which(command[0]):
             return command
         raise BuildError(f"$CXX names the C++ compiler {chosen!r}, which is not there")

@@ -86,7 +86,7 @@ def function(name: str, backend: str, arguments: Any) -> Callable[..., Any]:
             return compute
         if backend == candidate:
             raise RuntimeError(f"backend {backend!r} {refusal}")
-    raise RuntimeError(f"no backend computes {name}; expected one of {', '.join(PACKAGES)} to")
+    raise RuntimeError(f"one of the backends {', '.join(PACKAGES)} must compute {name}; none does")
 
 
 def shortcut(name: str, backend: str, arguments: Any) -> Callable[..., Any] | None:
