@@ -230,6 +230,19 @@ def test_what_is_written_past_pytorch_is_read_after_clear():
     assert index.top_k(h, table, 1)[1].item() == 5
 
 
+def test_a_model_takes_an_index(plain):
+    model, index, h = other(), ItemIndex(), random(5, 16)
+    index.prepare(model.embedding.weight)
+    made = index._made
+    best, found = model.top_k(h, 4, index=index)
+    assert index._made is made
+    assert not plain
+    assert not best.requires_grad
+    expected, items = model.top_k(h, 4)
+    torch.testing.assert_close(best, expected)
+    assert torch.equal(found, items)
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_a_table_without_finite_numbers_is_refused(number):
     table, index = random(301, 16), ItemIndex()
@@ -237,8 +250,9 @@ def test_a_table_without_finite_numbers_is_refused(number):
     index.top_k(random(1, 16), table, 3)
     table[300, 15] = number
     for _ in range(2):
-        with pytest.raises(ValueError, match="the item table must have finite numbers; given some from"):
-            index.top_k(random(1, 16), table, 3)
+        for call in (index.prepare, lambda x: index.top_k(random(1, 16), x, 3)):
+            with pytest.raises(ValueError, match="the item table must have finite numbers; given some from"):
+                call(table)
     table[300, 15] = 0
     index.top_k(random(1, 16), table, 3)
 

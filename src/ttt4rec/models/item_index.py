@@ -58,6 +58,14 @@ class ItemIndex:
         """Forget the table, which the next call reads again."""
         self._made = None
 
+    def prepare(self, table: Tensor) -> None:
+        """Make the index now, so that the first call need not.
+
+        Raises:
+            ValueError: the table has a number that is NaN or infinite.
+        """
+        self._items(table)
+
     def top_k(
         self, h: Tensor, table: Tensor, k: int, seen: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
