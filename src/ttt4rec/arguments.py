@@ -151,7 +151,7 @@ class BestItems(NamedTuple):
     catalogue: IndexedItems
     h: Tensor  # [N, C], contiguous
     k: int  # how many, from 1 to num_items
-    seen: tuple[Tensor, Tensor] | None  # int64: where each row's end [N], and items to leave out, ascending row by row
+    seen: tuple[Tensor, Tensor] | None  # rows and items to leave out of them, int64 [P], contiguous, in any order
 
 
 class LayerParts(NamedTuple):

@@ -289,6 +289,9 @@ def test_wrong_arguments_are_refused_as_the_plain_way_does():
     for wrong in (2, -1):
         with pytest.raises(IndexError, match=f"rows must be from 0 to 1; given .*{wrong}"):
             index.top_k(h, table, 3, (torch.tensor([0, wrong]), torch.tensor([1, 2])))
+    for top_k in (index.top_k, TOP_K):
+        with pytest.raises(IndexError, match="out of bounds"):
+            top_k(h, table, 3, (rows, torch.tensor([1, 2, 3])))
     with pytest.raises(ValueError, match="top_k depends on values"):
         index.top_k(h.to("meta"), table.to("meta"), 3)
 

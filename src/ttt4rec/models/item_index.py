@@ -3,7 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +78,19 @@ class ItemIndex:
         items = self._items(table) if unobserved() and h.dtype != torch.float64 else None
         if items is None or not len(h):
             return full_softmax.top_k(h, table, k, seen)
-        given = BestItems(items, h.detach().float().contiguous(), min(k, table.shape[0] - 1), _ends(seen, h, table))
+        if seen is not None:
+            rows, left_out = (x.long().contiguous() for x in seen)
+            if rows.dim() != 1 or rows.shape != left_out.shape or not rows.is_cpu or not left_out.is_cpu:
+                return full_softmax.top_k(h, table, k, seen)
+            seen = rows, left_out
+        given = BestItems(items, h.detach().float().contiguous(), min(k, table.shape[0] - 1), seen)
         compute = shortcut("best_items", "auto", given)
         if compute is None:
             return full_softmax.top_k(h, table, k, seen)
-        best: tuple[Tensor, Tensor] = compute(given)
+        best: tuple[Tensor, Tensor] | None = compute(given)
+        if best is None:
+            assert seen is not None
+            _refuse(seen, h, table)
         if bool(best[0][:, 0].isnan().any()):
             raise full_softmax.nan_among_scores()
         return best
@@ -126,13 +134,7 @@ def _index(table: Tensor) -> IndexedItems | None:
     return None if make is None else make(given)
 
 
-def _ends(seen: tuple[Tensor, Tensor] | None, h: Tensor, table: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Where each row's end, and items ascending row by row, of pairs (row, item)."""
-    if seen is None or not len(seen[0]):
-        return None
+def _refuse(seen: tuple[Tensor, Tensor], h: Tensor, table: Tensor) -> NoReturn:
     rows, items = seen
     check_range(items, table)
-    if not 0 <= int(rows.min()) <= int(rows.max()) < len(h):
-        raise IndexError(f"rows must be from 0 to {len(h) - 1}; given {int(rows.min())} to {int(rows.max())}")
-    keys = (rows * len(table) + items).sort().values
-    return (keys // len(table)).bincount(minlength=len(h)).cumsum(0), keys % len(table)
+    raise IndexError(f"rows must be from 0 to {len(h) - 1}; given {int(rows.min())} to {int(rows.max())}")

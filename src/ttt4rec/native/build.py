@@ -31,7 +31,7 @@ _FUNCTIONS = {
         *("ttt_forward", "ttt_backward", "ttt_step", "ttt_layer_step", "ttt_model_step"),
         *("ttt_are_within", "ttt_are_different"),
     ),
-    SOFTMAX: ("softmax_forward", "softmax_backward", "index_items", "index_search", "index_bounds"),
+    SOFTMAX: ("softmax_forward", "softmax_backward", "index_items", "index_search", "index_seen", "index_bounds"),
 }
 _SOURCES = Path(__file__).parent
 _FLAGS = (

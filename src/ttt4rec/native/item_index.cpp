@@ -287,6 +287,21 @@ TTT_EXPORT int index_search(const Call* call, int64_t begin, int64_t end) try {
   return 1;
 }
 
+// Pairs (row, item) as Call has them. Returns 1 if a row or an item is not one.
+TTT_EXPORT int index_seen(const int64_t* rows, const int64_t* items, int64_t pairs, int64_t num_rows, int64_t num_items,
+                          int64_t* ends, int64_t* seen) {
+  std::fill(ends, ends + num_rows, 0);
+  for (int64_t p = 0; p < pairs; ++p) {
+    if (rows[p] < 0 || rows[p] >= num_rows || items[p] < 1 || items[p] > num_items) return 1;
+    ++ends[rows[p]];
+  }
+  int64_t before = 0;
+  for (int64_t row = 0; row < num_rows; ++row) before += std::exchange(ends[row], before);
+  for (int64_t p = 0; p < pairs; ++p) seen[ends[rows[p]]++] = items[p];  // beginnings become ends
+  for (int64_t row = 0; row < num_rows; ++row) std::sort(seen + (row == 0 ? 0 : ends[row - 1]), seen + ends[row]);
+  return 0;
+}
+
 // For tests: of the first hidden state, the score and the bound of every item, each [groups, GROUP].
 TTT_EXPORT int index_bounds(const Call* call, T* scores, T* bounds) {
   Row row(*call, 0, nullptr);

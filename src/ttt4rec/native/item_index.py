@@ -37,8 +37,8 @@ def index_items(given: ItemTable) -> IndexedItems:
     return made
 
 
-def best_items(given: BestItems) -> tuple[Tensor, Tensor]:
-    """Scores ``[N, k]``, the first of a row being NaN if one of it is, and items, int64."""
+def best_items(given: BestItems) -> tuple[Tensor, Tensor] | None:
+    """Scores ``[N, k]``, the first of a row being NaN if one of it is, and items, int64; None if seen are none."""
     N, k = given.h.shape[0], given.k
     scores, items = given.h.new_empty(N, k), torch.empty(N, k, dtype=torch.int64)
     share = -(-N // torch.get_num_threads())
@@ -47,7 +47,13 @@ def best_items(given: BestItems) -> tuple[Tensor, Tensor]:
     call.rows, call.rows_at_once, call.k = N, at_once, k
     call.h, call.scores, call.items = given.h.data_ptr(), scores.data_ptr(), items.data_ptr()
     if given.seen is not None:
-        call.seen_ends, call.seen = (x.data_ptr() for x in given.seen)
+        rows, left_out = given.seen
+        ends, seen = rows.new_empty(N), torch.empty_like(left_out)
+        numbers = (INTEGER(n) for n in (len(rows), N, call.num_items))
+        pointers = [POINTER(x.data_ptr()) for x in (rows, left_out, ends, seen)]
+        if build.library(*SHAPE).index_seen(*pointers[:2], *numbers, *pointers[2:]):
+            return None
+        call.seen_ends, call.seen = ends.data_ptr(), seen.data_ptr()
     run(build.library(*SHAPE).index_search, call, -(-N // at_once))
     return scores, items
 
