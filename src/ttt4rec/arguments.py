@@ -128,6 +128,32 @@ class FullSoftmax(NamedTuple):
     items: Tensor  # int64 [N], from 1 to num_items
 
 
+class ItemTable(NamedTuple):
+    """A table of which an index is to be made."""
+
+    table: Tensor  # embeddings [num_items + 1, C], contiguous; row 0 is padding
+    largest: float  # no number of an item is larger in size
+
+
+class IndexedItems(NamedTuple):
+    """A table with codes of one byte for its numbers, laid out as the backend that made them wants it."""
+
+    table: Tensor  # as it was given, no copy
+    codes: Tensor  # in groups of items, the last one filled up
+    scale: Tensor  # of each item: a code times this is about a number of the table
+    error: Tensor  # of each item: times the norm of a hidden state, how far its score may be above that of the codes
+    largest: float  # no item has a larger norm
+
+
+class BestItems(NamedTuple):
+    """The best items of hidden states, equal scores in the order of the catalogue."""
+
+    catalogue: IndexedItems
+    h: Tensor  # [N, C], contiguous
+    k: int  # how many, from 1 to num_items
+    seen: tuple[Tensor, Tensor] | None  # rows and items to leave out of them, int64 [P], contiguous, in any order
+
+
 class LayerParts(NamedTuple):
     """A whole layer and its pool, for a step of some streams at once.
 

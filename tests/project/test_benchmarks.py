@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import catalogue, measure, online, report, sides
+from benchmarks.best_items import BestItemsContest, best_items_contests
 from benchmarks.catalogue import LossContest, loss_contests
 from benchmarks.contests import FORWARD, PREFILL, STEP, TRAINING, MixerContest, mixer_contests
 from benchmarks.mixers import TTT, Attention
@@ -96,6 +97,13 @@ def test_recommenders_train_and_rank(side):
     assert metrics["HR@50"] == 1  # there are fewer items
 
 
+def test_sides_of_best_items_agree():
+    contest = BestItemsContest(3, 2000)
+    (scores, items), (own_scores, own_items) = (contest.prepare(side, "cpu", {})() for side in contest.sides("cpu"))
+    torch.testing.assert_close(own_scores, scores)
+    assert torch.equal(own_items, items)
+
+
 def test_the_ways_to_a_loss_agree():
     values = {side: LossContest(9, 20).prepare(side, "cpu", {})() for side in catalogue.LOSSES}
     for gradients in values.values():
@@ -105,7 +113,9 @@ def test_the_ways_to_a_loss_agree():
 
 def test_names_and_columns_are_unique():
     for size in ("small", "full"):
-        contests = [*mixer_contests(size), *recommender_contests(size), *loss_contests(size)]
+        contests = [
+            *mixer_contests(size), *recommender_contests(size), *loss_contests(size), *best_items_contests(size),
+        ]  # fmt: skip
         assert len({c.name for c in contests}) == len(contests)
         assert len({(c.size["table"], c.size["column"]) for c in contests}) == len(contests)
 

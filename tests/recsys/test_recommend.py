@@ -1,5 +1,6 @@
 """Recommending to known and new users, and keeping a recommender in a folder."""
 
+import copy
 import dataclasses
 import json
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.recsys_data import NUM_ITEMS, make_model, make_split
+from ttt4rec.models import full_softmax
 from ttt4rec.recsys.recommend import Recommendations, Recommender
 from ttt4rec.recsys.training.train import TrainOptions, fit
 
@@ -49,6 +51,26 @@ def test_ties_keep_the_catalogues_order(tmp_path):
     torch.nn.init.zeros_(model.embedding.weight)
     items = Recommender(model, split.histories).recommend(history=["i1"], k=5).items
     assert [item for item, _ in items] == list(split.histories.item_ids[:5])
+
+
+def test_items_are_read_once_and_again_when_they_change(tmp_path, monkeypatch):
+    split = make_split(tmp_path)
+    recommender = Recommender(make_model(split), split.histories)
+    monkeypatch.setattr(full_softmax, "top_k", None)  # the way without an index
+    histories = [["i1", "i2"], ["i3"], ["i4", "i5", "i6"]]
+    before = recommender.recommend_batch(histories, exclude_seen=True)
+    made = recommender._index._made
+    assert recommender.recommend_batch(histories, exclude_seen=True) == before
+    assert recommender._index._made is made
+    recommender.model.load_state_dict(make_model(split, seed=1).state_dict())
+    after = recommender.recommend_batch(histories, exclude_seen=True)
+    assert after == Recommender(make_model(split, seed=1), split.histories).recommend_batch(
+        histories, exclude_seen=True
+    )
+    assert after != before
+    for other in (copy.deepcopy(recommender), dataclasses.replace(recommender, model=recommender.model)):
+        assert other._index is not recommender._index
+        assert other.recommend_batch(histories, exclude_seen=True) == after
 
 
 def test_unknown_items_are_reported(trained):

@@ -135,15 +135,25 @@ def top_k(h: Tensor, table: Tensor, k: int, seen: tuple[Tensor, Tensor] | None =
     Raises:
         ValueError: shapes do not fit, k is below 1, or a score is NaN.
     """
-    _check(h, table)
-    check_has_values("top_k", h)
-    if k < 1:
-        raise ValueError(f"k must be at least 1; given {k}")
+    check_top_k(h, table, k)
     best = torch.empty(h.shape[0], 0, dtype=torch.int64, device=h.device)
     for first, _, scores in blocks(h, table, seen):
         found = torch.cat((best, _best_keys(scores.float(), first, k)), 1)
         best = found.topk(min(k, found.shape[1]), dim=1).values
     return _scores_of(best), ~best & _LOW
+
+
+def check_top_k(h: Tensor, table: Tensor, k: int) -> None:
+    """ValueError if shapes do not fit, k is below 1 or there are no values."""
+    _check(h, table)
+    check_has_values("top_k", h)
+    if k < 1:
+        raise ValueError(f"k must be at least 1; given {k}")
+
+
+def nan_among_scores() -> ValueError:
+    """What ``top_k`` says of scores that are no numbers."""
+    return ValueError("scores must be numbers; given NaN from the model, which has diverged in training")
 
 
 def _check(h: Tensor, table: Tensor, items: Tensor | None = None) -> None:
@@ -164,7 +174,7 @@ def _best_keys(scores: Tensor, first: int, k: int) -> Tensor:
     """Sort keys ``[N, min(k, c)]`` of the best of a block's scores, float32 ``[N, c]``."""
     values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
     if bool(values.isnan().any()):  # NaN comes before any number
-        raise ValueError("scores must be numbers; given NaN from the model, which has diverged in training")
+        raise nan_among_scores()
     keys = _sort_keys(values[:, :k], first + columns[:, :k])
     if values.shape[1] > k:  # which ones of equal scores topk takes is not said: those rows once more, by keys
         tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)

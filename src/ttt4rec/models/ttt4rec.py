@@ -24,6 +24,7 @@ from ..operators.transforms import has_values
 from . import full_softmax
 from .blocks import FEED_FORWARDS, NORMS, Block, BlockPool, BlockState, make_norm
 from .cloze import hide_next, hide_some
+from .item_index import ItemIndex
 from .mixers import MIXERS, Mixer
 from .step_at_once import step_at_once
 
@@ -317,9 +318,15 @@ class TTT4Rec(nn.Module):
         """Ranks ``[N]`` of items among all items, 1 being the best; float64. See ``full_softmax.ranks``."""
         return full_softmax.ranks(h, self.embedding.weight, items, seen)
 
-    def top_k(self, h: Tensor, k: int, seen: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Scores and ids ``[N, k]`` of the best items for hidden states ``[N, width]``. See ``full_softmax.top_k``."""
-        return full_softmax.top_k(h, self.embedding.weight, k, seen)
+    def top_k(
+        self, h: Tensor, k: int, seen: tuple[Tensor, Tensor] | None = None, *, index: ItemIndex | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and ids ``[N, k]`` of the best items for hidden states ``[N, width]``. See ``full_softmax.top_k``.
+
+        Who asks often while the items stay as they are keeps an ``ItemIndex`` and gives it here, which is faster.
+        """
+        best = full_softmax.top_k if index is None else index.top_k
+        return best(h, self.embedding.weight, k, seen)
 
     def with_items(self, num_items: int) -> "TTT4Rec":
         """A copy for a larger catalogue: items 1 to the old number as they are, the others as in a new model.

@@ -1,4 +1,4 @@
-"""The inner loops for CPUs in C++, and the softmax over a catalogue, compiled for the machine at their first use.
+"""The inner loops for CPUs in C++, and a catalogue's softmax and best items, compiled for the machine at first use.
 
 The algorithm of the inner loops is that of the fused kernels and of ``ttt4rec.eager``, and so are the functions; what
 differs is where the numbers are: one row, a (sequence, head) pair, is walked at a time with its weights and tiles in
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import FullSoftmax, LayerStep, ModelStep, Scan, TokenStep
+from ..arguments import BestItems, FullSoftmax, ItemTable, LayerStep, ModelStep, Scan, TokenStep
 from ..item_blocks import score_dtype
 from . import build
 from .cache import BuildError
@@ -22,14 +22,17 @@ from .full_softmax import (
     softmax_refusal,
 )
 from .inner_loop import linear_scan, linear_scan_backward, mlp_scan, mlp_scan_backward
+from .item_index import best_items, index_items
 from .step import token_step
 from .whole_step import layer_step, model_step
 
 __all__ = [
+    "best_items",
     "full_softmax_nll",
     "full_softmax_nll_backward",
     "full_softmax_total_nll",
     "full_softmax_total_nll_backward",
+    "index_items",
     "layer_step",
     "linear_scan",
     "linear_scan_backward",
@@ -51,6 +54,10 @@ def refusal(operator: str, arguments: Any) -> str | None:
     """
     if isinstance(arguments, FullSoftmax):
         return softmax_refusal(arguments.h.device, score_dtype(arguments.h, arguments.table))
+    if isinstance(arguments, ItemTable):
+        return softmax_refusal(arguments.table.device, arguments.table.dtype)
+    if isinstance(arguments, BestItems):
+        return softmax_refusal(arguments.h.device, arguments.h.dtype)
     if isinstance(arguments, Scan):
         dtype = arguments.weights[0].dtype
     elif isinstance(arguments, LayerStep | ModelStep):

@@ -25,13 +25,13 @@ from .cache import BuildError, UntrustedError
 
 INNER_MODELS = {model.name: model for model in (LINEAR, MLP)}  # of which there are sources
 SCALARS = {torch.float32: "float", torch.float64: "double"}
-INNER_LOOP, SOFTMAX = ("inner_loop.cpp", "step.cpp", "whole_step.cpp"), ("full_softmax.cpp",)
+INNER_LOOP, SOFTMAX = ("inner_loop.cpp", "step.cpp", "whole_step.cpp"), ("full_softmax.cpp", "item_index.cpp")
 _FUNCTIONS = {
     INNER_LOOP: (
         *("ttt_forward", "ttt_backward", "ttt_step", "ttt_layer_step", "ttt_model_step"),
         *("ttt_are_within", "ttt_are_different"),
     ),
-    SOFTMAX: ("softmax_forward", "softmax_backward"),
+    SOFTMAX: ("softmax_forward", "softmax_backward", "index_items", "index_search", "index_seen", "index_bounds"),
 }
 _SOURCES = Path(__file__).parent
 _FLAGS = (

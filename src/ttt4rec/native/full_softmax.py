@@ -12,7 +12,7 @@ from . import build
 from .cache import BuildError
 from .threads import share
 
-_SHAPE = (
+SHAPE = (
     "linear",
     16,
     0,
@@ -40,7 +40,7 @@ def softmax_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu" or dtype != torch.float32:
         return f"takes float32 on a CPU; given {dtype} on {device}"
     try:
-        build.library(*_SHAPE)
+        build.library(*SHAPE)
     except BuildError as error:
         return build.refusal(error)
     return None
@@ -80,5 +80,5 @@ def to_gradient(scores: Tensor, lse: Tensor, column: Tensor, grad: Tensor) -> No
 
 def _run(function: str, scores: Tensor, *others: Tensor) -> None:
     call = _Call(scores.shape[1], scores.stride(0), *(x.data_ptr() for x in (scores, *others)))
-    compiled = getattr(build.library(*_SHAPE), function)
+    compiled = getattr(build.library(*SHAPE), function)
     share(lambda begin, end: compiled(ctypes.byref(call), ctypes.c_int64(begin), ctypes.c_int64(end)), len(scores))

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ttt4rec.atomic_files import check_together, write_together
+from ttt4rec.models.item_index import ItemIndex
 from ttt4rec.models.ttt4rec import CONFIG_FILE, WEIGHTS_FILE, TTT4Rec
 from ttt4rec.recsys.data import DataError, Histories, IntArray
 
@@ -48,6 +49,7 @@ class Recommender:
 
     model: TTT4Rec
     histories: Histories
+    _index: ItemIndex = field(default_factory=ItemIndex, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check that the two belong together."""
@@ -121,7 +123,7 @@ class Recommender:
             part = found[start : start + _HISTORIES_AT_ONCE]
             codes = [codes for codes, _ in part]
             hidden, seen = self._hidden(codes), codes if exclude_seen else None
-            best = best_items(self.model, self.histories.item_ids, hidden, k, seen)
+            best = best_items(self.model, self._index, self.histories.item_ids, hidden, k, seen)
             results += [Recommendations(items, unknown) for items, (_, unknown) in zip(best, part, strict=True)]
         return results
 
@@ -185,12 +187,18 @@ class Recommender:
 
 
 def best_items(
-    model: TTT4Rec, item_ids: Sequence[str], hidden: Tensor, k: int, seen: Sequence[IntArray] | None = None
+    model: TTT4Rec,
+    index: ItemIndex,
+    item_ids: Sequence[str],
+    hidden: Tensor,
+    k: int,
+    seen: Sequence[IntArray] | None = None,
 ) -> list[list[tuple[str, float]]]:
     """The k best items, by their original ids, and their scores, for each of N hidden states.
 
     Args:
         model: gives the scores.
+        index: of its items.
         item_ids: original id of item code j + 1.
         hidden: ``[N, width]``.
         k: how many; fewer come back when the catalogue holds fewer.
@@ -204,7 +212,7 @@ def best_items(
         rows = np.repeat(np.arange(len(seen)), [len(codes) for codes in seen])
         pairs = torch.from_numpy(rows).to(hidden.device), torch.from_numpy(np.concatenate(seen)).to(hidden.device)
     best = []
-    for scores, items in zip(*(x.tolist() for x in model.top_k(hidden, k, pairs)), strict=True):
+    for scores, items in zip(*(x.tolist() for x in model.top_k(hidden, k, pairs, index=index)), strict=True):
         named = [(item_ids[j - 1], score) for j, score in zip(items, scores, strict=True)]
         best.append([pair for pair in named if pair[1] > -math.inf])
     return best

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.support.checks import ROUNDING
 from tests.support.online_data import ITEMS, MemoryEventLog, batch_scores, history, make_model, run_threads, slot_bytes
+from ttt4rec.models import full_softmax
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.online import OnlineRecommender, earlier, streams
 from ttt4rec.recsys.online.events import Event, SQLiteEventLog
@@ -598,6 +599,25 @@ def test_a_refresh_that_fails_keeps_the_old_states_alone(monkeypatch):
         online.refresh(MODELS[0], [])
     online.refresh(MODELS[1], np.array(ITEMS))
     assert_up_to_date(online, "u", ["i1"], MODELS[1])
+
+
+def test_every_model_has_an_index_of_its_items(monkeypatch):
+    monkeypatch.setattr(full_softmax, "top_k", None)  # the way without an index
+    first, second, broken = (make_model(seed).float() for seed in (0, 1, 2))
+    online = make_online(first)
+    online.observe(["u", "u", "v"], list(ITEMS[:3]))
+    for model in (first, second):
+        online.refresh(model)
+        made = online._states.index._made
+        fresh = OnlineRecommender(model, ITEMS, online.log, pool_bytes=2 * slot_bytes(model))
+        assert online.recommend(["u", "v"]) == fresh.recommend(["u", "v"])
+        assert online._states.index._made is made is not None
+    with torch.no_grad():
+        broken.embedding.weight[5, 0] = float("nan")
+    before = online.recommend(["u"])
+    with pytest.raises(ValueError, match="item table must have finite numbers; given some from nan to nan"):
+        online.refresh(broken)
+    assert online.recommend(["u"]) == before
 
 
 def test_refresh_with_another_catalogue():

@@ -42,8 +42,8 @@ class OnlineRecommender:
             history's end for long. None: any time.
 
     Raises:
-        ValueError: the item ids are not the model's, pool_bytes is too little for one user, or the model keeps no
-            states in pools.
+        ValueError: the item ids are not the model's, pool_bytes is too little for one user, the model keeps no states
+            in pools, or numbers of its items are NaN or infinite.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class OnlineRecommender:
         everyone = list(dict.fromkeys(_users(user_ids)))
         for users, hidden, histories in states.hidden(everyone, seen=exclude_seen):
             seen = histories if exclude_seen else None
-            best |= zip(users, best_items(states.model, states.item_ids, hidden, k, seen), strict=True)
+            best |= zip(users, best_items(states.model, states.index, states.item_ids, hidden, k, seen), strict=True)
         return [best.get(user, []) for user in user_ids]
 
     def forget(self, user_ids: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ttt4rec.checks import check_integer
+from ttt4rec.models.item_index import ItemIndex
 from ttt4rec.models.ttt4rec import TTT4Rec
 from ttt4rec.recsys.data import IntArray
 from ttt4rec.recsys.online import streams
@@ -72,11 +73,13 @@ class UserStates:
         pool_bytes: budget of the states, see ``Streams``.
 
     Attributes:
+        index: of the model's items.
         counts: what was done so far: ``steps``, items read on from a state, the further pieces of a long history among
             them; ``prefills``, histories read from their beginning; ``evictions``.
 
     Raises:
-        ValueError: the item ids are not the model's, the budget is too small, or the model keeps no states in pools.
+        ValueError: the item ids are not the model's, the budget is too small, the model keeps no states in pools, or
+            numbers of its items are NaN or infinite.
     """
 
     def __init__(self, model: TTT4Rec, item_ids: Sequence[str], log: EventLog, pool_bytes: int) -> None:
@@ -89,6 +92,8 @@ class UserStates:
                 f"{len(self.item_ids)}, of which {len(self._codes)} differ"
             )
         self._streams = Streams(model, pool_bytes)
+        self.index = ItemIndex()
+        self.index.prepare(model.embedding.weight)
         self._earlier = EarlierStates(1 + self.num_slots // 32)
         self._free = list(range(self.num_slots))
         self._readings: OrderedDict[str, Reading] = OrderedDict()  # the least recently used first
