@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tests.support.checks import BACKBONES, INNERS, assert_close
-from ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 from ttt4rec.models import ttt4rec
 
 ITEMS, SLOTS = 50, 40
@@ -140,6 +140,18 @@ CHANGES = {
 def test_a_model_to_which_something_was_done_goes_by_its_parts(change, taken):
     model = make_model()
     CHANGES[change](model)
+    pools, ids = model.make_pools(2), torch.randint(1, ITEMS + 1, (1, 7))
+    y = torch.stack([model.step(ids[:, t], pools, torch.tensor([1])) for t in range(7)], 1)
+    assert_close(y, model(ids))
+    assert taken == [None] * 7
+
+
+@pytest.mark.parametrize("other", [{"inner": "linear"}, {"num_heads": 4}])
+def test_blocks_of_different_heads_go_by_parts(other, taken):
+    """Compiled code is made for one head dimension and one inner model."""
+    layers = iter([{"inner": "mlp", "num_heads": 2}, {"inner": "mlp", "num_heads": 2} | other])
+    config = TTT4RecConfig(ITEMS, 32, 2, 2, ffn_width=64)
+    model = TTT4Rec(config, lambda c: TTTLayer(c.width, mini_batch_size=3, **next(layers)), dtype=torch.float64).eval()
     pools, ids = model.make_pools(2), torch.randint(1, ITEMS + 1, (1, 7))
     y = torch.stack([model.step(ids[:, t], pools, torch.tensor([1])) for t in range(7)], 1)
     assert_close(y, model(ids))

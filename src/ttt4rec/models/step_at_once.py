@@ -39,6 +39,9 @@ def step_at_once(model: Any, ids: Tensor, pools: Sequence[BlockPool], slots: Ten
     tensors += _there(*((x, (C,)) for norm in (embedding_norm, final_norm) for x in norm[:2]))
     if len(whole) < len(parts) or not fit(dtype, *zip(*tensors, strict=True)):
         return None
+    kinds = {(part.layer.inner, part.layer.hidden, part.layer.lr_weight.shape) for part in whole}
+    if len(kinds) > 1 or whole[0].layer.lr_weight.shape[1] != C:  # code is compiled for one kind of head
+        return None
     given = ModelStep(table, embedding_norm, whole, final_norm, ids.contiguous(), slots.contiguous())
     backend, *others = {block._modules["mixer"].backend for block in blocks}
     if others or backend == "reference":
