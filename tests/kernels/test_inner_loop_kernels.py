@@ -1,6 +1,7 @@
 """The kernels of both inner loops against their definition in float64; interpreted where there is no GPU."""
 
-import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tests.support.checks import INNERS
+from tests.support.exactness import distances, excess, reference_errors
 from tests.support.inner_loop_kernels import (
     DEVICE,
     FP32_TOLERANCE,
@@ -227,11 +229,10 @@ def test_segments_change_no_bit(inner: str, monkeypatch: pytest.MonkeyPatch) -> 
     "scale", [1e-6, 1.0, "mixed", *(pytest.param(scale, marks=pytest.mark.slow) for scale in (1e-3, 1e2, 1e4))]
 )
 def test_gradients_are_exact_at_every_scale(inner: str, scale: float | str) -> None:
-    """At most twice PyTorch's error, with weights as a layer initialises them: updates may be far larger, or smaller.
+    """By the rule of ``tests.support.exactness``, with weights as a layer initialises them.
 
-    By the geometric mean of three draws: where sums nearly cancel, either error may be the larger by chance.
+    Updates may then be far larger than the weights, or far smaller.
     """
-    found: dict[str, list[float]] = {}
     for L in (18, 19, 20):
         inputs = as_initialised(inner, make_inputs(inner, 1, L, 1, 16, 4))
         powers = torch.linspace(-6, 4, L)[torch.randperm(L, generator=torch.Generator().manual_seed(L))]
@@ -239,13 +240,17 @@ def test_gradients_are_exact_at_every_scale(inner: str, scale: float | str) -> N
         inputs |= {name: 0.1 * sizes * inputs[name] for name in "qkv"}
         gradients = make_gradients(inner, inputs)
         exact = run_definition(inner, inputs, gradients)
-        own = errors(run_kernels(inner, inputs, gradients), exact)
-        usual = errors(run_definition(inner, inputs, gradients, dtype=torch.float32), exact)
-        for name in exact:
-            ratio = max(FP32_TOLERANCE, own[name]) / max(FP32_TOLERANCE, usual[name])
-            found.setdefault(name, []).append(ratio)
-    wrong = {name: ratios for name, ratios in found.items() if not math.prod(ratios) <= 2 ** len(ratios)}
-    assert not wrong, wrong
+        found = distances(run_kernels(inner, inputs, gradients), exact)
+        evaluate = partial(moved_definition, inner, inputs, gradients)
+        over = excess(found, reference_errors(evaluate, exact))
+        assert not over, (L, over)
+
+
+def moved_definition(
+    inner: str, inputs: dict[str, Tensor], gradients: list[Tensor], move: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """PyTorch's results in float32, of inputs that ``move`` changes by their rounding."""
+    return run_definition(inner, {name: move(x) for name, x in inputs.items()}, gradients, dtype=torch.float32)
 
 
 def as_initialised(inner: str, inputs: Inputs) -> Inputs:

@@ -126,7 +126,7 @@ def distances(values: Values, exact: Values) -> dict[str, float]:
 def nudged(x: Tensor, generator: torch.Generator) -> Tensor:
     """X, each number moved by at most half a unit in its last place and rounded again."""
     move = HALF_ULP[x.dtype] * (2 * torch.rand(x.shape, generator=generator, dtype=torch.float64) - 1)
-    return (x.double() * (1 + move)).to(x.dtype)
+    return (x.double() * (1 + move.to(x.device))).to(x.dtype)
 
 
 def reference_errors(
