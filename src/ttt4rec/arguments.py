@@ -2,6 +2,8 @@
 
 Shapes: B sequences or rows of a batch, L tokens, H heads, D head dimension, C = H·D width, K mini-batch size, F hidden
 features of TTT-MLP, N sequences in all.
+
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 from typing import NamedTuple
@@ -15,7 +17,7 @@ MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE = 128, 64  # of the fused kernels
 
 
 class Scan(NamedTuple):
-    """An inner loop over sequences that start at a mini-batch boundary. docs/kernels.md says what it computes."""
+    """An inner loop over sequences that start at a mini-batch boundary. docs/mathematics.md says what it computes."""
 
     q: Tensor  # [B, L, H, D] any float dtype, as k and v; computed in that of the weights
     k: Tensor
@@ -96,7 +98,7 @@ class Projection(NamedTuple):
 
 
 class Convolution(NamedTuple):
-    """Causal depthwise convolutions ``y_t = b + Σ_j w_j x_{t - (taps - 1) + j}`` of one input, then RoPE on every y."""
+    """Causal depthwise convolutions (33) of one input, then RoPE on every y."""
 
     x: Tensor  # [B, lead + L, C]; the first ``lead`` tokens are context and have no output
     weights: tuple[Tensor, ...]  # each [C, taps]
@@ -109,7 +111,7 @@ class Convolution(NamedTuple):
 
 
 class Output(NamedTuple):
-    """``(gelu(gate) ∘ LN(o)) Wᵀ``, zero at padding."""
+    """y of (34), zero at padding."""
 
     o: Tensor  # the inner loop's outputs [B, L, H, D]
     gate: Tensor | None  # [B, L, C]

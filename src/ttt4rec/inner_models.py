@@ -16,7 +16,7 @@ _MULTIPLE = 8  # numbers to which a record and its rows are filled up: the lanes
 class Record(NamedTuple):
     """A stream's memory of a head for ``token_step``: ``[W; b]`` of every layer, then K rows, one a token.
 
-    A row has, for every layer, its inputs X and its steps U = lr ∘ G, and then v and lr. Compiled code is told where
+    A row has, for every layer, its inputs X and its steps U, and then v and lr. Compiled code is told where
     the parts begin.
     """
 

@@ -1,11 +1,10 @@
-"""The tanh approximation of gelu with its first two derivatives, from one sigmoid.
+"""The tanh approximation of gelu with its first two derivatives, by one sigmoid, (14).
 
-With ``v = 2c (z + a z³)``, the tanh form ``½ z (1 + tanh(v/2))`` is ``z σ(v)``. Writing s for σ(v), w for v' and
-q = s (1 - s) w for s'::
-
-    gelu = z s      gelu' = s + z q      gelu'' = 4 (q - c s (1 - s)) + (1 - 2s) w z q
+Here z, v, s, w and p stand for its x, w, σ, w' and δ.
 
 PyTorch's own gelu and its derivative evaluate a tanh in each call, which takes several times as long as a sigmoid.
+
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 import torch

@@ -28,7 +28,7 @@ def linear_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tens
 def linear_steps(
     k: Tensor, v: Tensor, lr: Tensor, gamma: Tensor, beta: Tensor, weights: Sequence[Tensor], eps: float
 ) -> tuple[Tensor, ...]:
-    """``U = lr ∘ G`` of tokens ``[R, n, D]`` read at weights ``[W; b]``, for ``step``."""
+    """U of tokens ``[R, n, D]`` read at weights ``[W; b]``, for ``step``."""
     return (InnerGradient(affine(k, weights[0]), k, v, gamma, beta, eps).value().mul_(lr),)
 
 

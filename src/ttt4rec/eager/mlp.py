@@ -1,13 +1,10 @@
 """TTT-MLP: one mini-batch forwards, replayed and back, and the walk over all of them.
 
-The closed form, per mini-batch, with U = G2 W2ᵀ. Forward::
+The forward is (11) to (13). The backward goes through P2 and the update of W2 and b2, through P1 and the update
+of W1 and b1, through G1 and G2, and last through Z2 and Z1. The forward keeps Z1 and G2, which with the weights
+suffice to replay an update.
 
-    Z1 = K W1 + b1      X2 = gelu(Z1)       Z2 = X2 W2 + b2     G2 = inner gradient at Z2
-    G1 = U ∘ gelu'(Z1)  P1 = dual output of (Q, K, G1; W1, b1)  X̄2 = gelu(P1)
-    P2 = dual output of (X̄2, X2, G2; W2, b2)                     O = Q + LN(P2)
-
-Backward: through P2 and the update of (W2, b2), through P1 and the update of (W1, b1), through G1 and G2, and last
-through Z2 and Z1. Z1 and G2 are kept by the forward; with the weights they suffice to replay an update.
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 from collections.abc import Sequence
@@ -40,7 +37,7 @@ def mlp_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor,
 def mlp_steps(
     k: Tensor, v: Tensor, lr: Tensor, gamma: Tensor, beta: Tensor, weights: Sequence[Tensor], eps: float
 ) -> tuple[Tensor, ...]:
-    """U1, X2, U2 of tokens ``[R, n, D]`` read at weights ``[W; b]``, with ``U = lr ∘ G``, for ``step``."""
+    """U1, X2, U2 of tokens ``[R, n, D]`` read at weights ``[W; b]``, for ``step``."""
     Z1 = affine(k, weights[0])
     X2 = gelu(Z1, approximate="tanh")
     U2 = InnerGradient(affine(X2, weights[1]), k, v, gamma, beta, eps).value().mul_(lr)
@@ -99,22 +96,21 @@ def _backward_step(
     # The forward's values.
     gelu = Gelu(Z1)
     X2, slope = gelu.value_with_one(), gelu.slope()
-    U = torch.bmm(G2, W2[:, :-1].mT)
-    first, second = DualLayer(k, U * slope, W1, rates), DualLayer(X2, G2, W2, rates)
+    G2_W2 = torch.bmm(G2, W2[:, :-1].mT)
+    first, second = DualLayer(k, G2_W2 * slope, W1, rates), DualLayer(X2, G2, W2, rates)
     inner = InnerGradient(torch.bmm(X2, W2), k[..., :-1], v, gamma, beta, eps)
     gelu_bar = Gelu(first.output(q))
     norm = Normalised(second.output(gelu_bar.value_with_one()), eps)
     # Outputs and updates.
     dX2_bar, dX2, dG2 = second.backward(norm.jacobian_product(dO * gamma), dW2)
     dq, dk, dG1 = first.backward(dX2_bar.mul_(gelu_bar.slope()), dW1)
-    # G1 = U ∘ gelu'(Z1) and U = G2 W2ᵀ.
-    dU = dG1.new_zeros(X2.shape)  # with nothing for the bias
-    torch.mul(dG1, slope, out=dU[..., :-1])
-    dG2.baddbmm_(dU[..., :-1], W2[:, :-1])
-    # G2, then Z2 and Z1.
+    # G1, (26), then G2, Z2 and Z1.
+    E = dG1.new_zeros(X2.shape)  # with nothing for the bias
+    torch.mul(dG1, slope, out=E[..., :-1])
+    dG2.baddbmm_(E[..., :-1], W2[:, :-1])
     dZ2, de, dgamma = inner.backward(dG2, G2)
-    dW2 += torch.bmm(X2.mT, dZ2).baddbmm_(dU.mT, G2)
-    dZ1 = dX2.baddbmm_(dZ2, W2[:, :-1].mT).mul_(slope).addcmul_(dG1.mul_(U), gelu.curvature())
+    dW2 += torch.bmm(X2.mT, dZ2).baddbmm_(E.mT, G2)
+    dZ1 = dX2.baddbmm_(dZ2, W2[:, :-1].mT).mul_(slope).addcmul_(dG1.mul_(G2_W2), gelu.curvature())
     dW1 += torch.bmm(k.mT, dZ1)
     dk.add_(de).baddbmm_(dZ1, W1[:, :-1].mT)
     return dq.add_(dO), dk, de.neg(), dgamma.addcmul_(dO, norm.x_hat), de.add_(dO)

@@ -2,6 +2,8 @@
 
 A pair of features (2i, 2i+1) is a complex number and its rotation a product with ``cos + i sin``. A rotation is undone
 by the conjugate, so the backward needs nothing of the forward but the rates.
+
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 import torch
@@ -41,7 +43,7 @@ def projection_backward(given: Projection, kept: tuple[Tensor, ...], grads: tupl
     if given.rotated:
         table = rotation_table(given.cos, -given.sin, given.positions, lr_weight.shape[0])
         d_views[: given.rotated] = [turned(g, table) for g in d_views[: given.rotated]]
-    # lr = base_lr · sigmoid / D
+    # dz, (32)
     d_logits = grad_lr * inner_lr * (1 - inner_lr * (2 * given.cos.shape[1] / given.base_lr))
     d_logits = d_logits.flatten(0, 1)
     dx = d_logits.to(dtype) @ lr_weight.to(dtype)

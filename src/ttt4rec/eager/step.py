@@ -1,12 +1,10 @@
 """One token more for many streams, whose states lie in a pool.
 
-A stream inside a mini-batch keeps of every token of it what the outputs after that token need. With X the inputs of
-an inner layer and U = lr ∘ G its steps, the weights at token i are ``W - s_i Σ_{j <= i} X_jᵀ U_j``, so::
+A stream inside a mini-batch keeps of every token of it what the outputs (30) of later ones need: the inputs X of each
+inner layer and its steps U. A stream's record of a head is ``inner_models.Record``; v and lr in its rows only a
+``TTTState`` needs. In the last row stands the token that is being read.
 
-    x (W - s_i Σ X_jᵀ U_j) + b - s_i Σ U_j  =  x W + b + Σ A_j U_j,    A_j = -s_i (x · X_j + 1)
-
-A stream's record of a head is ``inner_models.Record``; v and lr in its rows only a ``TTTState`` needs. In the last row
-stands the token that is being read.
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 from collections.abc import Sequence

@@ -3,6 +3,8 @@
 An inner layer's bias is the last row of its weights, ``W [R, in + 1, out]``, and what goes into it has a last feature
 that is one. Names follow the mathematics: Z is an inner model's output on the keys, G the inner loss's gradient at it.
 The prefix ``d`` marks the gradient of the outer loss.
+
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 from dataclasses import dataclass
@@ -26,14 +28,14 @@ class Normalised:
         self.x_hat, self._mean, self.inverse_std = torch.native_layer_norm(self._z, (z.shape[-1],), None, None, eps)
 
     def jacobian_product(self, grad: Tensor) -> Tensor:
-        """r (grad - mean(grad) - x̂ mean(grad ∘ x̂)); the Jacobian is symmetric, so this serves both directions."""
+        """J grad, (5); the Jacobian is symmetric, so this serves both directions."""
         shape, mask = (grad.shape[-1],), (True, False, False)
         result: Tensor = _native_backward(grad, self._z, shape, self._mean, self.inverse_std, None, None, mask)[0]
         return result
 
 
 class InnerGradient:
-    """G, the gradient of ``½‖LN(Z) - (v - k)‖²`` at Z, and the derivative of that gradient."""
+    """G, the inner loss's gradient at Z, and the derivative of that gradient."""
 
     def __init__(self, Z: Tensor, k: Tensor, v: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> None:
         self._norm = Normalised(Z, eps)
@@ -43,19 +45,11 @@ class InnerGradient:
         self._y = self._error * gamma
 
     def value(self) -> Tensor:
-        """G = r (y - mean(y) - x̂ mean(y ∘ x̂)), y = γ ∘ (LN(Z) - (v - k))."""
+        """G, (6)."""
         return self._norm.jacobian_product(self._y)
 
     def backward(self, dG: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dZ, d(LN(Z) - (v - k)), which is dβ before its sum over tokens too, and dγ before its.
-
-        ::
-
-            dy = J dG                                  J the Jacobian of the layer norm
-            de = γ ∘ dy
-            dx̂ = γ ∘ de - r (dG mean(y ∘ x̂) + y mean(dG ∘ x̂))
-            dZ = J dx̂ - r x̂ mean(dG ∘ G)               the last term through r
-        """
+        """Return, by (21) and (22), dZ, de, which is dβ before its sum over tokens too, and dγ before its."""
         x_hat, r = self._norm.x_hat, self._norm.inverse_std
         dy = self._norm.jacobian_product(dG)
         de = dy * self._gamma
@@ -105,21 +99,22 @@ class DualLayer:
         self._step = G[: rates.complete] * rates.last
 
     def update(self) -> None:
-        """In place ``W -= keysᵀ (η_last ∘ G)``, the product summed by itself: W, which may be larger, rounds once."""
+        """(9) in place, the product summed by itself: W, which may be larger, rounds once."""
         c = self._rates.complete
         self._W[:c] += torch.bmm(self._keys[:c].mT, self._step)
 
     def output(self, queries: Tensor) -> Tensor:
-        """Queries W - (tril(η) ∘ queries keysᵀ) G."""
+        """(8) at the queries."""
         self._queries = queries
         self._S = torch.baddbmm(queries.new_ones(1), queries[..., :-1], self._keys[..., :-1].mT)
         self._A = self._S * self._rates.eta
         return torch.bmm(queries, self._W).add_(torch.bmm(self._A, self._G))
 
     def backward(self, d_out: Tensor, dW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Backward of ``output`` and ``update`` together; returns d queries and d keys, without their ones, and dG.
+        """Backward of ``output`` and ``update`` together, (16) to (20).
 
-        dW comes in as gradient of the updated weights and leaves, in place, as that of the weights before.
+        dW comes in as gradient of the updated weights and leaves, in place, as that of the weights before. Returns d
+        queries and d keys, without their ones, and dG.
         """
         queries, keys, rates, c = self._queries, self._keys, self._rates, self._rates.complete
         dA = torch.bmm(d_out, self._G.mT)

@@ -6,6 +6,8 @@
 Its features come in *chunks* of C columns: [R, C] per token, [P·F, C] of the stacked weights, W2 transposed. There is
 one chunk where the state fits into registers. Otherwise the state waits in memory, that is in the cache, from where a
 mini-batch takes one chunk after the other.
+
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 import triton
@@ -24,10 +26,8 @@ from .primitives import (
 
 @triton.jit
 def gelu(x):
-    """Tanh-GELU x σ(w), w = 2c (x + a x³), and its first and second derivative, x of any size.
+    """Tanh-GELU and its first and second derivative, (14), x of any size; δ = exp(-w) σ².
 
-    By the sigmoid, since ½ (1 + tanh(w/2)) = σ(w); with δ = σ (1 - σ) = exp(-w) σ²,
-    gelu' = σ + x δ w'                               gelu'' = δ (2 w' + x w'' + x (1 - 2σ) w'²)
     Beyond ±10 the sigmoid has no more digits to give, and what is left of δ must not meet the cubes of a large x.
     """
     low = tl.where(x < -10.0, -10.0, x)

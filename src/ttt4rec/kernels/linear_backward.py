@@ -5,6 +5,8 @@
 
 It goes segment by segment. The updates of a segment are replayed from the weights before it, which leaves the forward's
 weights before each mini-batch in memory, that is in the cache; then the segment is walked back.
+
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 import triton
@@ -73,7 +75,7 @@ def replay(W, b, tokens, rates, states, number, place, begin, end, tile: tl.cons
 
 @triton.jit
 def through_output(dO, q_rows, k_rows, U, W, b, minus_scale, norm, tile: tl.constexpr):
-    """Through O = Q + LN(out): dQ, C, -dout and -dC, and what the tokens add to dγ and ds."""
+    """Through the output, (15) to (17) and (19): dQ, C, -dout and -dC, and what the tokens add to dγ and ds."""
     gamma, _, eps = norm
     C = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0)
     CU = dot(C, U, tile)
@@ -86,7 +88,7 @@ def through_output(dO, q_rows, k_rows, U, W, b, minus_scale, norm, tile: tl.cons
 
 @triton.jit
 def through_steps(C, minus_dout, minus_scale, U, K, dW, db, s_last, tile: tl.constexpr):
-    """Through the steps U, of which the output and the update are made: -dU, and what the tokens add to -ds_last."""
+    """Through the steps U, (18): -dU, and what the tokens add to -ds_last."""
     X = dot(K, dW, tile, db)
     minus_dU = dot(tl.trans(C), minus_scale * minus_dout, tile, s_last * X)
     return minus_dU, tl.sum(U * X, 1)
@@ -94,7 +96,7 @@ def through_steps(C, minus_dout, minus_scale, U, K, dW, db, s_last, tile: tl.con
 
 @triton.jit
 def through_inner_gradient(minus_dU, minus_dlr, lr, G, k_rows, v, mini_batch, W, b, norm, tile: tl.constexpr):
-    """Through G = J y at Z = K W + b: -dZ, -de and what the tokens add to -dγ; a norm is γ, β and ε."""
+    """Through G at Z, (21) to (23): -dZ, -de and what the tokens add to -dγ; a norm is γ, β and ε."""
     gamma, beta, eps = norm
     x_hat, r = normalised(dot(expanded(k_rows, tile), W, tile, b), eps, tile)
     v_rows = load_rows(v, mini_batch, tile)
@@ -104,7 +106,7 @@ def through_inner_gradient(minus_dU, minus_dlr, lr, G, k_rows, v, mini_batch, W,
 
 @triton.jit
 def through_inputs(q_rows, k_rows, U, W, dW, db, minus_dout, minus_dC, minus_dZ, minus_de, s_last, tile: tl.constexpr):
-    """Through Q W, K W and Q Kᵀ: -dk, and dW and db before the mini-batch."""
+    """Through Q W, K W and Q Kᵀ, (17), (20) and (24): -dk, and dW and db before the mini-batch."""
     K, Q = expanded(k_rows, tile), expanded(q_rows, tile)
     through_W = own(dot(minus_dZ, tl.trans(W), tile) + s_last * dot(U, tl.trans(dW), tile), tile)
     dW -= dot(tl.trans(Q), minus_dout, tile) + dot(tl.trans(K), minus_dZ, tile)
@@ -202,13 +204,7 @@ def linear_backward_kernel(
 ):
     """One program: P heads of one sequence, from the last mini-batch to the first; dW and db in registers.
 
-    x̂, y, out, U = lr ∘ G and C = tril(Q Kᵀ + 1) as in the forward, at the forward's weights:
-    dout = layer norm's backward of γ ∘ dO           d(CU) = -s ∘ dout,  dC = tril(d(CU) Uᵀ)
-    dU = Cᵀ d(CU) - s_last X,  X = K dW + db         dG = lr ∘ dU,  dlr = Σ_d G ∘ dU
-    ds = -Σ_d dout ∘ (C U),  ds_last -= Σ U ∘ X
-    dZ, de, dγ from dG                               dV = -de
-    dQ = dO + dout Wᵀ + dC K                         dK = de + dZ Wᵀ + dCᵀ Q - s_last U dWᵀ
-    dW ← dW + Qᵀ dout + Kᵀ dZ                        db ← db + Σ_i dout_i + Σ_j dZ_j
+    With the forward's values at its weights, (15) to (24), P called out.
 
     In the code all but dO, dq and the parameters' gradients carry the opposite sign, with which they enter nearly
     everywhere.

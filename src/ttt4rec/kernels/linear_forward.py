@@ -6,6 +6,8 @@
 The way back replays the updates, so the kept G is the rounded one that U is made of. A product is subtracted from W as
 a whole. Accumulated inside a tensor core, which rounds towards zero, errors of one sign would add up; ``W += dot(...)``
 compiles to just that, ``W -= s * dot(...)`` does not.
+
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 import torch
@@ -56,14 +58,7 @@ def linear_forward_kernel(
     eps,
     tile: tl.constexpr,
 ):
-    """One program: P heads of one sequence, mini-batch after mini-batch, W and b in registers.
-
-    Z = K W + b                 x̂, r = normalised(Z)
-    y = γ ∘ (γ ∘ x̂ + β - (V - K))                   G = r (y - mean(y) - x̂ mean(y ∘ x̂))
-    U = lr ∘ G, the steps, so that η G = s ∘ U
-    out = Q W + b - s ∘ tril(Q Kᵀ + 1) U             O = Q + LN(out)
-    W ← W - s_last Kᵀ U                              b ← b - s_last Σ_j U_j
-    """
+    """One program: P heads of one sequence, mini-batch after mini-batch, (10) and (9), W and b in registers."""
     q, k, v = tokens
     inner_lr, token_scale = rates
     place = program_place(spans, L, H, tile)

@@ -6,6 +6,8 @@
 The updates of a segment are replayed first, which leaves the forward's weights before each mini-batch in memory, that
 is in the cache. On the walk back the hidden features are passed over three times. Every pass computes the forward's
 values again; where there is only one chunk the compiler sees that they are the same.
+
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 import torch
@@ -80,7 +82,7 @@ def take_part(x, pointer, place, chunk, tile: tl.constexpr):
 
 @triton.jit
 def through_output(dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last, norm, tile: tl.constexpr):
-    """Through O = Q + LN(P2) and the outer layer's steps; outer is X̄2 W2 + b2 and X2 dW2 + db2.
+    """Through the output (15) and the outer layer's steps (16), (18); outer is X̄2 W2 + b2 and X2 dW2 + db2.
 
     Returns -dP2; what of -dG2 does not pass through G1; -dC2; what the tokens add to dγ; C2 and -dP2 G2ᵀ; and
     Σ G2 ∘ (X2 dW2 + db2).
@@ -101,7 +103,7 @@ def through_output(dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last
 
 @triton.jit
 def through_outputs(held, d_state, values, memory, waiting, minus_dP2, minus_dC2, along_dW, tile: tl.constexpr):
-    """Through the hidden layer's outputs, steps and G1, chunk by chunk.
+    """Through the hidden layer's outputs, steps and G1, chunk by chunk: (17), (18), (20), (25), (26).
 
     Returns dW1, db1 and dW2 without what passes through Z1; that part of the last chunk's -dZ1 which does not pass
     through Z2; and the sums -dP1 G1ᵀ, -dP1 W1ᵀ, G1 dW1ᵀ, -E W2, and along_dW with Σ G1 ∘ (K dW1 + db1).
@@ -143,7 +145,7 @@ def through_outputs(held, d_state, values, memory, waiting, minus_dP2, minus_dC2
 
 @triton.jit
 def through_inner_gradient(minus_dG2, E_W2, G2_rows, Z2, k_rows, v, mini_batch, norm, tile: tl.constexpr):
-    """Through G2 = J y at Z2: -dZ2, -de and what the tokens add to -dγ; a norm is γ, β and ε.
+    """Through G2 at Z2, (21) to (23): -dZ2, -de and what the tokens add to -dγ; a norm is γ, β and ε.
 
     Given are what of -dG2 does not pass through G1, and -E W2.
     """
@@ -159,7 +161,7 @@ def through_inner_gradient(minus_dG2, E_W2, G2_rows, Z2, k_rows, v, mini_batch, 
 
 @triton.jit
 def through_inputs(held, minus_dZ1, d_state, K, minus_dZ2, memory, waiting, tile: tl.constexpr):
-    """Through Z2 and Z1, chunk by chunk: dW1, db1 and dW2 before the mini-batch, and -dZ1 W1ᵀ."""
+    """Through Z2 and Z1, chunk by chunk, (27) and (28): dW1, db1 and dW2 before the mini-batch, and -dZ1 W1ᵀ."""
     d_weights, contiguous, scratch = waiting
     _, _, _, _, place = memory
     R: tl.constexpr = tile.rows
@@ -282,17 +284,8 @@ def mlp_backward_kernel(
 ):
     """One program: P heads of one sequence, from the last mini-batch to the first.
 
-    X2, G1, U1, U2, P1, X̄2, P2 and C1 = tril(Q Kᵀ + 1), C2 = tril(X̄2 X2ᵀ + 1) as in the forward, at its weights.
-    dP2 = layer norm's backward of γ ∘ dO            dC2 = tril(-s ∘ dP2 U2ᵀ)
-    dP1 = (dP2 W2ᵀ + dC2 X2) ∘ gelu'(P1)             dC1 = tril(-s ∘ dP1 U1ᵀ)
-    dU2 = C2ᵀ (-s ∘ dP2) - s_last (X2 dW2 + db2)     dU1 = C1ᵀ (-s ∘ dP1) - s_last (K dW1 + db1)
-    dG1 = lr ∘ dU1                                   E = dG1 ∘ gelu'(Z1), the gradient of G2 W2ᵀ
-    dG2 = lr ∘ dU2 + E W2                            dlr = Σ G1 ∘ dU1 + Σ G2 ∘ dU2
-    dZ2, de, dγ from dG2                             dV = -de
-    dX2 = dC2ᵀ X̄2 - s_last U2 dW2ᵀ + dZ2 W2ᵀ         dZ1 = dX2 ∘ gelu'(Z1) + dG1 ∘ (G2 W2ᵀ) ∘ gelu''(Z1)
-    dQ = dO + dP1 W1ᵀ + dC1 K                        dK = de + dZ1 W1ᵀ + dC1ᵀ Q - s_last U1 dW1ᵀ
-    dW1 ← dW1 + Qᵀ dP1 + Kᵀ dZ1                      dW2 ← dW2 + X̄2ᵀ dP2 + X2ᵀ dZ2 + Eᵀ G2
-    ds = -Σ dP1 ∘ C1 U1 - Σ dP2 ∘ C2 U2              ds_last -= Σ U1 ∘ (K dW1 + db1) + Σ U2 ∘ (X2 dW2 + db2)
+    With the forward's values at its weights: (15) to (20) for the outer layer and then for the hidden one, (21) to (23)
+    and (25) to (29).
 
     In the code, as in TTT-Linear's, all but dO, dq and the parameters' gradients carry the opposite sign.
     """

@@ -8,6 +8,8 @@ the hidden features are worked on in chunks, whose weights wait in the memory of
 
 The kept Z1 and G2 are the rounded ones that everything else is made of, and products are subtracted from the state as a
 whole, for the reasons that TTT-Linear's forward gives.
+
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 import torch
@@ -143,16 +145,9 @@ def mlp_forward_kernel(
     eps,
     tile: tl.constexpr,
 ):
-    """One program: P heads of one sequence, mini-batch after mini-batch.
+    """One program: P heads of one sequence, mini-batch after mini-batch, (11) to (13) and (9).
 
-    Z1 = K W1 + b1       X2 = gelu(Z1)               Z2 = X2 W2 + b2      x̂, r = recentred(Z2)
-    y = γ ∘ (γ ∘ x̂ + β - (V - K))                    G2 = r (y - mean(y) - x̂ mean(y ∘ x̂))
-    G1 = (G2 W2ᵀ) ∘ gelu'(Z1)
-    P1 = Q W1 + b1 - s ∘ A1 G1                       A1 = tril(Q Kᵀ + 1) with column j times lr_j
-    P2 = X̄2 W2 + b2 - s ∘ A2 G2,  X̄2 = gelu(P1)      A2 = tril(X̄2 X2ᵀ + 1) likewise
-    O = Q + LN(P2)
-    W1 ← W1 - s_last Kᵀ (lr ∘ G1)                    b1 ← b1 - s_last Σ_j lr_j G1_j
-    W2 ← W2 - s_last X2ᵀ (lr ∘ G2)                   b2 ← b2 - s_last Σ_j lr_j G2_j
+    The pairs carry the rates: A1 and A2 are (7)'s C with column j times lr_j, so that U1 is no tile.
     """
     q, k, v = tokens
     inner_lr, token_scale = rates

@@ -7,6 +7,8 @@ A program holds whole tokens, so that it computes the norm's mean and variance f
 backward computes them again rather than read them. The heads of a token lie side by side: merging them is no step.
 Up to a width the output projection is in the same launch; beyond it is the library's product. The widths were chosen
 on paper, by bytes and registers, and not measured.
+
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 from typing import Any, NamedTuple
@@ -103,7 +105,7 @@ def load_parameter(pointer, sizes: tl.constexpr):
 
 @triton.jit
 def load_normed(o, norm, offsets, wanted, eps, sizes: tl.constexpr):
-    """γ, x̂, 1/σ and γ ∘ x̂ + β of the inner loop's outputs, float32."""
+    """γ, x̂, r and n, (34), of the inner loop's outputs, float32."""
     gamma, beta = norm
     gamma = load_parameter(gamma, sizes)
     x_hat, r = normalised(centred(tl.load(o + offsets, mask=wanted, other=0.0).to(tl.float32), sizes), eps, sizes)
@@ -112,7 +114,7 @@ def load_normed(o, norm, offsets, wanted, eps, sizes: tl.constexpr):
 
 @triton.jit
 def load_gated(o, gate, norm, offsets, wanted, eps, sizes: tl.constexpr):
-    """What is multiplied with the output's weight: gelu(gate) ∘ LN(o), zero at padding, [R, N]."""
+    """h, (34), zero at padding, [R, N]."""
     _, _, _, h = load_normed(o, norm, offsets, wanted, eps, sizes)
     if gate is not None:
         value, _, _ = gelu(tl.load(gate + offsets, mask=wanted, other=0.0).to(tl.float32))
@@ -132,7 +134,7 @@ def fused_forward_kernel(
     eps,
     sizes: tl.constexpr,
 ):
-    """One program: R tokens. y = (gelu(gate) ∘ LN(o)) Wᵀ, zero at padding."""
+    """One program: y, (34), of R tokens, zero at padding."""
     rows = tl.program_id(0).to(tl.int64) * sizes.rows + tl.arange(0, sizes.rows)
     offsets, wanted = places(rows, real_tokens(mask, rows, num_tokens), sizes)
     h = load_gated(o, gate, norm, offsets, wanted, eps, sizes)
@@ -148,7 +150,7 @@ def fused_forward_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def norm_forward_kernel(o, gate, mask, norm, h, num_tokens, eps, sizes: tl.constexpr):
-    """One program: R tokens of h = gelu(gate) ∘ LN(o), zero at padding; the rest is a product."""
+    """One program: h, (34), of R tokens, zero at padding; the rest is a product."""
     rows = tl.program_id(0).to(tl.int64) * sizes.rows + tl.arange(0, sizes.rows)
     offsets, wanted = places(rows, real_tokens(mask, rows, num_tokens), sizes)
     gated = load_gated(o, gate, norm, offsets, wanted, eps, sizes)
@@ -158,10 +160,7 @@ def norm_forward_kernel(o, gate, mask, norm, h, num_tokens, eps, sizes: tl.const
 
 @triton.jit
 def gated_backward(dh, o, gate, norm, d_o, d_gate, offsets, wanted, exists, eps, sizes: tl.constexpr):
-    """Store the gradients of o and the gate; returns h, and the terms of dγ and dβ, [R, N] each.
-
-    dn = dh ∘ gelu(gate)    dgate = dh ∘ n ∘ gelu'(gate)    do = J (γ ∘ dn)    dγ = Σ dn ∘ x̂    dβ = Σ dn
-    """
+    """Store the gradients of o and the gate; returns h, and the terms of dγ and dβ, [R, N] each; (35)."""
     gamma, x_hat, r, n = load_normed(o, norm, offsets, wanted, eps, sizes)
     dn, h = dh, n
     if gate is not None:
@@ -198,7 +197,7 @@ def fused_backward_kernel(
     eps,
     sizes: tl.constexpr,
 ):
-    """One program of P: every P-th block of R tokens, the parameters' gradients in registers. dh = dy W, dW = dyᵀ h."""
+    """One program of P: every P-th block of R tokens, the parameters' gradients in registers; (35)."""
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     features = tl.arange(0, sizes.features)
     square = features[:, None] * sizes.head_dim + features[None, :]
@@ -293,7 +292,7 @@ def prepare_output_backward(
     """Make a launch and what it fills: gradients of o and gate, and the parameters' partial sums.
 
     Beside them dy ``[T, C]``, and where one kernel does not do it all its product with the weight, which is replaced by
-    h: then dW = dyᵀ h is yet to be taken.
+    h: then dW is yet to be taken.
     """
     o, gate, mask, d_y = given.o, given.gate, given.mask, flat(grads[0])
     num_tokens, C = d_y.shape

@@ -16,6 +16,8 @@ a product of one instruction and a broadcast nothing; beyond, one row serves a p
 
 Tiles carry zeros where there is no token, no head or no feature. All arithmetic is float32; ``dot`` alone rounds its
 operands. Layer norms see only inputs whose mean over the features is zero (see ``centred``).
+
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 from typing import Any, NamedTuple
@@ -86,7 +88,7 @@ def centred(x, tile: tl.constexpr):
 
 @triton.jit
 def normalised(x, eps, tile: tl.constexpr):
-    """x̂ = r x and r = (mean(x²) + eps)^-½, for x of mean zero."""
+    """x̂ and r, (1), of x of mean zero."""
     r = tl.rsqrt(mean(x * x, tile) + eps)
     return x * r, r
 
@@ -105,13 +107,13 @@ def recentred(x, eps, tile: tl.constexpr):
 
 @triton.jit
 def layer_norm_backward(dx_hat, x_hat, r, tile: tl.constexpr):
-    """Gradient of x from that of x̂: J dx̂, with the symmetric J = r (I - 11ᵀ/D - x̂x̂ᵀ/D)."""
+    """Gradient of x from that of x̂: J dx̂, (5)."""
     return only_features(r * (dx_hat - mean(dx_hat, tile) - x_hat * mean(dx_hat * x_hat, tile)), tile)
 
 
 @triton.jit
 def inner_gradient(y, x_hat, r, tile: tl.constexpr):
-    """G = J y, for x̂ of mean nearly zero.
+    """G, (6), for x̂ of mean nearly zero.
 
     Its mean is taken off last. An inner step that is too large grows what it should shrink, and would grow a mean of
     rounding errors from step to step.
@@ -122,7 +124,7 @@ def inner_gradient(y, x_hat, r, tile: tl.constexpr):
 
 @triton.jit
 def inner_gradient_backward(dG, dG_dot_G, G, error, x_hat, r, gamma, tile: tl.constexpr):
-    """Gradients through G = J y, y = γ ∘ error, error = γ ∘ x̂ + β - (v - k); dG_dot_G is Σ dG ∘ G per row, [R, 1].
+    """Gradients through G, (21) and (23); error is e; dG_dot_G is Σ dG ∘ G per row, [R, 1].
 
     Returns, [R, F] each, dZ of the layer norm's input, d error, and the terms of dγ.
     """
@@ -185,7 +187,7 @@ def token_sums(x, tile: tl.constexpr):
 
 @triton.jit
 def updated(W, b, K, U, scale, tile: tl.constexpr):
-    """W - s Kᵀ U and b - s Σ_j U_j, the products summed by themselves: weights, which may be larger, round once."""
+    """W and b after a mini-batch, (9), the products summed by themselves: weights, which may be larger, round once."""
     return W - scale * dot(tl.trans(K), U, tile), b - scale * token_sums(U, tile)
 
 

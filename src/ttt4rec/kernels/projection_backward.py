@@ -4,6 +4,8 @@
 """Gradients of the projections: one launch that reads every token once, or one that packs and the library's products.
 
 Sums over tokens are taken in a fixed order. Gradients of the logits are rounded to the operands' type like the others.
+
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 from typing import Any
@@ -45,10 +47,7 @@ def fused_backward_kernel(
     base_lr,
     sizes: tl.constexpr,
 ):
-    """One program of P: every P-th block of R tokens, the weights' gradients in registers.
-
-    dV_i = turned back(grad_i)    dx = Σ dV_i W_i + dz w_lr    dW_i = dV_iᵀ x    dw_lr = dzᵀ x    db_lr = Σ dz
-    """
+    """One program of P: every P-th block of R tokens, the weights' gradients in registers; (32)."""
     grad0, grad1, grad2 = grads
     grad_lr, inner_lr = rates
     weight0, weight1, weight2, lr_weight = weights

@@ -1,7 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # Jit functions are typed by Triton when they are compiled.
 
-"""The views of x and the inner rates: one launch that reads x once, or the library's products and one launch more."""
+"""The views of x and the inner rates: one launch that reads x once, or the library's products and one launch more.
+
+Numbers in brackets are equations of docs/mathematics.md.
+"""
 
 import torch
 import triton
@@ -29,7 +32,7 @@ def fused_forward_kernel(
     exact: tl.constexpr,  # product of the rates
     sizes: tl.constexpr,
 ):
-    """One program: R tokens, all their results. V_i = turned(x W_iᵀ), lr = base_lr · sigmoid(x w_lrᵀ + b_lr) / D."""
+    """One program: R tokens, all their results, (31)."""
     lr_weight, lr_bias = rates
     rows = tl.program_id(0).to(tl.int64) * sizes.rows + tl.arange(0, sizes.rows)
     inputs = tl.arange(0, sizes.inputs)

@@ -3,13 +3,12 @@
 
 """One token more for many streams, whose states lie in a pool: one program a stream and head.
 
-A stream keeps of every token of its mini-batch a row with the inputs X and the steps U = lr ∘ G of each inner layer;
-the layer at token i is::
+A stream keeps of every token of its mini-batch a row with the inputs X and the steps U of each inner layer; (30) is
+the layer's output at a token. A program reads W, b and the i kept rows, and writes one row; W and b only at a
+mini-batch's last token. It has one row x and no matrix product worth a tensor core: all products are float32
+multiplications and sums.
 
-    x W + b - s (Σ_{j < i} (x · X_j + 1) U_j + (x · X_i + 1) U_i)
-
-A program reads W, b and the i kept rows, and writes one row; W and b only at a mini-batch's last token. It has one row
-x and no matrix product worth a tensor core: all products are float32 multiplications and sums.
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 from typing import NamedTuple
@@ -65,7 +64,7 @@ def times_rows(W, x):
 
 @triton.jit
 def standardised(z, real, eps, tile: tl.constexpr):
-    """x̂ = r (z - mean(z)) and r = (var(z) + eps)^-½ of a vector [F]."""
+    """x̂ and r, (1), of a vector [F]."""
     centred = tl.where(real, z - tl.sum(z, 0) / tile.head_dim, 0.0)
     r = tl.rsqrt(tl.sum(centred * centred, 0) / tile.head_dim + eps)
     return centred * r, r
@@ -73,7 +72,7 @@ def standardised(z, real, eps, tile: tl.constexpr):
 
 @triton.jit
 def inner_step(z, k, v, lr, gamma, beta, real, eps, tile: tl.constexpr):
-    """U = lr G, G the gradient of ``½‖LN(z) - (v - k)‖²`` at z."""
+    """The steps U, by (6), from z at the key."""
     x_hat, r = standardised(z, real, eps, tile)
     y = gamma * (gamma * x_hat + beta - (v - k))
     y -= tl.sum(y, 0) / tile.head_dim + x_hat * (tl.sum(y * x_hat, 0) / tile.head_dim)
@@ -101,7 +100,7 @@ def outer_mask(rows, columns):
 
 @triton.jit
 def stepped(W, b, x, u, s, X, U, rows, columns, width: tl.constexpr, out: tl.constexpr, tile: tl.constexpr):
-    """W - s Σ_j X_jᵀ U_j and b - s Σ_j U_j over a complete mini-batch, of which x and u are the last token.
+    """W and b after a mini-batch, (9), of which x and u are the last token.
 
     rows and columns are the part of W that is held; X and U point into the first of the kept rows.
     """
@@ -246,7 +245,7 @@ def mlp_step_kernel(
     eps,
     tile: tl.constexpr,
 ):
-    """z1 = k W1 + b1, x2 = gelu(z1), z2 = x2 W2 + b2, u1 = (u2 W2ᵀ) ∘ gelu'(z1); x̄2 = gelu(p1); o = q + LN(p2).
+    """TTT-MLP, (11) to (13), in small letters for the one token.
 
     The hidden features come in chunks, all of them at once where they fit the registers. Where they do not, weights
     are loaded twice, the second time, soon after, from the cache.

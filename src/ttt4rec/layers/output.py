@@ -17,7 +17,7 @@ def finish(
     output: nn.Module,
     backend: str,
 ) -> Tensor:
-    """Layer norm over the width, gate ``gelu(gate) ∘ (·)`` and output projection; zeros at padding.
+    """Layer norm over the width, gate and output projection; zeros at padding.
 
     The product is taken in o's dtype, which is that of autocast where that is enabled; what comes before is float32 at
     least. Modules that something was done to (replaced by an adapter or a quantised one, hooked, parametrised) are

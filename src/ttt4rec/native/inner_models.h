@@ -1,4 +1,5 @@
-// One mini-batch of TTT-Linear or TTT-MLP, forwards, replayed and back. The formulas stand in docs/kernels.md.
+// One mini-batch of TTT-Linear or TTT-MLP, forwards, replayed and back. Numbers in brackets are equations of
+// docs/mathematics.md.
 
 #pragma once
 
@@ -22,7 +23,7 @@ inline void backward_of_output(int r, const Normalised& norm, const Tokens& t, T
   }
 }
 
-// What d(LN(Z) - (v - k)) gives k, v and β, and dO gives q, β and γ. d_gamma, the inner gradient's by row, is overwritten.
+// What de gives k, v and β, and dO gives q, β and γ. d_gamma, the inner gradient's by row, is overwritten.
 inline void add_error_and_residual(int r, const Normalised& norm, const T* de, T* d_gamma, const Tokens& t) {
   for (int i = 0; i < r; ++i) {
     add<D>(t.dk + i * D, de + i * D);
@@ -44,7 +45,7 @@ class InnerModel {  // TTT-MLP
 
   // W1, b1, W2 and b2 before a mini-batch, and what they and the kept Z1 and G2 give at its keys.
   struct State {
-    T *weights[WEIGHTS], *X2, *slope, *curvature, *U;
+    T *weights[WEIGHTS], *X2, *slope, *curvature, *G2_W2;
 
     static size_t numbers(int K) {
       size_t total = 4 * Arena::rounded(K * HIDDEN);
@@ -54,7 +55,7 @@ class InnerModel {  // TTT-MLP
 
     State(Arena& arena, int K) {
       for (int i = 0; i < WEIGHTS; ++i) weights[i] = arena.take(SIZES[i]);
-      for (T** tile : {&X2, &slope, &curvature, &U}) *tile = arena.take(K * HIDDEN);
+      for (T** tile : {&X2, &slope, &curvature, &G2_W2}) *tile = arena.take(K * HIDDEN);
     }
   };
 
@@ -65,7 +66,7 @@ class InnerModel {  // TTT-MLP
 
   InnerModel(Arena& arena, int K)
       : first_(arena, K), second_(arena, K), inner_(arena, K), norm_(arena, K) {
-    for (T** tile : {&G1_, &X2_bar_, &bar_slope_, &dX2_, &dX2_bar_, &dG1_, &dU_, &P1_}) {
+    for (T** tile : {&G1_, &X2_bar_, &bar_slope_, &dX2_, &dX2_bar_, &dG1_, &E_, &P1_}) {
       *tile = arena.take(K * HIDDEN);
     }
     for (T** tile : {&Z2_, &P2_, &dP2_, &dG2_, &dZ2_, &de_, &d_gamma_}) *tile = arena.take(K * D);
@@ -108,7 +109,7 @@ class InnerModel {  // TTT-MLP
     use(state);
     first_.transpose_weights();
     second_.transpose_weights();
-    multiply(r, state.U, state.slope, G1_);
+    multiply(r, state.G2_W2, state.slope, G1_);
     second_.affine(r, state.X2, Z2_);
     inner_.set(r, Z2_, t.k, t.v, t.gamma, t.beta, t.eps);
     first_.output(rates, t.q, t.k, G1_, P1_);
@@ -120,15 +121,15 @@ class InnerModel {  // TTT-MLP
     second_.backward(rates, X2_bar_, state.X2, G2, dP2_, dX2_bar_, dX2_, dG2_);
     multiply(r, dX2_bar_, bar_slope_, dX2_bar_);
     first_.backward(rates, t.q, t.k, G1_, dX2_bar_, t.dq, t.dk, dG1_);
-    // G1 = U ∘ gelu'(Z1) and U = G2 W2ᵀ.
-    multiply(r, dG1_, state.slope, dU_);
-    add_product<D>(r, HIDDEN, dU_, HIDDEN, 1, second_.W, dG2_);
-    add_product<D>(HIDDEN, r, dU_, 1, HIDDEN, G2, second_.dW);
+    // G1, (26).
+    multiply(r, dG1_, state.slope, E_);
+    add_product<D>(r, HIDDEN, E_, HIDDEN, 1, second_.W, dG2_);
+    add_product<D>(HIDDEN, r, E_, 1, HIDDEN, G2, second_.dW);
     // G2, then Z2 and Z1.
     inner_.backward(r, dG2_, G2, t.gamma, dZ2_, de_, d_gamma_);
     second_.backward_of_affine(r, state.X2, dZ2_, dX2_);
     for (int i = 0; i < r * HIDDEN; i += LANES) {
-      const V curved = load(dG1_ + i) * load(state.U + i) * load(state.curvature + i);
+      const V curved = load(dG1_ + i) * load(state.G2_W2 + i) * load(state.curvature + i);
       store(dX2_ + i, load(dX2_ + i) * load(state.slope + i) + curved);  // dZ1
     }
     first_.backward_of_affine(r, t.k, dX2_, t.dk);
@@ -140,7 +141,7 @@ class InnerModel {  // TTT-MLP
   DualLayer<HIDDEN, D> second_;
   InnerGradient inner_;
   Normalised norm_;
-  T *G1_, *X2_bar_, *bar_slope_, *dX2_, *dX2_bar_, *dG1_, *dU_, *P1_;
+  T *G1_, *X2_bar_, *bar_slope_, *dX2_, *dX2_bar_, *dG1_, *E_, *P1_;
   T *Z2_, *P2_, *dP2_, *dG2_, *dZ2_, *de_, *d_gamma_;
 
   void use(const State& state) {
@@ -152,10 +153,10 @@ class InnerModel {  // TTT-MLP
     for (int i = 0; i < r * HIDDEN; i += LANES) store(out + i, load(a + i) * load(b + i));
   }
 
-  // G1 = U ∘ gelu'(Z1), U = G2 W2ᵀ
+  // (12)
   void set_G1(int r, const T* G2, State& state) {
-    set_product<HIDDEN>(r, D, G2, D, 1, second_.transpose_weights(), state.U);
-    multiply(r, state.U, state.slope, G1_);
+    set_product<HIDDEN>(r, D, G2, D, 1, second_.transpose_weights(), state.G2_W2);
+    multiply(r, state.G2_W2, state.slope, G1_);
   }
 
   void update(const Rates& rates, const T* k, const T* G2, const State& state, const State& next) {

@@ -97,7 +97,7 @@ class LayerStep {
     }
   }
 
-  // lr = base_lr · sigmoid(x · w + b) / D, at most max_inner_step / (1 + |k|²)
+  // The rate, (31) of docs/mathematics.md, at most max_inner_step / (1 + |k|²).
   T rate(const T* x, const T* k, int h) const {
     if (!call_.adapt) return 0;
     const T logit = dot(C_, x, call_.lr_weight + h * C_) + call_.lr_bias[h];

@@ -1,5 +1,6 @@
 // One token more of a stream and head, in place. The record of a stream and head is that of inner_models.py: [W; b] of
-// every layer, then K rows, one for each token of the mini-batch so far.
+// every layer, then K rows, one for each token of the mini-batch so far. Numbers in brackets are
+// equations of docs/mathematics.md.
 
 #pragma once
 
@@ -44,7 +45,7 @@ inline void affine(const T* x, const T* W, const T* b, T* out) {
   }
 }
 
-// Inner layer i of a record: W [IN, OUT] and b [OUT], and of the first row its inputs X and its U = lr ∘ G.
+// Inner layer i of a record: W [IN, OUT] and b [OUT], and of the first row its inputs X and its steps U.
 template <int IN, int OUT>
 struct Layer {
   T *W, *b, *X, *U;
@@ -55,13 +56,13 @@ struct Layer {
 
   void affine(const T* x, T* out) const { ::affine<IN, OUT>(x, W, b, out); }
 
-  // x W + b - s_i Σ_{j <= i} (x · X_j + 1) U_j
+  // (30)
   void output(int i, T s, const T* x, T* out) const {
     affine(x, out);
     for (int j = 0; j <= i; ++j) add<OUT>(out, U + j * ROW, -s * (dot<IN>(x, X + j * ROW) + 1));
   }
 
-  // W -= s_last Σ_j X_jᵀ U_j, b -= s_last Σ_j U_j
+  // (9)
   void update(int K, T s_last, T* scaled) const {
     for (int j = 0; j < K; ++j) {
       for (int n = 0; n < OUT; n += LANES) store(scaled + j * OUT + n, -s_last * load(U + j * ROW + n));
@@ -111,7 +112,7 @@ class Step {
 
   bool last() const { return place_ == K_ - 1; }
 
-  // U = lr ∘ G of the token, from the inner model's output Z at its key.
+  // The token's steps U, from the inner model's output Z at its key.
   void inner_gradient(const T* Z, T* U) {
     inner_.set(1, Z, k_, v_, gamma_, beta_, call_.eps);
     inner_.value(1, U);

@@ -1,7 +1,8 @@
 // What both inner models are made of, on one mini-batch of r tokens: tiles of r rows that lie in the first cache.
 //
 // Names follow the mathematics: Z is an inner layer's output on the keys X, G the inner loss's gradient at it, P its
-// output on the queries Q. The prefix d marks the gradient of the outer loss.
+// output on the queries Q. The prefix d marks the gradient of the outer loss. Numbers in brackets are equations of
+// docs/mathematics.md.
 
 #pragma once
 
@@ -165,7 +166,7 @@ struct Normalised {
     }
   }
 
-  // out = r (x - mean(x) - x̂ mean(x ∘ x̂)) of row i; the Jacobian is symmetric, so this serves both directions.
+  // out = J x, (5), of row i; the Jacobian is symmetric, so this serves both directions.
   void jacobian_product(int i, const T* x, T* out) const {
     const T* own = x_hat + i * D;
     V total{};
@@ -175,7 +176,7 @@ struct Normalised {
   }
 };
 
-// G, the gradient of ½‖LN(Z) - (v - k)‖² at Z, and the derivative of that gradient.
+// G, the inner loss's gradient at Z, and the derivative of that gradient.
 struct InnerGradient {
   Normalised norm;
   T *error, *y;
@@ -195,15 +196,12 @@ struct InnerGradient {
     }
   }
 
-  // G = r (y - mean(y) - x̂ mean(y ∘ x̂)), y = γ ∘ (LN(Z) - (v - k)).
+  // G, (6).
   void value(int r, T* G) const {
     for (int i = 0; i < r; ++i) norm.jacobian_product(i, y + i * D, G + i * D);
   }
 
-  // dZ, d(LN(Z) - (v - k)) and each row's dγ from dG.
-  //   dy = J dG, de = γ ∘ dy                                  J the Jacobian of the layer norm
-  //   dx̂ = γ ∘ de - r (dG mean(y ∘ x̂) + y mean(dG ∘ x̂))
-  //   dZ = J dx̂ - r x̂ mean(dG ∘ G)                            the last term through r
+  // dZ, de and each row's dγ from dG, (21) and (22).
   void backward(int r, const T* dG, const T* G, const T* gamma, T* dZ, T* de, T* d_gamma) const {
     for (int i = 0; i < r; ++i) {
       const long at = long(i) * D;
@@ -224,8 +222,7 @@ struct InnerGradient {
   }
 };
 
-// The tanh form of gelu from one sigmoid s = σ(v), v = 2c (z + a z³), with w = v' and q = s (1 - s) w:
-//   gelu = z s,   gelu' = s + z q,   gelu'' = 4 (q - c s (1 - s)) + (1 - 2s) w z q
+// The tanh form of gelu from one sigmoid, (14), with z, v, s and w for x, w, σ and w'.
 // Beyond ±10 the sigmoid has no more digits to give, and what is left of s (1 - s) must not meet the cubes of a large z.
 template <bool SLOPE, bool CURVATURE>
 inline void gelu(int n, const T* z, T* value, T* slope = nullptr, T* curvature = nullptr) {
@@ -283,7 +280,7 @@ class DualLayer {
     return W_transposed_;
   }
 
-  // P = Q W + b - (tril(η) ∘ (Q Xᵀ + 1)) G
+  // P, (8).
   void output(const Rates& rates, const T* Q, const T* X, const T* G, T* P) {
     const int r = rates.r;
     for (int i = 0; i < r; ++i) {
@@ -296,14 +293,14 @@ class DualLayer {
     add_product<OUT>(r, r, minus_A_, r, 1, G, P);
   }
 
-  // next = W - Xᵀ (η_last ∘ G) and b likewise; next may be where W and b are.
+  // W and b after the mini-batch, (9); next may be where they are.
   void update(const Rates& rates, const T* X, const T* G, T* next_W, T* next_b) {
     set_minus_eta_G(rates, G);
     add_rows<OUT>(rates.r, minus_eta_G_, b, next_b);
     product<From::matrix, OUT>(IN, rates.r, X, 1, IN, minus_eta_G_, next_W, W);
   }
 
-  // Backward of output and update together: dQ, dX and dG from dP and from dW and db, which come as gradients of the
+  // Backward of output and update together, (16) to (20): dQ, dX and dG from dP and from dW and db, which come as gradients of the
   // updated weights and become those of the weights before. W must be the weights before, transposed already.
   void backward(const Rates& rates, const T* Q, const T* X, const T* G, const T* dP, T* dQ, T* dX, T* dG) {
     const int r = rates.r;

@@ -1,4 +1,7 @@
-"""The dual form: the same numbers as the primal form, one mini-batch at a time, matmuls only."""
+"""The dual form: the same numbers as the primal form, one mini-batch at a time, matmuls only.
+
+Numbers in brackets are equations of docs/mathematics.md.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +55,7 @@ def linear_mini_batch(
     ln_bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Weights]:
-    """TTT-Linear over one mini-batch: q, k, v ``[B, H, K, D]``, eta ``[B, H, K, K]`` lower triangular."""
+    """TTT-Linear over one mini-batch, (10): q, k, v ``[B, H, K, D]``, eta ``[B, H, K, K]`` lower triangular."""
     W1, b1 = weights
     Z = k @ W1 + b1.unsqueeze(-2)
     G = layer_norm_gradient(Z, v - k, ln_weight, ln_bias, eps)
@@ -71,7 +74,7 @@ def mlp_mini_batch(
     ln_bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Weights]:
-    """TTT-MLP over one mini-batch: the dual form applied to each of its two layers."""
+    """TTT-MLP over one mini-batch, (11) to (13): the dual form applied to each of its two layers."""
     W1, b1, W2, b2 = weights
     Z1 = k @ W1 + b1.unsqueeze(-2)
     X2 = F.gelu(Z1, approximate="tanh")
@@ -89,12 +92,7 @@ MINI_BATCHES = {"linear": linear_mini_batch, "mlp": mlp_mini_batch}
 
 
 def layer_norm_gradient(Z: Tensor, target: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float) -> Tensor:
-    """Gradient of ``½‖LN(Z) - target‖²`` with respect to Z.
-
-    With x̂ the normalised Z, r its inverse standard deviation and y = γ ∘ (LN(Z) - target)::
-
-        G = r (y - mean(y) - x̂ mean(y ∘ x̂))
-    """
+    """G, (6): the inner loss's gradient at Z, for targets v - k."""
     centred = Z - Z.mean(-1, keepdim=True)
     r = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     x_hat = centred * r
@@ -111,11 +109,11 @@ def gelu_derivative(x: Tensor) -> Tensor:
 
 
 def _attention(queries: Tensor, keys: Tensor, eta: Tensor) -> Tensor:
-    """A = tril(η) ∘ (Q Kᵀ + 1); the one carries the bias. eta is lower triangular already."""
+    """The pairs (7) times η, which is lower triangular already."""
     return eta * (queries @ keys.transpose(-1, -2) + 1)
 
 
 def _updated(W: Tensor, b: Tensor, X: Tensor, G: Tensor, eta: Tensor) -> Weights:
-    """W - (η_last ∘ X)ᵀ G and b - Σ_j η_last[j] G_j."""
+    """W and b after the mini-batch, (9)."""
     eta_last = eta[..., -1, :].unsqueeze(-1)
     return W - (eta_last * X).transpose(-1, -2) @ G, b - (eta_last * G).sum(-2)

@@ -1,4 +1,7 @@
-"""The two inner models f(x; W), the layer norm around them, and the inner loss."""
+"""The two inner models f(x; W), the layer norm around them, and the inner loss.
+
+Numbers in brackets are equations of docs/mathematics.md.
+"""
 
 from collections.abc import Callable
 
@@ -34,7 +37,7 @@ def layer_norm(z: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float) -> Ten
 def inner_loss(
     weights: Weights, k: Tensor, v: Tensor, ln_weight: Tensor, ln_bias: Tensor, model: InnerModel, eps: float
 ) -> Tensor:
-    """Return ``½ Σ ‖LN(f(k; W)) - (v - k)‖²``, a scalar, for k and v ``[B, H, n, D]``.
+    """Return the inner loss (2), a scalar, for k and v ``[B, H, n, D]``.
 
     The sum runs over sequences and heads too. They share no weights, so its gradient is that of each alone.
     """

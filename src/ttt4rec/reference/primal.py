@@ -1,4 +1,7 @@
-"""The primal form: the definition, one token at a time, its inner gradients taken by autograd."""
+"""The primal form: the definition, one token at a time, its inner gradients taken by autograd.
+
+Numbers in brackets are equations of docs/mathematics.md.
+"""
 
 import torch
 from torch import Tensor
@@ -19,12 +22,7 @@ def primal_form(
     model: InnerModel,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Weights]:
-    """Run the inner loop token by token.
-
-    With W⁰ the weights at the start of token i's mini-batch and g_j token j's inner gradient at W⁰::
-
-        W_i = W⁰ - s_i Σ_{j <= i} lr_j g_j
-        o_i = q_i + LN(f(q_i; W_i))
+    """Run the inner loop token by token, (3) and (4).
 
     Args:
         q: queries ``[B, L, H, D]``.

@@ -1,4 +1,7 @@
-"""What the layer derives from its input before the inner loop: rotated views, inner rates, token scales."""
+"""What the layer derives from its input before the inner loop: rotated views, inner rates, token scales.
+
+Numbers in brackets are equations of docs/mathematics.md.
+"""
 
 import torch
 from torch import Tensor
@@ -35,7 +38,7 @@ def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor, reach: Tensor | 
 
 
 def inner_learning_rate(x: Tensor, weight: Tensor, bias: Tensor, base_lr: float) -> Tensor:
-    """``lr = base_lr · sigmoid(x · w_lr + b_lr) / D`` per token and head.
+    """The rates lr, (31), per token and head.
 
     Args:
         x: the layer's input ``[B, L, C]``.
@@ -53,6 +56,6 @@ def inner_learning_rate(x: Tensor, weight: Tensor, bias: Tensor, base_lr: float)
 
 
 def token_scale(offset: Tensor) -> Tensor:
-    """``s_i = max(0, 1/(i+1) + τ_i)`` for the learned offsets τ ``[K]``, i from 0 in the mini-batch."""
+    """s, (31), of the learned offsets τ ``[K]``."""
     positions = torch.arange(1, offset.numel() + 1, device=offset.device, dtype=offset.dtype)
     return (1 / positions + offset).clamp_min(0)
