@@ -123,7 +123,7 @@ def check_same_data(done: Iterable[Result], run: Run, split: Split) -> None:
     for result in done:
         if run.data.key.items() <= result.items() and not result["data"].items() <= given.items():
             raise ValueError(
-                f"{run.data.title}: expected the data of the results so far, {result['data']}, got {given}; "
+                f"{run.data.title}: data must be those of the results so far, {result['data']}; given {given}; "
                 "give --results another file"
             )
 

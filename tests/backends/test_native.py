@@ -619,7 +619,7 @@ def test_what_others_may_have_put_there_is_not_loaded(what, change, filled, quic
     forget_libraries()
     message = auto_runs_eagerly(caplog)
     assert str(quick) in message
-    assert ("belongs to the user number" if change == "owner" else f"has the mode {change:o}") in message
+    assert ("must belong to you or root" if change == "owner" else f"given {change:o}") in message
     assert sorted(quick.iterdir()) == kept
 
 

@@ -80,7 +80,7 @@ def test_rows_of_one_table_are_of_the_same_data(data: Path) -> None:
     rows = [f"{user}\ti{time % 7}\t{time}" for user in range(20) for time in range(9)]
     with gzip.open(data / "toy" / "toy.inter.gz", "wt") as file:
         file.write("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows]))
-    with pytest.raises(ValueError, match=r"toy: expected the data of the results so far, .* give --results another"):
+    with pytest.raises(ValueError, match=r"toy: data must be those of the results so far, .* give --results another"):
         run_all([other], data, path, print)
     assert len(read_results(path)) == 1
 

@@ -102,14 +102,14 @@ def _check_owner(path: Path) -> None:
     if not _is_trusted(found.st_uid):
         raise UntrustedError(
             _UNSAFE,
-            f": {path} belongs to the user number {found.st_uid}; expected your own or root's; delete it or set "
+            f": {path} must belong to you or root; given the user number {found.st_uid}; delete it or set "
             "$TTT4REC_CACHE to a folder of your own",
         )
     if os.name == "posix" and found.st_mode & _OTHERS:
         mode = stat.S_IMODE(found.st_mode)
         raise UntrustedError(
             _UNSAFE,
-            f": {path} has the mode {mode:o}; expected {mode & ~_OTHERS:o}; delete it, or take the right away "
+            f": {path} must have the mode {mode & ~_OTHERS:o}; given {mode:o}; delete it, or take the right away "
             "(chmod go-w) if what is there is your own",
         )
 
