@@ -55,7 +55,7 @@ def test_equals_the_reference(inner, batch, seed):
 
 @pytest.mark.parametrize("inner", INNERS)
 def test_gradcheck_from_state_to_state(inner):
-    inputs = inner_inputs(inner, B=1, L=5, H=1, D=8, K=3, hidden=8)
+    inputs = inner_inputs(inner, B=1, L=5, H=1, D=8, K=3, hidden=16)
     tokens = ("q", "k", "v", "inner_lr")
     state = TTTState(
         tuple(torch.randn(1, *x.shape, dtype=torch.float64) * 0.1 for n, x in inputs.items() if n[0] in "Wb"),
@@ -75,7 +75,7 @@ def test_gradcheck_from_state_to_state(inner):
 
 
 @pytest.mark.parametrize("inner", INNERS)
-@pytest.mark.parametrize("head_dim", [pytest.param(32, marks=pytest.mark.slow), 64, 128])
+@pytest.mark.parametrize("head_dim", [64, *(pytest.param(D, marks=pytest.mark.slow) for D in (32, 128))])
 def test_large_heads_in_float32(inner, head_dim):
     inputs = {n: x.float() for n, x in inner_inputs(inner, B=2, L=19, H=1, D=head_dim, K=16).items()}
     exact = flat(inner_results(inner, {n: x.double() for n, x in inputs.items()}, backend="reference"))
@@ -94,11 +94,11 @@ def test_libraries_of_different_shapes_share_nothing():
 
 CALLS = {  # what crosses into C++, and what there tells its size
     inner_loop.ScanCall: (build.INNER_LOOP, "ttt_call_size"),
-    step.StepCall: (build.INNER_LOOP, "ttt_step_call_size"),
-    LayerCall: (build.INNER_LOOP, "ttt_layer_call_size"),
-    NormCall: (build.INNER_LOOP, "ttt_norm_call_size"),
-    BlockCall: (build.INNER_LOOP, "ttt_block_call_size"),
-    ModelCall: (build.INNER_LOOP, "ttt_model_call_size"),
+    step.StepCall: (build.STEP, "ttt_step_call_size"),
+    LayerCall: (build.STEP, "ttt_layer_call_size"),
+    NormCall: (build.STEP, "ttt_norm_call_size"),
+    BlockCall: (build.STEP, "ttt_block_call_size"),
+    ModelCall: (build.STEP, "ttt_model_call_size"),
     full_softmax._Call: (build.SOFTMAX, "softmax_call_size"),
     IndexCall: (build.SOFTMAX, "index_call_size"),
 }
@@ -108,7 +108,7 @@ def test_structures_are_as_large_in_both_languages():
     ours = {x for x in ctypes.Structure.__subclasses__() if x.__module__.startswith("ttt4rec.native")}
     assert ours == CALLS.keys()
     for structure, (sources, function) in CALLS.items():
-        for scalar in ("float", "double") if sources == build.INNER_LOOP else ("float",):
+        for scalar in ("float",) if sources == build.SOFTMAX else ("float", "double"):
             size = getattr(build.library("linear", 16, 0, scalar, sources), function)
             size.restype = ctypes.c_int64
             assert size() == ctypes.sizeof(structure), structure
@@ -300,7 +300,7 @@ def test_compile_has_no_graph_break(inner):
 def test_what_it_does_not_take():
     with pytest.raises(RuntimeError, match=r"'native' takes head and hidden dimensions .* 8; given 6 and 0"):
         run("linear", inner_inputs("linear", B=1, L=3, H=1, D=6, K=2))
-    meta = native.shape_refusal(torch.device("meta"), "linear", 8, 0, torch.float32)
+    meta = native.shape_refusal(torch.device("meta"), "linear", 8, 0, torch.float32, build.STEP)
     assert meta == "runs on CPU tensors; given meta"
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.checks import assert_close, golden_cases, layer_of, load_golden
+from tests.support.checks import GOLDEN_CASES, assert_close, golden_cases, layer_of, load_golden
 from ttt4rec.layers.original_weights import _LAYER_NAMES
 
 TOLERANCE = 1e-6  # the release computes its rotary tables in float32
@@ -14,7 +14,7 @@ def test_all_ten_cases_are_there():
 
 
 @pytest.mark.parametrize("backend", ["native", "eager", "reference"])
-@pytest.mark.parametrize("name", golden_cases())
+@pytest.mark.parametrize("name", GOLDEN_CASES)
 def test_layer_matches_the_release(name, backend):
     case = load_golden(name)
     layer = layer_of(case.config, backend)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.checks import BACKBONES, INNERS, golden_cases, load_golden, relative_error
+from tests.support.checks import BACKBONES, GOLDEN_CASES, INNERS, load_golden, relative_error
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 from ttt4rec.layers.original_weights import _BLOCK_NAMES, load_release_block
 from ttt4rec.models.blocks import AttentionMixer, Block
@@ -31,7 +31,7 @@ def make(seed=0, **options):
     return model
 
 
-@pytest.mark.parametrize("name", golden_cases())
+@pytest.mark.parametrize("name", GOLDEN_CASES)
 def test_block_agrees_with_the_release(name):
     golden = load_golden(name)
     config, parameters = golden.config, golden.part("param.")

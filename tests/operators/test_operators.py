@@ -23,7 +23,11 @@ OPTIONS = {  # of the samples, beside the usual
 WITHOUT_KERNELS = {"full_softmax_nll", "full_softmax_total_nll"}
 
 
-MARKS = {"triton": pytest.mark.gpu}  # which also runs there
+def marks(operator, backend, number):
+    """On the kernels a scan's second sample is slow; what has the mark of a GPU also runs there."""
+    if backend != "triton":
+        return ()
+    return (pytest.mark.gpu, pytest.mark.slow) if "scan" in operator.name and number else pytest.mark.gpu
 
 
 def has(backend, function):
@@ -31,7 +35,9 @@ def has(backend, function):
 
 
 CASES = [
-    pytest.param(operator, backend, options, id=f"{operator.name}-{backend}-{number}", marks=MARKS.get(backend, ()))
+    pytest.param(
+        operator, backend, options, id=f"{operator.name}-{backend}-{number}", marks=marks(operator, backend, number)
+    )
     for operator in OPERATORS.values()
     for backend in backends.PACKAGES
     if has(backend, operator.function)

@@ -122,9 +122,16 @@ def as_streams(layer, x):
     return [first, layer(x[:, 6:], state=state)]
 
 
-@pytest.mark.parametrize("call", [as_rows, as_packed, as_streams])
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("inner", INNERS)
+LAYERS = [
+    pytest.param(inner, backbone, call, marks=pytest.mark.slow if slow else ())
+    for inner in INNERS
+    for backbone in BACKBONES
+    for call in (as_rows, as_packed, as_streams)
+    for slow in [(inner, backbone) == ("mlp", "transformer") and call != as_rows]
+]
+
+
+@pytest.mark.parametrize(("inner", "backbone", "call"), LAYERS)
 def test_a_layer_on_the_kernels(inner, backbone, call):
     """All of it, projections and convolutions too, in float32 beside the reference in float64."""
     layer = make_layer(inner, backbone, width=32).float().to(DEVICE)

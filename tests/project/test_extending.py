@@ -20,6 +20,7 @@ HELD_TO = {
 }
 
 
+@pytest.mark.slow
 def test_the_guide_runs_and_what_it_adds_is_held_to_the_checks_of_what_is_there():
     """In a process of its own: operators cannot be taken away again."""
     tests = ["tests/project/extended.py", *(f"tests/{name}" for name in HELD_TO)]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -149,6 +150,10 @@ def make_layer(
     return layer
 
 
+SIMPLE_FIRST = ["linear", pytest.param("mlp", marks=pytest.mark.slow)]
+"""The inner models, where one takes the compiler or the interpreter seconds and the other shows nearly as much."""
+
+
 class Golden(NamedTuple):
     """One case of the original release: its options, and its float64 tensors by name."""
 
@@ -163,6 +168,10 @@ class Golden(NamedTuple):
 def golden_cases() -> list[str]:
     """Names of the golden cases."""
     return sorted(path.stem for path in _GOLDEN.glob("*.safetensors"))
+
+
+GOLDEN_CASES = [pytest.param(name, marks=() if "_d16_" in name else pytest.mark.slow) for name in golden_cases()]
+"""The golden cases for ``parametrize``; those of wide heads take the compiler seconds."""
 
 
 def load_golden(name: str) -> Golden:

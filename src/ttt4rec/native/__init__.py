@@ -58,22 +58,24 @@ def refusal(operator: str, arguments: Any) -> str | None:
         return softmax_refusal(arguments.table.device, arguments.table.dtype)
     if isinstance(arguments, BestItems):
         return softmax_refusal(arguments.h.device, arguments.h.dtype)
-    if isinstance(arguments, Scan):
-        dtype = arguments.weights[0].dtype
-    elif isinstance(arguments, LayerStep | ModelStep):
+    if isinstance(arguments, LayerStep | ModelStep):
         layer = arguments.layer if isinstance(arguments, LayerStep) else arguments.blocks[0].layer
         (H, C), records = layer.lr_weight.shape, layer.records
-        return shape_refusal(records.device, layer.inner, C // H, layer.hidden, records.dtype)
+        return shape_refusal(records.device, layer.inner, C // H, layer.hidden, records.dtype, build.STEP)
+    if isinstance(arguments, Scan):
+        dtype, sources = arguments.weights[0].dtype, build.INNER_LOOP
     elif isinstance(arguments, TokenStep):
-        dtype = arguments.records.dtype
+        dtype, sources = arguments.records.dtype, build.STEP
     else:
         return None
-    return shape_refusal(arguments.q.device, arguments.inner, arguments.q.shape[-1], arguments.hidden, dtype)
+    return shape_refusal(arguments.q.device, arguments.inner, arguments.q.shape[-1], arguments.hidden, dtype, sources)
 
 
 @functools.cache
-def shape_refusal(device: torch.device, inner: str, head_dim: int, hidden: int, dtype: torch.dtype) -> str | None:
-    """Why the inner loop of a shape cannot be computed; None if it can. The first call for a shape compiles it.
+def shape_refusal(
+    device: torch.device, inner: str, head_dim: int, hidden: int, dtype: torch.dtype, sources: build.Sources
+) -> str | None:
+    """Why the inner loop or step of a shape cannot be computed; None if it can. The first call for a shape compiles it.
 
     Args:
         device: of the tensors.
@@ -81,6 +83,7 @@ def shape_refusal(device: torch.device, inner: str, head_dim: int, hidden: int, 
         head_dim: D.
         hidden: F, 0 if there are no hidden features.
         dtype: of the weights.
+        sources: ``build.INNER_LOOP`` or ``build.STEP``.
     """
     if device.type != "cpu":
         return f"runs on CPU tensors; given {device}"
@@ -89,7 +92,7 @@ def shape_refusal(device: torch.device, inner: str, head_dim: int, hidden: int, 
     if head_dim % _MULTIPLE or hidden % _MULTIPLE:
         return f"takes head and hidden dimensions that are multiples of {_MULTIPLE}; given {head_dim} and {hidden}"
     try:
-        build.library(inner, head_dim, hidden, build.SCALARS[dtype])
+        build.library(inner, head_dim, hidden, build.SCALARS[dtype], sources)
     except BuildError as error:
         return build.refusal(error)
     return None

@@ -25,12 +25,13 @@ from .cache import BuildError, UntrustedError
 
 INNER_MODELS = {model.name: model for model in (LINEAR, MLP)}  # of which there are sources
 SCALARS = {torch.float32: "float", torch.float64: "double"}
-INNER_LOOP, SOFTMAX = ("inner_loop.cpp", "step.cpp", "whole_step.cpp"), ("full_softmax.cpp", "item_index.cpp")
+Sources = tuple[str, ...]
+INNER_LOOP: Sources = ("inner_loop.cpp",)
+STEP: Sources = ("step.cpp", "whole_step.cpp")
+SOFTMAX: Sources = ("full_softmax.cpp", "item_index.cpp")
 _FUNCTIONS = {
-    INNER_LOOP: (
-        *("ttt_forward", "ttt_backward", "ttt_step", "ttt_layer_step", "ttt_model_step"),
-        *("ttt_are_within", "ttt_are_different"),
-    ),
+    INNER_LOOP: ("ttt_forward", "ttt_backward"),
+    STEP: ("ttt_step", "ttt_layer_step", "ttt_model_step", "ttt_are_within", "ttt_are_different"),
     SOFTMAX: ("softmax_forward", "softmax_backward", "index_items", "index_search", "index_seen", "index_bounds"),
 }
 _SOURCES = Path(__file__).parent
@@ -51,7 +52,7 @@ def refusal(error: BuildError) -> str:
 
 
 @functools.cache
-def library(inner: str, head_dim: int, hidden: int, scalar: str, sources: tuple[str, ...] = INNER_LOOP) -> ctypes.CDLL:
+def library(inner: str, head_dim: int, hidden: int, scalar: str, sources: Sources = INNER_LOOP) -> ctypes.CDLL:
     """What was compiled of some sources for a shape; compiled now, which takes a few seconds, if it never was.
 
     Args:
@@ -59,7 +60,7 @@ def library(inner: str, head_dim: int, hidden: int, scalar: str, sources: tuple[
         head_dim: D, a multiple of 8.
         hidden: F, a multiple of 8; 0 if there are no hidden features.
         scalar: ``"float"`` or ``"double"``.
-        sources: ``INNER_LOOP`` or ``SOFTMAX``.
+        sources: ``INNER_LOOP``, ``STEP`` or ``SOFTMAX``.
 
     Raises:
         BuildError: there is none and it cannot be compiled here, or others could have put one into the cache.
@@ -81,7 +82,7 @@ def library(inner: str, head_dim: int, hidden: int, scalar: str, sources: tuple[
         raise BuildError(f"the cache of compiled libraries cannot be used: {error}") from error
 
 
-def _library(name: str, options: tuple[str, ...], sources: tuple[str, ...]) -> ctypes.CDLL:
+def _library(name: str, options: tuple[str, ...], sources: Sources) -> ctypes.CDLL:
     """The library of a name: this compiler's, made if need be, or else another's."""
     place, functions = cache.folder(), _FUNCTIONS[sources]
     try:

@@ -32,5 +32,5 @@ def token_step(step: TokenStep) -> tuple[Tensor]:
     slots_at, offset_at, *pointers = (x.data_ptr() for x in given)
     sizes = (H, step.token_scale.numel(), records.shape[-1])
     call = StepCall(*sizes, slots_at, offset_at, step.eps, *pointers)
-    run(build.library(step.inner, D, step.hidden, build.SCALARS[dtype]).ttt_step, call, B * H)
+    run(build.library(step.inner, D, step.hidden, build.SCALARS[dtype], build.STEP).ttt_step, call, B * H)
     return (o.to(step.q.dtype),)

@@ -84,7 +84,7 @@ def model_step(given: ModelStep) -> Tensor | None:
 
 def _library(layer: LayerParts) -> ctypes.CDLL:
     H, C = layer.lr_weight.shape
-    return build.library(layer.inner, C // H, layer.hidden, build.SCALARS[layer.records.dtype])
+    return build.library(layer.inner, C // H, layer.hidden, build.SCALARS[layer.records.dtype], build.STEP)
 
 
 def _are_places(library: ctypes.CDLL, slots: Tensor, num_slots: int) -> bool:

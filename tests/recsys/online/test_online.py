@@ -258,6 +258,7 @@ def read_by(online, monkeypatch, action):
     return counted[0]
 
 
+@pytest.mark.slow
 def test_late_events_cost_what_lies_behind_them(monkeypatch):
     """One in the future, those that come after it, and others at any distance from the end, of a long history."""
     online, rng = make_online(slots=3), random.Random(0)
