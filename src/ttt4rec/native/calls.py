@@ -15,6 +15,6 @@ def fields(kind: Any, *names: str) -> tuple[tuple[str, Any], ...]:
     return tuple((name, kind) for name in names)
 
 
-def run(compiled: Callable[..., int], call: ctypes.Structure, rows: int) -> None:
-    """Call a compiled function for all rows, by all threads."""
-    share(lambda begin, end: compiled(ctypes.byref(call), INTEGER(begin), INTEGER(end)), rows)
+def run(compiled: Callable[..., int], call: ctypes.Structure, rows: int, numbers: int | None = None) -> None:
+    """Call a compiled function for all rows; by all threads, unless they have few numbers."""
+    share(lambda begin, end: compiled(ctypes.byref(call), INTEGER(begin), INTEGER(end)), rows, numbers)

@@ -43,8 +43,8 @@ inline T dot(int n, const T* a, const T* b) {
   return sum(total);
 }
 
-// (x - mean) / √(var + eps) ∘ γ + β
-inline void layer_norm(int n, const T* x, const T* gamma, const T* beta, T eps, T* y) {
+// x̂ of (1) of docs/mathematics.md; returns r.
+inline T standardise(int n, const T* x, T eps, T* x_hat) {
   V total{}, squares{};
   for (int i = 0; i < n; i += LANES) total += load(x + i);
   const T mean = sum(total) / n;
@@ -53,7 +53,24 @@ inline void layer_norm(int n, const T* x, const T* gamma, const T* beta, T eps, 
     squares += centred * centred;
   }
   const T inverse = 1 / std::sqrt(sum(squares) / n + eps);
-  for (int i = 0; i < n; i += LANES) store(y + i, (load(x + i) - mean) * inverse * load(gamma + i) + load(beta + i));
+  for (int i = 0; i < n; i += LANES) store(x_hat + i, (load(x + i) - mean) * inverse);
+  return inverse;
+}
+
+// x̂ ∘ γ + β
+inline void layer_norm(int n, const T* x, const T* gamma, const T* beta, T eps, T* y) {
+  standardise(n, x, eps, y);
+  for (int i = 0; i < n; i += LANES) store(y + i, load(y + i) * load(gamma + i) + load(beta + i));
+}
+
+// A pair of features (2i, 2i + 1) of a head is a complex number, its rotation a product with cos + i sin; with the sign -1
+// it is undone.
+inline void rotate(const T* cos, const T* sin, T sign, T* x) {
+  for (int i = 0; i < D / 2; ++i) {
+    const T even = x[2 * i], odd = x[2 * i + 1], turn = sign * sin[i];
+    x[2 * i] = even * cos[i] - odd * turn;
+    x[2 * i + 1] = odd * cos[i] + even * turn;
+  }
 }
 
 // x / √(mean(x²) + eps) ∘ γ

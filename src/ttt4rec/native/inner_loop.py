@@ -1,6 +1,7 @@
 """The compiled inner loops behind the signatures that all backends have; ``ttt4rec.eager`` describes the results."""
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,7 @@ class _Call:
         starts, lengths = scan.starts, scan.lengths
         self._covered = starts is None or lengths is None
         if starts is None or lengths is None:
-            starts, lengths = torch.arange(B) * L, torch.full((B,), L)
+            starts, lengths = rows(B, L)
         elif min(starts.min(), lengths.min()) < 0 or (starts + lengths).max() > B * L:
             raise ValueError(f"sequences must lie among the {B * L} tokens; given {starts} and {lengths}")
         self._rows = starts.numel() * H
@@ -56,19 +57,21 @@ class _Call:
 
     def set(self, name: str, x: Tensor) -> None:
         """An argument in the weights' dtype, or the memory for a result."""
-        setattr(self._call, name, self._pointer(x.to(self._dtype)))
+        setattr(self._call, name, self._pointer(x if x.dtype is self._dtype else x.to(self._dtype)))
 
     def set_all(self, name: str, tensors: Sequence[Tensor]) -> None:
         """An array of arguments or of memory for results."""
+        array = getattr(self._call, name)
         for i, x in enumerate(tensors):
-            getattr(self._call, name)[i] = self._pointer(x)
+            array[i] = self._pointer(x)
 
     def set_weights(self, name: str, strides: str, weights: Sequence[Tensor]) -> None:
         """Weights ``[N, H, ...]``; those that all sequences share are not copied."""
-        shared = [w.stride(0) == 0 for w in weights]
-        self.set_all(name, [w[:1] if once else w for w, once in zip(weights, shared, strict=True)])
-        for i, (w, once) in enumerate(zip(weights, shared, strict=True)):
-            getattr(self._call, strides)[i] = 0 if once else w.shape[1:].numel()
+        pointers, distances = getattr(self._call, name), getattr(self._call, strides)
+        for i, w in enumerate(weights):
+            shared = w.stride(0) == 0
+            pointers[i] = self._pointer(w[:1] if shared else w)
+            distances[i] = 0 if shared else w[0].numel()
 
     def results(self, *shape: int) -> Tensor:
         """Memory for results ``[B, L, ...]``: zeros where tokens may lie outside every sequence."""
@@ -78,11 +81,12 @@ class _Call:
         """Call the compiled function for all rows."""
         scan = self._scan
         library = build.library(scan.inner, scan.q.shape[-1], scan.hidden, build.SCALARS[self._dtype])
-        run(getattr(library, function), self._call, self._rows)
+        run(getattr(library, function), self._call, self._rows, scan.q.numel())
 
     def _pointer(self, x: Tensor) -> int:
-        self._alive.append(x.contiguous())
-        return self._alive[-1].data_ptr()
+        x = x.contiguous()
+        self._alive.append(x)
+        return x.data_ptr()
 
 
 def _forward(scan: Scan) -> tuple[Tensor, ...]:
@@ -117,6 +121,13 @@ def _backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -
     call.run("ttt_backward")
     d_tokens = [d.to(x.dtype) for d, x in zip(d_tokens, scan.tokens, strict=True)]
     return *d_tokens, d_scale.sum((0, 1)), *d_weights, *(d.sum(0) for d in d_norm)
+
+
+@functools.lru_cache(maxsize=32)
+def rows(B: int, L: int) -> tuple[Tensor, Tensor]:
+    """Starts and lengths ``[B]`` of sequences that are the rows of a batch; not to be changed."""
+    with torch.inference_mode(False):
+        return torch.arange(B) * L, torch.full((B,), L)
 
 
 linear_scan = mlp_scan = _forward

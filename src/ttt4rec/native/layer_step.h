@@ -56,8 +56,11 @@ class LayerStep {
       }
     }
     for (int i = 0; i < rows; ++i) {
-      rotate(offset_[i], q_ + i * C_);
-      rotate(offset_[i], k_ + i * C_);
+      const T *cos = call_.cos + offset_[i] * (D / 2), *sin = call_.sin + offset_[i] * (D / 2);
+      for (int at = i * C_; at < (i + 1) * C_; at += D) {
+        rotate(cos, sin, 1, q_ + at);
+        rotate(cos, sin, 1, k_ + at);
+      }
       for (int h = 0; h < call_.H; ++h) lr_[i * call_.H + h] = rate(x + i * C_, k_ + i * C_, h);
     }
     inner_.slots = slots;
@@ -83,18 +86,6 @@ class LayerStep {
 
   static size_t numbers(const LayerCall& call) {
     return 5 * Arena::rounded(TOGETHER * call.H * D) + Arena::rounded(TOGETHER * call.H) + Arena::rounded(call.K);
-  }
-
-  // A pair of features (2i, 2i + 1) is a complex number, its rotation a product with cos + i sin.
-  void rotate(int64_t place, T* x) const {
-    const T *cos = call_.cos + place * (D / 2), *sin = call_.sin + place * (D / 2);
-    for (int at = 0; at < C_; at += D) {
-      for (int i = 0; i < D / 2; ++i) {
-        const T even = x[at + 2 * i], odd = x[at + 2 * i + 1];
-        x[at + 2 * i] = even * cos[i] - odd * sin[i];
-        x[at + 2 * i + 1] = odd * cos[i] + even * sin[i];
-      }
-    }
   }
 
   // The rate, (31) of docs/mathematics.md, at most max_inner_step / (1 + |k|²).

@@ -15,20 +15,30 @@ from ..precision import flushes_denormals
 
 PARTS = 8
 """Of the rows for each thread, so that a thread that the machine delays takes fewer of them."""
+ALONE = 1 << 14
+"""Up to so many numbers one thread takes: another would come too late."""
 
 _executors: dict[int, ThreadPoolExecutor] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_executors.clear)  # a child has none of its parent's threads
 
 
-def share(work: Callable[[int, int], int], rows: int) -> None:
+def share(work: Callable[[int, int], int], rows: int, numbers: int | None = None) -> None:
     """Call ``work(begin, end)`` on parts of ``range(rows)``, by as many threads as PyTorch uses.
+
+    Args:
+        work: what the threads do.
+        rows: how many there are.
+        numbers: how many all rows have; None: enough for several threads.
 
     Raises:
         MemoryError: a call returned other than 0.
     """
     threads = max(1, min(torch.get_num_threads(), rows))
-    size = -(-rows // (PARTS * threads if threads > 1 else 1)) or 1
+    if threads == 1 or (numbers is not None and numbers <= ALONE):
+        _check(work(0, rows))
+        return
+    size = -(-rows // (PARTS * threads))
     flush = flushes_denormals()
     parts = deque((begin, min(begin + size, rows)) for begin in range(0, rows, size))
 
@@ -52,6 +62,10 @@ def share(work: Callable[[int, int], int], rows: int) -> None:
         parts.clear()
         wait([other for other in others if not other.cancel()])
         raise
+    _check(failed)
+
+
+def _check(failed: int) -> None:
     if failed:
         raise MemoryError("the compiled inner loop found no memory for its tiles")
 

@@ -83,8 +83,9 @@ def model_step(given: ModelStep) -> Tensor | None:
 
 
 def _library(layer: LayerParts) -> ctypes.CDLL:
-    H, C = layer.lr_weight.shape
-    return build.library(layer.inner, C // H, layer.hidden, build.SCALARS[layer.records.dtype], build.STEP)
+    around, dtype = layer.around, layer.records.dtype
+    H, C = around.lr_weight.shape
+    return build.library(around.inner, C // H, layer.hidden, build.SCALARS[dtype], build.STEP)
 
 
 def _are_places(library: ctypes.CDLL, slots: Tensor, num_slots: int) -> bool:
@@ -94,19 +95,27 @@ def _are_places(library: ctypes.CDLL, slots: Tensor, num_slots: int) -> bool:
 
 
 def _layer(given: LayerParts) -> LayerCall:
-    query, *others = (w.data_ptr() for w in given.projections)
+    around = given.around
+    query, *others = (w.data_ptr() for w in around.projections)
     backbone: tuple[int | None, ...] = (*others, None)  # key, value, gate
     convolutions: tuple[int | None, ...] = (None,) * 4
     context, taps = None, 0
     if given.context is not None:
         backbone, context, taps = (None, *others), given.context.data_ptr(), given.context.shape[1] + 1
-        convolutions = tuple(w.data_ptr() for w in given.convolutions)
-    parameters = (given.lr_weight, given.lr_bias, given.ln_weight, given.ln_bias, given.norm_weight, given.norm_bias)
+        convolutions = tuple(w.data_ptr() for w in around.convolutions)
+    parameters = (
+        around.lr_weight,
+        around.lr_bias,
+        around.ln_weight,
+        around.ln_bias,
+        around.norm_weight,
+        around.norm_bias,
+    )
     return LayerCall(
-        given.lr_weight.shape[0], given.cos.shape[0], given.records.shape[2], taps, given.adapt,
-        given.eps, given.norm_eps, given.base_lr, given.lr_scale, given.max_inner_step,
-        given.cos.data_ptr(), given.sin.data_ptr(), given.token_offset.data_ptr(),
-        query, *backbone, given.output.data_ptr(), *convolutions, *(p.data_ptr() for p in parameters),
+        around.lr_weight.shape[0], around.cos.shape[0], given.records.shape[2], taps, given.adapt,
+        around.eps, around.norm_eps, around.base_lr, around.lr_scale, given.max_inner_step,
+        around.cos.data_ptr(), around.sin.data_ptr(), around.token_offset.data_ptr(),
+        query, *backbone, around.output.data_ptr(), *convolutions, *(p.data_ptr() for p in parameters),
         given.records.data_ptr(), context, given.position.data_ptr(),
     )  # fmt: skip
 

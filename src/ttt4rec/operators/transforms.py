@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
@@ -24,6 +25,11 @@ _library = torch.library.Library("ttt4rec", "FRAGMENT")
 def transformed() -> bool:
     """Whether this call is within a transform (vmap, grad, jvp, ...) or a level of forward-mode differentiation."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether x is what ``autograd.grad(is_grads_batched=True)`` gives a backward."""
+    return bool(is_legacy_batchedtensor(x))
 
 
 def has_values(x: Tensor) -> bool:
@@ -39,6 +45,14 @@ def check_has_values(what: str, x: Tensor) -> None:
 
 def _is_empty(x: Tensor) -> bool:
     return x.is_meta or isinstance(x, FakeTensor)
+
+
+def refuse_transforms(what: str) -> NoReturn:
+    """Raise RuntimeError, in the place of what PyTorch would do with what has no rules for transforms."""
+    raise RuntimeError(
+        f"{what} has no autograd formula for this: it knows no transforms of torch.func (vmap, grad, jvp, ...), "
+        f"forward-mode derivatives or second derivatives; {REFERENCE}"
+    )
 
 
 def operator(
@@ -57,10 +71,7 @@ def operator(
     """
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise RuntimeError(
-            f"ttt4rec::{name} has no autograd formula for this: it knows no transforms of torch.func (vmap, grad, jvp, "
-            f"...), forward-mode derivatives or second derivatives; {REFERENCE}"
-        )
+        refuse_transforms(f"ttt4rec::{name}")
 
     def make(function: Callable[..., Any]) -> CustomOpDef:
         @functools.wraps(function)

@@ -1,0 +1,135 @@
+"""A whole layer's forward and backward: the library's products, and compiled code for all that lies between them."""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from ..arguments import LayerForward, Scan
+from . import build
+from .calls import INTEGER, POINTER, fields, run
+from .inner_loop import linear_scan, linear_scan_backward, rows
+
+Results = tuple[Tensor, ...]
+
+
+class AroundCall(ctypes.Structure):
+    """``AroundCall`` of around.cpp."""
+
+    _fields_ = (
+        *fields(INTEGER, "H", "K", "taps"),
+        *fields(POINTER, "starts", "lengths"),
+        *fields(ctypes.c_double, "norm_eps", "most_rate"),
+        *fields(POINTER, "cos", "sin", "lr_bias", "norm_weight", "norm_bias"),
+        *fields(POINTER, "query_conv", "query_bias", "key_conv", "key_bias"),
+        *fields(POINTER, "views", "q", "k", "v", "lr", "o", "h", "dh", "dv", "d_lr", "d_o", "dq", "dk", "d_views"),
+        *fields(POINTER, "d_norm_weight", "d_norm_bias", "d_lr_bias"),
+        *fields(POINTER, "d_query_conv", "d_query_bias", "d_key_conv", "d_key_bias"),
+    )
+
+
+CONVOLUTIONS = ("query_conv", "query_bias", "key_conv", "key_bias")
+
+
+class _Around:
+    """Calls of what surrounds the inner loop, for one layer and its tokens."""
+
+    def __init__(self, given: LayerForward) -> None:
+        (B, L, _), around = given.x.shape, given.around
+        H, C = around.lr_weight.shape
+        starts, lengths = given.starts, given.lengths
+        if starts is None or lengths is None:
+            starts, lengths = rows(B, L)
+        self._alive, self.sequences, self._numbers = (starts, lengths), starts.shape[0], given.x.numel()
+        self._library = build.library("linear", C // H, 0, build.SCALARS[given.x.dtype], build.AROUND)
+        taps = around.convolutions[0].shape[1] if around.convolutions else 0
+        most = around.base_lr * around.lr_scale * H / C
+        tensors = (around.cos, around.sin, around.lr_bias, around.norm_weight, around.norm_bias, *around.convolutions)
+        self._call = AroundCall(
+            H, around.cos.shape[0], taps, starts.data_ptr(), lengths.data_ptr(), around.norm_eps, most,
+            *(x.data_ptr() for x in tensors),
+        )  # fmt: skip
+
+    def run(self, part: str, **tensors: Tensor) -> None:
+        """Call a compiled function for all sequences; tensors are contiguous, and stay known from call to call."""
+        for name, x in tensors.items():
+            setattr(self._call, name, x.data_ptr())
+        run(getattr(self._library, part), self._call, self.sequences, self._numbers)
+
+
+def layer_forward(given: LayerForward) -> tuple[Tensor, Results]:
+    """Outputs ``[B, L, C]`` and what the backward needs."""
+    x, layer = given.x.flatten(0, 1), given.around
+    weights = torch.cat((*layer.projections, layer.lr_weight))
+    views, scale = torch.mm(x, weights.t()), _token_scale(layer.token_offset)
+    q, k, v = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    lr = x.new_empty(*given.x.shape[:2], layer.lr_weight.shape[0])
+    around = _Around(given)
+    around.run("ttt_before", views=views, q=q, k=k, v=v, lr=lr)
+    o, *others = linear_scan(_scan(given, q, k, v, lr, scale))
+    h = torch.empty_like(x)
+    around.run("ttt_after", o=o, h=h)
+    kept = (weights, q, k, v, lr, scale, o, *others[len(given.weights) :])
+    return torch.mm(h, layer.output.t()).view(given.x.shape), (*kept, views) if layer.convolutions else kept
+
+
+def layer_backward(given: LayerForward, kept: Results, dy: Tensor) -> Results:
+    """Gradients of x, the output, w_lr, b_lr, τ, γ, β, the norm's, the projections, the convolutions', the weights."""
+    weights, q, k, v, lr, scale, o, *inside = kept
+    around, layer, x = _Around(given), given.around, given.x.flatten(0, 1)
+    H, C = layer.lr_weight.shape
+    N, dy = around.sequences, dy.contiguous().flatten(0, 1)
+    d_views, d_o, h = x.new_empty(x.shape[0], 3 * C + H), torch.empty_like(x), torch.empty_like(x)
+    # What every sequence adds to the gradients of parameters.
+    sizes = {"d_norm_weight": C, "d_norm_bias": C, "d_lr_bias": H}
+    views: dict[str, Tensor] = {}
+    if layer.convolutions:
+        views = {"views": inside.pop()}
+        sizes |= {f"d_{name}": w.numel() for name, w in zip(CONVOLUTIONS, layer.convolutions, strict=True)}
+    sums = [x.new_zeros(N, size) for size in sizes.values()]
+    around.run(
+        "ttt_back_after", **views, o=o, h=h, dh=torch.mm(dy, layer.output), d_o=d_o, d_views=d_views,
+        **dict(zip(sizes, sums, strict=True)),
+    )  # fmt: skip
+    scan = _scan(given, q, k, v, lr, scale)
+    nothing = tuple(w.new_zeros(1, *w.shape).expand(N, *w.shape) for w in given.weights)
+    dq, dk, dv, d_lr, d_scale, *d_weights, d_gamma, d_beta = linear_scan_backward(
+        scan, tuple(inside), (d_o.view(scan.q.shape), *nothing)
+    )
+    around.run("ttt_back_before", lr=lr, dq=dq, dk=dk, dv=dv, d_lr=d_lr)
+    *d_projections, d_lr_weight = torch.mm(d_views.t(), x).split([C, C, C, H])
+    d_norm_weight, d_norm_bias, d_lr_bias, *d_convolutions = map(_total, sums)
+    for i in range(0, len(d_convolutions), 2):  # summed as [taps, C]
+        d_convolutions[i] = d_convolutions[i].view(-1, C).t()
+    return (
+        torch.mm(d_views, weights).view(given.x.shape), torch.mm(dy.t(), h), d_lr_weight, d_lr_bias,
+        d_scale.mul_(scale > 0), d_gamma, d_beta, d_norm_weight, d_norm_bias,
+        *d_projections, *d_convolutions, *map(_total, d_weights),
+    )  # fmt: skip
+
+
+def _scan(given: LayerForward, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, scale: Tensor) -> Scan:
+    (B, L, C), H, layer = given.x.shape, lr.shape[-1], given.around
+    N = B if given.starts is None else given.starts.shape[0]
+    q, k, v = (x.view(B, L, H, C // H) for x in (q, k, v))
+    weights = tuple(w.expand(N, *w.shape) for w in given.weights)
+    return Scan(
+        q, k, v, lr, scale, weights, layer.ln_weight, layer.ln_bias, given.starts, given.lengths, layer.eps,
+        given.segment, layer.inner,
+    )  # fmt: skip
+
+
+def _total(of_sequences: Tensor) -> Tensor:
+    return of_sequences[0] if of_sequences.shape[0] == 1 else of_sequences.sum(0)
+
+
+def _token_scale(offset: Tensor) -> Tensor:
+    """s, (31) of docs/mathematics.md."""
+    return (_reciprocals(offset.shape[0], offset.dtype) + offset).clamp_min_(0)
+
+
+@functools.lru_cache(maxsize=32)
+def _reciprocals(count: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(1, count + 1, dtype=dtype).reciprocal_()

@@ -1,0 +1,198 @@
+"""A layer's forward and backward as one node of autograd: the numbers of its parts, taken where nobody could tell."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as modules
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.support.checks import BACKBONES, INNERS, assert_close
+from tests.support.exactness import SCALES, distances, excess, layer_results, reference_errors, token_sizes
+from ttt4rec import TTTLayer
+from ttt4rec.layers import ttt
+from ttt4rec.native import threads
+
+WIDTH = 32
+PACKED = torch.tensor([0, 5, 5, 26, 41])
+at_once = ttt.layer_at_once
+
+
+def make_layer(inner="mlp", backbone="mamba", dtype=torch.float64, **options):
+    layer = TTTLayer(WIDTH, 2, inner=inner, backbone=backbone, mini_batch_size=5, **options).to(dtype)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return layer
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """What came out at once."""
+    found = []
+
+    def note(*given):
+        y = at_once(*given)
+        if y is not None:
+            found.append(y)
+        return y
+
+    monkeypatch.setattr(ttt, "layer_at_once", note)
+    return found
+
+
+def results(layer, x, **options):
+    """Output, and gradients of the input and all parameters."""
+    x = x.clone().requires_grad_()
+    y = layer(x, **options)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
+
+
+def by_parts(layer, x, monkeypatch, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr(ttt, "layer_at_once", lambda *_: None)
+        return results(layer, x, **options)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, PACKED], ids=["rows", "packed"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("inner", INNERS)
+def test_the_numbers_are_those_of_the_parts(inner, backbone, cu_seqlens, taken, monkeypatch):
+    """And the same whether or not a graph is recorded."""
+    layer = make_layer(inner, backbone)
+    layer.set_inner_lr_scale(0.7)
+    x = torch.randn(3 if cu_seqlens is None else 1, 41, WIDTH, dtype=torch.float64)
+    own = results(layer, x, cu_seqlens=cu_seqlens)
+    assert len(taken) == 1
+    for a, b in zip(own, by_parts(layer, x, monkeypatch, cu_seqlens=cu_seqlens), strict=True):
+        assert_close(a, b)
+    with torch.no_grad():
+        assert torch.equal(layer(x, cu_seqlens=cu_seqlens), own[0])
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 130])
+def test_lengths(length, taken, monkeypatch):
+    layer, x = make_layer(), torch.randn(2, length, WIDTH, dtype=torch.float64)
+    for a, b in zip(results(layer, x), by_parts(layer, x, monkeypatch), strict=True):
+        assert_close(a, b)
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("inner", INNERS)
+def test_gradients_are_exact_at_every_scale(inner, scale, taken):
+    """By the rule of ``tests.support.exactness``, of a layer as initialised."""
+    layer = TTTLayer(WIDTH, 4, inner=inner, backbone="mamba" if inner == "mlp" else "transformer", mini_batch_size=8)
+    x = (token_sizes(scale, 1, 64) * torch.randn(1, 64, WIDTH)).float()
+    exact = layer_results(layer, x, torch.float64, "reference")
+    references = reference_errors(lambda move: layer_results(layer, x, torch.float32, "reference", move), exact)
+    errors = distances(layer_results(layer, x, torch.float32, "native"), exact)
+    assert len(taken) == 1
+    assert not excess(errors, references)
+
+
+def test_threads_change_no_number(monkeypatch):
+    monkeypatch.setattr(threads, "ALONE", 0)
+    layer, x = make_layer(), torch.randn(7, 23, WIDTH, dtype=torch.float64)
+    alone = results(layer, x)
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 3)
+    assert all(map(torch.equal, results(layer, x), alone))
+
+
+def test_gradcheck(taken):
+    layer = make_layer("linear", conv_kernel=2)
+    x = torch.randn(1, 7, WIDTH, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: layer(x), x, nondet_tol=0)
+    assert taken
+
+
+class Subclass(TTTLayer):
+    pass
+
+
+def hooked(layer):
+    layer.query.register_forward_hook(lambda *_: None)
+
+
+def adapted(layer):
+    layer.value = nn.Sequential(layer.value)
+
+
+def parametrised(layer):
+    parametrize.register_parametrization(layer.output, "weight", nn.Identity())
+
+
+CHANGES = {
+    "hook": hooked,
+    "adapter": adapted,
+    "parametrisation": parametrised,
+    "subclass": lambda layer: setattr(layer, "__class__", Subclass),
+    "no inner rates": lambda layer: setattr(layer, "adapt", False),
+    "bounded steps": lambda layer: setattr(layer, "max_inner_step", 0.3),
+    "another backend": lambda layer: setattr(layer, "backend", "eager"),
+    "another dtype": lambda layer: layer.norm.float(),
+    "strides": lambda layer: setattr(layer.query, "weight", nn.Parameter(layer.query.weight.t().contiguous().t())),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_done_to_a_layer_goes_by_the_parts(change, taken, monkeypatch):
+    layer = make_layer()
+    CHANGES[change](layer)
+    x = torch.randn(1, 9, WIDTH, dtype=torch.float64)
+    for a, b in zip(results(layer, x), by_parts(layer, x, monkeypatch), strict=True):
+        assert torch.equal(a, b)
+    assert not taken
+
+
+def test_who_looks_on_sees_the_parts(taken):
+    layer, x = make_layer(dtype=torch.float32), torch.randn(1, 9, WIDTH)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    with torch.no_grad():
+        torch.func.jvp(layer, (x,), (x,))
+    handle = modules.register_module_forward_hook(lambda *_: None)
+    layer(x)
+    handle.remove()
+    torch.compile(layer, backend="eager", fullgraph=True)(x)
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    layer(x, mask=mask)
+    _, state = layer(x, return_state=True)
+    layer(x, state=state)
+    assert not taken
+    layer(x)
+    assert len(taken) == 1
+
+
+def test_second_derivatives_are_refused():
+    layer = make_layer()
+    x = torch.randn(1, 9, WIDTH, dtype=torch.float64, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        dx.sum().backward()
+
+
+def test_a_changed_weight_is_noticed():
+    """Autograd's own watch over what a backward needs."""
+    layer = make_layer()
+    y = layer(torch.randn(1, 9, WIDTH, dtype=torch.float64, requires_grad=True))
+    with torch.no_grad():
+        layer.query.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_parameters_of_a_functional_call(taken):
+    layer = make_layer()
+    given = {name: p.detach().clone().requires_grad_() for name, p in copy.deepcopy(layer).named_parameters()}
+    y = torch.func.functional_call(layer, given, (torch.randn(1, 9, WIDTH, dtype=torch.float64),))
+    y.sum().backward()
+    assert len(taken) == 1
+    assert all(p.grad is not None for p in given.values())
+    assert all(p.grad is None for p in layer.parameters())
