@@ -4,6 +4,7 @@ What surrounds a mixer is the same for all, so it is left out here; whole models
 """
 
 import math
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ttt4rec import StatePool, TTTLayer
 from ttt4rec.models.blocks import AttentionMixer, GRUMixer
-from ttt4rec.reference import rotate, rotation
+from ttt4rec.reference import rotation
 
 
 def num_heads(width: int) -> int:
@@ -80,14 +81,18 @@ class TTT(Mixer):
 
 
 class Attention(Mixer):
-    """Causal attention; a stream keeps keys and values in a cache that has room for one more token."""
+    """Causal attention; a stream keeps keys and values in a cache that has room for one more token.
 
-    def __init__(self, width: int) -> None:
+    Rotations are complex products, in place of a dozen operators; their angles are computed once. SASRec has none.
+    """
+
+    def __init__(self, width: int, rotated: bool = True) -> None:
         super().__init__()
-        self.mixer = AttentionMixer(width, num_heads(width))
+        self.mixer, self.rotated = AttentionMixer(width, num_heads(width)), rotated
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mixer(x)
+        out = F.scaled_dot_product_attention(*self._views(x, 0), is_causal=True)
+        return self.mixer.output(out.transpose(1, 2).flatten(2))
 
     def prefill(self, x: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = self._views(x, 0)
@@ -103,13 +108,25 @@ class Attention(Mixer):
 
     def _views(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v ``[B, H, L, D]``, q and k rotated for the positions from ``first`` on."""
-        q, k, v = self.mixer.qkv(x).unflatten(-1, (3, self.mixer.num_heads, -1)).unbind(2)
-        positions = torch.arange(first, first + x.shape[1], device=x.device)
-        table = rotation(positions, q.shape[-1], self.mixer.rope_theta, torch.promote_types(q.dtype, torch.float32))
-        return rotate(q, *table).transpose(1, 2), rotate(k, *table).transpose(1, 2), v.transpose(1, 2)
+        q, k, v = self.mixer.qkv(x).unflatten(-1, (3, self.mixer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.rotated:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            table = turns(first + x.shape[1], q.shape[-1], self.mixer.rope_theta, wide, x.device)[first:]
+            q, k = (
+                torch.view_as_real(torch.view_as_complex(t.to(wide).unflatten(-1, (-1, 2))) * table).flatten(-2).to(t)
+                for t in (q, k)
+            )
+        return q, k, v
 
     def recurrence_flops(self, length: int) -> float:
         return 2 * self.mixer.output.in_features * (length + 1)
+
+
+@cache
+def turns(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``cos + i sin`` of the rotary angles at places 0 to length - 1, complex ``[length, head_dim / 2]``."""
+    with torch.inference_mode(False):
+        return torch.complex(*rotation(torch.arange(length, device=device), head_dim, theta, dtype))
 
 
 class GRU(Mixer):

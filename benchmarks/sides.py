@@ -21,6 +21,7 @@ def side_makers() -> dict[str, Callable[[int], Mixer]]:
     }
     return own | {
         "attention": Attention,
+        "attention without rotation": partial(Attention, rotated=False),
         "GRU": GRU,
         "Mamba, plain PyTorch of transformers": PlainMamba,
         "Mamba, CUDA scan of mamba-ssm": Mamba,
