@@ -65,16 +65,16 @@ def launches(reports: Sequence[dict[str, Any]]) -> Iterator[Row]:
     stamps: dict[Row, str] = {}
     for report in reports:
         for name, kernel in report["kernels"].items():
-            key = name, report["architecture"], report["triton"]
+            key: Row = (name, report["architecture"], report["triton"])
             kernels.setdefault(key, []).append(kernel)
             stamps[key] = stamp(report)
     for key, parts in kernels.items():
-        number, instructions, seconds = (
+        launched, instructions, seconds = (
             sum(p[what] for p in parts) for what in ("launches", "instructions", "seconds")
         )
         speed = instructions / max(seconds, 1e-9) / 1e6
         types, findings = (sorted({each for p in parts for each in p[what]}) for what in ("types", "findings"))
-        figures = f"{number:,}", f"{instructions:,}", f"{speed:.1f}", str(len(findings))
+        figures = f"{launched:,}", f"{instructions:,}", f"{speed:.1f}", str(len(findings))
         yield (*key, ", ".join(types), *figures, stamps[key])
 
 

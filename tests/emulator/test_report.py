@@ -1,11 +1,15 @@
 """The tables of docs/emulation.md: what stands there reads back, and a run's figures take their places."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tools import emulation
 from tools.documents import ROOT
+from tools.ptx_emulator import plugin
 
 DOCUMENT = (ROOT / "docs" / "emulation.md").read_text()
 TABLES = (emulation.ERRORS, emulation.LOST, emulation.EXECUTED)
@@ -58,6 +62,18 @@ def test_figures_take_the_place_of_those_of_the_same_kernel() -> None:
     assert list(emulation.read(emulation.updated(text, [first], anew=True), emulation.LOST)) == [
         ("a_kernel", "sm_90", "4.0")
     ]
+
+
+def test_a_run_of_the_interpreter_reports_too(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    config = SimpleNamespace(stash={}, getoption={"--emulate-report": str(path)}.get)
+    call = SimpleNamespace(
+        when="call", user_properties=[("a kernel", {"dtype": "float32", "error": 1e-7, "usual": 2e-7})]
+    )
+    plugin.pytest_terminal_summary(SimpleNamespace(stats={"passed": [call]}), config)
+    own = json.loads(path.read_text())
+    table = emulation.read(emulation.updated(DOCUMENT, [own], anew=True), emulation.ERRORS)
+    assert table["a kernel", "float32", own["triton"]][3:8] == ("", "", "", "1.0e-7", "2.0e-7")
 
 
 def test_a_document_without_markers_is_refused() -> None:
