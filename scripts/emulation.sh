@@ -26,9 +26,8 @@ for triton in "" "$@"; do
   report "$number.interpreter" tests/emulator/emulated_errors.py
   for architecture in sm_90 sm_80; do
     listed=(--emulate "$architecture" --emulate-findings list)
-    report "$number.$architecture.errors" "${listed[@]}" tests/emulator/emulated_errors.py
-    report "$number.$architecture.suite" "${listed[@]}"
-    [[ $triton ]] || report "$number.$architecture.losses" "${listed[@]}" --emulate-mutations tests/emulator/emulated_losses.py
+    report "$number.$architecture" "${listed[@]}"
+    [[ $triton ]] || report losses."$architecture" "${listed[@]}" --emulate-mutations tests/emulator/emulated_losses.py
   done
 done
 python3 -m tools.emulation docs/emulation.md "$folder"/*.json --anew

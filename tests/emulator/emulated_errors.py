@@ -8,7 +8,7 @@ same computation in PyTorch in the same dtype. Without ``--emulate`` they are th
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -52,20 +52,16 @@ def entries(architecture: str) -> list[tuple[str, int, int, str]]:
 
 @pytest.fixture
 def hold(pytestconfig, capsys, record_property) -> Hold:
-    """Own results are at most twice as wrong as PyTorch's, but for what float32's rounding comes to."""
+    """Every result is at most twice as wrong as PyTorch's, or as a rounding that is of another place there."""
+    run = pytestconfig.getoption("--emulate") or "interpreter"
 
-    def compare(name: str, dtype: str, own: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    def compare(name, dtype, own, plain, exact, rounding=inner_loop.FP32_TOLERANCE):
         errors, usual = norm_errors(own, exact), norm_errors(plain, exact)
         record_property(name, {"dtype": dtype, "error": max(errors), "usual": max(usual)})
-        ratio = max(e / max(u, 1e-9) for e, u in zip(errors, usual, strict=True))
         with capsys.disabled():
-            architecture = pytestconfig.getoption("--emulate") or "interpreter"
-            print(
-                f"\n| {name} | {dtype} | {architecture} | {max(errors):.1e} | {max(usual):.1e} | {ratio:.2f} ",
-                end="",
-                flush=True,
-            )
-        assert max(errors) <= 2 * max(max(usual), inner_loop.FP32_TOLERANCE)
+            print(f"\n| {name} | {dtype} | {run} | {max(errors):.1e} | {max(usual):.1e} | ", end="", flush=True)
+        wrong = [(e, u) for e, u in zip(errors, usual, strict=True) if not e <= 2 * max(u, rounding)]
+        assert not wrong, f"errors and those of torch: {wrong}"
 
     return compare
 
@@ -75,10 +71,8 @@ def test_inner_loop(inner, D, K, dtype, hold):
 
     float16, which has bfloat16's entries, goes over packed sequences instead.
     """
-    kind = DTYPES[dtype]
-    heads = max(
-        launch.blocks(f"{inner}_{way}", D, K, kind, launch.architecture(), 4).heads for way in ("forward", "backward")
-    )
+    kind, ops = DTYPES[dtype], (f"{inner}_forward", f"{inner}_backward")
+    heads = max(launch.blocks(op, D, K, kind, launch.architecture(), 4).heads for op in ops)
     lengths = [2 * K + K // 2 + 1] if dtype != "float16" else [K // 2 + 1, 0, 2 * K + K // 4 + 1]
     inputs = inner_loop.make_inputs(inner, 1, sum(lengths), max(2, 2 * heads - 1), D, K, N=len(lengths), dtype=kind)
     each = torch.tensor(lengths)
@@ -131,7 +125,8 @@ def test_projection(width, dtype, hold):
     inputs = before.make_inputs(2, 40, 4, width // 4, DTYPES[dtype])
     rope = before.make_rope(2, 40, width // 4, 8, "shared", torch.float32)
     results = (run(inputs, rope, 2, DTYPES[dtype]) for run in (before.run_kernels, before.run_eager))
-    hold(f"projection, width {width}", dtype, *results, before.defined_results(inputs, rope, 2))
+    exact, rounding = before.defined_results(inputs, rope, 2), torch.finfo(DTYPES[dtype]).eps  # of the rates' gradients
+    hold(f"projection, width {width}", dtype, *results, exact, rounding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -170,9 +165,12 @@ def in_three_ways(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("inner", "backbone"), [("linear", "mamba"), ("mlp", "transformer")])
 def test_training_step_of_a_model(inner, backbone, dtype, hold):
-    """The gradients of all parameters."""
+    """The gradients of all parameters, which are not a new model's: there those of the scales nearly cancel."""
     options = {"inner": inner, "backbone": backbone, "dropout": 0.0, "block_conv": backbone == "mamba"}
     model = TTT4Rec(TTT4RecConfig(num_items=30, width=32, num_heads=2, ffn_width=32, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     ids, targets = torch.randint(1, 31, (2, 18)), torch.randint(1, 31, (36,))
     ids[1, :5] = 0
 
