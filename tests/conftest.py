@@ -42,9 +42,20 @@ class PoisonedTorch:
         return torch.empty_like(*args, **kwargs).fill_(float("nan"))
 
 
+def interpreting(config: pytest.Config) -> bool:
+    return os.environ["TRITON_INTERPRET"] == "1" and config.getoption("--emulate") is None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if interpreting(config):
+        compiled = [item for item in items if item.get_closest_marker("compiled")]
+        config.hook.pytest_deselected(items=compiled)
+        items[:] = [item for item in items if item not in compiled]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _hasten(pytestconfig: pytest.Config) -> None:
-    if os.environ["TRITON_INTERPRET"] == "1" and pytestconfig.getoption("--emulate") is None:
+    if interpreting(pytestconfig):
         from tests.support.interpreter import hasten  # imports Triton, which --emulate must come before
 
         hasten()

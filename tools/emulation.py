@@ -1,23 +1,22 @@
-"""Write the tables of docs/emulation.md from reports of emulated runs.
+"""Write the tables of docs/emulation.md from reports of emulated runs; ``scripts/emulation.sh`` makes all of these.
 
-    bash scripts/test.sh --emulate sm_90 --emulate-report errors.json tests/emulator/emulated_errors.py
-    bash scripts/test.sh --emulate sm_90 --emulate-report losses.json --emulate-mutations -k in_low_precision
-    python -m tools.emulation docs/emulation.md errors.json losses.json
+    bash scripts/test.sh --emulate sm_90 --emulate-report report.json tests/emulator/emulated_errors.py
+    python -m tools.emulation docs/emulation.md report.json
 
-A run's figures take the place of those of the same kernels; all others stay, unless ``--anew`` is given. Each row has
-the date and the versions that its last figure is of.
+A run's figures take the place of those of the same kernels; all others stay, unless ``--anew`` is given. Launches of a
+kernel add up over the reports that are given. Each row has the date and torch's version that its last figure is of.
 """
 
 import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .documents import section
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+RUNS = ("sm_80", "sm_90", "sm_100", "interpreter")
 LOSSES = {"barriers": ("barrier", "barrier of a warp"), "waits": ("wait",), "fences": ("fence",), "masks": ("mask",)}
 Row = tuple[str, ...]
 
@@ -30,32 +29,58 @@ class Table(NamedTuple):
     keys: int  # how many columns, from the first, tell rows apart
 
 
-ERRORS = Table("errors", ("kernels, forward and backward", "dtype", *ARCHITECTURES, "PyTorch", "of"), 2)
-LOST = Table("losses", ("kernel", "architecture", *LOSSES, "of"), 2)
+ERRORS = Table("errors", ("kernels, forward and backward", "dtype", "Triton", *RUNS, "PyTorch", "of"), 3)
+LOST = Table("losses", ("kernel", "architecture", "Triton", *LOSSES, "of"), 3)
 EXECUTED = Table(
-    "executed", ("kernel", "architecture", "launches", "warp instructions", "million a second", "findings", "of"), 2
+    "executed",
+    (
+        "kernel",
+        "architecture",
+        "Triton",
+        "types",
+        "launches",
+        "warp instructions",
+        "million a second",
+        "findings",
+        "of",
+    ),
+    3,
 )
 
 
 def rows(report: dict[str, Any]) -> Iterator[tuple[Table, Row]]:
     """What a report of ``--emulate-report`` says, row by row; cells that it says nothing of are empty."""
-    architecture = report["architecture"]
-    of = f"{report['date']}, Triton {report['triton']}, torch {report['torch']}"
+    architecture, version, of = report["architecture"], report["triton"], stamp(report)
     for kernels, found in report["properties"]:
-        errors = (error(found["error"]) if each == architecture else "" for each in ARCHITECTURES)
-        yield ERRORS, (kernels, found["dtype"], *errors, error(found["usual"]), of)
+        errors = (error(found["error"]) if each == architecture else "" for each in RUNS)
+        yield ERRORS, (kernels, found["dtype"], version, *errors, error(found["usual"]), of)
     for lost in report["mutations"]:
         counts = [[lost["results"].get(kind, {}) for kind in kinds] for kinds in LOSSES.values()]
-        yield LOST, (lost["kernel"], architecture, *map(caught, counts), of)
-    for name, kernel in report["kernels"].items():
-        speed = kernel["instructions"] / max(kernel["seconds"], 1e-9) / 1e6
-        figures = (
-            f"{kernel['launches']:,}",
-            f"{kernel['instructions']:,}",
-            f"{speed:.1f}",
-            str(len(kernel["findings"])),
+        yield LOST, (lost["kernel"], architecture, version, *map(caught, counts), of)
+
+
+def launches(reports: Sequence[dict[str, Any]]) -> Iterator[Row]:
+    """What was launched of every kernel, all reports together."""
+    kernels: dict[Row, list[dict[str, Any]]] = {}
+    stamps: dict[Row, str] = {}
+    for report in reports:
+        for name, kernel in report["kernels"].items():
+            key: Row = (name, report["architecture"], report["triton"])
+            kernels.setdefault(key, []).append(kernel)
+            stamps[key] = stamp(report)
+    for key, parts in kernels.items():
+        launched, instructions, seconds = (
+            sum(p[what] for p in parts) for what in ("launches", "instructions", "seconds")
         )
-        yield EXECUTED, (name, architecture, *figures, of)
+        speed = instructions / max(seconds, 1e-9) / 1e6
+        types, findings = (sorted({each for p in parts for each in p[what]}) for what in ("types", "findings"))
+        figures = f"{launched:,}", f"{instructions:,}", f"{speed:.1f}", str(len(findings))
+        yield (*key, ", ".join(types), *figures, stamps[key])
+
+
+def stamp(report: dict[str, Any]) -> str:
+    """What figures are of, beside a Triton."""
+    return f"{report['date']}, torch {report['torch']}"
 
 
 def error(x: float) -> str:
@@ -92,10 +117,10 @@ def written(text: str, table: Table, known: dict[Row, Row]) -> str:
 def updated(text: str, reports: list[dict[str, Any]], *, anew: bool = False) -> str:
     """The document with the figures of some reports in place of its own, or, anew, of all its own."""
     tables = {table: {} if anew else read(text, table) for table in (ERRORS, LOST, EXECUTED)}
-    for report in reports:
-        for table, row in rows(report):
-            before = tables[table].get(row[: table.keys], row)
-            tables[table][row[: table.keys]] = tuple(new or old for new, old in zip(row, before, strict=True))
+    found = [(table, row) for report in reports for table, row in rows(report)]
+    for table, row in [*found, *((EXECUTED, row) for row in launches(reports))]:
+        before = tables[table].get(row[: table.keys], row)
+        tables[table][row[: table.keys]] = tuple(new or old for new, old in zip(row, before, strict=True))
     for table, known in tables.items():
         text = written(text, table, known)
     return text

@@ -11,6 +11,8 @@ import triton.language as tl
 from tools.ptx_emulator.driver import EmulationError, Emulator, emulated
 from tools.ptx_emulator.plugin import poisoning
 
+pytestmark = pytest.mark.compiled
+
 
 @pytest.fixture
 def emulator(pytestconfig: pytest.Config) -> Iterator[Emulator]:

@@ -1,13 +1,14 @@
-"""How exact the compiled kernels are, as a table.
+"""How exact the compiled kernels are: every entry of the launch tables is executed and held to float64's results.
 
     bash scripts/test.sh --emulate sm_90 tests/emulator/emulated_errors.py
 
 Errors are norms relative to float64's results, the largest over outputs and gradients; beside each stands that of the
-same computation in PyTorch in the same dtype.
+same computation in PyTorch in the same dtype. Without ``--emulate`` they are the interpreter's.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,95 +17,184 @@ from torch import Tensor
 from tests.support import inner_loop_kernels as inner_loop
 from tests.support import output as after
 from tests.support import projection as before
-from tests.support.checks import norm_errors
+from tests.support.checks import INNERS, gradients, make_layer, norm_errors
 from tests.support.steps import step_arguments
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer, eager, kernels
 from ttt4rec.arguments import TokenStep
+from ttt4rec.kernels import launch
+from ttt4rec.kernels.step import KERNELS
 from ttt4rec.operators import token_step
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-SHAPES = [  # inner model, B, L, H, D, K; the last ones not in float32, whose kernels take minutes to compile
-    ("linear", 2, 20, 4, 16, 8),
-    ("linear", 2, 100, 4, 16, 64),
-    ("linear", 2, 40, 2, 64, 16),
-    ("mlp", 2, 20, 4, 16, 8),
-    ("linear", 1, 130, 2, 64, 64),
-    ("mlp", 1, 20, 2, 64, 16),
-]
-Row = tuple[str, float, float]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HEAD_DIMS = (16, 32, 64, 128)
+Hold = Callable[..., None]
 
 
-def worst(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    return max(norm_errors(actual, exact))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What the tables have for this architecture."""
+    if metafunc.function is test_inner_loop:
+        architecture = launch.nearest(metafunc.config.getoption("--emulate") or "interpreter")
+        metafunc.parametrize(("inner", "D", "K", "dtype"), entries(architecture))
 
 
-def inner_loops(dtype: torch.dtype) -> Iterator[Row]:
-    for inner, *shape in SHAPES[: 4 if dtype == torch.float32 else None]:
-        inputs = inner_loop.make_inputs(inner, *shape, dtype=dtype)
-        gradients = inner_loop.make_gradients(inner, inputs)
-        exact = inner_loop.run_definition(inner, inputs, gradients)
-        plain = inner_loop.errors(inner_loop.run_definition(inner, inputs, gradients, dtype=dtype), exact)
-        own = inner_loop.errors(inner_loop.run_kernels(inner, inputs, gradients), exact)
-        yield f"{inner} D {shape[3]} K {shape[4]}", max(own.values()), max(plain.values())
+def entries(architecture: str) -> list[tuple[str, int, int, str]]:
+    """The inner loops' sizes: the longest mini-batch of every entry of either direction, which a compiler takes."""
+    found = []
+    for dtype, kind in DTYPES.items():
+        for inner in INNERS:
+            ways = [f"{inner}_{way}" for way in ("forward", "backward")]
+            for D in HEAD_DIMS:
+                sizes = {K for op in ways for K in launch.choices(op, D, kind, architecture)}
+                taken = (K for K in sorted(sizes) if launch.compiler_refusal(ways[1], D, K) is None)
+                found += [(inner, D, K, dtype) for K in taken]
+    return found
 
 
-def steps(dtype: torch.dtype) -> Iterator[Row]:
-    for inner in ("linear", "mlp"):
-        q, k, v, *rest = step_arguments(inner, torch.float32, D=16)
-        given = TokenStep(*(x.to(dtype) for x in (q, k, v)), *rest)
-        copies = [TokenStep(*(x.clone() if isinstance(x, Tensor) else x for x in given)) for _ in range(2)]
-        doubles = TokenStep(*(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given))
-        exact = token_step(doubles, "eager")
-        own, plain = (token_step(c, b) for c, b in zip(copies, ("triton", "eager"), strict=True))
-        yield f"{inner} step D 16", worst(own, exact), worst(plain, exact)
+@pytest.fixture
+def hold(pytestconfig, capsys, record_property) -> Hold:
+    """Every result is at most twice as wrong as PyTorch's, or as a rounding that is of another place there."""
+    run = pytestconfig.getoption("--emulate") or "interpreter"
 
-
-def around(dtype: torch.dtype) -> Iterator[Row]:
-    inputs = before.make_inputs(2, 40, 4, 16, dtype)
-    rope = before.make_rope(2, 40, 16, 8, "shared", torch.float32)
-    exact = before.defined_results(inputs, rope, 2)
-    results = (run(inputs, rope, 2, dtype) for run in (before.run_kernels, before.run_eager))
-    yield "projection, width 64", *(worst(r, exact) for r in results)
-    shape = (2, 40, 24, 4, 3, 2)
-    own, exact = before.convolution_results(kernels, dtype, True, *shape)
-    plain, _ = before.convolution_results(eager, dtype, True, *shape)
-    yield "convolution, width 24", worst(own, exact), worst(plain, exact)
-    given = after.make_inputs(2, 40, 4, 16, True, dtype=dtype)
-    exact = after.defined_results(given)
-    yield "output, width 64", *(worst(after.run(p, given), exact) for p in (kernels, eager))
-
-
-def training_steps(dtype: torch.dtype) -> Iterator[Row]:
-    """The gradients of all parameters of a new TTT4Rec; in half under autocast."""
-    for inner, backbone in (("linear", "mamba"), ("mlp", "transformer")):
-        torch.manual_seed(0)
-        options = {"inner": inner, "backbone": backbone, "dropout": 0.0, "block_conv": backbone == "mamba"}
-        model = TTT4Rec(TTT4RecConfig(num_items=30, width=32, num_heads=2, ffn_width=32, **options))
-        ids, targets = torch.randint(1, 31, (2, 18)), torch.randint(1, 31, (36,))
-        ids[1, :5] = 0
-        results = []
-        for backend, kind in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
-            own = copy.deepcopy(model).to(torch.float64 if kind == torch.float64 else torch.float32)
-            for part in own.modules():
-                if isinstance(part, TTTLayer):
-                    part.backend = backend
-            with torch.autocast("cpu", kind, enabled=kind in (torch.bfloat16, torch.float16)):
-                h = own(ids).flatten(0, 1)
-            loss = own.nll(h.to(own.embedding.weight.dtype), targets, "mean")
-            gradients = torch.autograd.grad(loss, list(own.parameters()), allow_unused=True)
-            results.append([gradient for gradient in gradients if gradient is not None])
-        yield f"training step, {inner}, {backbone}", *(worst(r, results[2]) for r in results[:2])
-
-
-@pytest.mark.parametrize("part", [inner_loops, steps, around, training_steps])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_errors(part, dtype, pytestconfig, capsys, record_property):
-    """At most twice PyTorch's, but for what float32's rounding comes to."""
-    architecture, wrong = pytestconfig.getoption("--emulate"), []
-    for kernel, error, usual in part(DTYPES[dtype]):
-        record_property(kernel, {"dtype": dtype, "error": error, "usual": usual})
+    def compare(name, dtype, own, plain, exact, rounding=inner_loop.FP32_TOLERANCE):
+        errors, usual = norm_errors(own, exact), norm_errors(plain, exact)
+        record_property(name, {"dtype": dtype, "error": max(errors), "usual": max(usual)})
         with capsys.disabled():
-            print(f"\n| {kernel} | {dtype} | {architecture} | {error:.1e} | {usual:.1e} |", end="", flush=True)
-        if not error <= 2 * max(usual, inner_loop.FP32_TOLERANCE):
-            wrong.append(kernel)
-    assert not wrong
+            print(f"\n| {name} | {dtype} | {run} | {max(errors):.1e} | {max(usual):.1e} | ", end="", flush=True)
+        wrong = [(e, u) for e, u in zip(errors, usual, strict=True) if not e <= 2 * max(u, rounding)]
+        assert not wrong, f"errors and those of torch: {wrong}"
+
+    return compare
+
+
+def test_inner_loop(inner, D, K, dtype, hold):
+    """Two mini-batches and a short one, at once and as a stream that goes on.
+
+    float16, which has bfloat16's entries, goes over packed sequences instead.
+    """
+    kind, ops = DTYPES[dtype], (f"{inner}_forward", f"{inner}_backward")
+    heads = max(launch.blocks(op, D, K, kind, launch.architecture(), 4).heads for op in ops)
+    lengths = [2 * K + K // 2 + 1] if dtype != "float16" else [K // 2 + 1, 0, 2 * K + K // 4 + 1]
+    inputs = inner_loop.make_inputs(inner, 1, sum(lengths), max(2, 2 * heads - 1), D, K, N=len(lengths), dtype=kind)
+    each = torch.tensor(lengths)
+    spans = (each.cumsum(0) - each, each) if dtype == "float16" else (None, None)
+    cotangents = inner_loop.make_gradients(inner, inputs)
+    results = inner_loop.run_kernels(inner, inputs, cotangents, spans)
+    exact, plain = (inner_loop.run_definition(inner, inputs, cotangents, spans, d) for d in (torch.float64, kind))
+    if len(lengths) == 1:
+        results["stream"], plain["stream"], exact["stream"] = in_two_calls(inner, inputs, K), plain["o"], exact["o"]
+    hold(f"{inner} D {D} K {K}", dtype, *([found[name] for name in exact] for found in (results, plain, exact)))
+
+
+def in_two_calls(inner: str, inputs: inner_loop.Inputs, cut: int) -> Tensor:
+    """Outputs of a stream whose second call goes on from the weights of the first."""
+    outputs, weights = [], {}
+    for part in (slice(0, cut), slice(cut, None)):
+        tokens = {name: inputs[name][:, part] for name in ("q", "k", "v", "inner_lr")}
+        o, *rest = inner_loop.run_forward(inner, inner_loop.make_scan(inner, inputs | tokens | weights))
+        weights = dict(zip(inner_loop.WEIGHTS[inner], rest, strict=False))
+        outputs.append(o)
+    return torch.cat(outputs, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", HEAD_DIMS)
+@pytest.mark.parametrize("inner", KERNELS)
+def test_step(inner, D, dtype, hold):
+    q, k, v, *rest = step_arguments(inner, torch.float32, D=D)
+    given = TokenStep(*(x.to(DTYPES[dtype]) for x in (q, k, v)), *rest)
+    copies = [TokenStep(*(x.clone() if isinstance(x, Tensor) else x for x in given)) for _ in range(2)]
+    doubles = TokenStep(*(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given))
+    exact = token_step(doubles, "eager")
+    hold(
+        f"{inner} step D {D}",
+        dtype,
+        *(token_step(c, b) for c, b in zip(copies, ("triton", "eager"), strict=True)),
+        exact,
+    )
+
+
+def widths(package: str) -> list[int]:
+    """Of every entry of a table of fused kernels, and one beyond."""
+    fused = sys.modules[f"ttt4rec.kernels.{package}"].TABLE["fused_forward"]
+    return [*fused, max(fused) + 64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", widths("projection"))
+def test_projection(width, dtype, hold):
+    inputs = before.make_inputs(2, 40, 4, width // 4, DTYPES[dtype])
+    rope = before.make_rope(2, 40, width // 4, 8, "shared", torch.float32)
+    results = (run(inputs, rope, 2, DTYPES[dtype]) for run in (before.run_kernels, before.run_eager))
+    exact, rounding = before.defined_results(inputs, rope, 2), torch.finfo(DTYPES[dtype]).eps  # of the rates' gradients
+    hold(f"projection, width {width}", dtype, *results, exact, rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", widths("output"))
+def test_output(width, dtype, hold):
+    given = after.make_inputs(2, 40, 4, width // 4, True, dtype=DTYPES[dtype])
+    hold(
+        f"output, width {width}", dtype, *(after.run(p, given) for p in (kernels, eager)), after.defined_results(given)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [24, 78])
+def test_convolution(width, dtype, hold):
+    shape = (2, 40, width, 4, 3, 2)
+    own, exact = before.convolution_results(kernels, DTYPES[dtype], True, *shape)
+    plain, _ = before.convolution_results(eager, DTYPES[dtype], True, *shape)
+    hold(f"convolution, width {width}", dtype, own, plain, exact)
+
+
+def in_three_ways(
+    module: torch.nn.Module, dtype: torch.dtype, results: Callable[..., list[Tensor]]
+) -> list[list[Tensor]]:
+    """On the kernels and in PyTorch in a dtype, halves under autocast, and in float64."""
+    found = []
+    for backend, kind in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+        own = copy.deepcopy(module).to(torch.float64 if kind == torch.float64 else torch.float32)
+        for part in own.modules():
+            if isinstance(part, TTTLayer):
+                part.backend = backend
+        with torch.autocast("cpu", kind, enabled=kind in (torch.bfloat16, torch.float16)):
+            found.append(results(own))
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inner", "backbone"), [("linear", "mamba"), ("mlp", "transformer")])
+def test_training_step_of_a_model(inner, backbone, dtype, hold):
+    """The gradients of all parameters, which are not a new model's: there those of the scales nearly cancel."""
+    options = {"inner": inner, "backbone": backbone, "dropout": 0.0, "block_conv": backbone == "mamba"}
+    model = TTT4Rec(TTT4RecConfig(num_items=30, width=32, num_heads=2, ffn_width=32, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ids, targets = torch.randint(1, 31, (2, 18)), torch.randint(1, 31, (36,))
+    ids[1, :5] = 0
+
+    def train(own: TTT4Rec) -> list[Tensor]:
+        h = own(ids).flatten(0, 1)
+        with torch.autocast("cpu", enabled=False):
+            loss = own.nll(h.to(own.embedding.weight.dtype), targets, "mean")
+            found = torch.autograd.grad(loss, list(own.parameters()), allow_unused=True)
+        return [gradient for gradient in found if gradient is not None]
+
+    hold(f"training step of TTT4Rec, {inner}, {backbone}", dtype, *in_three_ways(model, DTYPES[dtype], train))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inner", "backbone"), [("linear", "transformer"), ("mlp", "mamba")])
+def test_training_step_of_a_layer(inner, backbone, dtype, hold):
+    """Outputs, and the gradients of the inputs and all parameters, of packed sequences."""
+    layer = make_layer(inner, backbone, width=32, mini_batch_size=8)
+    x, bounds = torch.randn(1, 40, 32, dtype=torch.float64), torch.tensor([0, 5, 21, 40])
+
+    def train(own: TTTLayer) -> list[Tensor]:
+        leaf = x.to(own.output.weight.dtype).requires_grad_()
+        y = own(leaf, cu_seqlens=bounds)
+        with torch.autocast("cpu", enabled=False):
+            return [y, *gradients([y], [leaf, *own.parameters()])]
+
+    hold(f"training step of TTTLayer, {inner}, {backbone}", dtype, *in_three_ways(layer, DTYPES[dtype], train))

@@ -1,7 +1,7 @@
-"""The compiled kernels, executed on this machine: some of the kernels' own tests, chosen so that each kernel runs.
+"""The compiled kernels, executed on this machine: those of the kernels' own tests that are marked so, all kernels.
 
-Every test is a process of its own: in this one Triton interprets. All tests of the kernels run by
-``bash scripts/test.sh --emulate sm_90``.
+Those take longer interpreted, and show less, or share their kernels with such. Every test here is a process of its own:
+in this one Triton interprets. All tests of the kernels run by ``bash scripts/test.sh --emulate sm_90``.
 """
 
 import json
@@ -16,16 +16,12 @@ import pytest
 from tools.documents import ROOT
 
 OWN = "tests/emulator/emulated.py"  # small kernels for the emulator itself
-SAMPLE = [  # of the kernels' tests
-    "kernels/test_inner_loop_kernels.py::test_low_precision_is_no_worse_than_torch[2-36-2-16-8-dtype0-linear]",
-    "kernels/test_inner_loop_kernels.py::test_low_precision_is_no_worse_than_torch[2-36-2-16-8-dtype0-mlp]",
-    "kernels/test_step_kernels.py::test_half_precision_is_rounded_once[dtype0]",
-    "operators/test_operators.py::test_opcheck_forward[token_step-triton-0]",
-    "operators/test_projection.py::test_kernels_in_low_precision_are_no_worse_than_torch[dtype0-same-everything]",
-    "operators/test_projection.py::test_kernels_in_low_precision_are_no_worse_than_torch[dtype0-same-nothing]",
-    "operators/test_projection.py::test_convolution_kernels_in_low_precision_are_no_worse_than_torch[dtype0]",
-    "operators/test_output.py::test_kernels_in_low_precision_are_no_worse_than_torch[dtype0-everything]",
-    "operators/test_output.py::test_kernels_match_definition[shape0-True-nothing]",
+COMPILED = [  # the files with tests marked so
+    "kernels/test_inner_loop_kernels.py",
+    "kernels/test_step_kernels.py",
+    "kernels/test_triton_backend.py",
+    "operators/test_projection.py",
+    "operators/test_output.py",
 ]
 KERNELS = {
     "linear_forward_kernel", "linear_backward_kernel", "mlp_forward_kernel", "mlp_backward_kernel",
@@ -64,9 +60,9 @@ others = [pytest.param(architecture, marks=pytest.mark.slow) for architecture in
 def test_every_kernel(architecture: str, tmp_path: Path) -> None:
     """Results are right, and nothing is found but what is known."""
     path = tmp_path / "report.json"
-    sample = [name for name in SAMPLE if architecture != "sm_100" or name.startswith(ON_SM_100)]
-    nodes = [OWN, *(f"tests/{name}" for name in sample)]
-    emulate(architecture, "--emulate-findings", "list", "--emulate-report", str(path), *nodes)
+    files = ON_SM_100 if architecture == "sm_100" else COMPILED
+    options = ["--emulate-findings", "list", "--emulate-report", str(path), "-m", "compiled"]
+    emulate(architecture, *options, OWN, *(f"tests/{name}" for name in files))
     kernels: dict[str, Any] = json.loads(path.read_text())["kernels"]
     if architecture != "sm_100":
         assert set(kernels) == KERNELS

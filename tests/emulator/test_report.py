@@ -1,11 +1,15 @@
 """The tables of docs/emulation.md: what stands there reads back, and a run's figures take their places."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tools import emulation
 from tools.documents import ROOT
+from tools.ptx_emulator import plugin
 
 DOCUMENT = (ROOT / "docs" / "emulation.md").read_text()
 TABLES = (emulation.ERRORS, emulation.LOST, emulation.EXECUTED)
@@ -21,38 +25,55 @@ def test_the_document_reads_back(table: emulation.Table) -> None:
     known = emulation.read(DOCUMENT, table)
     assert known
     assert emulation.written(DOCUMENT, table, known) == DOCUMENT
-    assert all(cell[:2] == "20" and ", Triton " in cell for *_, cell in known.values())
+    assert all(cell[:2] == "20" and ", torch " in cell for *_, cell in known.values())
 
 
 def test_figures_take_the_place_of_those_of_the_same_kernel() -> None:
     found = {"dtype": "bfloat16", "error": 0.00123, "usual": 0.5}
-    own = report(
-        properties=[["linear D 16 K 8", found], ["a new one", found]],
-        mutations=[
-            {
-                "kernel": "a_kernel",
-                "results": {
-                    "barrier": {"found": 3, "harmless": 1},
-                    "barrier of a warp": {"other results": 2, "not executed": 7},
-                },
-            }
-        ],
-        kernels={"a_kernel": {"launches": 2, "instructions": 3_000_000, "seconds": 1.5, "findings": ["one"]}},
+    kernel = {"launches": 2, "instructions": 3_000_000, "seconds": 1.5, "types": ["bf16"], "findings": ["one"]}
+    results = {
+        "barrier": {"found": 3, "harmless": 1},
+        "barrier of a warp": {"other results": 2, "not executed": 7},
+    }
+    first = report(
+        properties=[["linear D 16 K 8", found]],
+        mutations=[{"kernel": "a_kernel", "results": results}],
+        kernels={"a_kernel": kernel},
     )
-    text = emulation.updated(DOCUMENT, [own])
-    of = "2030-01-02, Triton 4.0, torch 3.0"
+    second = report(
+        properties=[["linear D 16 K 8", found | {"error": 0.00456}]],
+        kernels={"a_kernel": kernel | {"types": ["bf16", "fp32"], "findings": ["one", "another"]}},
+    )
+    interpreted = report(properties=[["linear D 16 K 8", found]], architecture="interpreter")
+    text = emulation.updated(DOCUMENT, [first, second, interpreted])
+    of = "2030-01-02, torch 3.0"
     before, errors, lost, executed = (
         emulation.read(t, table) for t, table in zip((DOCUMENT, *[text] * 3), (TABLES[0], *TABLES), strict=True)
     )
-    key = ("linear D 16 K 8", "bfloat16")
-    assert errors[key] == (*key, before[key][2], "1.2e-3", before[key][4], "5.0e-1", of)
-    assert errors["a new one", "bfloat16"] == ("a new one", "bfloat16", "", "1.2e-3", "", "5.0e-1", of)
-    assert {k: row for k, row in errors.items() if k in before and k != key} == {
-        k: r for k, r in before.items() if k != key
-    }
-    assert lost["a_kernel", "sm_90"] == ("a_kernel", "sm_90", "5 of 6", "", "", "", of)
-    assert executed["a_kernel", "sm_90"] == ("a_kernel", "sm_90", "2", "3,000,000", "2.0", "1", of)
-    assert list(emulation.read(emulation.updated(text, [own], anew=True), emulation.LOST)) == [("a_kernel", "sm_90")]
+    key = ("linear D 16 K 8", "bfloat16", "4.0")
+    assert errors == before | {key: (*key, "", "4.6e-3", "", "1.2e-3", "5.0e-1", of)}
+    assert lost["a_kernel", "sm_90", "4.0"][3:] == ("5 of 6", "", "", "", of)
+    assert executed["a_kernel", "sm_90", "4.0"][3:] == ("bf16, fp32", "4", "6,000,000", "2.0", "2", of)
+    known = next(iter(before))
+    other = report(properties=[[known[0], found | {"dtype": known[1]}]], triton=known[2])
+    changed = emulation.read(emulation.updated(DOCUMENT, [other]), TABLES[0])
+    assert {k: row for k, row in changed.items() if row != before[k]} == {known: changed[known]}
+    assert changed[known][4] == "1.2e-3"
+    assert list(emulation.read(emulation.updated(text, [first], anew=True), emulation.LOST)) == [
+        ("a_kernel", "sm_90", "4.0")
+    ]
+
+
+def test_a_run_of_the_interpreter_reports_too(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    config = SimpleNamespace(stash={}, getoption={"--emulate-report": str(path)}.get)
+    call = SimpleNamespace(
+        when="call", user_properties=[("a kernel", {"dtype": "float32", "error": 1e-7, "usual": 2e-7})]
+    )
+    plugin.pytest_terminal_summary(SimpleNamespace(stats={"passed": [call]}), config)
+    own = json.loads(path.read_text())
+    table = emulation.read(emulation.updated(DOCUMENT, [own], anew=True), emulation.ERRORS)
+    assert table["a kernel", "float32", own["triton"]][3:8] == ("", "", "", "1.0e-7", "2.0e-7")
 
 
 def test_a_document_without_markers_is_refused() -> None:

@@ -61,10 +61,11 @@ def test_hidden_features_in_chunks(monkeypatch):
         assert_close(x[:, :, :-1], y[:, :, :-1], 2 * FP32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_rounded_once(dtype):
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.compiled), torch.float16])
+def test_half_precision_is_rounded_once(dtype, inner):
     """The inputs are exact in float32, the pool is float32, and only the output is rounded."""
-    q, k, v, *rest = step_arguments("mlp", torch.float32)
+    q, k, v, *rest = step_arguments(inner, torch.float32)
     halves = [x.to(dtype) for x in (q, k, v)]
     (o,) = token_step(move([*halves, *rest]), "triton")
     (expected,) = token_step(move([x.float() for x in halves] + rest), "triton")

@@ -14,6 +14,7 @@ from ttt4rec.operators import output
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 KERNEL_CHOICE = sys.modules["ttt4rec.kernels.output"]  # the package has the function of that name
+HALVES = [pytest.param(torch.bfloat16, marks=pytest.mark.compiled), torch.float16]
 FP32_TOLERANCE = 2e-6  # some roundings of 1e-7, in norm
 GATED = (True, False)
 FUSED = {"everything": 1 << 31, "nothing": 0}
@@ -57,7 +58,7 @@ def test_kernels_match_definition(shape, gated, fused, monkeypatch):
 
 
 @pytest.mark.parametrize("fused", FUSED)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_kernels_in_low_precision_are_no_worse_than_torch(dtype, fused, monkeypatch):
     choose_kernels(monkeypatch, FUSED[fused])
     inputs = make_inputs(2, 40, 4, 16, True, dtype=dtype)

@@ -29,6 +29,7 @@ from ttt4rec.operators import projection
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 KERNEL_CHOICE = sys.modules["ttt4rec.kernels.projection"]  # the package has the function of that name
+HALVES = [pytest.param(torch.bfloat16, marks=pytest.mark.compiled), torch.float16]
 FP32_TOLERANCE = 2e-6
 POSITIONS = ("shared", "per row")
 
@@ -110,7 +111,7 @@ def test_a_block_with_a_convolution_on_the_kernels(monkeypatch):
         assert_close(actual, expected, FP32_TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_convolution_kernels_in_low_precision_are_no_worse_than_torch(dtype):
     shape = (2, 40, 24, 4, 3, 2)
     actual, exact = convolution_results(kernels, dtype, True, *shape)
@@ -151,7 +152,7 @@ def test_kernels_match_definition(B, L, H, D, rotated, fused, monkeypatch):
 
 @pytest.mark.parametrize("fused", FUSED)
 @pytest.mark.parametrize("input_dtype", ["same", torch.float32])  # float32 as under autocast
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_kernels_in_low_precision_are_no_worse_than_torch(dtype, input_dtype, fused, monkeypatch):
     choose_kernels(monkeypatch, FUSED[fused])
     inputs = make_inputs(2, 40, 4, 16, dtype if input_dtype == "same" else input_dtype)

@@ -39,6 +39,7 @@ class Record:
     report: Report
     grid: tuple[int, int, int]
     threads: int
+    type: str  # of the first pointer's elements: "bf16"
     seconds: float  # of the processor, in all orders
 
 
@@ -59,13 +60,14 @@ class Emulator:
     inspect: Callable[[Launch], None] | None = None
     records: list[Record] = field(default_factory=list)
 
-    def execute(self, launch: Launch) -> None:
+    def execute(self, launch: Launch, element_type: str) -> None:
         """Run a launch and record it."""
         if self.inspect is not None:
             self.inspect(launch)
         begin = time.process_time()
         report = launch.check(self.orders)
-        self.records.append(Record(report, launch.grid, launch.program.threads, time.process_time() - begin))
+        seconds = time.process_time() - begin
+        self.records.append(Record(report, launch.grid, launch.program.threads, element_type, seconds))
         if report.findings and self.strict:
             raise EmulationError(report.findings)
 
@@ -149,7 +151,8 @@ class _Launcher:
             enter(metadata)
         parameters: list[int] = []
         regions: list[Region] = []
-        for name, kind, value in _flat(self.signature.items(), arguments):
+        flat = list(_flat(self.signature.items(), arguments))
+        for name, kind, value in flat:
             parameters.append(_bits(name, kind, value))
             if kind.startswith("*") and value is not None and value.numel():
                 regions.append(_region(name, value))
@@ -159,7 +162,9 @@ class _Launcher:
                 f"{function.name} takes {len(function.parameters)} parameters, its launch gives {len(parameters)}"
             )
         parameters += [0] * missing
-        driver.active.emulator.execute(Launch(function, self.shared, (x, y, z), parameters, merged(regions)))
+        element_type = next((kind[1:] for _, kind, _ in flat if kind.startswith("*")), "")
+        launch = Launch(function, self.shared, (x, y, z), parameters, merged(regions))
+        driver.active.emulator.execute(launch, element_type)
         if leave is not None:
             leave(metadata)
 

@@ -37,7 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="whether races and the like fail the test that launches the kernel, or are only listed at the end",
     )
     group.addoption(
-        "--emulate-report", metavar="FILE", help="what was executed and found, and properties of tests, as JSON"
+        "--emulate-report",
+        metavar="FILE",
+        help="what was executed and found, and properties of tests, as JSON; without --emulate of the interpreter",
     )
     group.addoption(
         "--emulate-mutations",
@@ -108,15 +110,20 @@ def _fresh_memory_is_marked(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Say what was executed, and what was found."""
-    state = config.stash.get(_STATE, None)
-    if state is None:
+    state, path = config.stash.get(_STATE, None), config.getoption("--emulate-report")
+    if state is None and path is None:
         return
-    summary = _summary(state[1]) | {"mutations": state[3].results}
+    summary = _versions() | {"architecture": "interpreter", "kernels": {}, "mutations": []}
+    if state is not None:
+        own: dict[str, Any] = {"architecture": state[1].architecture, "kernels": _kernels(state[1])}
+        summary |= own | {"mutations": state[3].results}
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     called = [report for report in reports if getattr(report, "when", None) == "call"]
     summary["properties"] = [each for report in called for each in report.user_properties]
-    if (path := config.getoption("--emulate-report")) is not None:
+    if path is not None:
         Path(path).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    if state is None:
+        return
     terminalreporter.section(f"kernels executed for {summary['architecture']} by Triton {summary['triton']}")
     for name, kernel in summary["kernels"].items():
         terminalreporter.line(
@@ -130,25 +137,29 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.line("\n".join(lines))
 
 
-def _summary(emulator: "Emulator") -> dict[str, Any]:
-    """What was executed by kernel; findings of the same kind at the same lines are one."""
+def _versions() -> dict[str, Any]:
     import triton
 
+    return {"triton": triton.__version__, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+
+
+def _kernels(emulator: "Emulator") -> dict[str, dict[str, Any]]:
+    """What was executed by kernel; findings of the same kind at the same lines are one."""
     kernels: dict[str, dict[str, Any]] = {}
     for record in sorted(emulator.records, key=lambda record: record.report.kernel):
-        kernel = kernels.setdefault(
-            record.report.kernel, {"launches": 0, "instructions": 0, "seconds": 0.0, "findings": {}}
-        )
+        new = {"launches": 0, "instructions": 0, "seconds": 0.0, "types": set(), "findings": {}}
+        kernel = kernels.setdefault(record.report.kernel, new)
         kernel["launches"] += 1
         kernel["instructions"] += record.report.instructions
         kernel["seconds"] += record.seconds
+        kernel["types"].add(record.type)
         for finding in record.report.findings:
             places = finding.what, *(access.source for access in finding.accesses)
             kernel["findings"].setdefault(places, str(finding))
     for kernel in kernels.values():
         kernel["findings"] = list(kernel["findings"].values())
-    versions = {"triton": triton.__version__, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
-    return {"architecture": emulator.architecture, **versions, "kernels": kernels}
+        kernel["types"] = sorted(kernel["types"])
+    return kernels
 
 
 def poisoning() -> list[tuple[object, str, Callable[..., Any]]]:
