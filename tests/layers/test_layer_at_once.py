@@ -102,6 +102,15 @@ def test_threads_change_no_number(monkeypatch):
     assert all(map(torch.equal, results(layer, x), alone))
 
 
+def test_large_calls_go_by_the_parts(taken):
+    layer = make_layer(dtype=torch.float32)
+    with torch.no_grad():
+        layer(torch.randn(1, 2049, WIDTH))
+        assert not taken
+        layer(torch.randn(1, 2048, WIDTH))
+    assert len(taken) == 1
+
+
 def test_gradcheck(taken):
     layer = make_layer("linear", conv_kernel=2)
     x = torch.randn(1, 7, WIDTH, dtype=torch.float64, requires_grad=True)

@@ -19,11 +19,16 @@ from .functional import segment_length
 from .step_at_once import fit, layer_around, unobserved
 
 
+LARGEST = 1 << 16
+"""Numbers of the input. Beyond, operators take a small part of the time, and one node, which holds all until its end, takes a
+fifth more memory."""
+
+
 def layer_at_once(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
     """As ``TTTLayer.forward`` of checked arguments; None if the parts must do it."""
     if layer.backend not in ("auto", "native") or not layer.adapt or layer.max_inner_step is not None:
         return None
-    if type(x) is not Tensor or not x.is_cpu or not x.numel() or not unobserved():
+    if type(x) is not Tensor or not x.is_cpu or not 0 < x.numel() <= LARGEST or not unobserved():
         return None
     given = _arguments(layer, x.contiguous(), cu_seqlens)
     compute = None if given is None else shortcut("layer_forward", layer.backend, given)

@@ -10,21 +10,21 @@
 namespace {
 
 // Tokens are [total, C], rates [total, H]. Views are one product [total, 3C + H]: query, key, value, or with the Mamba
-// backbone query, value, gate, and then the rates' z without its bias. What sequences add to a parameter's gradient is
-// summed by each alone.
+// backbone query, value, gate, and then the rates' z without its bias. Without convolutions q and k are parts of the views,
+// turned where they lie. What sequences add to a parameter's gradient is summed by each alone.
 struct AroundCall {  // as whole_layer.py's
-  int64_t H, K, taps;  // taps: of the Mamba backbone's convolutions; 0 with the Transformer's
+  int64_t H, K, taps, stride;  // taps: of the convolutions, 0 without; stride: between tokens of q, k and their gradients
   const int64_t *starts, *lengths;  // of each sequence
   double norm_eps, most_rate;       // a rate is most_rate σ(z)
   const T *cos, *sin, *lr_bias, *norm_weight, *norm_bias;
   const T *query_conv, *query_bias, *key_conv, *key_bias;  // [C, taps], [C]
-  const T* views;
-  T *q, *k, *v, *lr;
+  T* views;
+  T *q, *k, *lr;
   const T* o;
   T* h;
   // backward
-  const T *dh, *dv, *d_lr;
-  T *d_o, *dq, *dk, *d_views;
+  const T* d_lr;
+  T *d_o, *dq, *dk, *d_views;  // d_o comes as dh
   T *d_norm_weight, *d_norm_bias, *d_lr_bias;                // [N, C], [N, C], [N, H]
   T *d_query_conv, *d_query_bias, *d_key_conv, *d_key_bias;  // [N, taps, C], [N, C]
 };
@@ -45,24 +45,19 @@ class Around {
     }
   }
 
-  // q, k, v and lr of the views: convolutions (33), rotations and rates (31).
+  // q, k and lr: convolutions (33), rotations and rates (31).
   void before(int64_t n) const {
     for (int64_t i = 0; i < call_.lengths[n]; ++i) {
       const int64_t t = call_.starts[n] + i;
-      const T* views = call_.views + t * W_;
-      T *q = call_.q + t * C_, *k = call_.k + t * C_;
+      T *q = call_.q + t * call_.stride, *k = call_.k + t * call_.stride;
       if (call_.taps > 0) {
         convolve(i, t, query_taps_, call_.query_bias, q);
         convolve(i, t, key_taps_, call_.key_bias, k);
-      } else {
-        std::copy_n(views, C_, q);
-        std::copy_n(views + C_, C_, k);
       }
-      std::copy_n(views + (call_.taps > 0 ? 1 : 2) * C_, C_, call_.v + t * C_);
       turn(i, 1, q);
       turn(i, 1, k);
       for (int h = 0; h < call_.H; ++h) {
-        const T z = views[3 * C_ + h] + call_.lr_bias[h];
+        const T z = call_.views[t * W_ + 3 * C_ + h] + call_.lr_bias[h];
         call_.lr[t * call_.H + h] = T(call_.most_rate) / (1 + std::exp(-z));
       }
     }
@@ -91,7 +86,7 @@ class Around {
     }
   }
 
-  // The views' gradients, (32), but for what back_after has written: turned back, and through the convolutions.
+  // The views' gradients, (32), but for v's and the gate's: turned back, and through the convolutions.
   void back_before(int64_t n) const {
     const int64_t start = call_.starts[n], length = call_.lengths[n];
     for (int64_t begin = 0; begin < length; begin += GROUPED) {
@@ -122,22 +117,14 @@ class Around {
   }
 
   void back_before_token(int64_t i, int64_t t, T* d_bias) const {
-    T *d_views = call_.d_views + t * W_, *dz = d_views + 3 * C_;
+    T* dz = call_.d_views + t * W_ + 3 * C_;
     for (int h = 0; h < call_.H; ++h) {
       const T lr = call_.lr[t * call_.H + h];
       dz[h] = call_.most_rate == 0 ? 0 : call_.d_lr[t * call_.H + h] * lr * (1 - lr / T(call_.most_rate));
       d_bias[h] += dz[h];
     }
-    std::copy_n(call_.dv + t * C_, C_, d_views + (call_.taps > 0 ? 1 : 2) * C_);
-    if (call_.taps == 0) {
-      std::copy_n(call_.dq + t * C_, C_, d_views);
-      std::copy_n(call_.dk + t * C_, C_, d_views + C_);
-      turn(i, -1, d_views);
-      turn(i, -1, d_views + C_);
-    } else {
-      turn(i, -1, call_.dq + t * C_);
-      turn(i, -1, call_.dk + t * C_);
-    }
+    turn(i, -1, call_.dq + t * call_.stride);
+    turn(i, -1, call_.dk + t * call_.stride);
   }
 
   // From dq and dk, turned back already.
@@ -207,7 +194,7 @@ class Around {
     V total{}, along{};
     for (int c = 0; c < C_; c += LANES) {
       const V x_hat = load(x_hat_ + c), normed = load(gamma + c) * x_hat + load(beta + c);
-      V dn = load(call_.dh + at + c);
+      V dn = load(d_o + c);
       if (call_.taps > 0) {
         store(d_gate + c, dn * normed * load(slope_ + c));
         store(h + c, normed * load(value_ + c));

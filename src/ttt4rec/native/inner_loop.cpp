@@ -17,9 +17,11 @@ using Model = InnerModel<F>;
 using State = Model::State;
 constexpr int WEIGHTS = Model::WEIGHTS, KEPT = WEIGHTS / 2;
 
-// Tokens are [total, H, D], rates [total, H]; weights [N, H, ...], of which strides[i] numbers lie between sequences.
+// Tokens are [total, H, D], rates [total, H]; weights [N, H, ...], of which strides[i] numbers lie between sequences. Of q,
+// k, v and their gradients so many numbers lie between tokens: they may be parts of wider rows.
 struct Call {
   int64_t H, K, segment;  // segment: mini-batches between two checkpoints
+  int64_t q_stride, k_stride, v_stride, dq_stride, dk_stride, dv_stride;
   const int64_t *starts, *lengths;  // of each sequence
   double eps;
   const T *q, *k, *v, *lr, *scale, *gamma, *beta;
@@ -42,13 +44,20 @@ struct Place {
 
   template <int WIDTH>
   void read(const T* x, T* tile) const {
-    for (int i = 0; i < r; ++i) copy<WIDTH>(x + at(i) * WIDTH, tile + i * WIDTH);
+    read<WIDTH>(x, H * WIDTH, tile);
+  }
+  template <int WIDTH>
+  void read(const T* x, int64_t stride, T* tile) const {
+    for (int i = 0; i < r; ++i) copy<WIDTH>(x + (token + i) * stride + head * WIDTH, tile + i * WIDTH);
   }
   template <int WIDTH>
   void write(const T* tile, T* x) const {
-    for (int i = 0; i < r; ++i) copy<WIDTH>(tile + i * WIDTH, x + at(i) * WIDTH);
+    write<WIDTH>(tile, x, H * WIDTH);
   }
-  int64_t at(int i) const { return (token + i) * H + head; }
+  template <int WIDTH>
+  void write(const T* tile, T* x, int64_t stride) const {
+    for (int i = 0; i < r; ++i) copy<WIDTH>(tile + i * WIDTH, x + (token + i) * stride + head * WIDTH);
+  }
 
  private:
   // As vectors: for so few numbers calls of memmove take a multiple.
@@ -97,8 +106,8 @@ class Row {
     for (int64_t m = 0; m < mini_batches(n); ++m) {
       if (m % call_.segment == 0 && m > 0) copy_weights(states_[0].weights, checkpoint(n, head, m));
       const Rates rates = read(n, head, m);
-      place_.read<D>(call_.q, t_.q);
-      place_.read<D>(call_.v, t_.v);
+      place_.read<D>(call_.q, call_.q_stride, t_.q);
+      place_.read<D>(call_.v, call_.v_stride, t_.v);
       model_.forward(rates, t_, kept_, states_[0]);
       place_.write<D>(t_.o, call_.o);
       if constexpr (F > 0) place_.write<F>(kept_[0], call_.kept[0]);
@@ -186,17 +195,17 @@ class Row {
   void backward(int64_t n, int64_t head, int64_t m, const State& state) {
     Rates rates = read(n, head, m);
     rates.d_scale = d_scale_;
-    place_.read<D>(call_.q, t_.q);
-    place_.read<D>(call_.v, t_.v);
+    place_.read<D>(call_.q, call_.q_stride, t_.q);
+    place_.read<D>(call_.v, call_.v_stride, t_.v);
     place_.read<D>(call_.grad_o, t_.o);
     place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
     std::fill_n(d_lr_, rates.r, T(0));
     for (T* sum : {t_.d_gamma, t_.d_beta}) std::fill_n(sum, D, T(0));
     std::fill_n(d_scale_, K_, T(0));
     model_.backward(rates, t_, kept_, state);
-    place_.write<D>(t_.dq, call_.dq);
-    place_.write<D>(t_.dk, call_.dk);
-    place_.write<D>(t_.dv, call_.dv);
+    place_.write<D>(t_.dq, call_.dq, call_.dq_stride);
+    place_.write<D>(t_.dk, call_.dk, call_.dk_stride);
+    place_.write<D>(t_.dv, call_.dv, call_.dv_stride);
     place_.write<1>(d_lr_, call_.d_lr);
     const int64_t at = n * call_.H + head;
     add<D>(call_.d_gamma + at * D, t_.d_gamma);
@@ -210,7 +219,7 @@ class Row {
     place_ = {call_.H, call_.starts[n] + m * K_, head, r};
     t_.gamma = call_.gamma + head * D;
     t_.beta = call_.beta + head * D;
-    place_.read<D>(call_.k, t_.k);
+    place_.read<D>(call_.k, call_.k_stride, t_.k);
     place_.read<1>(call_.lr, lr_);
     return {K_, r, call_.scale, lr_, nullptr, d_lr_};
   }

@@ -17,6 +17,7 @@ class ScanCall(ctypes.Structure):
 
     _fields_ = (
         *fields(INTEGER, "H", "K", "segment"),
+        *fields(INTEGER, "q_stride", "k_stride", "v_stride", "dq_stride", "dk_stride", "dv_stride"),
         *fields(POINTER, "starts", "lengths"),
         ("eps", ctypes.c_double),
         *fields(POINTER, *TOKENS, *NORM),
@@ -50,14 +51,27 @@ class _Call:
         self._call.H, self._call.K, self._call.segment = H, scan.token_scale.numel(), scan.segment
         self._call.eps = scan.eps
         self._call.starts, self._call.lengths = self._pointer(starts.long()), self._pointer(lengths.long())
-        given = (*scan.tokens, scan.token_scale, scan.ln_weight, scan.ln_bias)
-        for name, x in zip((*TOKENS, *NORM), given, strict=True):
+        for name, x in zip(TOKENS, scan.tokens[:3], strict=False):
+            self.set_tokens(name, x)
+        given = (scan.inner_lr, scan.token_scale, scan.ln_weight, scan.ln_bias)
+        for name, x in zip((*TOKENS[3:], *NORM), given, strict=True):
             self.set(name, x)
         self.set_weights("weights", "strides", weights)
 
     def set(self, name: str, x: Tensor) -> None:
         """An argument in the weights' dtype, or the memory for a result."""
         setattr(self._call, name, self._pointer(x if x.dtype is self._dtype else x.to(self._dtype)))
+
+    def set_tokens(self, name: str, x: Tensor) -> None:
+        """An argument or a result ``[B, L, H, D]``, whose tokens may be parts of wider rows."""
+        x = x if x.dtype is self._dtype else x.to(self._dtype)
+        (_, L, _, D), (row, token, head, feature) = x.shape, x.stride()
+        if row != L * token or head != D or feature != 1:
+            x = x.contiguous()
+            token = x.stride(1)
+        self._alive.append(x)
+        setattr(self._call, name, x.data_ptr())
+        setattr(self._call, f"{name}_stride", token)
 
     def set_all(self, name: str, tensors: Sequence[Tensor]) -> None:
         """An array of arguments or of memory for results."""
@@ -104,18 +118,22 @@ def _forward(scan: Scan) -> tuple[Tensor, ...]:
     return o.to(scan.q.dtype), *outgoing, *kept, checkpoints
 
 
-def _backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _backward(
+    scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...], into: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, ...]:
+    """As all backends' backward; ``into`` is memory for the gradients of q, k and v, as ``set_tokens`` takes it."""
     call, weights, (grad_o, *grad_weights), (*kept_tokens, checkpoints) = _Call(scan), scan.weights, grads, kept
     call.set("grad_o", grad_o)
     call.set_weights("grad_weights", "grad_strides", grad_weights)
     call.set_all("kept", kept_tokens)
     call.set("checkpoints", checkpoints)
-    d_tokens = [call.results(*x.shape) for x in scan.tokens]
+    d_tokens = [*(into or (call.results(*x.shape) for x in scan.tokens[:3])), call.results(*scan.inner_lr.shape)]
     (H, D), K = scan.ln_weight.shape, scan.token_scale.numel()
     d_scale, *d_norm = (weights[0].new_zeros(weights[0].shape[0], H, width) for width in (K, D, D))
     d_weights = [w.new_empty(w.shape) for w in weights]
-    names = ("dq", "dk", "dv", "d_lr", "d_scale", "d_gamma", "d_beta")
-    for name, x in zip(names, (*d_tokens, d_scale, *d_norm), strict=True):
+    for name, x in zip(("dq", "dk", "dv"), d_tokens, strict=False):
+        call.set_tokens(name, x)
+    for name, x in zip(("d_lr", "d_scale", "d_gamma", "d_beta"), (d_tokens[3], d_scale, *d_norm), strict=True):
         call.set(name, x)
     call.set_all("d_weights", d_weights)
     call.run("ttt_backward")

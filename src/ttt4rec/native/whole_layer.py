@@ -18,12 +18,12 @@ class AroundCall(ctypes.Structure):
     """``AroundCall`` of around.cpp."""
 
     _fields_ = (
-        *fields(INTEGER, "H", "K", "taps"),
+        *fields(INTEGER, "H", "K", "taps", "stride"),
         *fields(POINTER, "starts", "lengths"),
         *fields(ctypes.c_double, "norm_eps", "most_rate"),
         *fields(POINTER, "cos", "sin", "lr_bias", "norm_weight", "norm_bias"),
         *fields(POINTER, "query_conv", "query_bias", "key_conv", "key_bias"),
-        *fields(POINTER, "views", "q", "k", "v", "lr", "o", "h", "dh", "dv", "d_lr", "d_o", "dq", "dk", "d_views"),
+        *fields(POINTER, "views", "q", "k", "lr", "o", "h", "d_lr", "d_o", "dq", "dk", "d_views"),
         *fields(POINTER, "d_norm_weight", "d_norm_bias", "d_lr_bias"),
         *fields(POINTER, "d_query_conv", "d_query_bias", "d_key_conv", "d_key_bias"),
     )
@@ -44,10 +44,11 @@ class _Around:
         self._alive, self.sequences, self._numbers = (starts, lengths), starts.shape[0], given.x.numel()
         self._library = build.library("linear", C // H, 0, build.SCALARS[given.x.dtype], build.AROUND)
         taps = around.convolutions[0].shape[1] if around.convolutions else 0
+        stride = C if taps else 3 * C + H
         most = around.base_lr * around.lr_scale * H / C
         tensors = (around.cos, around.sin, around.lr_bias, around.norm_weight, around.norm_bias, *around.convolutions)
         self._call = AroundCall(
-            H, around.cos.shape[0], taps, starts.data_ptr(), lengths.data_ptr(), around.norm_eps, most,
+            H, around.cos.shape[0], taps, stride, starts.data_ptr(), lengths.data_ptr(), around.norm_eps, most,
             *(x.data_ptr() for x in tensors),
         )  # fmt: skip
 
@@ -63,59 +64,67 @@ def layer_forward(given: LayerForward) -> tuple[Tensor, Results]:
     x, layer = given.x.flatten(0, 1), given.around
     weights = torch.cat((*layer.projections, layer.lr_weight))
     views, scale = torch.mm(x, weights.t()), _token_scale(layer.token_offset)
-    q, k, v = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    tokens = _tokens(given, views)
     lr = x.new_empty(*given.x.shape[:2], layer.lr_weight.shape[0])
     around = _Around(given)
-    around.run("ttt_before", views=views, q=q, k=k, v=v, lr=lr)
-    o, *others = linear_scan(_scan(given, q, k, v, lr, scale))
+    around.run("ttt_before", views=views, q=tokens[0], k=tokens[1], lr=lr)
+    o, *others = linear_scan(_scan(given, tokens, lr, scale))
     h = torch.empty_like(x)
     around.run("ttt_after", o=o, h=h)
-    kept = (weights, q, k, v, lr, scale, o, *others[len(given.weights) :])
-    return torch.mm(h, layer.output.t()).view(given.x.shape), (*kept, views) if layer.convolutions else kept
+    y = torch.mm(h, layer.output.t()).view(given.x.shape)
+    return y, (weights, views, *tokens, lr, scale, o, *others[len(given.weights) :])
 
 
 def layer_backward(given: LayerForward, kept: Results, dy: Tensor) -> Results:
     """Gradients of x, the output, w_lr, b_lr, τ, γ, β, the norm's, the projections, the convolutions', the weights."""
-    weights, q, k, v, lr, scale, o, *inside = kept
+    weights, views, q, k, v, lr, scale, o, *inside = kept
     around, layer, x = _Around(given), given.around, given.x.flatten(0, 1)
-    H, C = layer.lr_weight.shape
-    N, dy = around.sequences, dy.contiguous().flatten(0, 1)
-    d_views, d_o, h = x.new_empty(x.shape[0], 3 * C + H), torch.empty_like(x), torch.empty_like(x)
+    (H, C), N, dy = layer.lr_weight.shape, around.sequences, dy.contiguous().flatten(0, 1)
     # What every sequence adds to the gradients of parameters.
     sizes = {"d_norm_weight": C, "d_norm_bias": C, "d_lr_bias": H}
-    views: dict[str, Tensor] = {}
-    if layer.convolutions:
-        views = {"views": inside.pop()}
-        sizes |= {f"d_{name}": w.numel() for name, w in zip(CONVOLUTIONS, layer.convolutions, strict=True)}
-    sums = [x.new_zeros(N, size) for size in sizes.values()]
-    around.run(
-        "ttt_back_after", **views, o=o, h=h, dh=torch.mm(dy, layer.output), d_o=d_o, d_views=d_views,
-        **dict(zip(sizes, sums, strict=True)),
-    )  # fmt: skip
-    scan = _scan(given, q, k, v, lr, scale)
+    sizes |= {f"d_{name}": w.numel() for name, w in zip(CONVOLUTIONS, layer.convolutions, strict=False)}
+    sums = {name: x.new_zeros(N, size) for name, size in sizes.items()}
+    d_o, h = torch.mm(dy, layer.output), torch.empty_like(x)
+    if layer.convolutions:  # the gate's gradient comes now
+        sums["d_views"] = torch.empty_like(views)
+    around.run("ttt_back_after", views=views, o=o, h=h, d_o=d_o, **sums)
+    d_output = torch.mm(dy.t(), h)
+    del h  # before more memory is taken
+    d_views = sums.pop("d_views") if layer.convolutions else torch.empty_like(views)
+
+    d_tokens = _tokens(given, d_views)
     nothing = tuple(w.new_zeros(1, *w.shape).expand(N, *w.shape) for w in given.weights)
-    dq, dk, dv, d_lr, d_scale, *d_weights, d_gamma, d_beta = linear_scan_backward(
-        scan, tuple(inside), (d_o.view(scan.q.shape), *nothing)
+    inner_grads = (d_o.view(o.shape), *nothing)
+    _, _, _, d_lr, d_scale, *d_weights, d_gamma, d_beta = linear_scan_backward(
+        _scan(given, (q, k, v), lr, scale), tuple(inside), inner_grads, d_tokens
     )
-    around.run("ttt_back_before", lr=lr, dq=dq, dk=dk, dv=dv, d_lr=d_lr)
+    del d_o, inner_grads
+    around.run("ttt_back_before", d_views=d_views, lr=lr, dq=d_tokens[0], dk=d_tokens[1], d_lr=d_lr)
     *d_projections, d_lr_weight = torch.mm(d_views.t(), x).split([C, C, C, H])
-    d_norm_weight, d_norm_bias, d_lr_bias, *d_convolutions = map(_total, sums)
+    d_norm_weight, d_norm_bias, d_lr_bias, *d_convolutions = map(_total, sums.values())
     for i in range(0, len(d_convolutions), 2):  # summed as [taps, C]
         d_convolutions[i] = d_convolutions[i].view(-1, C).t()
     return (
-        torch.mm(d_views, weights).view(given.x.shape), torch.mm(dy.t(), h), d_lr_weight, d_lr_bias,
+        torch.mm(d_views, weights).view(given.x.shape), d_output, d_lr_weight, d_lr_bias,
         d_scale.mul_(scale > 0), d_gamma, d_beta, d_norm_weight, d_norm_bias,
         *d_projections, *d_convolutions, *map(_total, d_weights),
     )  # fmt: skip
 
 
-def _scan(given: LayerForward, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, scale: Tensor) -> Scan:
-    (B, L, C), H, layer = given.x.shape, lr.shape[-1], given.around
-    N = B if given.starts is None else given.starts.shape[0]
-    q, k, v = (x.view(B, L, H, C // H) for x in (q, k, v))
+def _tokens(given: LayerForward, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, or their gradients, ``[B, L, H, D]``: parts of the views, or q and k, if they are convolved, anew."""
+    H, C = given.around.lr_weight.shape
+    first, second, third, _ = (part.view(*given.x.shape[:2], H, -1) for part in views.split([C, C, C, H], 1))
+    if given.around.convolutions:
+        return first.new_empty(first.shape), first.new_empty(first.shape), second
+    return first, second, third
+
+
+def _scan(given: LayerForward, tokens: tuple[Tensor, Tensor, Tensor], lr: Tensor, scale: Tensor) -> Scan:
+    N, layer = given.x.shape[0] if given.starts is None else given.starts.shape[0], given.around
     weights = tuple(w.expand(N, *w.shape) for w in given.weights)
     return Scan(
-        q, k, v, lr, scale, weights, layer.ln_weight, layer.ln_bias, given.starts, given.lengths, layer.eps,
+        *tokens, lr, scale, weights, layer.ln_weight, layer.ln_bias, given.starts, given.lengths, layer.eps,
         given.segment, layer.inner,
     )  # fmt: skip
 
