@@ -84,6 +84,16 @@ def test_large_heads_in_float32(inner, head_dim):
         assert_close(actual, exact[name], FP32, name)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 1, 2), (2, 1, 2), (1, 7, 2), (2, 7, 1), (2, 7, 3)])
+def test_tokens_may_be_parts_of_wider_rows(sizes):
+    B, L, H = sizes
+    inputs = inner_inputs("linear", B=B, L=L, H=H, D=8, K=3)
+    expected, _ = run("linear", inputs)
+    wide = torch.stack([inputs[name] for name in "qkv"], 2)  # [B, L, 3, H, D]
+    parts = inputs | {name: wide[:, :, i] for i, name in enumerate("qkv")}
+    assert torch.equal(run("linear", parts)[0], expected)
+
+
 def test_libraries_of_different_shapes_share_nothing():
     """Both have 32 hidden features: if the loader takes their names for one, the second has the sizes of the first."""
     for head_dim in (16, 8):

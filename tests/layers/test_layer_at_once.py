@@ -73,9 +73,10 @@ def test_the_numbers_are_those_of_the_parts(inner, backbone, cu_seqlens, taken, 
         assert torch.equal(layer(x, cu_seqlens=cu_seqlens), own[0])
 
 
-@pytest.mark.parametrize("length", [1, 4, 5, 130])
-def test_lengths(length, taken, monkeypatch):
-    layer, x = make_layer(), torch.randn(2, length, WIDTH, dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 4), (1, 5), (2, 130)])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_lengths(backbone, shape, taken, monkeypatch):
+    layer, x = make_layer(backbone=backbone), torch.randn(*shape, WIDTH, dtype=torch.float64)
     for a, b in zip(results(layer, x), by_parts(layer, x, monkeypatch), strict=True):
         assert_close(a, b)
     assert len(taken) == 1

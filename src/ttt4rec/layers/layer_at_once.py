@@ -18,10 +18,9 @@ from ..operators.transforms import is_batched, refuse_transforms, transformed
 from .functional import segment_length
 from .step_at_once import fit, layer_around, unobserved
 
-
 LARGEST = 1 << 16
-"""Numbers of the input. Beyond, operators take a small part of the time, and one node, which holds all until its end, takes a
-fifth more memory."""
+"""Numbers of the input. Beyond, operators take little of the time, and one node, which holds all until its end,
+more memory."""
 
 
 def layer_at_once(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:

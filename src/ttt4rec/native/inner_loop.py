@@ -65,10 +65,11 @@ class _Call:
     def set_tokens(self, name: str, x: Tensor) -> None:
         """An argument or a result ``[B, L, H, D]``, whose tokens may be parts of wider rows."""
         x = x if x.dtype is self._dtype else x.to(self._dtype)
-        (_, L, _, D), (row, token, head, feature) = x.shape, x.stride()
-        if row != L * token or head != D or feature != 1:
+        (B, L, H, D), (row, token, head, feature) = x.shape, x.stride()
+        token = row if L == 1 else token  # strides of sizes of one say nothing
+        if (B > 1 and row != L * token) or (H > 1 and head != D) or feature != 1:
             x = x.contiguous()
-            token = x.stride(1)
+            token = H * D
         self._alive.append(x)
         setattr(self._call, name, x.data_ptr())
         setattr(self._call, f"{name}_stride", token)
