@@ -11,7 +11,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from benchmarks import catalogue, measure, online, report, sides
+from benchmarks import catalogue, measure, online, report, serving, sides
 from benchmarks.best_items import BestItemsContest, best_items_contests
 from benchmarks.catalogue import LossContest, loss_contests
 from benchmarks.contests import FORWARD, PREFILL, STEP, TRAINING, MixerContest, mixer_contests
@@ -284,6 +284,15 @@ def test_results_are_saved_and_compared_by_pytest_benchmark(tmp_path):
     assert "a test" in report.report(result)
     missing = {row["side"] for row in result.own["not_measured"]}
     assert missing == set(sides.absences(sides.default_device()))
+
+
+@pytest.mark.slow
+def test_requests_to_a_service(tmp_path):
+    serving.write_folder(tmp_path, users=20, num_items=30)
+    measured = serving.measure(tmp_path, 3, recommendations=0.5, events=40, options=["--pool-bytes", "2000000"])
+    assert measured["answers"] == {"200": 40}
+    assert measured["cpu_ms"] > 0
+    assert measured["p50_ms"] <= measured["p99_ms"]
 
 
 @pytest.mark.parametrize("flush", [True, False])

@@ -178,7 +178,7 @@ def test_without_a_flush_only_the_power_takes_what_was_acknowledged():
 def test_batches_of_several_callers_take_effect_together():
     """Each has its own answer; scores are those of the histories that the log has."""
     model = make_model(0, inner="mlp", block_conv=True)
-    online = OnlineRecommender(model, ITEMS, MemoryEventLog(), horizon=lambda: 100)
+    online = OnlineRecommender(model, ITEMS, MemoryEventLog(), pool_bytes=200_000, horizon=lambda: 100)
     appended = []
     append = online.log.append
     online.log.append = lambda events: [append(events), appended.append(len(events))][0]
@@ -205,7 +205,7 @@ def test_batches_of_several_callers_take_effect_together():
 
 
 def test_a_log_that_fails_is_every_callers_error():
-    online = OnlineRecommender(make_model(), ITEMS, MemoryEventLog())
+    online = OnlineRecommender(make_model(), ITEMS, MemoryEventLog(), pool_bytes=200_000)
 
     def full(events):
         raise OSError(f"no space left for {len(events)}")
@@ -218,7 +218,7 @@ def test_a_log_that_fails_is_every_callers_error():
 
 def test_threads_see_their_own_events_at_once(tmp_path):
     """Through one recommender: what a thread was answered for is in its user's history and in the recommendations."""
-    online = OnlineRecommender(make_model(), ITEMS, SQLiteEventLog(tmp_path / "log.db"))
+    online = OnlineRecommender(make_model(), ITEMS, SQLiteEventLog(tmp_path / "log.db"), pool_bytes=200_000)
 
     def work(number):
         user = f"u{number}"
