@@ -388,7 +388,8 @@ def test_two_services_begun_at_once_are_one(folder, tmp_path):
         if "running on" in line:
             break
     other.terminate()
-    other.communicate(timeout=30)
+    _, said = other.communicate(timeout=30)
+    assert re.search(r"^INFO: +snapshot of 0 users$", said, flags=re.MULTILINE)
     with closing(SQLiteEventLog(tmp_path / "events.db")) as log:
         histories = Recommender.load(tmp_path).histories
         assert len(log.users()) == 60

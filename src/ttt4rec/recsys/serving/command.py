@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import uvicorn
+from uvicorn.config import LOGGING_CONFIG
 
 from ttt4rec.atomic_files import locked
 from ttt4rec.options import PER_SECOND, ServeOptions
@@ -15,6 +16,9 @@ from ttt4rec.recsys.online import OnlineRecommender, SQLiteEventLog
 from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.serving.app import LOCAL, Service
 from ttt4rec.recsys.serving.connections import Connection
+
+_LOGGERS = {**LOGGING_CONFIG["loggers"], "ttt4rec": {"handlers": ["default"], "level": "INFO", "propagate": False}}
+"""uvicorn's, and what is said here goes where its own goes."""
 
 
 def serve(folder: Path, options: ServeOptions) -> None:
@@ -57,7 +61,13 @@ def _serve(folder: Path, options: ServeOptions) -> None:
         )
         service = Service(online, [*LOCAL, *options.allowed_host])
         uvicorn.run(
-            service, host=options.host, port=options.port, http=Connection, access_log=False, proxy_headers=False
+            service,
+            host=options.host,
+            port=options.port,
+            http=Connection,
+            log_config={**LOGGING_CONFIG, "loggers": _LOGGERS},
+            access_log=False,
+            proxy_headers=False,
         )
     finally:
         log.close()
