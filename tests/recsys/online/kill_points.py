@@ -33,17 +33,16 @@ WRITERS, STEPS = 4, 3
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
-def run(every, flush=True):
-    """Counts of what happened, from a process with the points before its C library."""
+def run(every):
+    """Counts of what happened, with flushes and without, from a process with the points before its C library."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kill_points.so"
         subprocess.run([*compiler(), "-shared", "-fPIC", "-O1", SOURCE, "-o", library, "-ldl"], check=True)
         command = [sys.executable, "-m", "tests.recsys.online.kill_points", "--every", str(every), "--within", folder]
-        command += [] if flush else ["--no-flush"]
         environment = os.environ | {"LD_PRELOAD": str(library)}
         told = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
-    return Counter(json.loads(told.stdout))
+    return [Counter(counts) for counts in json.loads(told.stdout)]
 
 
 def write(path, point, flush, pipe, flushed):
@@ -109,7 +108,7 @@ def die_everywhere(folder, every, flush):
     counts, point = Counter(), 0
     while True:
         place = folder / str(point)
-        place.mkdir()
+        place.mkdir(parents=True)
         path = place / "log.db"
         with closing(SQLiteEventLog(path)) as log:
             log.append([Event("damaged", "a")])
@@ -145,10 +144,10 @@ def die_everywhere(folder, every, flush):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--every", type=int, default=1, help="die at every so many points")
-    parser.add_argument("--no-flush", action="store_true")
     parser.add_argument("--within", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.within is None:
-        print(json.dumps(run(args.every, not args.no_flush)))
+        for flush, counts in zip(("flushed", "not flushed"), run(args.every), strict=True):
+            print(f"{flush}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}")
     else:
-        print(json.dumps(die_everywhere(args.within, args.every, not args.no_flush)))
+        print(json.dumps([die_everywhere(args.within / f"{flush}", args.every, flush) for flush in (True, False)]))

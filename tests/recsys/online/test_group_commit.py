@@ -99,6 +99,22 @@ def test_an_interrupted_writer_leaves_nobody_waiting():
     assert commits.append(["d"]) == [True]
 
 
+def test_who_is_interrupted_while_waiting_is_gone():
+    store = Slow()
+    commits = GroupCommit(store.append)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    wait_for, commits._change.wait_for = commits._change.wait_for, interrupted
+    with pytest.raises(KeyboardInterrupt):
+        commits.append(["a"])
+    commits._change.wait_for = wait_for
+    store.go.release()
+    assert commits.append(["b"]) == [True]
+    assert store.batches == [["b"]]
+
+
 def test_no_batches_are_no_write():
     assert append_together(Slow().append, []) == []
 
@@ -161,18 +177,17 @@ def test_nothing_is_flushed_on_request_only(tmp_path):
 
 @pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_dying_while_a_group_is_written_loses_nothing_acknowledged(every):
-    """Nor is a batch half there; by a kill and by a failure of the power, before, in and after writes and flushes."""
-    happened = kill_points.run(every)
-    assert happened["deaths"] > 50 / every
-    assert happened["batches acknowledged"] > 0
-    assert happened["batches of the largest group"] > 1
-    assert happened["unflushed bytes"] > 0
-    assert happened["batches lost with the power"] == 0
+    """Nor is a batch half there; by a kill and by a failure of the power, before, in and after writes and flushes.
 
-
-def test_without_a_flush_only_the_power_takes_what_was_acknowledged():
-    """And no batch is half there; so the deaths above would show it if a flush came too late."""
-    assert kill_points.run(29, flush=False)["batches lost with the power"] > 0
+    Without flushes the power takes what was acknowledged: so a flush that came too late would show.
+    """
+    flushed, unflushed = kill_points.run(every)
+    for happened in (flushed, unflushed):
+        assert happened["deaths"] > 50 / every
+        assert happened["batches acknowledged"] > 0
+        assert happened["batches of the largest group"] > 1
+        assert happened["unflushed bytes"] > 0
+    assert flushed["batches lost with the power"] == 0 < unflushed["batches lost with the power"]
 
 
 def test_batches_of_several_callers_take_effect_together():
