@@ -6,7 +6,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from ttt4rec.recsys.serving.answers import Answer, too_much
 from ttt4rec.recsys.serving.limits import GROUP_BYTES
@@ -14,7 +15,8 @@ from ttt4rec.recsys.serving.limits import GROUP_BYTES
 T = TypeVar("T")
 
 
-class _Waiting(NamedTuple, Generic[T]):
+@dataclass(frozen=True)
+class _Waiting(Generic[T]):
     """A turn, what it is for, and the time when it has been waited for enough."""
 
     body: bytes
