@@ -11,6 +11,7 @@ import gc
 import json
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -163,6 +164,28 @@ def late(
     return result
 
 
+def appends(path: Path, threads: int, *, flush: bool = True, rounds: int = 2000) -> dict[str, Any]:
+    """Events that so many threads append at once, each one by one."""
+    log, left = SQLiteEventLog(path, flush=flush), iter(range(rounds))
+    write, writes = log._write, []
+    log._commits._append = lambda events: [write(events), writes.append(len(events))][0]
+
+    def work(number: int) -> None:
+        while (place := next(left, None)) is not None:
+            log.append([Event(f"u{number}", f"i{place}")])
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+    begin, cpu = time.perf_counter(), time.process_time()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    took, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    log.close()
+    result: dict[str, Any] = {"threads": threads, "flush": flush, "events_per_second": round(rounds / took)}
+    return result | {"cpu_ms": round(1e3 * cpu / rounds, 3), "events_per_write": round(rounds / len(writes), 1)}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
@@ -186,6 +209,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             log.unlink()
         found["late_events"] = [late(Path(folder) / f"late-{inner}.db", inner) for inner in ("mlp", "linear")]
         print(json.dumps(found["late_events"]), flush=True)
+        found["appends"] = [
+            appends(Path(folder) / f"{threads}-{flush}.db", threads, flush=flush)
+            for flush in (True, False)
+            for threads in (1, 8, 32)
+        ]
+        print(json.dumps(found["appends"]), flush=True)
     found["load_average"].append(load_average())
     args.file.write_text(json.dumps(found | {"requests": requested, "against_reading_again": against}, indent=1) + "\n")
 

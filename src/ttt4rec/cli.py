@@ -1,4 +1,4 @@
-"""The command line: ``ttt4rec train``, ``evaluate``, ``recommend`` and ``report``."""
+"""The command line: ``ttt4rec train``, ``evaluate``, ``recommend``, ``report`` and ``serve``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ttt4rec.checks import printable
 from ttt4rec.extras import MissingPackageError
 from ttt4rec.fields import choices, descriptions
 from ttt4rec.models.ttt4rec import TTT4RecConfig
-from ttt4rec.options import TrainOptions
+from ttt4rec.options import ServeOptions, TrainOptions
 
 _EPILOG = """\
 examples:
@@ -22,6 +22,7 @@ examples:
   ttt4rec evaluate runs/ml-100k --part valid
   ttt4rec recommend runs/ml-100k --user 196 --exclude-seen
   ttt4rec recommend runs/ml-100k --history 50 181 174
+  ttt4rec serve runs/ml-100k --port 8000
 """
 _ONLY_FROM_PYTHON = ("num_items", "rope_theta", "base_lr", "conv_kernel", "block_conv")  # num_items: from the data
 
@@ -79,7 +80,10 @@ class _Given(argparse.Action):
     """Stores an option, True if it takes no value, and that it was given: a warm start asks for it."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: object, option: object = None) -> None:
-        setattr(namespace, self.dest, True if self.nargs == 0 else values)
+        value = True if self.nargs == 0 else values
+        if isinstance(value, list):  # an option of several values may be given several times
+            value = (*getattr(namespace, self.dest), *value)
+        setattr(namespace, self.dest, value)
         namespace.given = [*namespace.given, self.dest]
 
 
@@ -88,15 +92,19 @@ _KINDS: dict[Any, dict[str, Any]] = {
     int: {"type": _whole, "metavar": "N"},
     float: {"type": float, "metavar": "X"},
     float | None: {"type": float, "metavar": "X"},
+    str: {"metavar": "NAME"},
+    tuple[str, ...]: {"nargs": "+", "metavar": "NAME"},
 }
 """What an option takes by the annotation of its field."""
+_OF_63_BITS = ("seed", "pool_bytes")
+"""Options that are no sizes of a model."""
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults of options that have a value."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        return action.help if any(action.default is x for x in (None, False, ())) else super()._get_help_string(action)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -111,6 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(_command(commands, "train", "learn from interactions, rank the test targets, write a model folder"))
     _add_evaluate(_command(commands, "evaluate", "HR, NDCG and MRR of a trained model over the full catalogue"))
     _add_recommend(_command(commands, "recommend", "the best items for a user or a history"))
+    _add_serve(_command(commands, "serve", "take events and recommend over HTTP, by what users did until now"))
     report = _command(
         commands, "report", "configuration, data, curves and metrics of runs, such as seeds, side by side"
     )
@@ -160,7 +169,7 @@ def _add_fields(group: argparse._ArgumentGroup, settings: type[Any], leave_out: 
             continue
         among = choices(field)
         takes = _KINDS[kinds[field.name]] if among is None else {"choices": tuple(among)}
-        if field.name == "seed":  # which is no size: it may have 63 bits
+        if field.name in _OF_63_BITS:
             takes = takes | {"type": int}
         text = about.get(field.name, "") + ("" if field.default is not None else " (default: none)")
         if isinstance(among, Mapping):
@@ -195,6 +204,13 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     command.add_argument("--exclude-seen", action="store_true", help="leave out items of the history")
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_machine(command)
+
+
+def _add_serve(command: argparse.ArgumentParser) -> None:
+    about = "folder that train wrote; receives the event log and the states of users"
+    command.add_argument("folder", metavar="DIR", help=about)
+    command.set_defaults(given=[])
+    _add_fields(command.add_argument_group("service"), ServeOptions)
 
 
 def _add_machine(command: argparse.ArgumentParser) -> None:

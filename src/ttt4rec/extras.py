@@ -10,6 +10,10 @@ _EXTRAS = {
     "matplotlib": "plot",
     "recbole": "recbole",
     "rectools": "rectools",
+    "httptools": "serve",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "uvicorn": "serve",
 }
 """The extra of ttt4rec that brings a package."""
 

@@ -1,4 +1,7 @@
-"""How to train: what ``recsys`` and the command line both read, apart from ``recsys``, which needs more packages."""
+"""How to train and to serve: what ``recsys`` and the command line both read.
+
+It stands apart from ``recsys``, which needs more packages.
+"""
 
 from __future__ import annotations
 
@@ -68,3 +71,45 @@ class TrainOptions:
             raise ValueError(f"popularity must be finite and at least 0; given {self.popularity!r}")
         if not is_number(self.calibration) or not 0 <= self.calibration <= 1:
             raise ValueError(f"calibration must be from 0 to 1; given {self.calibration!r}")
+
+
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+"""Units of times, by name."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How to serve a recommender over HTTP.
+
+    Attributes:
+        host: where to listen; nobody is asked who they are, so let others in through a gateway only.
+        port: 0: any that is free.
+        allowed_host: names, without port, under which requests may come beside localhost, 127.0.0.1 and [::1]; * for
+            any.
+        pool_bytes: memory for the states of users.
+        time_unit: of the events' times, which count from 1970.
+        max_ahead: seconds; an event of a later time is refused; inf: none is.
+        no_flush: answer before the disk has flushed an event: a failure of the power may take the last ones.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allowed_host: tuple[str, ...] = ()
+    pool_bytes: int = 1 << 30
+    time_unit: str = choice("s", PER_SECOND)
+    max_ahead: float = 86400.0
+    no_flush: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        check_integer("port", self.port, least=0)
+        if self.port > 65535:
+            raise ValueError(f"port must be at most 65535; given {self.port}")
+        check_integer("pool_bytes", self.pool_bytes)
+        check_choices(self)
+        if not is_number(self.max_ahead) or math.isnan(self.max_ahead):
+            raise ValueError(f"max_ahead must be a number of seconds; given {self.max_ahead!r}")

@@ -6,11 +6,12 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 import torch
 
-from benchmarks import catalogue, measure, online, report, sides
+from benchmarks import catalogue, measure, online, report, serving, sides
 from benchmarks.best_items import BestItemsContest, best_items_contests
 from benchmarks.catalogue import LossContest, loss_contests
 from benchmarks.contests import FORWARD, PREFILL, STEP, TRAINING, MixerContest, mixer_contests
@@ -18,6 +19,7 @@ from benchmarks.mixers import TTT, Attention
 from benchmarks.plots import of_equal_tokens, plot
 from benchmarks.recommenders import EVALUATION, MODELS, TRAINING_STEP, RecommenderContest, recommender_contests
 from tools.documents import number
+from ttt4rec.recsys.online import SQLiteEventLog
 
 WIDTH = 16
 PRESENT = sides.present("cpu")
@@ -282,6 +284,24 @@ def test_results_are_saved_and_compared_by_pytest_benchmark(tmp_path):
     assert "a test" in report.report(result)
     missing = {row["side"] for row in result.own["not_measured"]}
     assert missing == set(sides.absences(sides.default_device()))
+
+
+@pytest.mark.slow
+def test_requests_to_a_service(tmp_path):
+    serving.write_folder(tmp_path, users=20, num_items=30)
+    measured = serving.measure(tmp_path, 3, recommendations=0.5, events=40, options=["--pool-bytes", "2000000"])
+    assert measured["answers"] == {"200": 40}
+    assert measured["cpu_ms"] > 0
+    assert measured["p50_ms"] <= measured["p99_ms"]
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_threads_that_append(tmp_path, flush):
+    measured = online.appends(tmp_path / "log.db", 3, flush=flush, rounds=10)
+    assert (measured["threads"], measured["flush"]) == (3, flush)
+    assert 1 <= measured["events_per_write"] <= 10
+    with closing(SQLiteEventLog(tmp_path / "log.db")) as log:
+        assert sum(tail.length for tail in log.read(log.users(), [[]] * len(log.users()))) == 10
 
 
 def test_requests_to_an_online_recommender(tmp_path):

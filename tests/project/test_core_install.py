@@ -50,7 +50,7 @@ found = {
 }
 for name in ("recsys", "recsys.train", "recsys.recbole", "recsys.rectools", "recsys.commands"):
     found[name] = attempt(lambda: importlib.import_module(f"ttt4rec.{name}"))
-for command in ("train x --out y", "evaluate x", "recommend x --user 1", "report x --out y"):
+for command in ("train x --out y", "evaluate x", "recommend x --user 1", "report x --out y", "serve x"):
     assert main(command.split()) == 2
 print(json.dumps(found))
 """
@@ -75,13 +75,19 @@ def test_a_core_install_names_the_extra(tmp_path, hidden):
     wanted = f'needs the package {hidden[0]}, which is not installed: pip install "ttt4rec[recsys]"'
     for name, message in found.items():
         assert message.endswith(wanted), name
-    assert commands == [f"ttt4rec: error: ttt4rec.recsys {wanted}"] * 4
+    assert commands == [f"ttt4rec: error: ttt4rec.recsys {wanted}"] * 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["oldmodel"]
 
 
 @pytest.mark.parametrize(
     ("package", "extra"),
-    [("matplotlib.figure", "plot"), ("recbole", "recbole"), ("rectools.models", "rectools"), ("tqdm", "recsys")],
+    [
+        ("matplotlib.figure", "plot"),
+        ("recbole", "recbole"),
+        ("rectools.models", "rectools"),
+        ("tqdm", "recsys"),
+        *((package, "serve") for package in ("httptools", "prometheus_client", "pydantic", "uvicorn.config")),
+    ],
 )
 def test_every_extra_is_named(package, extra):
     error = missing("it", ModuleNotFoundError(f"No module named {package!r}", name=package))
@@ -90,6 +96,15 @@ def test_every_extra_is_named(package, extra):
         str(error)
         == f'it needs the package {package.split(".")[0]}, which is not installed: pip install "ttt4rec[{extra}]"'
     )
+
+
+@pytest.mark.parametrize("package", ["httptools", "prometheus_client", "pydantic", "uvicorn"])
+def test_serving_without_a_package_names_the_extra(monkeypatch, capsys, tmp_path, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["serve", str(tmp_path)]) == 2
+    wanted = f'ttt4rec serve needs the package {package}, which is not installed: pip install "ttt4rec[serve]"'
+    assert capsys.readouterr().err == f"ttt4rec: error: {wanted}\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_packages_are_not_taken_for_those_of_an_extra(monkeypatch):

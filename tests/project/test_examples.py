@@ -5,9 +5,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from starlette.testclient import TestClient
 
+from tests.support.recsys_data import make_model, make_split
 from tools.documents import ROOT
 from ttt4rec import TTT4Rec
+from ttt4rec.recsys import Recommender
 
 EXAMPLES = ROOT / "examples"
 
@@ -61,6 +64,23 @@ def test_train_and_recommend(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert lines[1].startswith("epoch 0  loss ")
     assert "HR@10" in lines[2]
     assert (run / "model.safetensors").is_file()
+
+
+def test_a_mounted_service_asks_for_a_token(tmp_path: Path) -> None:
+    split = make_split(tmp_path)
+    Recommender(make_model(split), split.histories).save(tmp_path)
+    app = load("serve_http").make_app(tmp_path, "secret")
+    with TestClient(app, base_url="http://localhost") as client:
+        asking = {"json": {"user_ids": ["u7"], "k": 3}}
+        assert client.get("/").status_code == 200
+        assert client.post("/recommender/recommendations", **asking).status_code == 401
+        client.headers["Authorization"] = "Bearer secret"
+        answer = client.post("/recommender/recommendations", **asking)
+        assert [len(items) for items in answer.json()["recommendations"]] == [3]
+        assert client.delete("/recommender/users/u7").status_code == 204
+        assert client.post("/recommender/recommendations", **asking).json() == {"recommendations": [[]]}
+        assert client.get("/recommender/nowhere").status_code == 404
+    assert (tmp_path / "states.safetensors").is_file()
 
 
 def test_lightning_trains_and_loads_its_checkpoint(tmp_path: Path) -> None:

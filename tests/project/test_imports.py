@@ -15,7 +15,7 @@ from ttt4rec.operators import backends
 PACKAGE = Path(ttt4rec.__file__).parent
 CHAIN = (  # each may import those to its left
     "operators", "layers", "models", "options", "recsys.data", "recsys.recommend", "recsys.training", "recsys.online",
-    "recsys.commands", "cli",
+    "recsys.serving", "recsys.commands", "cli",
 )  # fmt: skip
 BACKENDS = ("eager", "kernels", "native", "reference")  # what computes operators; below the chain
 CONTRACT = ("arguments", "inner_models", "item_blocks", "precision")  # what operators and backends share
@@ -109,6 +109,14 @@ def test_what_is_not_of_the_recommender_needs_only_torch_and_einops_at_import():
             assert foreign(file, top_level_only=True) <= allowed, file
 
 
+def test_what_serves_is_imported_only_when_asked_for():
+    web = {"httptools", "prometheus_client", "pydantic", "uvicorn", "starlette", "fastapi"}
+    for file in FILES:
+        part = part_of(module_of(file))
+        assert part == "recsys.serving" or not web & foreign(file), file
+        assert part == "recsys.serving" or "recsys.serving" not in parts_imported_at_once(file), file
+
+
 @pytest.mark.parametrize("toolkit", ["recbole", "rectools"])
 def test_nothing_imports_an_adapter(toolkit):
     adapter = PACKAGE / "recsys" / f"{toolkit}.py"
@@ -164,10 +172,10 @@ def absolute(file, node):
     return ".".join([*base, *([node.module] if node.module else [])])
 
 
-def imported(file):
+def imported(file, top_level_only=False):
     """The package's own modules that a file imports."""
     names = []
-    for node in statements(file):
+    for node in statements(file, top_level_only):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
             continue
@@ -187,6 +195,11 @@ def foreign(file, top_level_only=False):
 
 def parts_imported(file):
     return {part_of(module) for module in imported(file)}
+
+
+def parts_imported_at_once(file):
+    """When the file is imported itself."""
+    return {part_of(module) for module in imported(file, top_level_only=True)}
 
 
 def reachable(part):

@@ -242,7 +242,7 @@ def test_a_closed_pipe_ends_quietly(run, question, lines):
     assert process.returncode == 141
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"], ["report"], ["serve"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
@@ -326,18 +326,23 @@ def commands_of(parser):
 
 
 def integer_options():
-    """Every option of every command that takes whole numbers, but for the seed, which may have 63 bits."""
+    """Every option of every command that takes whole numbers, but for those that may have 63 bits."""
     for name, parser in commands_of(make_parser()).items():
         for action in parser._actions:
             first = action.default[0] if isinstance(action.default, list) else action.default
-            if action.dest == "threads" or (action.dest != "seed" and type(first) is int):
+            if action.dest == "threads" or (action.dest not in ("seed", "pool_bytes") and type(first) is int):
                 yield name, action.option_strings[-1]
 
 
 @pytest.mark.parametrize(("command", "option"), list(integer_options()))
 @pytest.mark.parametrize("value", [str(10**20), str(2**31), "1.5", "many"])
 def test_numbers_that_are_no_sizes_are_one_line(capsys, command, option, value):
-    required = {"train": ["ring.inter", "--out", "run"], "recommend": ["run", "--user", "u1"], "evaluate": ["run"]}
+    required = {
+        "train": ["ring.inter", "--out", "run"],
+        "recommend": ["run", "--user", "u1"],
+        "evaluate": ["run"],
+        "serve": ["run"],
+    }
     assert main([command, *required[command], option, value]) == 2
     error = capsys.readouterr().err
     assert error.startswith("ttt4rec: error: ")

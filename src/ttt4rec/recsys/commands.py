@@ -13,9 +13,10 @@ import torch
 
 from ttt4rec.atomic_files import read_json, write_json
 from ttt4rec.checks import printable
+from ttt4rec.extras import require
 from ttt4rec.malloc import keep_freed_memory
 from ttt4rec.models.ttt4rec import TTT4Rec, TTT4RecConfig
-from ttt4rec.options import TrainOptions
+from ttt4rec.options import ServeOptions, TrainOptions
 from ttt4rec.recsys.data import Histories, Interactions, build_histories, filter_k_core, keep_item_codes
 from ttt4rec.recsys.data.datasets import load_interactions
 from ttt4rec.recsys.data.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
@@ -124,6 +125,14 @@ def recommend(args: Namespace) -> None:
 def report(args: Namespace) -> None:
     """Write a report of several runs together."""
     print(f"report in {write_report(args.folders, args.out)}")
+
+
+def serve(args: Namespace) -> None:
+    """Take events and recommend over HTTP until the process is told to end."""
+    require("ttt4rec serve", "httptools", "prometheus_client", "pydantic", "uvicorn")
+    from ttt4rec.recsys.serving import command  # after the others, since it needs these packages
+
+    command.serve(Path(args.folder), ServeOptions(**_chosen(args, ServeOptions)))
 
 
 def _recommend_file(recommender: Recommender, args: Namespace) -> None:

@@ -1,9 +1,13 @@
 """A short run of what ``python -m tests.recsys.online.online_soak`` does at length."""
 
+import pytest
+
 from tests.recsys.online.online_soak import survive
 
 
-def test_killed_at_random_moments(tmp_path):
-    happened = survive(tmp_path, kills=8)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_killed_at_random_moments(tmp_path, threads):
+    happened = survive(tmp_path, kills=8, threads=threads)
     assert happened["kills"] == 8
     assert happened["acknowledged events"] > 0
+    assert happened["refused batches"] > 0

@@ -1,6 +1,6 @@
 """Events in, recommendations out: logs of events, the states of users, snapshots."""
 
 from ttt4rec.recsys.online.events import Event, EventLog, SQLiteEventLog, events_of
-from ttt4rec.recsys.online.recommender import OnlineRecommender
+from ttt4rec.recsys.online.recommender import Batch, OnlineRecommender
 
-__all__ = ["Event", "EventLog", "OnlineRecommender", "SQLiteEventLog", "events_of"]
+__all__ = ["Batch", "Event", "EventLog", "OnlineRecommender", "SQLiteEventLog", "events_of"]

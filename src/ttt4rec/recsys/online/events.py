@@ -19,6 +19,7 @@ import numpy as np
 
 from ttt4rec.recsys.data import DataError, Histories
 from ttt4rec.recsys.online import event_rows
+from ttt4rec.recsys.online.group_commit import GroupCommit
 
 _PATIENCE = 30
 """Seconds to wait for other processes."""
@@ -163,13 +164,17 @@ class EventLog(Protocol):
 class SQLiteEventLog:
     """An ``EventLog`` in an SQLite file, for any number of threads, and of processes of one machine.
 
-    A batch is one transaction in a write-ahead log that is flushed to the disk before ``append`` returns
-    (``synchronous=FULL``). Deleted histories are overwritten with zeros. The file is checked as a whole when it is
-    opened, and every row by its checksum when it is read. A file of version 1, without checksums, is brought to the
-    present version, which takes as much room again while it lasts. Only the owner may read a file that is made here.
+    A batch is part of one transaction in a write-ahead log that is flushed to the disk before ``append`` returns
+    (``synchronous=FULL``); batches that threads append at once share it, see ``GroupCommit``. Deleted histories are
+    overwritten with zeros. The file is checked as a whole when it is opened, and every row by its checksum when it is
+    read. A file of version 1, without checksums, is brought to the present version, which takes as much room again
+    while it lasts. Only the owner may read a file that is made here.
 
     Args:
         path: the file, made if missing; two more, ``-wal`` and ``-shm``, lie beside it while it is open.
+        flush: whether ``append`` waits for the disk. If not (``synchronous=NORMAL``), a process that is killed still
+            loses nothing; but when the power fails or the system crashes, the last batches for which ``append``
+            returned may be gone. The log stays whole, with those before them.
 
     Attributes:
         damage: what was found damaged since the log was opened; None: nothing.
@@ -179,13 +184,14 @@ class SQLiteEventLog:
         OSError: it cannot be opened or made. DamagedLogError: it is damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, flush: bool = True) -> None:
+        self.path, self._flush = Path(path), flush
         if self.path.name == ":memory:":
             raise ValueError("the event log must be a file; given ':memory:', which every connection has for itself")
         self.damage: str | None = None
         self._unwiped = False
         self._locks = threading.Lock(), threading.Lock()
+        self._commits = GroupCommit(self._write)
         self._make_private()
         self._writer, self._reader = self._connect(), self._connect()
         try:
@@ -196,8 +202,7 @@ class SQLiteEventLog:
 
     def append(self, events: Sequence[Event]) -> list[bool]:
         """See ``EventLog``. An event that comes late costs what lies behind it in its user's history."""
-        with self._transaction(writing=True) as database:
-            new = _append(database, events)
+        new = self._commits.append(events)
         if self._unwiped:
             self._wipe(0)
         return new
@@ -286,6 +291,10 @@ class SQLiteEventLog:
             with lock:
                 connection.close()
 
+    def _write(self, events: Sequence[Event]) -> list[bool]:
+        with self._transaction(writing=True) as database:
+            return _append(database, events)
+
     def _wipe(self, patience: float) -> None:
         """Empty the ``-wal`` file, in which what was deleted still stands; seconds to wait for those who read it."""
         with self._locks[0], suppress(sqlite3.OperationalError):
@@ -329,7 +338,7 @@ class SQLiteEventLog:
                     f"{self.path} is a database, but no event log of version {event_rows.VERSION} or before"
                 )
             _write_ahead(connection)
-            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA synchronous = {'FULL' if self._flush else 'NORMAL'}")
             connection.execute("PRAGMA secure_delete = ON")
         except sqlite3.OperationalError as error:
             raise OSError(f"cannot open the event log {self.path}: {error}") from error

@@ -7,11 +7,12 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from ttt4rec.models.ttt4rec import TTT4Rec
 from ttt4rec.recsys.data import DataError
 from ttt4rec.recsys.online.events import Event, EventLog, is_text
+from ttt4rec.recsys.online.group_commit import append_together
 from ttt4rec.recsys.online.snapshot import load_snapshot, save_snapshot
 from ttt4rec.recsys.online.user_states import UserStates
 from ttt4rec.recsys.recommend import best_items
@@ -20,6 +21,15 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _REFRESHED_AT_ONCE = 256  # users; small enough that the requests served meanwhile get their turn
+
+
+class Batch(NamedTuple):
+    """What ``OnlineRecommender.observe`` takes."""
+
+    user_ids: Sequence[str]
+    item_ids: Sequence[str]
+    event_ids: Sequence[str | None] | None = None
+    times: Sequence[float | None] | None = None
 
 
 class OnlineRecommender:
@@ -87,24 +97,55 @@ class OnlineRecommender:
                 an item is not the model's; the message names those. Nothing of the batch is logged.
             OSError: the log cannot take the batch, for a full disk perhaps. Nothing of it is logged.
         """
-        columns: list[Sequence[object]] = [_ids("user_ids", user_ids), _ids("item_ids", item_ids)]
-        nothing = [None] * len(user_ids)
-        columns += [nothing if event_ids is None else _ids("event_ids", event_ids), nothing if times is None else times]
+        (outcome,) = self.observe_many([Batch(user_ids, item_ids, event_ids, times)])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def observe_many(self, batches: Sequence[Batch]) -> list[list[bool] | Exception]:
+        """As ``observe``, for the batches of several callers, which so share one write to the log.
+
+        Returns:
+            For each batch what ``observe`` returns or, of that batch alone, the error that it raises.
+        """
+        outcomes: list[list[bool] | Exception] = []
+        good: dict[int, list[Event]] = {}
+        for place, batch in enumerate(batches):
+            try:
+                good[place] = self._events(batch)
+                outcomes.append([])
+            except Exception as error:
+                outcomes.append(error)
+        logged: dict[str, None] = {}
+        for place, outcome in zip(good, append_together(self.log.append, list(good.values())), strict=True):
+            outcomes[place] = outcome
+            if not isinstance(outcome, Exception):
+                logged |= dict.fromkeys(batches[place].user_ids)
+        try:
+            self._states.advance(list(logged))
+        except Exception as error:  # the events are logged, which is what the callers want to know
+            logger.warning("events are logged, states will follow at the next request: %s", error, exc_info=True)
+        return outcomes
+
+    def _events(self, batch: Batch) -> list[Event]:
+        """Of a batch, checked."""
+        nothing = [None] * len(batch.user_ids)
+        columns: list[Sequence[object]] = [
+            _ids("user_ids", batch.user_ids),
+            _ids("item_ids", batch.item_ids),
+            nothing if batch.event_ids is None else _ids("event_ids", batch.event_ids),
+            nothing if batch.times is None else batch.times,
+        ]
         lengths = [len(column) for column in columns]
         if len(set(lengths)) > 1:
             raise DataError(f"user_ids, item_ids, event_ids and times must be of one length; given {lengths}")
         events = [Event(*fields) for fields in zip(*columns, strict=True)]
         self._check_times(events)
-        unknown = self._states.unknown(item_ids)
+        unknown = self._states.unknown(batch.item_ids)
         if unknown:
             named = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
             raise DataError(f"items must be of the model's catalogue; {len(unknown)} unknown: {named}")
-        new = self.log.append(events)
-        try:
-            self._states.advance(list(dict.fromkeys(user_ids)))
-        except Exception as error:  # the events are logged, which is what the caller wants to know
-            logger.warning("events are logged, states will follow at the next request: %s", error, exc_info=True)
-        return new
+        return events
 
     def _check_times(self, events: Sequence[Event]) -> None:
         latest = math.inf if self._horizon is None else self._horizon()

@@ -1,8 +1,7 @@
-"""The HTTP example as a process of its own, asked by a real client."""
+"""``ttt4rec serve`` as a process of its own, asked by a real client."""
 
 import json
 import re
-import runpy
 import signal
 import socket
 import sqlite3
@@ -19,17 +18,17 @@ import httpx
 import pytest
 
 from tests.support.recsys_data import make_model, make_split
-from tools.documents import ROOT
+from ttt4rec.cli import main
 from ttt4rec.recsys.online.events import SQLiteEventLog
 from ttt4rec.recsys.recommend import Recommender
 
-EXAMPLE = ROOT / "examples" / "serve_http.py"
+COMMAND = [sys.executable, "-m", "ttt4rec.cli", "serve"]
 
 
 @contextmanager
 def served(folder, *options):
     """A client of a new process, and the process."""
-    command = [sys.executable, EXAMPLE, folder, "--port", "0", "--pool-bytes", "200000", *options]
+    command = [*COMMAND, folder, "--port", "0", "--pool-bytes", "200000", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             lines = iter(process.stderr.readline, "")
@@ -376,7 +375,7 @@ def test_times_of_the_far_future_are_refused(client, other):
 def test_two_services_begun_at_once_are_one(folder, tmp_path):
     """The other says why it ends; the data are logged once, and are nobody else's to read."""
     copied(folder, tmp_path)
-    command = [sys.executable, EXAMPLE, tmp_path, "--port", "0"]
+    command = [*COMMAND, tmp_path, "--port", "0"]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     end = time.monotonic() + 60
     while all(process.poll() is None for process in both) and time.monotonic() < end:
@@ -384,12 +383,13 @@ def test_two_services_begun_at_once_are_one(folder, tmp_path):
     ended, other = sorted(both, key=lambda process: process.poll() is None)
     assert (ended.poll(), other.poll()) == (2, None)
     said = ended.stderr.read()
-    assert said == f"serve_http.py: error: another service works in {tmp_path}; end it, or take a copy\n"
+    assert said == f"ttt4rec: error: another service works in {tmp_path}; end it, or take a copy\n"
     for line in iter(other.stderr.readline, ""):
         if "running on" in line:
             break
     other.terminate()
-    other.communicate(timeout=30)
+    _, said = other.communicate(timeout=30)
+    assert re.search(r"^INFO: +snapshot of 0 users$", said, flags=re.MULTILINE)
     with closing(SQLiteEventLog(tmp_path / "events.db")) as log:
         histories = Recommender.load(tmp_path).histories
         assert len(log.users()) == 60
@@ -404,15 +404,13 @@ def test_two_services_begun_at_once_are_one(folder, tmp_path):
 
 
 def test_a_mistake_is_one_line(folder, tmp_path, capsys):
-    main = runpy.run_path(str(EXAMPLE))["main"]
     (copied(folder, tmp_path) / "events.db").write_text("no log" * 999)
     for place, options, message in (
         (tmp_path / "nowhere", [], "No such file or directory"),
         (tmp_path, [], "is not an event log"),
         (tmp_path, ["--max-ahead=-1e9"], "the data's latest is 10000000"),
     ):
-        with pytest.raises(SystemExit, match="2"):
-            main([str(place), *options])
+        assert main(["serve", str(place), *options]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1

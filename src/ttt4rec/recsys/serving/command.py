@@ -1,0 +1,73 @@
+"""What ``ttt4rec serve`` does: one service in a model folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import uvicorn
+from uvicorn.config import LOGGING_CONFIG
+
+from ttt4rec.atomic_files import locked
+from ttt4rec.options import PER_SECOND, ServeOptions
+from ttt4rec.recsys.data import DataError
+from ttt4rec.recsys.online import OnlineRecommender, SQLiteEventLog
+from ttt4rec.recsys.recommend import Recommender
+from ttt4rec.recsys.serving.app import LOCAL, Service
+from ttt4rec.recsys.serving.connections import Connection
+
+_LOGGERS = {**LOGGING_CONFIG["loggers"], "ttt4rec": {"handlers": ["default"], "level": "INFO", "propagate": False}}
+"""uvicorn's, and what is said here goes where its own goes."""
+
+
+def serve(folder: Path, options: ServeOptions) -> None:
+    """Serve a recommender until the process is told to end.
+
+    The folder receives the event log, which begins with the histories of the training data, and a snapshot of states.
+
+    Raises:
+        DataError: another service works in the folder, or the data's times are beyond what events may have.
+        FileNotFoundError: the folder holds no recommender. ValueError: its files are damaged, or other ones.
+        OSError: the event log cannot be opened or made.
+    """
+    lock = folder / "service.lock"
+    lock.touch(0o600)
+    with locked(lock) as free:
+        if not free:
+            raise DataError(f"another service works in {folder}; end it, or take a copy")
+        _serve(folder, options)
+
+
+def _serve(folder: Path, options: ServeOptions) -> None:
+    def horizon() -> float:
+        return (time.time() + options.max_ahead) * PER_SECOND[options.time_unit]
+
+    torch.set_num_threads(1)  # requests come in parallel
+    recommender = Recommender.load(folder)
+    latest = recommender.histories.times.max(initial=0)
+    if latest > horizon():
+        raise DataError(f"times must be at most {horizon():.0f}; the data's latest is {latest}: give their --time-unit")
+    log = SQLiteEventLog(folder / "events.db", flush=not options.no_flush)
+    try:
+        log.begin(recommender.histories)
+        online = OnlineRecommender(
+            recommender.model,
+            recommender.histories.item_ids,
+            log,
+            pool_bytes=options.pool_bytes,
+            snapshot=folder / "states.safetensors",
+            horizon=horizon,
+        )
+        service = Service(online, [*LOCAL, *options.allowed_host])
+        uvicorn.run(
+            service,
+            host=options.host,
+            port=options.port,
+            http=Connection,
+            log_config={**LOGGING_CONFIG, "loggers": _LOGGERS},
+            access_log=False,
+            proxy_headers=False,
+        )
+    finally:
+        log.close()
