@@ -52,15 +52,19 @@ def entries(architecture: str) -> list[tuple[str, int, int, str]]:
 
 @pytest.fixture
 def hold(pytestconfig, capsys, record_property) -> Hold:
-    """Every result is at most twice as wrong as PyTorch's, or as a rounding that is of another place there."""
+    """Every result is at most twice as wrong as PyTorch's, or as a rounding that is of another place there.
+
+    The interpreter cuts bfloat16 off where others round, which errs twice as much.
+    """
     run = pytestconfig.getoption("--emulate") or "interpreter"
+    most = 4 if run == "interpreter" else 2
 
     def compare(name, dtype, own, plain, exact, rounding=inner_loop.FP32_TOLERANCE):
         errors, usual = norm_errors(own, exact), norm_errors(plain, exact)
         record_property(name, {"dtype": dtype, "error": max(errors), "usual": max(usual)})
         with capsys.disabled():
             print(f"\n| {name} | {dtype} | {run} | {max(errors):.1e} | {max(usual):.1e} | ", end="", flush=True)
-        wrong = [(e, u) for e, u in zip(errors, usual, strict=True) if not e <= 2 * max(u, rounding)]
+        wrong = [(e, u) for e, u in zip(errors, usual, strict=True) if not e <= most * max(u, rounding)]
         assert not wrong, f"errors and those of torch: {wrong}"
 
     return compare
