@@ -24,6 +24,7 @@ from ttt4rec.operators import token_step
 
 HALF = torch.bfloat16
 FUSED = {"fused": 1 << 31, "not fused": 0}
+SHAPES = [(3, 14, 7), (1, 30, 14), (1, 62, 14)]
 
 
 def assert_numbers(results: Sequence[Tensor]) -> None:
@@ -31,7 +32,7 @@ def assert_numbers(results: Sequence[Tensor]) -> None:
     assert all(x.isfinite().all() for x in results)
 
 
-@pytest.mark.parametrize(("H", "D", "K"), [(3, 14, 7), (1, 30, 14), (1, 62, 14)], ids=lambda x: str(x))
+@pytest.mark.parametrize(("H", "D", "K"), SHAPES, ids=["H {} D {} K {}".format(*shape) for shape in SHAPES])
 @pytest.mark.parametrize("inner", INNERS)
 def test_inner_loop(inner, H, D, K):
     lengths = torch.tensor([K + 3, 3 * K + 2])
@@ -54,14 +55,14 @@ def fuse(monkeypatch: pytest.MonkeyPatch, package: str, width: int) -> None:
     )
 
 
-@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("fused", FUSED, ids=lambda choice: f"projection {choice}")
 def test_projection(fused, monkeypatch):
     fuse(monkeypatch, "projection", FUSED[fused])
     rope = before.make_rope(2, 19, 18, 8, "per row", torch.float32)
     assert_numbers(before.run_kernels(before.make_inputs(2, 19, 3, 18, HALF), rope, 2, HALF))
 
 
-@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("fused", FUSED, ids=lambda choice: f"output {choice}")
 def test_output(fused, monkeypatch):
     fuse(monkeypatch, "output", FUSED[fused])
     assert_numbers(after.run(kernels, after.make_inputs(2, 19, 3, 18, True, dtype=HALF)))
