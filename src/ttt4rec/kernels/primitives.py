@@ -61,8 +61,40 @@ def dot(a, b, tile: tl.constexpr, onto=None):
 
 
 @triton.jit
+def product(a, b):
+    """a b, rounded by itself.
+
+    Where a product goes into a sum the compiler may make one operation of both, in one kernel and not in another. What
+    has to have the same bits in both is this.
+    """
+    return tl.fma(a.to(tl.float32), b.to(tl.float32), 0.0)
+
+
+@triton.jit
+def subtracted(x, scale, y):
+    """x - s ∘ y in one operation, in every kernel."""
+    return tl.fma(-scale, y, x)
+
+
+@triton.jit
+def plus(a, b):
+    """a + b, a being no product: it is a sum with zero, which changes none but a zero's sign."""
+    return (a + 0.0) + b
+
+
+@triton.jit
+def total(x, axis: tl.constexpr):
+    """Sum over an axis whose lanes may hold one term each; for products of two numbers, no squares.
+
+    Lanes exchange their terms, and each adds two. Were they products, each would fuse its own with the other's rounded
+    one: the lanes' sums would differ in their last bit, and which of them is stored were left to chance.
+    """
+    return tl.reduce(x, axis, plus)
+
+
+@triton.jit
 def mean(x, tile: tl.constexpr):
-    """Mean over the features, [n, 1]."""
+    """Mean over the features, [n, 1], of which a lane holds two at least: their sum is no product (see ``total``)."""
     return tl.sum(x, 1)[:, None] * (1.0 / tile.head_dim)
 
 
@@ -82,6 +114,25 @@ def centred(x, tile: tl.constexpr):
     once, x W + b has mean zero in every mini-batch, and no layer norm needs to compute it.
     """
     return only_features(x - mean(x, tile), tile)
+
+
+@triton.jit
+def pairwise_sum(x):
+    """Sum of [m, n, p] over n, a power of two, [m, 1, p]: of neighbours first, which no layout changes."""
+    m: tl.constexpr = x.shape[0]
+    p: tl.constexpr = x.shape[2]
+    for _ in tl.static_range(0, 7):
+        if x.shape[1] > 1:
+            x = tl.sum(tl.reshape(x, (m, x.shape[1] // 2, 2, p)), 2)
+    return x
+
+
+@triton.jit
+def centred_weights(x, tile: tl.constexpr):
+    """``centred``, the same bits in every kernel."""
+    rows: tl.constexpr = x.shape[0]
+    sums = tl.reshape(pairwise_sum(tl.reshape(x, (rows, tile.features, 1))), (rows, 1))
+    return only_features(subtracted(x, 1.0 / tile.head_dim, sums), tile)
 
 
 @triton.jit
@@ -106,7 +157,7 @@ def recentred(x, eps, tile: tl.constexpr):
 @triton.jit
 def layer_norm_backward(dx_hat, x_hat, r, tile: tl.constexpr):
     """Gradient of x from that of x̂: J dx̂, with the symmetric J = r (I - 11ᵀ/D - x̂x̂ᵀ/D)."""
-    return only_features(r * (dx_hat - mean(dx_hat, tile) - x_hat * mean(dx_hat * x_hat, tile)), tile)
+    return only_features(product(r, dx_hat - mean(dx_hat, tile) - x_hat * mean(dx_hat * x_hat, tile)), tile)
 
 
 @triton.jit
@@ -117,7 +168,7 @@ def inner_gradient(y, x_hat, r, tile: tl.constexpr):
     rounding errors from step to step.
     """
     G = y - x_hat * mean(y * x_hat, tile)
-    return only_features(r * (G - mean(G, tile)), tile)
+    return only_features(product(r, G - mean(G, tile)), tile)
 
 
 @triton.jit
@@ -179,14 +230,14 @@ def token_sums(x, tile: tl.constexpr):
     if tile.rows == 16 or tile.heads > 1:
         sums = dot(tl.where(same_head(tile), 1.0, 0.0), x, tile)
     else:
-        sums = tl.sum(x, 0)[None, :]
+        sums = total(x, 0)[None, :]
     return sums
 
 
 @triton.jit
 def updated(W, b, K, U, scale, tile: tl.constexpr):
     """W - s Kᵀ U and b - s Σ_j U_j, the products summed by themselves: weights, which may be larger, round once."""
-    return W - scale * dot(tl.trans(K), U, tile), b - scale * token_sums(U, tile)
+    return subtracted(W, scale, dot(tl.trans(K), U, tile)), subtracted(b, scale, token_sums(U, tile))
 
 
 @triton.jit
