@@ -14,7 +14,6 @@ import triton.language as tl
 from .primitives import (
     dot,
     first_rows,
-    pairwise_sum,
     parameter_head,
     parameter_mask,
     parameter_offsets,
@@ -266,7 +265,8 @@ def load_copied_b2(copies, number, head, H, tile: tl.constexpr):
 def centred_columns(W, tile: tl.constexpr):
     """Stacked weights [P·F, C] minus their mean over each head's features: ``centred_weights`` of the transpose."""
     heads = tl.reshape(W, (tile.heads, tile.features, tile.chunk))
-    heads = subtracted(heads, 1.0 / tile.head_dim, pairwise_sum(heads))
+    means = tl.sum(heads.to(tl.float64), 1)[:, None, :] * (1.0 / tile.head_dim)
+    heads -= means.to(tl.float32)
     W = tl.reshape(heads, (tile.heads * tile.features, tile.chunk))
     stacked = tl.arange(0, tile.heads * tile.features)
     return tl.where((stacked % tile.features < tile.head_dim)[:, None], W, 0.0)
