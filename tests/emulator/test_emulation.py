@@ -19,6 +19,8 @@ OWN = "tests/emulator/emulated.py"  # small kernels for the emulator itself
 SAMPLE = [  # of the kernels' tests
     "kernels/test_inner_loop_kernels.py::test_low_precision_is_no_worse_than_torch[2-36-2-16-8-dtype0-linear]",
     "kernels/test_inner_loop_kernels.py::test_low_precision_is_no_worse_than_torch[2-36-2-16-8-dtype0-mlp]",
+    "kernels/test_inner_loop_kernels.py::test_the_replay_has_the_forwards_weights[linear-1-16-32]",
+    "kernels/test_inner_loop_kernels.py::test_the_replay_has_the_forwards_weights[mlp-1-16-16]",
     "kernels/test_step_kernels.py::test_half_precision_is_rounded_once[dtype0]",
     "operators/test_operators.py::test_opcheck_forward[token_step-triton-0]",
     "operators/test_projection.py::test_kernels_in_low_precision_are_no_worse_than_torch[dtype0-same-everything]",

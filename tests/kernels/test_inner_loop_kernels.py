@@ -223,7 +223,7 @@ def test_segments_change_no_bit(inner: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert all(torch.equal(others[name], x) for name, x in results.items()), segment
 
 
-@pytest.mark.parametrize(("inner", "H", "D", "K"), [("linear", 2, 32, 8), ("mlp", 1, 16, 16)])
+@pytest.mark.parametrize(("inner", "H", "D", "K"), [("linear", 2, 32, 8), ("linear", 1, 16, 32), ("mlp", 1, 16, 16)])
 def test_the_replay_has_the_forwards_weights(
     inner: str, H: int, D: int, K: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

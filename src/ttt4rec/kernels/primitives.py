@@ -62,11 +62,7 @@ def dot(a, b, tile: tl.constexpr, onto=None):
 
 @triton.jit
 def product(a, b):
-    """a b, rounded by itself.
-
-    Where a product goes into a sum the compiler may make one operation of both, in one kernel and not in another. What
-    has to have the same bits in both is this.
-    """
+    """a b, rounded by itself in every kernel; of a product and a sum that it goes into the compiler may make one."""
     return tl.fma(a.to(tl.float32), b.to(tl.float32), 0.0)
 
 
@@ -78,16 +74,17 @@ def subtracted(x, scale, y):
 
 @triton.jit
 def plus(a, b):
-    """a + b, a being no product: it is a sum with zero, which changes none but a zero's sign."""
+    """a + b, with a no product but a sum with zero, which the compiler leaves out where a cannot be -0."""
     return (a + 0.0) + b
 
 
 @triton.jit
 def total(x, axis: tl.constexpr):
-    """Sum over an axis whose lanes may hold one term each; for products of two numbers, no squares.
+    """Sum over an axis of which a lane may hold one term only, the same in all lanes.
 
-    Lanes exchange their terms, and each adds two. Were they products, each would fuse its own with the other's rounded
-    one: the lanes' sums would differ in their last bit, and which of them is stored were left to chance.
+    Lanes exchange terms, and each adds two. If those were products, each would fuse its own with the other's, which
+    was rounded. The lanes' sums would differ in their last bit, and which of them is stored would be left to chance.
+    Squares, which cannot be -0, have to come with a minus sign.
     """
     return tl.reduce(x, axis, plus)
 
@@ -216,11 +213,12 @@ def same_head(tile: tl.constexpr):
 
 @triton.jit
 def token_sums(x, tile: tl.constexpr):
-    """[R, F] summed over each head's tokens, as a tile of parameters."""
+    """[R, F] summed over each head's tokens, as a tile of parameters: by a product, in one order in every kernel."""
     if tile.rows == 16 or tile.heads > 1:
         sums = dot(tl.where(same_head(tile), 1.0, 0.0), x, tile)
-    else:
-        sums = total(x, 0)[None, :]
+    else:  # a product has sixteen rows at least, of which one is wanted
+        sums = dot(tl.full((16, tile.rows), 1.0, tl.float32), x, tile)
+        sums = tl.sum(tl.where(tl.arange(0, 16)[:, None] == 0, sums, 0.0), 0)[None, :]
     return sums
 
 

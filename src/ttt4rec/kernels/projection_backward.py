@@ -88,6 +88,8 @@ def fused_backward_kernel(
         tl.store(dx + offsets, d_X.to(dx.dtype.element_ty), mask=mask)
         dW0 += dot(tl.trans(d0), X, sizes)
         dW1 += dot(tl.trans(d1), X, sizes)
+        # Subtracted, which no product does by itself: so this one, and those before, have read X and d2 when Triton's
+        # pipeline copies the next tokens over them.
         minus_dW2 -= dot(tl.trans(d2), X, sizes)
         dw += dot(tl.trans(dz), X, sizes)
         db += total(dz, 0)

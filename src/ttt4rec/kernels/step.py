@@ -68,7 +68,7 @@ def times_rows(W, x):
 def standardised(z, real, eps, tile: tl.constexpr):
     """x̂ = r (z - mean(z)) and r = (var(z) + eps)^-½ of a vector [F]."""
     centred = tl.where(real, z - total(z, 0) / tile.head_dim, 0.0)
-    r = tl.rsqrt(eps - total(-centred * centred, 0) / tile.head_dim)
+    r = tl.rsqrt(eps - total(-centred * centred, 0) / tile.head_dim)  # by minus squares: see ``total``
     return centred * r, r
 
 
