@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class Cost:
     shared_memory: int  # bytes per program
     loop_instructions: int  # per warp and mini-batch
     tensor_core: int  # of them matrix products
+    unlike_sums: int  # of two lanes, whose sums may differ; not counted on AMD
     ttgir: str  # Triton's GPU intermediate form
 
     def __str__(self) -> str:
@@ -151,7 +152,9 @@ def _nvidia_cost(compiled: Any, times: Times) -> Cost:
             jumps[i] = index[int(branch[1], 16)]
         if re.match(r"(BRA|EXIT|RET\S*)( 0x| R|$)", text):
             final.add(i)
-    return _cost(compiled, times, registers, Code(instructions, jumps, final), r"\b(LDL|STL)\b")
+    return _cost(
+        compiled, times, registers, Code(instructions, jumps, final), r"\b(LDL|STL)\b", unlike_sums(instructions)
+    )
 
 
 def _amd_cost(compiled: Any, times: Times) -> Cost:
@@ -172,10 +175,28 @@ def _amd_cost(compiled: Any, times: Times) -> Cost:
         if re.match(r"s_(branch|setpc|endpgm)", text):
             final.add(i)
     spill = r"scratch_(load|store)|buffer_(load|store)\S* .*\bs32\b"
-    return _cost(compiled, times, registers, Code(instructions, jumps, final), spill)
+    return _cost(compiled, times, registers, Code(instructions, jumps, final), spill, 0)
 
 
-def _cost(compiled: Any, times: Times, registers: int, code: Code, spill: str) -> Cost:
+def unlike_sums(instructions: Sequence[str]) -> int:
+    """Exchanges of two lanes after which each adds the other's number to a product of its own, in one operation.
+
+    The other's number was rounded and the own product was not: the lanes' sums differ in their last bit.
+    """
+    found = 0
+    for i, text in enumerate(instructions):
+        if exchange := re.match(r"(?:@!?\w+ )?SHFL\.BFLY \w+, (R\d+),", text):
+            for later in instructions[i + 1 :]:
+                name, _, operands = re.sub(r"^@!?\w+ ", "", later).partition(" ")
+                result, *sources = (re.sub(r"\.reuse|[-|]", "", operand.strip()) for operand in operands.split(","))
+                if exchange[1] in sources:
+                    found += name.startswith("FFMA") and sources[-1] == exchange[1]
+                if exchange[1] in (result, *sources):
+                    break
+    return found
+
+
+def _cost(compiled: Any, times: Times, registers: int, code: Code, spill: str, unlike: int) -> Cost:
     """Count in the longest loop that has products, which is that of the segments, and in those of it that have some."""
     spills = {i for i, text in enumerate(code.instructions) if re.search(spill, text)}
     products = {i for i, text in enumerate(code.instructions) if re.search(r"MMA|v_mfma", text)}
@@ -190,6 +211,7 @@ def _cost(compiled: Any, times: Times, registers: int, code: Code, spill: str) -
         shared_memory=compiled.metadata.shared,
         loop_instructions=sum(counts.values()),
         tensor_core=sum(n for i, n in counts.items() if i in products),
+        unlike_sums=unlike,
         ttgir=compiled.asm["ttgir"],
     )
 

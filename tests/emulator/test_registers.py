@@ -252,6 +252,30 @@ def test_fma_rounds_once() -> None:
     assert same_bits(apply("fma.rn.f32", np.float32, *special), np.array([np.nan, np.nan, np.nan]))
 
 
+@pytest.mark.parametrize(("name", "function"), ARITHMETIC)
+def test_double_arithmetic(name: str, function: Callable[..., np.ndarray]) -> None:
+    x, y = pairs(np.append(FLOATS[np.isfinite(FLOATS)].astype(np.float64), [1 / 3, 1 + 2.0**-52, 1e300]))
+    with np.errstate(all="ignore"):
+        expected = function(x, y)
+    for form in (name, f"{name}.rn"):
+        assert np.array_equal(apply(f"{form}.f64", np.float64, x, y), expected)
+
+
+def test_double_fma_rounds_once() -> None:
+    """What a product loses in float64."""
+    x, y = np.random.default_rng(0).standard_normal((2, 100))
+    lost = [float(Fraction(a) * Fraction(b) - Fraction(a * b)) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+    assert np.array_equal(apply("fma.rn.f64", np.float64, x, y, -x * y), np.array(lost))
+
+
+def test_conversions_between_single_and_double() -> None:
+    finite = FLOATS[np.isfinite(FLOATS)]
+    assert np.array_equal(apply("cvt.f64.f32", np.float64, finite), finite.astype(np.float64))
+    x = np.array([1 + 2.0**-24, 1 + 3 * 2.0**-24, -1 / 3, 1e300, 1e-46, np.nan])
+    with np.errstate(all="ignore"):
+        assert same_bits(apply("cvt.rn.f32.f64", np.float32, x), x.astype(np.float32))
+
+
 def test_ftz_takes_denormals_for_zeros() -> None:
     x = np.array([1e-40, -1e-40, 2e-38, 1.5e-38], np.float32)
     y = np.array([1e-40, 1.0, -1.2e-38, 0.5], np.float32)

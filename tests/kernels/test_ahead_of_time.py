@@ -12,7 +12,7 @@ import triton
 
 from tests.support.compiled import cost_of, environment
 from tools import resources
-from tools.aot import DTYPES, TARGETS
+from tools.aot import DTYPES, TARGETS, unlike_sums
 from tools.documents import ROOT
 from ttt4rec.kernels import launch
 
@@ -78,6 +78,21 @@ def test_costs_are_those_of_the_table(kernel: str) -> None:
         assert measured == expected
     assert measured.loop_spills <= 1.25 * expected.loop_spills + 8
     assert measured.loop_instructions <= 1.25 * expected.loop_instructions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", SAMPLE)
+def test_lanes_sum_alike(kernel: str) -> None:
+    assert cost_of(kernel)["unlike_sums"] == 0
+
+
+def test_sums_of_lanes_that_differ_are_counted() -> None:
+    own, exchange = "FMUL R4, R2, R3", "SHFL.BFLY PT, R5, R4, 0x10, 0x1f"
+    fused = [own, exchange, "MOV R7, R4", "@P0 FFMA R6, R2, -R3.reuse, R5"]
+    assert unlike_sums(fused) == 1
+    assert unlike_sums([*fused, exchange, "FADD R6, R4, R5", "FFMA R6, R2, R3, R5"]) == 1
+    assert unlike_sums([own, exchange, "FFMA R6, R5, R3, R2"]) == 0
+    assert unlike_sums([own, exchange, "FMUL R5, R2, R3", "FFMA R6, R2, R3, R5"]) == 0
 
 
 @pytest.mark.parametrize(("version", "architecture"), TABLE)

@@ -24,7 +24,8 @@ from tests.support.inner_loop_kernels import (
     run_forward,
     run_kernels,
 )
-from ttt4rec.kernels import launch
+from ttt4rec.arguments import Scan
+from ttt4rec.kernels import copies, launch
 from ttt4rec.kernels.hidden_layer import gelu
 from ttt4rec.kernels.primitives import program_place
 
@@ -230,6 +231,26 @@ def test_segments_change_no_bit(inner: str, monkeypatch: pytest.MonkeyPatch) -> 
     for segment in (1, 3, 16):
         others = run_kernels(inner, inputs, gradients, spans, segment)
         assert all(torch.equal(others[name], x) for name, x in results.items()), segment
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("inner", "H", "D", "K"), [("linear", 2, 32, 8), ("linear", 1, 16, 32), ("mlp", 1, 16, 16)])
+def test_the_replay_has_the_forwards_weights(
+    inner: str, H: int, D: int, K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit, before every mini-batch, where both kernels are cut differently."""
+    states: list[Tensor] = []
+    new_states = copies.new_states
+
+    def remembered(scan: Scan) -> tuple[Tensor, Tensor | None]:
+        states.append(new_states(scan)[0])
+        return states[0], None
+
+    monkeypatch.setattr(copies, "new_states", remembered)
+    inputs = make_inputs(inner, 1, 4 * K, H, D, K, dtype=torch.bfloat16)
+    run_kernels(inner, inputs, make_gradients(inner, inputs), segment=4)
+    *_, checkpoints = run_forward(inner, make_scan(inner, inputs, segment=1))
+    assert torch.equal(states[0][1:], checkpoints[:3])
 
 
 @both

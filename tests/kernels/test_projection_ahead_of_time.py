@@ -82,6 +82,11 @@ def test_cost_stays_within_limits(kernel: str) -> None:
     assert not beyond
 
 
+@pytest.mark.parametrize("kernel", LIMITS)
+def test_lanes_sum_alike(kernel: str) -> None:
+    assert cost_of(kernel)["unlike_sums"] == 0
+
+
 @pytest.mark.parametrize("kernel", PRODUCTS)
 def test_fused_kernels_multiply_in_tensor_cores(kernel: str) -> None:
     ttgir = cost_of(kernel)["ttgir"]

@@ -33,6 +33,11 @@ def test_cost_stays_within_limits(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", LIMITS)
+def test_lanes_sum_alike(kernel: str) -> None:
+    assert cost_of(kernel)["unlike_sums"] == 0
+
+
+@pytest.mark.parametrize("kernel", LIMITS)
 def test_weights_stay_where_they_were_loaded(kernel: str) -> None:
     """No tile of weights goes through shared memory to change its layout, and none is loaded twice if it fits."""
     op, _, head_dim, *_ = kernel.split(":")

@@ -2,7 +2,8 @@
 
 It puts its own functions in place of the language's before each call of a function within a kernel, thousands of times
 a launch. Here it does so once a launch for each of the language's two modules. For each value it makes types and shapes
-of the language's own kind anew, and looks NumPy's type up in a table made for that; here equal ones are shared.
+of the language's own kind anew, and looks NumPy's type up in a table made for that; here equal ones are shared. It
+reduces number by number, unless it is told of a sum.
 """
 
 import functools
@@ -95,12 +96,24 @@ def _block_type(initialise: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
+def _reduction(initialise: Callable[..., None]) -> Callable[..., None]:
+    """The kernels' own sum is one."""
+    from ttt4rec.kernels.primitives import plus
+
+    @functools.wraps(initialise)
+    def init(self: Any, axis: Any, combine: Any, *options: Any) -> None:
+        initialise(self, axis, language.standard._sum_combine if combine is plus else combine, *options)
+
+    return init
+
+
 PLACES = (
     (interpreter, "_patch_lang", _once_a_launch),
     (interpreter.GridExecutor, "__call__", _launch),
     (interpreter, "_get_np_dtype", _numpy_type),
     (language.tensor, "__init__", _tensor),
     (language.block_type, "__init__", _block_type),
+    (interpreter.ReduceOps, "__init__", _reduction),
 )
 
 

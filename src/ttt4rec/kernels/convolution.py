@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..arguments import Convolution
 from . import launch
+from .primitives import total
 from .projection import contiguous, load_angles, turned
 
 TILE = 2048  # tokens times features of a program, 4 warps: beyond, the backward spills
@@ -137,9 +138,9 @@ def convolution_backward_kernel(
                 g = turned(g, cos, -sin, sizes)
             tap = features * sizes.taps + (sizes.taps - 1 - back)
             d_x += tl.load(weights[i] + tap, mask=own, other=0.0).to(tl.float32)[None, :] * g
-            tl.store(d_weights[i] + block * sizes.width * sizes.taps + tap, tl.sum(g * X, 0), mask=own)
+            tl.store(d_weights[i] + block * sizes.width * sizes.taps + tap, total(g * X, 0), mask=own)
             if back == 0:
-                tl.store(d_biases[i] + block * sizes.width + features, tl.sum(g, 0), mask=own)
+                tl.store(d_biases[i] + block * sizes.width + features, total(g, 0), mask=own)
     tl.store(dx + offsets, d_x.to(dx.dtype.element_ty), mask=mask)
 
 

@@ -19,7 +19,9 @@ from .primitives import (
     parameter_head,
     parameter_mask,
     parameter_offsets,
+    product,
     row_offsets,
+    subtracted,
     token_sums,
 )
 
@@ -38,7 +40,7 @@ def gelu(x):
     sigmoid = 1.0 / (1.0 + exponential)
     delta = exponential * sigmoid * sigmoid  # 1 - σ would cancel
     curve = 2.0 * slope + x * (0.4281288976356015 * x + (1.0 - 2.0 * sigmoid) * slope * slope)
-    return low * sigmoid, sigmoid + x * delta * slope, delta * curve
+    return product(low, sigmoid), sigmoid + x * delta * slope, delta * curve
 
 
 @triton.jit
@@ -208,9 +210,9 @@ def store_b2(weights, strides, b2, place, tile: tl.constexpr):
 def updated_state(state, K, lr, G1, U2, X2, scale, tile: tl.constexpr):
     """A chunk of W1, b1 and W2 after a mini-batch; ``updated`` tells why products are subtracted whole."""
     W1, b1, W2 = state
-    b1 -= scale * token_sums(lr * G1, tile)
-    W1 -= scale * dot(tl.trans(lr * K), G1, tile)
-    W2 -= scale * dot(tl.trans(U2), X2, tile)
+    b1 = subtracted(b1, scale, token_sums(product(lr, G1), tile))
+    W1 = subtracted(W1, scale, dot(tl.trans(product(lr, K)), G1, tile))
+    W2 = subtracted(W2, scale, dot(tl.trans(U2), X2, tile))
     return W1, b1, W2
 
 
@@ -261,9 +263,10 @@ def load_copied_b2(copies, number, head, H, tile: tl.constexpr):
 
 @triton.jit
 def centred_columns(W, tile: tl.constexpr):
-    """Stacked weights [P·F, C] minus their mean over each head's features: ``centred`` of the transpose."""
+    """Stacked weights [P·F, C] minus their mean over each head's features: ``centred_weights`` of the transpose."""
     heads = tl.reshape(W, (tile.heads, tile.features, tile.chunk))
-    heads -= tl.sum(heads, 1)[:, None, :] * (1.0 / tile.head_dim)
+    means = tl.sum(heads.to(tl.float64), 1)[:, None, :] * (1.0 / tile.head_dim)
+    heads -= means.to(tl.float32)
     W = tl.reshape(heads, (tile.heads * tile.features, tile.chunk))
     stacked = tl.arange(0, tile.heads * tile.features)
     return tl.where((stacked % tile.features < tile.head_dim)[:, None], W, 0.0)

@@ -18,7 +18,7 @@ from . import copies, launch
 from .copies import checkpoint_number, first_state, load_copy, load_steps, store_copy
 from .primitives import (
     causal,
-    centred,
+    centred_weights,
     dot,
     expanded,
     inner_gradient_backward,
@@ -30,6 +30,7 @@ from .primitives import (
     mini_batch_place,
     normalised,
     own,
+    product,
     program_place,
     store_rates,
     store_rows,
@@ -47,7 +48,7 @@ def first_weights(weights, strides, checkpoints, place, begin, segment, tile: tl
     _, head, first, _, H = place
     if begin == 0:
         W, b = load_weights(weights, strides, place, tile)
-        W, b = centred(W, tile), centred(b, tile)
+        W, b = centred_weights(W, tile), centred_weights(b, tile)
     else:
         number = checkpoint_number(first + begin * tile.mini_batch, segment, tile)
         W, b = load_copy(checkpoints, number, head, H, tile)
@@ -68,7 +69,7 @@ def replay(W, b, tokens, rates, states, number, place, begin, end, tile: tl.cons
     for m in tl.range(begin, end - 1):
         mini_batch = mini_batch_place(m * tile.mini_batch, place, tile_offsets(H, tile), tile)
         k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
-        U = lr[:, None] * G.to(tl.float32)
+        U = product(lr[:, None], G)
         W, b = updated(W, b, expanded(k_rows, tile), U, last_scale, tile)
         store_copy(states, number + (m + 1 - begin), W, b, head, H, tile)
 
@@ -145,7 +146,7 @@ def through_mini_batch(
     k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
     committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
     s_last = committed * last_scale
-    K, U = expanded(k_rows, tile), lr[:, None] * G.to(tl.float32)
+    K, U = expanded(k_rows, tile), product(lr[:, None], G)
     q_rows = load_rows(q, mini_batch, tile)
     dO = load_rows(grad_o, mini_batch, tile).to(tl.float32)
 

@@ -20,7 +20,7 @@ from . import launch
 from .copies import checkpoint_number, store_copy
 from .primitives import (
     causal,
-    centred,
+    centred_weights,
     dot,
     expanded,
     inner_gradient,
@@ -31,6 +31,7 @@ from .primitives import (
     load_weights,
     mini_batch_place,
     normalised,
+    product,
     program_place,
     rounded,
     store_rows,
@@ -69,7 +70,7 @@ def linear_forward_kernel(
     scale = load_scale(token_scale, tile)
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     W, b = load_weights(weights, strides, place, tile)
-    W, b = centred(W, tile), centred(b, tile)
+    W, b = centred_weights(W, tile), centred_weights(b, tile)
 
     for begin in tl.range(0, length, segment * tile.mini_batch, num_stages=1):
         if begin > 0:
@@ -84,7 +85,7 @@ def linear_forward_kernel(
             y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
             G = rounded(inner_gradient(y, x_hat, r, tile), tile)
             store_rows(G_kept, G, mini_batch, tile)
-            U = lr[:, None] * G.to(tl.float32)
+            U = product(lr[:, None], G)
 
             q_rows = load_rows(q, mini_batch, tile)
             Q = expanded(q_rows, tile)
@@ -99,8 +100,8 @@ def linear_forward_kernel(
     # Give the rows' means back; without an update, give back exactly what came.
     changed = length >= tile.mini_batch
     incoming_W, incoming_b = load_weights(weights, strides, place, tile)
-    W = tl.where(changed, W + (incoming_W - centred(incoming_W, tile)), incoming_W)
-    b = tl.where(changed, b + (incoming_b - centred(incoming_b, tile)), incoming_b)
+    W = tl.where(changed, W + (incoming_W - centred_weights(incoming_W, tile)), incoming_W)
+    b = tl.where(changed, b + (incoming_b - centred_weights(incoming_b, tile)), incoming_b)
     store_weights(outgoing, (W, b), place, tile)
 
 

@@ -51,6 +51,7 @@ from .primitives import (
     store_sums,
     tile_offsets,
     token_sums,
+    total,
 )
 
 
@@ -237,7 +238,7 @@ def through_mini_batch(
     dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW = products
     d_scale += A1 * dP1_G1 + C2 * lr_columns * dP2_G2
     d_last_scale -= committed * own_rates * along_dW
-    minus_dlr = tl.sum(minus_scale * (C1 * dP1_G1 + C2 * dP2_G2), 0)
+    minus_dlr = total(minus_scale * (C1 * dP1_G1 + C2 * dP2_G2), 0)
     store_rates(d_lr, -minus_dlr - s_last * along_dW, mini_batch, H, tile)
     minus_dC1 = tl.where(causal(tile), minus_scale * lr_columns * dP1_G1, 0.0)
     store_rows(dq, dO - dot(minus_dC1, k_rows, tile) - own(dP1_W1, tile), mini_batch, tile)

@@ -39,7 +39,7 @@ from .hidden_layer import (
 )
 from .primitives import (
     causal,
-    centred,
+    centred_weights,
     dot,
     expanded,
     layer_norm_backward,
@@ -49,10 +49,12 @@ from .primitives import (
     load_scale,
     mini_batch_place,
     own,
+    product,
     program_place,
     recentred,
     rounded,
     store_rows,
+    subtracted,
     tile_offsets,
     token_sums,
 )
@@ -104,7 +106,7 @@ def at_queries(Z1, Q_W1, values, scales, state, outgoing, contiguous, Z1_kept, m
             Z1 = load_hidden(Z1_kept, mini_batch, chunk, H, tile)
             Q_W1 = dot(Q, W1, tile, b1)
         X2, slope, _curve = gelu(Z1)
-        G1 = dot(G2, W2, tile) * slope
+        G1 = product(dot(G2, W2, tile), slope)
         X2_bar, _slope, _curve = gelu(Q_W1 - scale * dot(A1, G1, tile))
         A2 = dot(X2_bar, tl.trans(X2), tile) + tl.where(chunk == 0, 1.0, 0.0)
         A2_G2 = dot(tl.where(causal(tile), A2, 0.0) * lr_columns, G2_rows, tile, A2_G2)
@@ -124,7 +126,7 @@ def store_outgoing(state, b2, changed, weights, strides, outgoing, contiguous, p
         W2 = tl.where(changed, W2 + (incoming_W2 - centred_columns(incoming_W2, tile)), incoming_W2)
         store_state(outgoing, contiguous, (W1, b1, W2), place, chunk, tile)
     incoming_b2 = load_b2(weights, strides, place, tile)
-    b2 = tl.where(changed, b2 + (incoming_b2 - centred(incoming_b2, tile)), incoming_b2)
+    b2 = tl.where(changed, b2 + (incoming_b2 - centred_weights(incoming_b2, tile)), incoming_b2)
     store_b2(outgoing, contiguous, b2, place, tile)
 
 
@@ -159,7 +161,7 @@ def mlp_forward_kernel(
     gamma, beta = load_layer_norm(layer_norm, head, H, tile)
     scale = load_scale(token_scale, tile)
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
-    b2 = centred(load_b2(weights, strides, place, tile), tile)
+    b2 = centred_weights(load_b2(weights, strides, place, tile), tile)
     state = first_chunks(weights, strides, outgoing, contiguous, place, tile, centre=True)
 
     for begin in tl.range(0, length, segment * tile.mini_batch, num_stages=1):
@@ -180,7 +182,7 @@ def mlp_forward_kernel(
             y = gamma * (gamma * x_hat + beta - (v_rows.to(tl.float32) - k_rows.to(tl.float32)))
             G2_rows = rounded(layer_norm_backward(y, x_hat, r, tile), tile)
             store_rows(G2_kept, G2_rows, mini_batch, tile)
-            U2 = own_rates[:, None] * G2_rows.to(tl.float32)
+            U2 = product(own_rates[:, None], G2_rows)
             U2_sums = token_sums(U2, tile)
 
             A1 = tl.where(causal(tile), dot(q_rows, tl.trans(k_rows), tile) + 1.0, 0.0) * own_rates[None, :]
@@ -194,7 +196,7 @@ def mlp_forward_kernel(
             # the last product of the loop decides how all tiles are spread over the warps.
             p_hat, _r = recentred(own(X2_bar_W2, tile) - (scale * A2_G2 - b2), eps, tile)
             store_rows(o, q_rows.to(tl.float32) + gamma * p_hat + beta, mini_batch, tile)
-            b2 -= committed_scale * U2_sums
+            b2 = subtracted(b2, committed_scale, U2_sums)
 
     changed = length >= tile.mini_batch
     store_outgoing(state, b2, changed, weights, strides, outgoing, contiguous, place, tile)

@@ -22,7 +22,17 @@ from .hidden_layer import (
     take_chunk,
     updated_state,
 )
-from .primitives import causal, centred, dot, expanded, mini_batch_place, tile_offsets, token_sums
+from .primitives import (
+    causal,
+    centred_weights,
+    dot,
+    expanded,
+    mini_batch_place,
+    product,
+    subtracted,
+    tile_offsets,
+    token_sums,
+)
 
 
 @triton.jit
@@ -31,7 +41,7 @@ def first_weights(weights, strides, checkpoints, place, begin, segment, chunk, t
     _, head, first, _, H = place
     if begin == 0:
         W1, b1, W2 = load_state(weights, strides, place, chunk, tile, centre=True)
-        b2 = centred(load_b2(weights, strides, place, tile), tile)
+        b2 = centred_weights(load_b2(weights, strides, place, tile), tile)
     else:
         number = checkpoint_number(first + begin * tile.mini_batch, segment, tile)
         W1, b1, W2 = load_hidden_copy(checkpoints, number, head, H, chunk, tile)
@@ -56,10 +66,10 @@ def replay(state, b2, tokens, rates, states, number, place, begin, end, chunk, t
         k_rows, G2_rows, own_rates = load_steps(k, G2_kept, inner_lr, mini_batch, H, tile)
         Z1 = load_hidden(Z1_kept, mini_batch, chunk, H, tile)
         X2, slope, _curve = gelu(Z1)
-        G1 = dot(expanded(G2_rows, tile), W2, tile) * slope
+        G1 = product(dot(expanded(G2_rows, tile), W2, tile), slope)
         lr = own_rates[:, None]
-        U2 = lr * G2_rows.to(tl.float32)
-        b2 -= last_scale * token_sums(U2, tile)
+        U2 = product(lr, G2_rows)
+        b2 = subtracted(b2, last_scale, token_sums(U2, tile))
         K, U2 = expanded(k_rows, tile), expanded(U2, tile)
         W1, b1, W2 = updated_state((W1, b1, W2), K, lr, G1, U2, X2, last_scale, tile)
         store_hidden_copy(states, number + (m + 1 - begin), (W1, b1, W2), b2, head, H, chunk, tile)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..arguments import Output
 from . import launch
 from .hidden_layer import gelu
-from .primitives import centred, dot, layer_norm_backward, normalised
+from .primitives import centred, dot, layer_norm_backward, normalised, total
 from .projection import flat, product
 
 FUSED_WIDTH = {"forward": 256, "backward": 128}
@@ -215,8 +215,8 @@ def fused_backward_kernel(
         dh = dot(d_y, W, sizes)
         h, dn_x_hat, dn = gated_backward(dh, o, gate, norm, d_o, d_gate, offsets, wanted, exists, eps, sizes)
         dW += dot(tl.trans(d_y), h, sizes)
-        d_gamma += tl.sum(dn_x_hat, 0)[None, :]
-        d_beta += tl.sum(dn, 0)[None, :]
+        d_gamma += total(dn_x_hat, 0)[None, :]
+        d_beta += total(dn, 0)[None, :]
     tl.store(d_weight + program.to(tl.int64) * sizes.head_dim * sizes.head_dim + square, dW, mask=square_mask)
     store_norm_sums(d_norm, d_gamma, d_beta, sizes)
 

@@ -63,8 +63,37 @@ def dot(a, b, tile: tl.constexpr, onto=None):
 
 
 @triton.jit
+def product(a, b):
+    """a b, rounded by itself in every kernel; of a product and a sum that it goes into the compiler may make one."""
+    return tl.fma(a.to(tl.float32), b.to(tl.float32), 0.0)
+
+
+@triton.jit
+def subtracted(x, scale, y):
+    """x - s ∘ y in one operation, in every kernel."""
+    return tl.fma(-scale, y, x)
+
+
+@triton.jit
+def plus(a, b):
+    """a + b, with a no product but a sum with zero, which the compiler leaves out where a cannot be -0."""
+    return (a + 0.0) + b
+
+
+@triton.jit
+def total(x, axis: tl.constexpr):
+    """Sum over an axis of which a lane may hold one term only, the same in all lanes.
+
+    Lanes exchange terms, and each adds two. If those were products, each would fuse its own with the other's, which
+    was rounded. The lanes' sums would differ in their last bit, and which of them is stored would be left to chance.
+    Squares, which cannot be -0, have to come with a minus sign.
+    """
+    return tl.reduce(x, axis, plus)
+
+
+@triton.jit
 def mean(x, tile: tl.constexpr):
-    """Mean over the features, [n, 1]."""
+    """Mean over the features, [n, 1], of which a lane holds two at least: their sum is no product (see ``total``)."""
     return tl.sum(x, 1)[:, None] * (1.0 / tile.head_dim)
 
 
@@ -84,6 +113,15 @@ def centred(x, tile: tl.constexpr):
     once, x W + b has mean zero in every mini-batch, and no layer norm needs to compute it.
     """
     return only_features(x - mean(x, tile), tile)
+
+
+@triton.jit
+def centred_weights(x, tile: tl.constexpr):
+    """``centred``, with the same bits in every kernel: in float64 the order of the sum does not matter.
+
+    It is exact unless features are 2²³ times as large as others, and then rounds at 2⁻²⁹ of what float32 rounds at.
+    """
+    return only_features(x - mean(x.to(tl.float64), tile).to(tl.float32), tile)
 
 
 @triton.jit
@@ -108,7 +146,7 @@ def recentred(x, eps, tile: tl.constexpr):
 @triton.jit
 def layer_norm_backward(dx_hat, x_hat, r, tile: tl.constexpr):
     """Gradient of x from that of x̂: J dx̂, (5)."""
-    return only_features(r * (dx_hat - mean(dx_hat, tile) - x_hat * mean(dx_hat * x_hat, tile)), tile)
+    return only_features(product(r, dx_hat - mean(dx_hat, tile) - x_hat * mean(dx_hat * x_hat, tile)), tile)
 
 
 @triton.jit
@@ -119,7 +157,7 @@ def inner_gradient(y, x_hat, r, tile: tl.constexpr):
     rounding errors from step to step.
     """
     G = y - x_hat * mean(y * x_hat, tile)
-    return only_features(r * (G - mean(G, tile)), tile)
+    return only_features(product(r, G - mean(G, tile)), tile)
 
 
 @triton.jit
@@ -177,18 +215,19 @@ def same_head(tile: tl.constexpr):
 
 @triton.jit
 def token_sums(x, tile: tl.constexpr):
-    """[R, F] summed over each head's tokens, as a tile of parameters."""
+    """[R, F] summed over each head's tokens, as a tile of parameters: by a product, in one order in every kernel."""
     if tile.rows == 16 or tile.heads > 1:
         sums = dot(tl.where(same_head(tile), 1.0, 0.0), x, tile)
-    else:
-        sums = tl.sum(x, 0)[None, :]
+    else:  # a product has sixteen rows at least, of which one is wanted
+        sums = dot(tl.full((16, tile.rows), 1.0, tl.float32), x, tile)
+        sums = tl.sum(tl.where(tl.arange(0, 16)[:, None] == 0, sums, 0.0), 0)[None, :]
     return sums
 
 
 @triton.jit
 def updated(W, b, K, U, scale, tile: tl.constexpr):
     """W and b after a mini-batch, (9), the products summed by themselves: weights, which may be larger, round once."""
-    return W - scale * dot(tl.trans(K), U, tile), b - scale * token_sums(U, tile)
+    return subtracted(W, scale, dot(tl.trans(K), U, tile)), subtracted(b, scale, token_sums(U, tile))
 
 
 @triton.jit

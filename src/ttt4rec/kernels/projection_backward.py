@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..arguments import Projection
 from . import launch
-from .primitives import dot
+from .primitives import dot, total
 from .projection import (
     PARTIAL_SUMS,
     columns,
@@ -67,7 +67,7 @@ def fused_backward_kernel(
     P: tl.constexpr = sizes.head_columns
     dW0 = tl.zeros((N, N), tl.float32)
     dW1 = tl.zeros_like(dW0)
-    dW2 = tl.zeros_like(dW0)
+    minus_dW2 = tl.zeros_like(dW0)
     dw = tl.zeros((P, N), tl.float32)
     db = tl.zeros((P,), tl.float32)
     for block in tl.range(program, tl.cdiv(num_tokens, sizes.rows), num_programs):
@@ -87,13 +87,15 @@ def fused_backward_kernel(
         tl.store(dx + offsets, d_X.to(dx.dtype.element_ty), mask=mask)
         dW0 += dot(tl.trans(d0), X, sizes)
         dW1 += dot(tl.trans(d1), X, sizes)
-        dW2 += dot(tl.trans(d2), X, sizes)
+        # Subtracted, which no product does by itself: so this one, and those before, have read X and d2 when Triton's
+        # pipeline copies the next tokens over them.
+        minus_dW2 -= dot(tl.trans(d2), X, sizes)
         dw += dot(tl.trans(dz), X, sizes)
-        db += tl.sum(dz, 0)
+        db += total(dz, 0)
     partial = program.to(tl.int64) * sizes.width * sizes.width
     tl.store(d_weight0 + partial + square, dW0, mask=square_mask)
     tl.store(d_weight1 + partial + square, dW1, mask=square_mask)
-    tl.store(d_weight2 + partial + square, dW2, mask=square_mask)
+    tl.store(d_weight2 + partial + square, -minus_dW2, mask=square_mask)
     tl.store(d_lr_weight + program * sizes.heads * sizes.width + head_offsets, dw, mask=head_mask)
     tl.store(d_bias + program * sizes.heads + heads, db, mask=heads < sizes.heads)
 

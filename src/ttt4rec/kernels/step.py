@@ -21,6 +21,7 @@ from torch import Tensor
 from ..arguments import TokenStep
 from . import launch
 from .hidden_layer import gelu
+from .primitives import total
 
 
 class StepTile(NamedTuple):
@@ -53,20 +54,20 @@ MLP_BLOCKS = {16: (64, 2), 32: (128, 8), 64: (256, 8), 128: (64, 8)}
 @triton.jit
 def times(x, W):
     """x W, [in] by [in, out]."""
-    return tl.sum(x[:, None] * W, 0)
+    return total(x[:, None] * W, 0)
 
 
 @triton.jit
 def times_rows(W, x):
     """W x, [in, out] by [out]: x Wᵀ."""
-    return tl.sum(W * x[None, :], 1)
+    return total(W * x[None, :], 1)
 
 
 @triton.jit
 def standardised(z, real, eps, tile: tl.constexpr):
     """x̂ and r, (1), of a vector [F]."""
-    centred = tl.where(real, z - tl.sum(z, 0) / tile.head_dim, 0.0)
-    r = tl.rsqrt(tl.sum(centred * centred, 0) / tile.head_dim + eps)
+    centred = tl.where(real, z - total(z, 0) / tile.head_dim, 0.0)
+    r = tl.rsqrt(eps - total(-centred * centred, 0) / tile.head_dim)  # by minus squares: see ``total``
     return centred * r, r
 
 
@@ -75,7 +76,7 @@ def inner_step(z, k, v, lr, gamma, beta, real, eps, tile: tl.constexpr):
     """The steps U, by (6), from z at the key."""
     x_hat, r = standardised(z, real, eps, tile)
     y = gamma * (gamma * x_hat + beta - (v - k))
-    y -= tl.sum(y, 0) / tile.head_dim + x_hat * (tl.sum(y * x_hat, 0) / tile.head_dim)
+    y -= total(y, 0) / tile.head_dim + x_hat * (total(y * x_hat, 0) / tile.head_dim)
     return tl.where(real, lr * r * y, 0.0)
 
 
@@ -168,7 +169,7 @@ def linear_step_kernel(
     u = inner_step(times(k, W) + b, k, v, lr, gamma, beta, real, eps, tile)
     U = load(steps, kept, kept_mask)
     A = times_rows(load(keys, kept, kept_mask), q) + 1.0
-    p = times(q, W) + b - s * (times(A, U) + (tl.sum(q * k, 0) + 1.0) * u)
+    p = times(q, W) + b - s * (times(A, U) + (total(q * k, 0) + 1.0) * u)
     here = tl.program_id(0).to(tl.int64) * D + features
     tl.store(o + here, output(p, q, gamma, beta, real, eps, tile).to(o.dtype.element_ty), mask=real)
 
@@ -265,7 +266,7 @@ def mlp_step_kernel(
     W1, b1, W2 = state
     u2 = inner_step(z2, k, v, lr, gamma, beta, real, eps, tile)
     A1 = times_rows(load(kept_rows + tile.k_at, kept, kept_mask), q) + 1.0
-    own1 = tl.sum(q * k, 0) + 1.0
+    own1 = total(q * k, 0) + 1.0
     A2 = tl.full((tile.kept,), 1.0, tl.float32)
     own2 = 1.0
     p2 = b2
@@ -280,7 +281,7 @@ def mlp_step_kernel(
         x2_bar, _, _ = gelu(times(q, W1) + b1 - s * (times(A1, U1) + own1 * u1))
         p2 += times(x2_bar, W2)
         A2 += times_rows(load(kept_rows + tile.x2_at, rows, rows_mask), x2_bar)
-        own2 += tl.sum(x2_bar * x2, 0)
+        own2 += total(x2_bar * x2, 0)
         store_chunk(M1, M2, (W1, b1, W2), b2, k, u1, x2, u2, s, place, c, tile)
     U2 = load(kept_rows + tile.u2_at, kept, kept_mask)
     p2 -= s * (times(A2, U2) + own2 * u2)
