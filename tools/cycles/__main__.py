@@ -1,6 +1,7 @@
 """Predict what a kernel takes, and say what binds it: ``python -m tools.cycles linear_backward --head-dim 64``.
 
-No GPU is needed, and none is asked: every figure is predicted.
+No GPU is needed, and none is asked: every figure is predicted. Cuts are those of the launch table but for what is
+given; kernels around the inner loops have their own.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from ttt4rec.arguments import MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE
 from ttt4rec.kernels import launch
 from ttt4rec.operators.samples import Sizes
 
-from ..aot import DTYPES, INNER_LOOPS, cut_as
+from ..aot import DTYPES, INNER_LOOPS, KERNELS, cut_as
 from ..documents import number
 from .machines import DEFAULT, MACHINES, Machine
 from .prediction import Filling, Kernel, binding, filled, fitting, floors, kernel, machine_for
@@ -25,16 +26,19 @@ def main() -> None:
     dtype = DTYPES[NAMES.get(given.dtype, given.dtype)]
     machine = machine_for(given.arch, given.gpu)
     sizes = Sizes(2, 50, 4, given.head_dim, given.mini_batch_size)
-    table = launch.blocks(given.kernel, given.head_dim, given.mini_batch_size, dtype, given.arch, sizes.H)
-    wanted = {"num_warps": given.warps, "num_stages": given.stages, "heads": given.heads, "chunks": given.chunks}
-    with cut_as(table._replace(**{name: n for name, n in wanted.items() if n})):
+    cut = None
+    if given.kernel in INNER_LOOPS:
+        table = launch.blocks(given.kernel, given.head_dim, given.mini_batch_size, dtype, given.arch, sizes.H)
+        wanted = {"num_warps": given.warps, "num_stages": given.stages, "heads": given.heads, "chunks": given.chunks}
+        cut = table._replace(**{name: n for name, n in wanted.items() if n})
+    with cut_as(cut):
         found = kernel(given.arch, given.kernel, sizes, dtype)
     print(report(found, machine, counterfactuals=not given.quick))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kernel", choices=INNER_LOOPS)
+    parser.add_argument("kernel", choices=KERNELS)
     parser.add_argument("--head-dim", type=int, default=16, metavar=f"1..{MAX_HEAD_DIM}")
     parser.add_argument("--mini-batch-size", type=int, default=16, metavar=f"1..{MAX_MINI_BATCH_SIZE}")
     parser.add_argument("--dtype", default="bfloat16", choices=[*NAMES, *NAMES.values()])
@@ -59,12 +63,13 @@ def report(of: Kernel, machine: Machine, *, counterfactuals: bool = True) -> str
         f"cut: {cut.num_warps} warps, {cut.num_stages} stages, {of.heads} heads, {cut.chunks} chunks; "
         f"{of.registers} registers, {of.shared_memory} B shared memory, {of.spills:.0f} spills a head; "
         f"instructions {' + '.join(f'{loop.times}×{len(loop.trip)}' for loop in of.loops)}",
-        "floors, ps a token and head: "
-        + ", ".join(f"{name} {number(floor)}" for name, floor in floors(of, machine).items()),
     ]
+    if of.op in INNER_LOOPS:
+        known = ", ".join(f"{name} {number(floor)}" for name, floor in floors(of, machine).items())
+        lines.append(f"floors, ps a token and head: {known}")
     for count in sorted({1, fit}):
         filling = filled(of, machine, count)
-        lines += ["", *_filling(filling)]
+        lines += ["", *_filling(of, filling)]
         if counterfactuals:
             saved = binding(of, machine, filling)
             lines.append("  would save without: " + _shares(saved, 0.02))
@@ -72,12 +77,14 @@ def report(of: Kernel, machine: Machine, *, counterfactuals: bool = True) -> str
     return "\n".join(lines)
 
 
-def _filling(filling: Filling) -> list[str]:
-    microseconds = filling.cycles / filling.machine.clock / 1000
+def _filling(of: Kernel, filling: Filling) -> list[str]:
+    cycles, microseconds = number(filling.cycles, 4), number(filling.cycles / filling.machine.clock / 1000)
+    time = f"a trip of its longest loop, or all of it, takes {cycles} cycles, {microseconds} µs"
+    if of.op in INNER_LOOPS:
+        per_token = number(filling.picoseconds)
+        time = f"{per_token} ps a token and head; a program's mini-batch takes {cycles} cycles, {microseconds} µs"
     return [
-        f"{filling.programs} program{'s' * (filling.programs > 1)} a multiprocessor: predicted "
-        f"{number(filling.picoseconds)} ps a token and head; a program's mini-batch takes "
-        f"{number(filling.cycles, 4)} cycles, {number(microseconds)} µs",
+        f"{filling.programs} program{'s' * (filling.programs > 1)} a multiprocessor: predicted {time}",
         "  a warp waits for: " + _shares(filling.waits(), 0.02),
         "  busy: " + _shares(filling.busy(), 0.1),
     ]

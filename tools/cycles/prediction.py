@@ -9,14 +9,14 @@ import torch
 from ttt4rec.kernels import launch
 from ttt4rec.operators.samples import Sizes
 
-from ..aot import compiled, registers_of
+from ..aot import INNER_LOOPS, compiled, registers_of
 from ..resources import programs
 from ..sass import Instruction, decoded, disassembly
 from .machines import DEFAULT, MACHINES, Machine
 from .places import places
 from .simulator import ISSUE, Outcome, simulated
 from .steps import Action, Kind, Place, Step, Unit, steps
-from .walk import Loop, mini_batch_loops
+from .walk import Loop, longest_loop, mini_batch_loops
 
 MOVED = {"linear_forward": (10, 4), "linear_backward": (16, 8), "mlp_forward": (18, 4), "mlp_backward": (24, 8)}
 """Bytes per token and head through memory at least: for each feature, in half precision, and for the rates."""
@@ -83,13 +83,21 @@ class Filling:
 
 
 def kernel(architecture: str, op: str, sizes: Sizes, dtype: torch.dtype) -> Kernel:
-    """Compile a kernel of the inner loops, and find the loops that a mini-batch goes through."""
+    """Compile a kernel, and find the loops that a mini-batch goes through.
+
+    Of a kernel around the inner loops that is one trip through its longest loop, or through all of it if it has none.
+    """
     binary, prepared = compiled(architecture, op, sizes, dtype)
-    tile, cubin = prepared.arguments[-1], binary.asm["cubin"]
-    chunks = max(1, tile.chunks)
-    loops = mini_batch_loops(decoded(disassembly(cubin)), chunks, replays=op == "mlp_backward" and chunks > 1)
+    cubin = binary.asm["cubin"]
+    instructions, heads = decoded(disassembly(cubin)), 1
+    if op in INNER_LOOPS:
+        tile = prepared.arguments[-1]
+        heads, chunks = tile.heads, max(1, tile.chunks)
+        loops = mini_batch_loops(instructions, chunks, replays=op == "mlp_backward" and chunks > 1)
+    else:
+        loops = [Loop(longest_loop(instructions), 1)]
     registers, shared_memory = registers_of(cubin), binary.metadata.shared
-    return Kernel(op, sizes, dtype, prepared.blocks, tile.heads, registers, shared_memory, loops)
+    return Kernel(op, sizes, dtype, prepared.blocks, heads, registers, shared_memory, loops)
 
 
 def fitting(of: Kernel, machine: Machine) -> int:
@@ -169,7 +177,7 @@ def binding(of: Kernel, machine: Machine, filling: Filling) -> dict[str, float]:
 
 
 def floors(of: Kernel, machine: Machine) -> dict[str, float]:
-    """Picoseconds per token and head that nothing can be faster than: memory, issue slots, tensor cores."""
+    """Picoseconds per token and head that an inner loop cannot be faster than: memory, issue slots, tensor cores."""
     size = 2 if of.dtype != torch.float32 else 4
     per_feature, rest = MOVED[of.op]
     trips: list[tuple[int, Sequence[Instruction]]] = [(loop.times, loop.trip) for loop in of.loops]
