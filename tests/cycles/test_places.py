@@ -60,4 +60,4 @@ def test_chunks_of_the_state_wait_in_the_cache():
 
 
 def test_only_global_memory_has_places():
-    assert places_of(LOADED and (LOADED,), name="LDS") == [Place.NEAR]
+    assert places_of((LOADED,), name="LDS") == [Place.NEAR]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tests.cycles.listing import instructions
 from tests.support.compiled import environment
 from tools.cycles.__main__ import report
 from tools.cycles.machines import MACHINES
-from tools.cycles.prediction import Kernel, binding, filled, fitting, floors, machine_for, summary
+from tools.cycles.prediction import Kernel, binding, filled, fitting, floors, machine_for, slowest_lines, summary
 from tools.cycles.walk import Loop
 from tools.documents import ROOT
 from ttt4rec.kernels.launch import Blocks
@@ -75,20 +76,14 @@ def test_floors_are_counted():
 
 def test_copies_of_the_weights_are_in_memory_if_the_cache_does_not_hold_them():
     replay = "STG.E.128 stall=1 read=0\n"
-    (stored,) = (x for x in instructions(replay))
-    source = (copies := ROOT / "src/ttt4rec/kernels/copies.py"), line_of(copies, "tl.store(copies + W_place")
-    loop = Loop([stored.__class__(**{**fields(stored), "source": ((str(source[0]), source[1]),)})], 1)
+    (stored,) = instructions(replay)
+    copies = ROOT / "src/ttt4rec/kernels/copies.py"
+    lines = copies.read_text(encoding="utf-8").splitlines()
+    line = next(i for i, text in enumerate(lines, 1) if "tl.store(copies + W_place" in text)
+    loop = Loop([replace(stored, source=((str(copies), line),))], 1)
     small, large = (kernel(WORK, D=D)._replace(loops=[loop]) for D in (16, 64))
     assert "memory" not in filled(small, MACHINE, 1).busy()
     assert "memory" in filled(large, MACHINE, 8).busy()
-
-
-def fields(x):
-    return {name: getattr(x, name) for name in x.__slots__}
-
-
-def line_of(path, text):
-    return next(i for i, line in enumerate(path.read_text().splitlines(), 1) if text in line)
 
 
 def test_cuts_that_do_not_fit_have_no_prediction():
@@ -105,6 +100,20 @@ def test_a_report_says_what_is_predicted():
     assert "1 program a multiprocessor" in text
     assert "4 programs a multiprocessor" in text
     assert "binds: tensor cores" in text or "binds: fixed latencies" in text
+
+
+def test_lines_that_take_the_time_are_those_of_the_kernels_own_files():
+    waiting, working = "LDG.E stall=1 written=0\nFFMA stall=4 wait=0\n", WORK
+    slow, fast = ("/a/mlp_forward.py", 7), ("/a/mlp_forward.py", 8)
+    sources = [((("/a/primitives.py", 3), slow), waiting), ((fast,), working), ((("/a/primitives.py", 3),), working)]
+    trip = [replace(x, source=source) for source, listing in sources for x in instructions(listing)]
+    of = kernel(WORK)._replace(loops=[Loop(trip, 1)])
+    shares = slowest_lines(of, filled(of, MACHINE, 1))
+    assert list(shares) == [slow, fast]
+    assert shares[slow] > 0.5
+    assert sum(shares.values()) < 1
+    assert "mlp_forward.py:7" in report(of, MACHINE, counterfactuals=False, lines=1)
+    assert "mlp_forward.py:8" not in report(of, MACHINE, counterfactuals=False, lines=1)
 
 
 def test_other_architectures_have_no_machine():

@@ -5,6 +5,8 @@ given; kernels around the inner loops have their own.
 """
 
 import argparse
+import itertools
+from pathlib import Path
 
 import triton
 
@@ -15,7 +17,7 @@ from ttt4rec.operators.samples import Sizes
 from ..aot import DTYPES, INNER_LOOPS, KERNELS, cut_as
 from ..documents import number
 from .machines import DEFAULT, MACHINES, Machine
-from .prediction import Filling, Kernel, binding, filled, fitting, floors, kernel, machine_for
+from .prediction import Filling, Kernel, binding, filled, fitting, floors, kernel, machine_for, slowest_lines
 
 NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -33,7 +35,7 @@ def main() -> None:
         cut = table._replace(**{name: n for name, n in wanted.items() if n})
     with cut_as(cut):
         found = kernel(given.arch, given.kernel, sizes, dtype)
-    print(report(found, machine, counterfactuals=not given.quick))
+    print(report(found, machine, counterfactuals=not given.quick, lines=given.lines))
 
 
 def _arguments() -> argparse.Namespace:
@@ -49,15 +51,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int)
     parser.add_argument("--chunks", type=int, help="of TTT-MLP's hidden features")
     parser.add_argument("--quick", action="store_true", help="do not ask what binds, which takes ten simulations more")
+    parser.add_argument("--lines", type=int, default=0, help="so many lines of source that take most of a warp's time")
     return parser.parse_args()
 
 
-def report(of: Kernel, machine: Machine, *, counterfactuals: bool = True) -> str:
+def report(of: Kernel, machine: Machine, *, counterfactuals: bool = True, lines: int = 0) -> str:
     """The whole prediction, for reading."""
     cut, fit = of.blocks, fitting(of, machine)
     if not fit:
         return f"{of.op}: no program of {of.shared_memory} B shared memory fits a multiprocessor of {machine.name}"
-    lines = [
+    text = [
         f"{of.op}, D = {of.sizes.D}, K = {of.sizes.K}, {str(of.dtype).removeprefix('torch.')}, on {machine.name}; "
         f"Triton {triton.__version__}; all figures are predicted",
         f"cut: {cut.num_warps} warps, {cut.num_stages} stages, {of.heads} heads, {cut.chunks} chunks; "
@@ -66,15 +69,19 @@ def report(of: Kernel, machine: Machine, *, counterfactuals: bool = True) -> str
     ]
     if of.op in INNER_LOOPS:
         known = ", ".join(f"{name} {number(floor)}" for name, floor in floors(of, machine).items())
-        lines.append(f"floors, ps a token and head: {known}")
+        text.append(f"floors, ps a token and head: {known}")
     for count in sorted({1, fit}):
         filling = filled(of, machine, count)
-        lines += ["", *_filling(of, filling)]
+        text += ["", *_filling(of, filling)]
         if counterfactuals:
             saved = binding(of, machine, filling)
-            lines.append("  would save without: " + _shares(saved, 0.02))
-            lines.append(f"  binds: {next(iter(saved))}")
-    return "\n".join(lines)
+            text.append("  would save without: " + _shares(saved, 0.02))
+            text.append(f"  binds: {next(iter(saved))}")
+        text += [
+            f"  {share:4.0%} {Path(file).name}:{line}"
+            for (file, line), share in itertools.islice(slowest_lines(of, filling).items(), lines)
+        ]
+    return "\n".join(text)
 
 
 def _filling(of: Kernel, filling: Filling) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from ttt4rec.operators.samples import Sizes
 from ..aot import INNER_LOOPS, compiled, registers_of
 from ..resources import programs
 from ..sass import Instruction, decoded, disassembly
+from ..sass import Place as Line
 from .machines import DEFAULT, MACHINES, Machine
 from .places import places
 from .simulator import ISSUE, Outcome, simulated
@@ -20,6 +22,9 @@ from .walk import Loop, longest_loop, mini_batch_loops
 
 MOVED = {"linear_forward": (10, 4), "linear_backward": (16, 8), "mlp_forward": (18, 4), "mlp_backward": (24, 8)}
 """Bytes per token and head through memory at least: for each feature, in half precision, and for the rates."""
+
+SHARED = ("primitives.py", "standard.py", "core.py")
+"""Files with what all kernels call: ours, and Triton's."""
 
 
 class Kernel(NamedTuple):
@@ -197,6 +202,20 @@ def machine_for(architecture: str, name: str | None = None) -> Machine:
         known = ", ".join(DEFAULT)
         raise ValueError(f"the architecture must be one whose machine code is known, {known}; given {architecture}")
     return MACHINES[name or DEFAULT[architecture]]
+
+
+def slowest_lines(of: Kernel, filling: Filling) -> dict[Line, float]:
+    """Share of a warp's time that instructions of each line of the kernel take, the largest first.
+
+    A line is that of a kernel's own file which an instruction stems from, by way of the functions that all share.
+    """
+    shares: dict[Line, float] = {}
+    for loop, outcome in zip(of.loops, filling.outcomes, strict=True):
+        for x, cycles in zip(loop.trip, outcome.spent, strict=True):
+            own = next((line for line in x.source if Path(line[0]).name not in SHARED), None)
+            if own is not None:
+                shares[own] = shares.get(own, 0.0) + loop.times * cycles / filling.cycles
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 class Summary(NamedTuple):

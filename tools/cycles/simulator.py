@@ -31,6 +31,7 @@ class Outcome:
     processor: float  # cycles of the multiprocessor for one trip of one program
     waits: dict[str, float]  # cycles of a warp in one trip by what it waits for
     busy: dict[str, float]  # share of the time that a resource is
+    spent: tuple[float, ...]  # cycles of a warp from the issue before each step to its own
 
 
 class _Warp:
@@ -69,6 +70,7 @@ class _Processor:
         self.rates = {Place.CACHE: machine.cache_bytes, Place.MEMORY: machine.memory_rate}
         self.waits: defaultdict[str, float] = defaultdict(float)
         self.busy: defaultdict[str, float] = defaultdict(float)
+        self.spent = [0] * len(steps)
         self.heap: list[tuple[int, int, int]] = []
 
     def start(self, spread: int) -> None:
@@ -91,6 +93,7 @@ class _Processor:
             unit_free = self._unit_free(step, part)
             if (free := max(slots[part], unit_free)) > cycle:
                 self.waits[step.unit.value if unit_free > slots[part] else ISSUE] += free - cycle
+                self.spent[warp.place] += free - cycle
                 heapq.heappush(heap, (free, self._turn(warp), number))
                 continue
             self._issue(step, warp, part, cycle)
@@ -189,6 +192,7 @@ class _Processor:
                 ready, why = done[-1], Kind.TENSOR
         self.waits[Kind.MATH.value] += pause - warp.since
         self.waits[why.value] += ready - pause
+        self.spent[warp.place] += ready - warp.since + 1
         heapq.heappush(self.heap, (ready, self._turn(warp), warp.number))
 
     def _turn(self, warp: _Warp) -> int:
@@ -229,11 +233,13 @@ def simulated(
     begin = processor.run(per_trip)
     processor.waits.clear()
     processor.busy.clear()
+    processor.spent = [0] * len(steps)
     cycles = processor.run(per_trip * trips) - begin
     parts = {ISSUE: SUB_PARTITIONS, "load-store unit": 1, Place.CACHE.value: 1, Place.MEMORY.value: 1}
     return Outcome(
         trip=cycles / trips,
         processor=cycles / trips / programs,
         waits={name: time / (trips * warps * programs) for name, time in processor.waits.items()},
+        spent=tuple(time / (trips * warps * programs) for time in processor.spent),
         busy={name: time / cycles / parts.get(name, SUB_PARTITIONS) for name, time in processor.busy.items()},
     )
