@@ -62,16 +62,18 @@ class Cut(NamedTuple):
 
 
 def candidates(op: str, head_dim: int, mini_batch_size: int) -> Iterator[launch.Blocks]:
-    """The cuts worth compiling."""
+    """The cuts worth compiling.
+
+    With two stages loads are asynchronous, but begin behind the last use of their only buffer; three load ahead.
+    """
     backward, rows = op.endswith("backward"), launch.padded(mini_batch_size)
-    stages = (1, 2) if backward else (1, 2, 3)
     heads = (1, 2) if rows == 16 and head_dim <= 32 else (1,)
     chunks: tuple[int, ...] = (1,)
     if op.startswith("mlp"):
         chunks = (1, 2) if head_dim <= 32 else (1, 2, 4, 8) if head_dim <= 64 else (4, 8, 16)
     for warps in (1, 2, 4, 8):
         numbers = launch.padded(head_dim) ** 2 * (8 if op.startswith("mlp") else 1) * (2 if backward else 1)
-        for cut in (launch.Blocks(warps, s, h, c) for s in stages for h in heads for c in chunks):
+        for cut in (launch.Blocks(warps, s, h, c) for s in (1, 2, 3) for h in heads for c in chunks):
             if numbers * cut.heads / cut.chunks <= 320 * 32 * warps:  # the state and twice as much of others per thread
                 yield cut
 

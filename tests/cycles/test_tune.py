@@ -44,7 +44,7 @@ def test_a_line_is_read_as_it_was_written():
 
 
 def test_candidates_have_room_for_their_state():
-    """And three stages in the forward, of which two do not load ahead."""
+    """And three stages, as two do not load ahead."""
     assert Blocks(1, 2, heads=2) in candidates("linear_backward", 16, 8)
     assert Blocks(1, 3, heads=2) in candidates("linear_forward", 16, 8)
     assert {x.num_warps for x in candidates("mlp_backward", 64, 16) if x.chunks == 1} == {8}
