@@ -6,18 +6,15 @@ Not under the interpreter.
 """
 
 import argparse
+import contextlib
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -34,6 +31,7 @@ from ttt4rec.kernels.step import prepare_token_step
 from ttt4rec.operators import CONVOLUTIONS, SCANS, Operator, output, projection, token_step
 from ttt4rec.operators.samples import Sizes
 
+from . import sass
 from .loops import Code, loops
 
 KERNELS: dict[str, tuple[Operator[Any], Callable[..., Any], dict[str, Any]]] = {
@@ -114,13 +112,30 @@ def compile_for(
     Which of its kernels ``projection_forward`` stands for, or another of those around the inner loop, follows from the
     width, 4 heads.
     """
-    driver.set_active(OfflineDriver(architecture))
-    prepared = _prepare(op, Sizes(2, length, 4, head_dim, mini_batch_size), dtype)
-    compiled = prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options())
+    kernel, prepared = compiled(architecture, op, Sizes(2, length, 4, head_dim, mini_batch_size), dtype)
     count = _amd_cost if architecture.startswith("gfx") else _nvidia_cost
     if op not in INNER_LOOPS:
-        return count(compiled, (1, 1, 1))
-    return count(compiled, (0, 1, max(1, prepared.arguments[-1].chunks)))
+        return count(kernel, (1, 1, 1))
+    return count(kernel, (0, 1, max(1, prepared.arguments[-1].chunks)))
+
+
+def compiled(architecture: str, op: str, sizes: Sizes, dtype: torch.dtype) -> tuple[Any, launch.Launch]:
+    """What Triton makes of a kernel for an architecture, and the launch it was prepared for."""
+    driver.set_active(OfflineDriver(architecture))
+    prepared = _prepare(op, sizes, dtype)
+    return prepared.kernel.warmup(*prepared.arguments, grid=prepared.grid, **prepared.options()), prepared
+
+
+@contextlib.contextmanager
+def cut_as(blocks: launch.Blocks | None) -> Iterator[None]:
+    """Cut kernels like this instead of as the launch table says."""
+    table = launch.blocks
+    if blocks is not None:
+        launch.blocks = lambda *_: blocks
+    try:
+        yield
+    finally:
+        launch.blocks = table
 
 
 def _prepare(op: str, sizes: Sizes, dtype: torch.dtype) -> launch.Launch:
@@ -135,26 +150,15 @@ def _prepare(op: str, sizes: Sizes, dtype: torch.dtype) -> launch.Launch:
 
 
 def _nvidia_cost(compiled: Any, times: Times) -> Cost:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage, code = (
-            subprocess.run([tool, flag, cubin.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?\w+ )?[A-Z].*?);", code)
-    index = {int(address, 16): i for i, (address, _) in enumerate(found)}
-    instructions, jumps, final = [text.strip() for _, text in found], {}, set()
-    for i, text in enumerate(instructions):
-        if branch := re.match(r"(?:@\S+ )?(?:BRA|CALL).*? `?\(?0x([0-9a-f]+)", text):  # some calls never return
-            jumps[i] = index[int(branch[1], 16)]
-        if re.match(r"(BRA|EXIT|RET\S*)( 0x| R|$)", text):
-            final.add(i)
-    return _cost(
-        compiled, times, registers, Code(instructions, jumps, final), r"\b(LDL|STL)\b", unlike_sums(instructions)
-    )
+    cubin = compiled.asm["cubin"]
+    code = sass.code(sass.decoded(sass.disassembly(cubin)))
+    return _cost(compiled, times, registers_of(cubin), code, r"\b(LDL|STL)\b", unlike_sums(code.instructions))
+
+
+def registers_of(cubin: bytes) -> int:
+    """Registers of a thread."""
+    usage = sass.printed("cuobjdump", cubin, "-res-usage")
+    return int(re.findall(r"REG:(\d+)", usage)[-1])
 
 
 def _amd_cost(compiled: Any, times: Times) -> Cost:
@@ -227,11 +231,10 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", type=int, metavar="WARPS STAGES HEADS CHUNKS")
     parser.add_argument("--json", action="store_true", help="one object per kernel, the intermediate form included")
     given = parser.parse_args()
-    if given.blocks:
-        launch.blocks = lambda *_: launch.Blocks(*given.blocks)
     for kernel in map(str.strip, sys.stdin) if given.kernels == ["-"] else given.kernels:
         op, architecture, head_dim, mini_batch_size, dtype = kernel.split(":")
-        cost = compile_for(architecture, op, int(head_dim), int(mini_batch_size), DTYPES[dtype])
+        with cut_as(launch.Blocks(*given.blocks) if given.blocks else None):
+            cost = compile_for(architecture, op, int(head_dim), int(mini_batch_size), DTYPES[dtype])
         print(json.dumps({"kernel": kernel, **asdict(cost)}) if given.json else f"{kernel:36} {cost}", flush=True)
 
 

@@ -1,83 +1,154 @@
-"""How the launch table was made: ``python -m tools.tune linear_backward:sm_90:16:8:bf16 ...``.
+"""How the launch table is made: ``python -m tools.tune linear_backward:sm_90:16:8:bf16 ...``.
 
-Every sensible cut of a kernel is compiled, and its cost read from the machine code. The best has no spill in its loop,
-if any has none, and then the fewest issue slots per mini-batch and head: a warp's instructions times warps by heads, a
-spill counted as sixteen. The forward loads at least one mini-batch ahead (two stages), which the count does not see;
-the backward has no registers for it. This needs no GPU; timings on one may overrule it.
+Every sensible cut of a kernel is compiled. Where the architecture's machine code can be simulated (``tools.cycles``)
+the best cut has the least predicted time: the geometric mean of what a sequence takes while few programs run and of
+what a token and head takes while as many run as fit. Elsewhere it has the fewest issue slots per mini-batch and head,
+a spill counted as sixteen. A cut whose code spills with 64 registers or fewer is none: there the assembler gave up.
+
+The oldest and the newest supported Triton may disagree. So ``--json`` writes down what every cut takes under one of
+them, and with ``--beside`` such a file the worse of both counts. This needs no GPU; timings on one may overrule it.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
 
 from ttt4rec.kernels import launch
+from ttt4rec.operators.samples import Sizes
 
-from .aot import DTYPES, Cost, compile_for
+from .aot import DTYPES, compile_for, cut_as
+from .cycles.machines import DEFAULT
+from .cycles.prediction import kernel, machine_for, summary
 
 SPILL = 16  # instructions
 
 
-def candidates(op: str, head_dim: int, mini_batch_size: int) -> list[launch.Blocks]:
-    """The cuts worth compiling."""
-    heads = (1, 2) if mini_batch_size <= 8 and head_dim <= 32 else (1,)
+class Cut(NamedTuple):
+    """A cut of a kernel under one Triton."""
+
+    kernel: str
+    triton: str
+    blocks: launch.Blocks
+    few: float  # predicted ns a token of a sequence, or issue slots
+    full: float  # predicted ps a token and head, or issue slots
+    programs: int  # that fit a multiprocessor
+    registers: int
+    spills: float  # that a warp stores or loads, per mini-batch and head
+
+    @property
+    def score(self) -> float:
+        """Less is better."""
+        return math.sqrt(self.few * self.full)
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the assembler left most registers unused and spills."""
+        return self.registers <= 64 and self.spills > 0
+
+    def __str__(self) -> str:
+        cut = "×".join(map(str, self.blocks))
+        return (
+            f"{self.kernel:32} {cut:10} few {self.few:8.1f}  full {self.full:8.1f}  {self.programs:2d} programs  "
+            f"{self.registers:3d} registers  {self.spills:6.0f} spills a head"
+        )
+
+
+def candidates(op: str, head_dim: int, mini_batch_size: int) -> Iterator[launch.Blocks]:
+    """The cuts worth compiling.
+
+    With two stages loads are asynchronous, but begin behind the last use of their only buffer; three load ahead.
+    """
+    backward, rows = op.endswith("backward"), launch.padded(mini_batch_size)
+    heads = (1, 2) if rows == 16 and head_dim <= 32 else (1,)
+    chunks: tuple[int, ...] = (1,)
     if op.startswith("mlp"):
-        stages: tuple[int, ...] = (2,) if op.endswith("forward") else (1,)
-        chunks: tuple[int, ...] = (1,)
-        if head_dim > 32:  # the whole state of a forward just fits into registers at 64, that of a backward does not
-            chunks = (4, 8) if head_dim > 64 else (1, 4, 8) if op.endswith("forward") else (2, 4, 8)
-        warps = [w for w in (2, 4, 8) if min(4, head_dim // 8) <= w <= head_dim // 4]
-    else:
-        tiles = max(launch.padded(mini_batch_size), launch.padded(head_dim)) // 16
-        warps, chunks = [w for w in (1, 2, 4, 8) if tiles // 2 <= w <= 2 * tiles], (1,)
-        stages = (2, 3) if op.endswith("forward") else (1, 2)
-    return [launch.Blocks(w, s, h, c) for w in warps for s in stages for h in heads for c in chunks]
+        chunks = (1, 2) if head_dim <= 32 else (1, 2, 4, 8) if head_dim <= 64 else (4, 8, 16)
+    for warps in (1, 2, 4, 8):
+        numbers = launch.padded(head_dim) ** 2 * (8 if op.startswith("mlp") else 1) * (2 if backward else 1)
+        for cut in (launch.Blocks(warps, s, h, c) for s in (1, 2, 3) for h in heads for c in chunks):
+            if numbers * cut.heads / cut.chunks <= 320 * 32 * warps:  # the state and twice as much of others per thread
+                yield cut
 
 
-def streamed(op: str, head_dim: int, choice: launch.Blocks) -> float:
-    """Registers' worth of state that a thread reads and writes per mini-batch, where chunks of it wait in memory."""
-    if choice.chunks == 1:
-        return 0.0
-    passes = 24 if op.endswith("forward") else 68  # times D²: of 8D² weights, and in the backward as many gradients
-    return passes * launch.padded(head_dim) ** 2 / (32 * choice.num_warps)
-
-
-def issue_slots(cost: Cost, choice: launch.Blocks, streamed: float) -> float:
-    """Issue slots per mini-batch and head."""
-    return (cost.loop_instructions + SPILL * (cost.loop_spills + streamed)) * choice.num_warps / choice.heads
-
-
-def tuned(kernel: str) -> list[tuple[bool, float, launch.Blocks, Cost]]:
-    """All cuts of a kernel that compile, best first."""
-    op, architecture, head_dim, mini_batch_size, dtype = kernel.split(":")
-    table, found = launch.blocks, []
-    for choice in candidates(op, int(head_dim), int(mini_batch_size)):
-        launch.blocks = lambda *_, choice=choice: choice
+def tuned(kernel_name: str) -> Iterator[Cut]:
+    """All cuts of a kernel that compile and fit a multiprocessor."""
+    op, _, head_dim, mini_batch_size, _ = kernel_name.split(":")
+    for blocks in candidates(op, int(head_dim), int(mini_batch_size)):
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the code of a kernel that does not assemble
-                cost = compile_for(architecture, op, int(head_dim), int(mini_batch_size), DTYPES[dtype])
-        except Exception:  # the compiler's own failures, of several kinds, rule a cut out
+            # Triton prints the code of a kernel that does not assemble.
+            with cut_as(blocks), contextlib.redirect_stdout(io.StringIO()):
+                cut = _measured(kernel_name, blocks)
+        except Exception as error:  # the compiler's own failures, of several kinds, rule a cut out
+            print(f"{kernel_name} {blocks}: {type(error).__name__}", file=sys.stderr, flush=True)
             continue
-        slots = issue_slots(cost, choice, streamed(op, int(head_dim), choice))
-        found.append((cost.loop_spills > 0, slots, choice, cost))
-    launch.blocks = table
-    return sorted(found, key=lambda entry: entry[:2])
+        if cut is not None:
+            yield cut
+
+
+def _measured(name: str, blocks: launch.Blocks) -> Cut | None:
+    op, architecture, head_dim, mini_batch_size, dtype = name.split(":")
+    if architecture not in DEFAULT:
+        cost = compile_for(architecture, op, int(head_dim), int(mini_batch_size), DTYPES[dtype])
+        slots = (cost.loop_instructions + SPILL * cost.loop_spills) * blocks.num_warps / blocks.heads
+        spills = cost.loop_spills / blocks.heads
+        return Cut(name, triton.__version__, blocks, slots, slots, 1, cost.registers, spills)
+    sizes = Sizes(2, 50, 4, int(head_dim), int(mini_batch_size))
+    machine = machine_for(architecture)
+    found = summary(kernel(architecture, op, sizes, DTYPES[dtype]), machine)
+    if found is None:
+        return None
+    few = found.chain / machine.clock / sizes.K
+    return Cut(name, triton.__version__, blocks, few, found.full, found.programs, found.registers, found.spills)
+
+
+def worse_of(cuts: list[Cut]) -> list[Cut]:
+    """The cuts that all Tritons among them can make, each as the worse of them makes it, the best first."""
+    versions = {cut.triton for cut in cuts}
+    groups: dict[tuple[str, launch.Blocks], list[Cut]] = {}
+    for cut in cuts:
+        groups.setdefault((cut.kernel, cut.blocks), []).append(cut)
+    worst = [
+        max(group, key=lambda cut: cut.score)
+        for group in groups.values()
+        if {cut.triton for cut in group} == versions and not any(cut.gave_up for cut in group)
+    ]
+    return sorted(worst, key=lambda cut: (cut.kernel, cut.score))
+
+
+def written(cut: Cut) -> str:
+    """A line of JSON."""
+    return json.dumps(cut._asdict())
+
+
+def read(line: str) -> Cut:
+    """What ``written`` wrote."""
+    values: dict[str, Any] = json.loads(line)
+    return Cut(**{**values, "blocks": launch.Blocks(*values["blocks"])})
 
 
 def main() -> None:
     """Print every kernel's cuts, best first, or as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kernels", nargs="+", help="op:architecture:head_dim:mini_batch_size:dtype")
-    parser.add_argument("--json", action="store_true", help="one object per kernel: its best cut")
+    parser.add_argument("kernels", nargs="*", help="op:architecture:head_dim:mini_batch_size:dtype")
+    parser.add_argument("--json", action="store_true", help="one object per cut, as it was found")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="such lines of other Tritons, or kernels")
     given = parser.parse_args()
-    for kernel in given.kernels:
-        cuts = tuned(kernel)
-        if given.json:
-            _, slots, choice, cost = cuts[0]
-            print(json.dumps({"kernel": kernel, **choice._asdict(), "slots": slots, "cost": str(cost)}), flush=True)
-            continue
-        for _, slots, choice, cost in cuts:
-            print(f"{kernel:36} {choice!s:50} {slots:8.0f} slots  {cost}", flush=True)
+    known = [read(line) for path in given.beside for line in path.read_text().splitlines()]
+    for name in given.kernels:
+        for cut in tuned(name):
+            known.append(cut)
+            if given.json:
+                print(written(cut), flush=True)
+    if not given.json:
+        print("\n".join(map(str, worse_of(known))))
 
 
 if __name__ == "__main__":

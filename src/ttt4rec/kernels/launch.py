@@ -1,7 +1,8 @@
 """How kernels are launched: block sizes from a table, types of the matrix products, memory for results.
 
-The table was filled from machine code, not from timings, by ``python -m tools.tune``: an entry has no spill
-in its loop, if any choice has none, and then the fewest instructions per head.
+The table was filled from machine code, not from timings, by ``python -m tools.tune``. Those of sm_90's own, for
+mini-batches of up to 16, have the least predicted time. Others have no spill in their loop, if any choice has none, and
+then the fewest instructions per head.
 """
 
 import functools
@@ -64,7 +65,20 @@ SINGLE = {  # the same for float32, whose products are three tensor-core product
     ("mlp_backward", 64): {64: Blocks(8, 1, chunks=8)},
     ("mlp_backward", 128): {64: Blocks(8, 1, chunks=16)},
 }
-HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice than sm_90
+HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice
+    "sm_90": {  # by predicted time, and within three hundredths of it by spills
+        ("linear_forward", 16): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
+        ("linear_forward", 32): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 2), 32: Blocks(2, 2), 64: Blocks(4, 2)},
+        ("linear_forward", 64): {16: Blocks(4, 3), 32: Blocks(4, 2), 64: Blocks(8, 1)},
+        ("linear_backward", 16): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 3), 32: Blocks(2, 1), 64: Blocks(4, 1)},
+        ("linear_backward", 32): {8: Blocks(2, 3, heads=2), 16: Blocks(2, 3), 32: Blocks(2, 1), 64: Blocks(4, 1)},
+        ("linear_backward", 64): {16: Blocks(4, 3), 32: Blocks(8, 1), 64: Blocks(8, 1)},
+        ("mlp_forward", 16): {8: Blocks(2, 3, heads=2), 16: Blocks(2, 3), 64: Blocks(4, 2)},
+        ("mlp_forward", 32): {16: Blocks(4, 2), 64: Blocks(4, 2)},
+        ("mlp_backward", 16): {8: Blocks(2, 2, heads=2), 16: Blocks(2, 2), 32: Blocks(4, 1), 64: Blocks(4, 1)},
+        ("mlp_backward", 32): {16: Blocks(4, 2), 32: Blocks(8, 1, chunks=2), 64: Blocks(4, 1)},
+        ("mlp_backward", 64): {16: Blocks(4, 2, chunks=4), 32: Blocks(8, 1, chunks=8), 64: Blocks(8, 1, chunks=8)},
+    },
     "sm_80": {
         ("linear_backward", 32): {8: Blocks(4, 1, heads=2), 16: Blocks(2, 1), 32: Blocks(2, 1), 64: Blocks(4, 1)},
         ("mlp_backward", 32): {16: Blocks(8, 1, chunks=2), 64: Blocks(8, 1, chunks=2)},
@@ -104,7 +118,7 @@ SINGLE_BY_ARCHITECTURE = {
 
 
 NEAREST = {"sm_8": "sm_80", "sm_10": "sm_100", "sm_12": "sm_80", "gfx9": "gfx942"}
-"""By the beginnings of names; what is not here takes the cuts of sm_90."""
+"""By the beginnings of names; what is not here takes the cuts that are no architecture's own."""
 
 
 P = ParamSpec("P")
