@@ -183,21 +183,26 @@ def _amd_cost(compiled: Any, times: Times) -> Cost:
 
 
 def unlike_sums(instructions: Sequence[str]) -> int:
-    """Exchanges of two lanes after which each adds the other's number to a product of its own, in one operation.
+    """Exchanges of products between two lanes after which each adds the other's to its own in one operation.
 
-    The other's number was rounded and the own product was not: the lanes' sums differ in their last bit.
+    The other's product was rounded and the own one was not: the lanes' sums differ in their last bit.
     """
     found = 0
-    for i, text in enumerate(instructions):
-        if exchange := re.match(r"(?:@!?\w+ )?SHFL\.BFLY \w+, (R\d+),", text):
-            for later in instructions[i + 1 :]:
-                name, _, operands = re.sub(r"^@!?\w+ ", "", later).partition(" ")
-                result, *sources = (re.sub(r"\.reuse|[-|]", "", operand.strip()) for operand in operands.split(","))
-                if exchange[1] in sources:
-                    found += name.startswith("FFMA") and sources[-1] == exchange[1]
-                if exchange[1] in (result, *sources):
-                    break
+    parsed = [_parts(text) for text in instructions]
+    for i, (name, *operands) in enumerate(parsed):
+        if not name.startswith("SHFL.BFLY"):
+            continue
+        _, other, own, *_ = operands
+        made = next((earlier[0] for earlier in reversed(parsed[:i]) if earlier[1:2] == [own]), "")
+        used = next((later for later in parsed[i + 1 :] if other in later[1:]), [""])
+        found += made.startswith("FMUL") and used[0].startswith("FFMA") and used[-1] == other
     return found
+
+
+def _parts(text: str) -> list[str]:
+    """An instruction's name, result and sources."""
+    name, _, operands = re.sub(r"^@!?\w+ ", "", text).partition(" ")
+    return [name, *(re.sub(r"\.reuse|[-|]", "", operand.strip()) for operand in operands.split(","))]
 
 
 def _cost(compiled: Any, times: Times, registers: int, code: Code, spill: str, unlike: int) -> Cost:
