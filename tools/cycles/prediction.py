@@ -14,7 +14,7 @@ from ..aot import INNER_LOOPS, compiled, registers_of
 from ..resources import programs
 from ..sass import Instruction, decoded, disassembly
 from ..sass import Place as Line
-from .machines import DEFAULT, MACHINES, Machine
+from .machines import DEFAULT, MACHINES, Latencies, Machine
 from .places import places
 from .simulator import ISSUE, Outcome, simulated
 from .steps import Action, Kind, Place, Step, Unit, steps
@@ -144,7 +144,7 @@ def _loaded(step: Step) -> Step | None:
     """As if whatever is loaded had been near."""
     if step.action in (Action.ASYNC_WAIT, Action.ASYNC_GROUP):
         return None
-    return replace(step, latency=40, access=None) if step.kind is Kind.LOAD else step
+    return replace(step, latency=Latencies.near, access=None) if step.kind is Kind.LOAD else step
 
 
 def _unpaused(step: Step) -> Step:
