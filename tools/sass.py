@@ -45,7 +45,9 @@ class Instruction:
     @property
     def final(self) -> bool:
         """Whether the next instruction in memory cannot follow it."""
-        return not self.predicate and self.name in ("BRA", "EXIT", "RET", "JMP")
+        if self.name in ("BRA", "JMP"):  # from sm_100 on a condition may be an operand
+            return not self.predicate and self.operands.startswith("`")
+        return not self.predicate and self.name in ("EXIT", "RET")
 
     def __str__(self) -> str:
         return f"{self.predicate} {self.opcode} {self.operands}".strip()

@@ -53,6 +53,13 @@ def test_jumps_lead_to_labels_and_what_ends_is_final():
     assert program.final == {4, 5}
 
 
+@pytest.mark.parametrize("condition", ["!UP0, ", "UP1, ", "UR4, "])
+def test_a_jump_whose_condition_is_an_operand_is_not_final(condition):
+    program = code(decoded(PROGRAM.replace("BRA `(.L_x_2)", f"BRA.U {condition}`(.L_x_2)")))
+    assert program.jumps == {3: 1, 5: 5}
+    assert program.final == {4}
+
+
 def test_what_is_no_disassembly_is_refused():
     with pytest.raises(ValueError, match="must have instructions of two words"):
         decoded("nothing here")
