@@ -251,8 +251,9 @@ def carried_tensors(ttgir: str, shape: str) -> list[str]:
 
 
 def subtraction(name: str, ttgir: str) -> bool:
-    """Whether something is subtracted from the tensor."""
-    return re.search(rf"arith\.subf {re.escape(name)},", ttgir) is not None
+    """Whether something is subtracted from the tensor: a difference, or a product by a fused multiplication."""
+    own = re.escape(name)
+    return re.search(rf"arith\.subf {own},|math\.fma %[\w.#-]+, %[\w.#-]+, {own}\b", ttgir) is not None
 
 
 def accumulates_into(name: str, ttgir: str) -> bool:

@@ -31,6 +31,7 @@ def choose_kernels(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     """Fuse up to this width, with the blocks of the narrowest table entry for all."""
     for name in ("FUSED_WIDTH", "FUSED_WIDTH_SINGLE"):
         monkeypatch.setattr(KERNEL_CHOICE, name, {"forward": width, "backward": width})
+    monkeypatch.setattr(KERNEL_CHOICE, "FUSED_WIDTH_BY_ARCHITECTURE", {})
     table = {op: {1 << 31: next(iter(entry.values()))} for op, entry in KERNEL_CHOICE.TABLE.items()}
     monkeypatch.setattr(KERNEL_CHOICE, "TABLE", table)
 

@@ -272,13 +272,13 @@ def test_results_are_saved_and_compared_by_pytest_benchmark(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     run = subprocess.run(command, cwd=report.ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "one-token step, width 64, 1 × after 50: 2 of 2 sides measured" in run.stdout
+    assert "one-token step, width 64, 1 × after 50: 3 of 3 sides measured" in run.stdout
     compare = [sys.executable, "-m", "pytest_benchmark", "compare", str(saved)]
     comparison = subprocess.run(compare, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "attention" in comparison
     assert "GRU" in comparison
     result = report.Result(saved)
-    assert [run.side for run in result.runs] == ["attention", "GRU"]
+    assert [run.side for run in result.runs] == ["attention", "attention without rotation", "GRU"]
     assert all(run.stats["rounds"] == measure.MAX_ROUNDS for run in result.runs)
     assert result.runs[0].stats["data"] != result.runs[1].stats["data"]
     assert "a test" in report.report(result)
