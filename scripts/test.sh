@@ -24,7 +24,7 @@ if [[ $emulated ]]; then
     done
   fi
 else
-  options=(-n "$(nproc)" --dist worksteal)
+  options=(-n "$(env -u OMP_NUM_THREADS nproc)" --dist worksteal) # nproc would give the threads of OpenMP
   [[ $all || $named ]] || options+=(-m "not slow")
 fi
 exec python -m pytest -q "${options[@]}" "${arguments[@]}"
