@@ -45,9 +45,8 @@ class Instruction:
     @property
     def final(self) -> bool:
         """Whether the next instruction in memory cannot follow it."""
-        if self.name in ("BRA", "JMP"):  # from sm_100 on a condition may be an operand
-            return not self.predicate and self.operands.startswith("`")
-        return not self.predicate and self.name in ("EXIT", "RET")
+        conditional = self.predicate or re.match(r"!?U?[PR]\w+,", self.operands)  # an operand it is from sm_100 on
+        return not conditional and self.name in ("BRA", "EXIT", "RET", "JMP")
 
     def __str__(self) -> str:
         return f"{self.predicate} {self.opcode} {self.operands}".strip()
