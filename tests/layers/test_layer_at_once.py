@@ -9,38 +9,20 @@ from torch.nn.modules import module as modules
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.support.at_once import WIDTH, make_layer, note
 from tests.support.checks import BACKBONES, INNERS, assert_close
 from tests.support.exactness import SCALES, distances, excess, layer_results, reference_errors, token_sizes
 from ttt4rec import TTTLayer
 from ttt4rec.layers import ttt
 from ttt4rec.native import threads
 
-WIDTH = 32
 PACKED = torch.tensor([0, 5, 5, 26, 41])
-at_once = ttt.layer_at_once
-
-
-def make_layer(inner="mlp", backbone="mamba", dtype=torch.float64, **options):
-    layer = TTTLayer(WIDTH, 2, inner=inner, backbone=backbone, mini_batch_size=5, **options).to(dtype)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return layer
 
 
 @pytest.fixture
 def taken(monkeypatch):
     """What came out at once."""
-    found = []
-
-    def note(*given):
-        y = at_once(*given)
-        if y is not None:
-            found.append(y)
-        return y
-
-    monkeypatch.setattr(ttt, "layer_at_once", note)
-    return found
+    return note(monkeypatch, "layer_at_once")
 
 
 def results(layer, x, **options):

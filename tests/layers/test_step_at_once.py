@@ -9,20 +9,12 @@ from torch.nn.modules import module as modules
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.support.at_once import WIDTH, make_layer, note
 from tests.support.checks import BACKBONES, INNERS, assert_close
 from ttt4rec import TTTLayer
-from ttt4rec.layers import ttt
 from ttt4rec.operators import backends
 
-WIDTH, SLOTS = 32, 40
-
-
-def make_layer(inner="mlp", backbone="mamba", dtype=torch.float64, **options):
-    layer = TTTLayer(WIDTH, 2, inner=inner, backbone=backbone, mini_batch_size=5, **options).to(dtype)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return layer
+SLOTS = 40
 
 
 def steps(count=13, dtype=torch.float64):
@@ -35,18 +27,7 @@ def steps(count=13, dtype=torch.float64):
 @pytest.fixture
 def taken(monkeypatch):
     """How many steps were taken at once."""
-    calls = []
-    monkeypatch.setattr(ttt, "step_at_once", lambda *given: note(calls, at_once(*given)))
-    return calls
-
-
-at_once = ttt.step_at_once
-
-
-def note(calls, y):
-    if y is not None:
-        calls.append(y)
-    return y
+    return note(monkeypatch, "step_at_once")
 
 
 OPTIONS = {"plain": {}, "bounded": {"max_inner_step": 0.3}, "still": {"adapt": False}}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.checks import BACKBONES, GOLDEN_CASES, INNERS, load_golden, relative_error
+from tests.support.checks import BACKBONES, GOLDEN_CASES, INNERS, layer_of, load_golden, relative_error
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 from ttt4rec.layers.original_weights import _BLOCK_NAMES, load_release_block
 from ttt4rec.models.blocks import AttentionMixer, Block
@@ -36,16 +36,7 @@ def test_block_agrees_with_the_release(name):
     golden = load_golden(name)
     config, parameters = golden.config, golden.part("param.")
     width = config["num_heads"] * config["head_dim"]
-    layer = TTTLayer(
-        width,
-        config["num_heads"],
-        inner=config["inner"],
-        backbone="mamba" if config["share_qk"] else "transformer",
-        mini_batch_size=config["mini_batch_size"],
-        rope_theta=config["rope_theta"],
-        base_lr=config["ttt_base_lr"],
-        conv_kernel=config["conv_kernel"],
-    )
+    layer = layer_of(config, "auto")
     hidden = parameters["mlp.up_proj.weight"].shape[0]
     block = Block(
         width, layer, ffn_width=hidden, conv_kernel=config["conv_kernel"] if config["pre_conv"] else None
