@@ -174,11 +174,12 @@ def segment_length(model: InnerModel, weights: tuple[Tensor, ...], mini_batch_si
     """How many mini-batches lie between two copies of the weights ``[N, H, ...]`` that the forward keeps.
 
     A copy is at most an eighth of what is kept of the tokens between two of them: q, k, v and the inner gradients, and
-    Z1 of TTT-MLP. Shorter segments than sixteen mini-batches would save no time.
+    Z1 of TTT-MLP. Shorter segments would save no time, unless mini-batches are long: a segment has 1,024 tokens or
+    sixteen mini-batches at least, whichever is less.
     """
     D, hidden = weights[0].shape[2:]
     kept = mini_batch_size * (3 * D + sum(model.kept_widths(D, hidden)))
-    return max(16, -(-8 * model.numbers(D, hidden) // kept))
+    return max(min(16, -(-1024 // mini_batch_size)), -(-8 * model.numbers(D, hidden) // kept))
 
 
 def _reference_scan(scan: Scan) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "tiles.h"
+#include "dual_layer.h"
 
 // A head's tiles of a mini-batch, [r, D] each.
 struct Tokens {
@@ -85,6 +85,7 @@ class InnerModel {  // TTT-MLP
     inner_.set(r, Z2_, t.k, t.v, t.gamma, t.beta, t.eps);
     inner_.value(r, G2);
     set_G1(r, G2, state);
+    accumulate(rates, t.k, G2, state);
     first_.output(rates, t.q, t.k, G1_, P1_);
     gelu<false, false>(r * HIDDEN, P1_, X2_bar_);
     second_.output(rates, X2_bar_, state.X2, G2, P2_);
@@ -99,7 +100,9 @@ class InnerModel {  // TTT-MLP
     use(state);
     gelu<true, true>(rates.r * HIDDEN, Z1, state.X2, state.slope, state.curvature);
     set_G1(rates.r, G2, state);
-    if (next != nullptr) update(rates, k, G2, state, *next);
+    if (next == nullptr) return;
+    accumulate(rates, k, G2, state);
+    update(rates, k, G2, state, *next);
   }
 
   void backward(const Rates& rates, const Tokens& t, T* const* kept, const State& state) {
@@ -112,6 +115,7 @@ class InnerModel {  // TTT-MLP
     multiply(r, state.G2_W2, state.slope, G1_);
     second_.affine(r, state.X2, Z2_);
     inner_.set(r, Z2_, t.k, t.v, t.gamma, t.beta, t.eps);
+    accumulate(rates, t.k, G2, state);
     first_.output(rates, t.q, t.k, G1_, P1_);
     gelu<true, false>(r * HIDDEN, P1_, X2_bar_, bar_slope_);
     second_.output(rates, X2_bar_, state.X2, G2, P2_);
@@ -124,7 +128,7 @@ class InnerModel {  // TTT-MLP
     // G1, (26).
     multiply(r, dG1_, state.slope, E_);
     add_product<D>(r, HIDDEN, E_, HIDDEN, 1, second_.W, dG2_);
-    add_product<D>(HIDDEN, r, E_, 1, HIDDEN, G2, second_.dW);
+    second_.add_outer_product(r, E_, G2);
     // G2, then Z2 and Z1.
     inner_.backward(r, dG2_, G2, t.gamma, dZ2_, de_, d_gamma_);
     second_.backward_of_affine(r, state.X2, dZ2_, dX2_);
@@ -157,6 +161,11 @@ class InnerModel {  // TTT-MLP
   void set_G1(int r, const T* G2, State& state) {
     set_product<HIDDEN>(r, D, G2, D, 1, second_.transpose_weights(), state.G2_W2);
     multiply(r, state.G2_W2, state.slope, G1_);
+  }
+
+  void accumulate(const Rates& rates, const T* k, const T* G2, const State& state) {
+    first_.accumulate(rates, k, G1_);
+    second_.accumulate(rates, state.X2, G2);
   }
 
   void update(const Rates& rates, const T* k, const T* G2, const State& state, const State& next) {
@@ -195,6 +204,7 @@ class InnerModel<0> {  // TTT-Linear
     layer_.affine(r, t.k, Z_);
     inner_.set(r, Z_, t.k, t.v, t.gamma, t.beta, t.eps);
     inner_.value(r, G);
+    layer_.accumulate(rates, t.k, G);
     layer_.output(rates, t.q, t.k, G, P_);
     if (rates.complete()) layer_.update(rates, t.k, G, layer_.W, layer_.b);
     norm_.set(r, P_, t.eps);
@@ -203,7 +213,9 @@ class InnerModel<0> {  // TTT-Linear
 
   void replay(const Rates& rates, const T* k, T* const* kept, State& state, State* next) {
     use(state);
-    if (next != nullptr) layer_.update(rates, k, kept[0], next->weights[0], next->weights[1]);
+    if (next == nullptr) return;
+    layer_.accumulate(rates, k, kept[0]);
+    layer_.update(rates, k, kept[0], next->weights[0], next->weights[1]);
   }
 
   void backward(const Rates& rates, const Tokens& t, T* const* kept, const State& state) {
@@ -214,6 +226,7 @@ class InnerModel<0> {  // TTT-Linear
     layer_.transpose_weights();
     layer_.affine(r, t.k, Z_);
     inner_.set(r, Z_, t.k, t.v, t.gamma, t.beta, t.eps);
+    layer_.accumulate(rates, t.k, G);
     layer_.output(rates, t.q, t.k, G, P_);
     norm_.set(r, P_, t.eps);
     // Output and update, then G, then Z.
