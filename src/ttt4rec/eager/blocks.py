@@ -114,13 +114,11 @@ class BlockedLayer:
         """Rows times ``[R, r]`` or ``[r]``, and their products with those of y, summed over features ``[R, r]``."""
         return x * scale.unsqueeze(-1), (x * y).sum(-1)
 
-    @staticmethod
-    def causal(pairs: Tensor, add: int) -> Tensor:
+    def causal(self, pairs: Tensor, add: int) -> Tensor:
         """tril(pairs + add), in place of what is given."""
         return (pairs.add_(add) if add else pairs).tril_()
 
-    @staticmethod
-    def running(sums: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+    def running(self, sums: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
         """From sums of every block ``[R, blocks, ...]``, for every block, those of all before it, and of all there are.
 
         Or those of all after it, if there is something that is after the last.

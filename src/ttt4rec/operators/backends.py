@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..arguments import MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE
+from ..arguments import MAX_HEAD_DIM
 from .transforms import transformed
 
 Backend = Literal["auto", "reference", "eager", "native", "triton"]
@@ -114,9 +114,9 @@ def kernel_refusal(x: Tensor, head_dim: int, mini_batch_size: int) -> str | None
         return "needs the package triton, which is not installed"
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"runs on CUDA tensors, or on others with TRITON_INTERPRET=1; given {x.device}"
-    if x.dtype == torch.float64 or head_dim > MAX_HEAD_DIM or mini_batch_size > MAX_MINI_BATCH_SIZE:
+    if x.dtype == torch.float64 or head_dim > MAX_HEAD_DIM:
         return (
-            f"takes float32, bfloat16 and float16, head dimensions up to {MAX_HEAD_DIM} and "
-            f"mini-batches up to {MAX_MINI_BATCH_SIZE}; given {x.dtype}, {head_dim} and {mini_batch_size}"
+            f"takes float32, bfloat16 and float16 and head dimensions up to {MAX_HEAD_DIM}; "
+            f"given {x.dtype} and {head_dim}"
         )
     return None
