@@ -23,8 +23,8 @@ from . import launch
 
 ONES = 8
 """Features behind those of keys and queries: the library's products want rows of whole 16 bytes."""
-PROGRAM = 4096
-"""Numbers of a program's tile; 16 to 32 a thread. On paper, not measured."""
+PROGRAM = 2048
+"""Numbers of a program's tile, 16 a thread. Chosen on paper, by registers, and not measured."""
 
 
 def pieces(scan: Scan) -> Pieces:
@@ -142,7 +142,7 @@ class FusedLayer(BlockedLayer):
         rows, blocks, numbers = *sums.shape[:2], sums.shape[2:].numel()
         out = torch.empty_like(sums, dtype=self._keys.dtype)
         total = _float32((rows, *sums.shape[2:]), sums)
-        sizes = _sizes(out.dtype, 1024)
+        sizes = _sizes(out.dtype, 512)
         arguments = (sums, last, out, total, blocks, numbers, sizes)
         launch.Launch(
             jit.running_kernel, (rows * triton.cdiv(numbers, sizes.features),), arguments, launch.Blocks(4, 1)
