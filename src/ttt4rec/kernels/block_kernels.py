@@ -44,10 +44,9 @@ def rows_of(sizes: tl.constexpr):
 
 @triton.jit
 def places(width, sizes: tl.constexpr):
-    """Offsets of the program's tokens in a tensor of rows so wide, and which are features, [R, F]."""
+    """Offsets of the program's tokens in a tensor of rows so wide, and which are features, [R, F] and [1, F]."""
     features = tl.arange(0, sizes.features)
-    wanted = (tl.zeros((sizes.rows, 1), tl.int32) + features[None, :]) < sizes.head_dim
-    return rows_of(sizes)[:, None] * width + features[None, :], wanted
+    return rows_of(sizes)[:, None] * width + features[None, :], (features < sizes.head_dim)[None, :]
 
 
 @triton.jit
@@ -73,8 +72,7 @@ def store_padded(pointer, x, last, width, sizes: tl.constexpr):
     tl.store(pointer + offsets, rounded(x, sizes), mask=wanted)
     behind = tl.arange(0, 8)
     offsets = rows_of(sizes)[:, None] * width + sizes.head_dim + behind[None, :]
-    value = tl.where(behind == 0, last, 0.0)[None, :] + tl.zeros((sizes.rows, 1), tl.float32)
-    tl.store(pointer + offsets, rounded(value, sizes))
+    tl.store(pointer + offsets, rounded(tl.where(behind == 0, last, 0.0)[None, :], sizes))
 
 
 @triton.jit
@@ -237,7 +235,8 @@ def running_kernel(
     columns = tl.program_id(0) % parts * sizes.features + tl.arange(0, sizes.features)
     wanted = columns < numbers
     if last is None:
-        total = tl.zeros((sizes.features,), tl.float32)
+        F: tl.constexpr = sizes.features
+        total = tl.zeros((F,), tl.float32)
     else:
         total = tl.load(last + row * numbers + columns, mask=wanted, other=0.0)
     for i in range(blocks):
