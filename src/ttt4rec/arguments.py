@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .inner_models import INNER_MODELS, InnerModel, Record
 
-MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE = 128, 64  # of the fused kernels
+MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE = 128, 64  # of the fused kernels; longer mini-batches are cut into blocks so long
 
 
 class Scan(NamedTuple):

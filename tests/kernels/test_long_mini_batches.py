@@ -1,4 +1,4 @@
-"""Mini-batches longer than a kernel's program: the library's products with kernels between them, against the definition.
+"""Mini-batches longer than a kernel's program: the library's products and kernels between them, beside float64.
 
 Interpreted where there is no GPU.
 """
@@ -136,7 +136,9 @@ def test_opcheck(inner: str) -> None:
     operator = SCANS[inner]
     inputs = make_inputs(inner, 1, 140, 1, 16, 70)
     scan = make_scan(inner, inputs)
-    flat = [x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in operator.flatten(scan)]
+    flat = [
+        x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in operator.flatten(scan)
+    ]
     torch.library.opcheck(operator.op, (*flat, "triton"))
 
 
@@ -164,7 +166,7 @@ def test_running_sums_both_ways(features: int) -> None:
 def test_dtypes_and_head_dimensions_that_kernels_do_not_run_are_refused() -> None:
     for shape, dtype in (((1, 70, 1, 16, 70), torch.float64), ((1, 70, 1, 129, 70), torch.float32)):
         scan = make_scan("linear", make_inputs("linear", *shape, dtype=dtype))
-        with pytest.raises(ValueError, match="kernels' (tokens|head dimension) must be"):
+        with pytest.raises(ValueError, match=r"kernels' (tokens|head dimension) must be"):
             kernels.linear_scan(scan)
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import MAX_MINI_BATCH_SIZE
 from .tiles import InnerWeights
 
-BLOCK = 64
+BLOCK = MAX_MINI_BATCH_SIZE
 """Tokens between which pairs are taken. Sums before blocks are then no more than the tokens, up to as many features."""
 
 
