@@ -160,9 +160,13 @@ def _prepare(op: str, sizes: Sizes, dtype: torch.dtype) -> launch.Launch:
 def block_launches(inner: str, sizes: Sizes, dtype: torch.dtype) -> list[launch.Launch]:
     """What a scan of mini-batches longer than a program's, and its backward, launch."""
     operator, found, run = SCANS[inner], list[launch.Launch](), launch.Launch.run
+
+    def note(prepared: launch.Launch) -> None:
+        found.append(prepared)
+
     given = operator.sample(sizes, dtype, "meta", segment=16)
     kept, grads = operator.backward_sample(operator(given, "triton"))
-    launch.Launch.run = lambda prepared: found.append(prepared)  # type: ignore[method-assign]
+    launch.Launch.run = note  # type: ignore[assignment, method-assign]
     try:
         getattr(kernels, f"{inner}_scan")(given)
         getattr(kernels, f"{inner}_scan_backward")(given, kept, grads)

@@ -13,6 +13,7 @@ from tests.support.checks import (
     run_inner,
 )
 from tests.support.exactness import distances, excess, operator_inputs, operator_results, reference_errors
+from ttt4rec.inner_models import INNER_MODELS
 from ttt4rec.layers import functional
 from ttt4rec.operators import SCANS
 
@@ -158,9 +159,7 @@ def test_replay_gives_the_forwards_weights_to_the_last_bit(inner, backend, monke
 @both
 def test_a_copy_of_the_weights_is_small_beside_what_is_kept(inner):
     weights = [w.unsqueeze(0) for name, w in inner_inputs(inner, 1, 1, 1, 64, 1).items() if name[0] in "Wb"]
-    lengths = {
-        K: functional.segment_length(functional.INNER_MODELS[inner], tuple(weights), K) for K in (16, 64, 512, 2048)
-    }
+    lengths = {K: functional.segment_length(INNER_MODELS[inner], tuple(weights), K) for K in (16, 64, 512, 2048)}
     assert lengths[16] >= lengths[64] >= 16
     assert lengths[2048] == 1 <= lengths[512] <= 2
 

@@ -23,6 +23,7 @@ from .primitives import (
     only_features,
     recentred,
     rounded,
+    total,
 )
 
 
@@ -88,7 +89,7 @@ def store_sum(pointer, x, sizes: tl.constexpr):
     """The program's own sum over its tokens, in ``[programs, D]``."""
     features = tl.arange(0, sizes.features)
     at = tl.program_id(0).to(tl.int64) * sizes.head_dim + features
-    tl.store(pointer + at, tl.sum(x, 0), mask=features < sizes.head_dim)
+    tl.store(pointer + at, total(x, 0), mask=features < sizes.head_dim)
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def inner_gradient_backward_kernel(
     """dZ, de, and sums of dγ and dβ, (21) and (23)."""
     x_hat, r, scale, error = load_error(Z, k, v, gamma, beta, width, tokens, eps, sizes)
     dG_rows, G_rows = load(dG, sizes.head_dim, sizes), load(G, sizes.head_dim, sizes)
-    along_G = tl.sum(dG_rows * G_rows, 1)[:, None]
+    along_G = total(dG_rows * G_rows, 1)[:, None]
     dZ_rows, d_error, d_scale = inner_gradient_backward(dG_rows, along_G, G_rows, error, x_hat, r, scale, sizes)
     store(dZ, dZ_rows, sizes)
     store(de, d_error, sizes)
@@ -208,7 +209,7 @@ def scaled_kernel(x, scale, period, y, out, dots, sizes: tl.constexpr):
     x_rows = load(x, sizes.head_dim, sizes)
     store(out, tl.load(scale + rows % period)[:, None] * x_rows, sizes)
     if y is not None:
-        tl.store(dots + rows, tl.sum(x_rows * load(y, sizes.head_dim, sizes), 1))
+        tl.store(dots + rows, total(x_rows * load(y, sizes.head_dim, sizes), 1))
 
 
 @triton.jit
@@ -236,12 +237,12 @@ def running_kernel(
     wanted = columns < numbers
     if last is None:
         F: tl.constexpr = sizes.features
-        total = tl.zeros((F,), tl.float32)
+        sum = tl.zeros((F,), tl.float32)
     else:
-        total = tl.load(last + row * numbers + columns, mask=wanted, other=0.0)
+        sum = tl.load(last + row * numbers + columns, mask=wanted, other=0.0)
     for i in range(blocks):
         block = i if last is None else blocks - 1 - i
         at = (row * blocks + block) * numbers + columns
-        tl.store(out + at, rounded(total, sizes), mask=wanted)
-        total += tl.load(sums + at, mask=wanted, other=0.0)
-    tl.store(all + row * numbers + columns, total, mask=wanted)
+        tl.store(out + at, rounded(sum, sizes), mask=wanted)
+        sum += tl.load(sums + at, mask=wanted, other=0.0)
+    tl.store(all + row * numbers + columns, sum, mask=wanted)
