@@ -32,6 +32,8 @@ class Scan(NamedTuple):
     eps: float  # added to the layer norm's variance
     segment: int  # mini-batches between two checkpoints
     inner: str  # the inner model's name; an operator's own, and no argument of its schema
+    log_decay: Tensor | None = None  # ln a [B, L, H], how much stays of what was learned; None: all of it
+    initial: tuple[Tensor, ...] = ()  # with it, W̄ towards which the weights decay [H, ...], in their dtype
 
     @property
     def model(self) -> InnerModel:
@@ -75,6 +77,8 @@ class TokenStep(NamedTuple):
     inner: str  # the inner model's name
     hidden: int  # F, 0 if there are no hidden features
     eps: float
+    log_decay: Tensor | None = None  # as in Scan [B, H]
+    initial: Tensor | None = None  # with it, W̄ and b̄ of every layer as they lie in a record [H, numbers]
 
     @property
     def record(self) -> Record:

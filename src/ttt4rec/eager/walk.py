@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..arguments import Scan
 from .checkpoints import HELD_BYTES, LEAST_HELD, Checkpoints, layers, room_for, steps_ahead
+from .forgetting import Forgetting, forget
 from .layout import CACHE_BYTES, MiniBatch, RowChunk, by_token, row_chunks
 from .pieces import Pieces
 
@@ -35,7 +36,7 @@ def walk_forward(step: ForwardStep, pieces: Pieces, kept_widths: Sequence[int], 
     outgoing = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in weights]
     q_all, k_all, v_all, lr_all = (by_token(x, starts) for x in scan.tokens)
     results = [by_token(x, starts) for x in (o, *kept)]
-    checkpoints = Checkpoints.empty(scan)
+    checkpoints, forgetting = Checkpoints.empty(scan), Forgetting(scan)
     for chunk in _chunks(scan, pieces):
         rows = [chunk.affine(W, b, dtype) for W, b in layers(weights)]
         gamma, beta = (chunk.per_head(p, dtype) for p in (scan.ln_weight, scan.ln_bias))
@@ -46,7 +47,9 @@ def walk_forward(step: ForwardStep, pieces: Pieces, kept_widths: Sequence[int], 
             q, k = (part.read_with_one(x, operand, pieces.ones) for x in (q_all, k_all))
             rates = pieces.rates(part.read(lr_all, dtype), scale, part.complete)
             own = (q, k, part.read(v_all, operand), gamma[:n], beta[:n], [W[:n] for W in rows])
+            lost = forgetting.lost(part, rows)
             P, keep = step(pieces, *own, rates, scan.eps)
+            forget(rows, lost)
             o_part = pieces.output_norm(P, scan.eps).output(q, gamma[:n], beta[:n])
             for source, out in zip((o_part, *keep), results, strict=True):
                 part.write(source, out)
@@ -68,7 +71,7 @@ def walk_backward(
     ``replay(pieces, k, *kept, weights, rates)`` updates the weights in place, as the forward did. ``step(pieces, dO, q,
     k, v, *kept, gamma, beta, weights, d_weights, rates, eps)`` moves d_weights, in place, to before the mini-batch. It
     returns dq, dk, dv, and dγ, dβ of every token or of some of them together. Returns
-    dq, dk, dv, d lr, d s, the weights' gradients per sequence, dγ, dβ.
+    dq, dk, dv, d lr, d s, the weights' gradients per sequence, dγ, dβ, and with decays theirs and the initial weights'.
 
     Args:
         replay: see above.
@@ -87,19 +90,23 @@ def walk_backward(
     by_tokens = (by_token(x, scan.starts) for x in (*scan.tokens, grad_o, *kept_tokens))
     q_all, k_all, v_all, lr_all, dO_all, *kept_all = by_tokens
     results = [by_token(x, scan.starts) for x in d_tokens]
-    kept_weights = Checkpoints(checkpoints, scan)
+    kept_weights, forgetting = Checkpoints(checkpoints, scan), Forgetting(scan)
+    d_log_decay = [] if scan.log_decay is None else [torch.zeros_like(scan.log_decay, dtype=dtype)]
     for chunk in _chunks(scan, pieces, LEAST_HELD):
         d_rows = [chunk.affine(W, b, dtype) for W, b in layers(grad_weights)]
         gamma, beta = (chunk.per_head(p, dtype) for p in (scan.ln_weight, scan.ln_bias))
-        own_replay = partial(_replay, replay, pieces, operand, k_all, kept_all, lr_all, scale)
+        own_replay = partial(_replay, replay, pieces, operand, k_all, kept_all, lr_all, scale, forgetting)
         for part, rows in _from_the_last(chunk, scan.segment, kept_weights, own_replay):
             n, r = part.rows, part.length
             rates = pieces.rates(part.read(lr_all, dtype), scale, part.complete)
             q, k = (part.read_with_one(x, operand, pieces.ones) for x in (q_all, k_all))
             own = (part.read(dO_all, operand), q, k, *(part.read(x, operand) for x in (v_all, *kept_all)))
-            *d_qkv, dgamma, dbeta = step(
-                pieces, *own, gamma[:n], beta[:n], rows, [W[:n] for W in d_rows], rates, scan.eps
-            )
+            d_own = [W[:n] for W in d_rows]
+            lost = forgetting.backward(part, rows, d_own)
+            *d_qkv, dgamma, dbeta = step(pieces, *own, gamma[:n], beta[:n], rows, d_own, rates, scan.eps)
+            if lost is not None:
+                lost.take(d_own)
+                part.write(lost.log_decay, by_token(d_log_decay[0], scan.starts))
             d_lr, d_scale_part = rates.backward()
             for source, out in zip((*d_qkv, d_lr), results, strict=True):
                 part.write(source, out)
@@ -108,7 +115,7 @@ def walk_backward(
                 out += source.unflatten(0, (-1, out.shape[0])).sum((0, 2))
         for source, (W, b) in zip(d_rows, layers(incoming), strict=True):
             chunk.write_affine(source, W, b)
-    return *d_tokens, d_scale, *incoming, *d_layer_norm
+    return *d_tokens, d_scale, *incoming, *d_layer_norm, *d_log_decay, *forgetting.d_initial()
 
 
 def _from_the_last(
@@ -150,6 +157,7 @@ def _replay(
     kept: Sequence[Tensor],
     inner_lr: Tensor,
     scale: Tensor,
+    forgetting: Forgetting,
     part: MiniBatch,
     weights: Sequence[Tensor],
 ) -> None:
@@ -157,7 +165,9 @@ def _replay(
     dtype, rows = weights[0].dtype, [W[: part.rows] for W in weights]
     rates = pieces.rates(part.read(inner_lr, dtype), scale, part.complete)
     keys = part.read_with_one(k, operand, pieces.ones)
+    lost = forgetting.lost(part, rows)
     step(pieces, keys, *(part.read(x, operand) for x in kept), rows, rates)
+    forget(rows, lost)
 
 
 def _scales(scan: Scan, pieces: Pieces) -> Tensor:

@@ -25,7 +25,7 @@ more memory."""
 
 def layer_at_once(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
     """As ``TTTLayer.forward`` of checked arguments; None if the parts must do it."""
-    if layer.backend not in ("auto", "native") or not layer.adapt or layer.max_inner_step is not None:
+    if layer.backend not in ("auto", "native") or not layer.adapt or layer.max_inner_step is not None or layer.forgets:
         return None
     if type(x) is not Tensor or not x.is_cpu or not 0 < x.numel() <= LARGEST or not unobserved():
         return None

@@ -55,7 +55,7 @@ def are_rows(x: Tensor, slots: Tensor) -> bool:
 def layer_parts(layer: Any, pool: StatePool) -> LayerParts | None:
     """What a layer has, as it is now; None if something was done to a part of it, or the pool is another's."""
     around, dtype = layer_around(layer, pool.records.dtype), pool.records.dtype
-    if around is None or pool.layer != layer or not fit(dtype, (pool.records,), (pool.records.shape,)):
+    if layer.forgets or around is None or pool.layer != layer or not fit(dtype, (pool.records,), (pool.records.shape,)):
         return None
     bound = float("inf") if layer.max_inner_step is None else float(layer.max_inner_step)
     return LayerParts(around, pool.records, pool.position, pool.conv, pool.hidden, bool(layer.adapt), bound)

@@ -16,6 +16,7 @@ from ..atomic_files import check_together, read_sealed, write_together
 from ..checks import check_integer, check_positive, is_number
 from ..fields import check_choices, choice
 from ..inner_models import INNER_MODELS
+from ..layers.forgetting import GATES
 from ..layers.initialisation import STD, Device, draw
 from ..layers.original_weights import load_release_block, load_release_model
 from ..layers.ttt import Backbone, TTTLayer
@@ -49,6 +50,7 @@ class TTT4RecConfig:
         conv_kernel: taps of the convolutions.
         block_conv: whether each block begins with a convolution of its own.
         max_inner_step: bound on TTT's inner steps, if there is to be one; see ``TTTLayer``.
+        forget: by what share TTT's weights decay towards the initial ones.
         norm: normalisation before each sub-layer and at the end.
         ffn: feed-forward network.
         ffn_width: its hidden size.
@@ -70,6 +72,7 @@ class TTT4RecConfig:
     conv_kernel: int = 4
     block_conv: bool = False
     max_inner_step: float | None = None
+    forget: str = choice("none", GATES)
     norm: str = choice("rms", NORMS)
     ffn: str = choice("swiglu", FEED_FORWARDS)
     ffn_width: int = 256

@@ -43,3 +43,10 @@ def inner_loss(
     """
     error = layer_norm(model(k, weights), ln_weight, ln_bias, eps) - (v - k)
     return 0.5 * error.square().sum()
+
+
+def decayed(weights: Weights, log_decay: Tensor, initial: Weights) -> Weights:
+    """Weights ``[B, H, ...]`` drawn to the initial ones ``[H, ...]`` by ``ln a [B, K, H]``, as in (40)."""
+    lost = -log_decay.sum(1).expm1()
+    shares = (lost.reshape(lost.shape + (1,) * (w.dim() - 2)) for w in weights)
+    return tuple(w - share * (w - start) for w, share, start in zip(weights, shares, initial, strict=True))
