@@ -81,5 +81,5 @@ def forget(weights: Sequence[Tensor], lost: Sequence[Tensor]) -> None:
 
 
 def _distance(W: Tensor, initial: Tensor) -> Tensor:
-    each: Tensor = W.unflatten(0, (-1, len(initial))) - initial  # type: ignore[no-untyped-call]
+    each: Tensor = W.unflatten(0, (-1, len(initial))) - initial
     return each.flatten(0, 1)

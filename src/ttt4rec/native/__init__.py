@@ -21,7 +21,16 @@ from .full_softmax import (
     full_softmax_total_nll_backward,
     softmax_refusal,
 )
-from .inner_loop import linear_scan, linear_scan_backward, mlp_scan, mlp_scan_backward
+from .inner_loop import (
+    linear_forgetting_scan,
+    linear_forgetting_scan_backward,
+    linear_scan,
+    linear_scan_backward,
+    mlp_forgetting_scan,
+    mlp_forgetting_scan_backward,
+    mlp_scan,
+    mlp_scan_backward,
+)
 from .item_index import best_items, index_items
 from .step import token_step
 from .whole_layer import layer_backward, layer_forward
@@ -37,8 +46,12 @@ __all__ = [
     "layer_backward",
     "layer_forward",
     "layer_step",
+    "linear_forgetting_scan",
+    "linear_forgetting_scan_backward",
     "linear_scan",
     "linear_scan_backward",
+    "mlp_forgetting_scan",
+    "mlp_forgetting_scan_backward",
     "mlp_scan",
     "mlp_scan_backward",
     "model_step",

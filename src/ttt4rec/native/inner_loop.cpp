@@ -7,8 +7,10 @@
 // forward's very weights. Rows are independent of each other: which of them a thread takes changes no number.
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
+#include "forgetting.h"
 #include "inner_models.h"
 
 namespace {
@@ -35,6 +37,9 @@ struct Call {
   const T *grad_o, *grad_weights[4];
   int64_t grad_strides[4];
   T *dq, *dk, *dv, *d_lr, *d_scale, *d_weights[4], *d_gamma, *d_beta;  // d_scale [N, H, K], d_gamma [N, H, D]
+  // where something is forgotten: ln a [total, H], the initial weights [H, ...], their gradients [N, H, ...]
+  const T *log_decay, *initial[4];
+  T *d_log_decay, *d_initial[4];
 };
 
 // Copies r rows of a head between [total, H, width], from a token on, and a tile.
@@ -89,7 +94,7 @@ int64_t steps_ahead(int64_t mini_batches, int64_t room) {
 class Row {
  public:
   Row(const Call& call, int64_t states)
-      : call_(call), K_(call.K), arena_(numbers(call.K, states)), model_(arena_, call.K) {
+      : call_(call), K_(call.K), arena_(numbers(call, states)), model_(arena_, call.K) {
     for (T** tile : {&t_.q, &t_.k, &t_.v, &t_.o, &t_.dq, &t_.dk, &t_.dv}) *tile = arena_.take(K_ * D);
     for (int i = 0; i < KEPT; ++i) kept_[i] = arena_.take(K_ * Model::KEPT[i]);
     lr_ = arena_.take(K_);
@@ -99,6 +104,10 @@ class Row {
     t_.d_beta = arena_.take(D);
     t_.eps = call.eps;
     for (int64_t i = 0; i < states; ++i) states_.emplace_back(arena_, K_);
+    if (call.log_decay != nullptr) {
+      log_decay_ = arena_.take(K_);
+      forgetting_.emplace(arena_);
+    }
   }
 
   void forward(int64_t n, int64_t head) {
@@ -108,7 +117,9 @@ class Row {
       const Rates rates = read(n, head, m);
       place_.read<D>(call_.q, call_.q_stride, t_.q);
       place_.read<D>(call_.v, call_.v_stride, t_.v);
+      const bool forgets = begin(head, states_[0]);
       model_.forward(rates, t_, kept_, states_[0]);
+      if (forgets) forgetting_->end(states_[0].weights);
       place_.write<D>(t_.o, call_.o);
       if constexpr (F > 0) place_.write<F>(kept_[0], call_.kept[0]);
       place_.write<D>(kept_[KEPT - 1], call_.kept[KEPT - 1]);
@@ -137,11 +148,52 @@ class Row {
   std::vector<State> states_;
   Tokens t_{};
   Place place_{};
+  std::optional<Forgetting<Model>> forgetting_;
+  T* log_decay_ = nullptr;
   T *kept_[KEPT], *lr_, *d_lr_, *d_scale_;  // t_.d_gamma, t_.d_beta and d_scale_ are sums of one mini-batch
 
-  static size_t numbers(int K, int64_t states) {
+  static size_t numbers(const Call& call, int64_t states) {
+    const int K = call.K;
+    const size_t forgetting = call.log_decay == nullptr ? 0 : Forgetting<Model>::numbers() + Arena::rounded(K);
     return Model::numbers(K) + states * State::numbers(K) + 8 * Arena::rounded(K * D) + Arena::rounded(K * F) +
-           3 * Arena::rounded(K) + 2 * Arena::rounded(D);
+           3 * Arena::rounded(K) + 2 * Arena::rounded(D) + forgetting;
+  }
+
+  // ln A of the mini-batch that was read.
+  T log_decay() {
+    place_.read<1>(call_.log_decay, log_decay_);
+    T total = 0;
+    for (int i = 0; i < K_; ++i) total += log_decay_[i];
+    return total;
+  }
+
+  void initial_weights(int64_t head, const T** initial) const {
+    for (int i = 0; i < WEIGHTS; ++i) initial[i] = call_.initial[i] + head * Model::SIZES[i];
+  }
+
+  // Before the steps of the mini-batch that was read: whether something will be forgotten. A short one forgets nothing.
+  bool begin(int64_t head, const State& state) {
+    if (!forgetting_ || place_.r < K_) return false;
+    const T* initial[WEIGHTS];
+    initial_weights(head, initial);
+    forgetting_->begin(log_decay(), state.weights, initial);
+    return true;
+  }
+
+  // The same on the way back, with the gradients behind the mini-batch.
+  bool begin_backward(int64_t n, int64_t head, const State& state) {
+    if (!forgetting_ || place_.r < K_) return false;
+    const T* initial[WEIGHTS];
+    T *gradients[WEIGHTS], *d_initial[WEIGHTS];
+    initial_weights(head, initial);
+    for (int i = 0; i < WEIGHTS; ++i) {
+      gradients[i] = model_.gradients(i);
+      d_initial[i] = call_.d_initial[i] + (n * call_.H + head) * Model::SIZES[i];
+    }
+    const T d = forgetting_->begin_backward(log_decay(), state.weights, initial, gradients, d_initial);
+    std::fill_n(log_decay_, K_, d);
+    place_.write<1>(log_decay_, call_.d_log_decay);
+    return true;
   }
 
   int64_t mini_batches(int64_t n) const { return (call_.lengths[n] + K_ - 1) / K_; }
@@ -189,7 +241,9 @@ class Row {
     const Rates rates = read(n, head, m);
     if constexpr (F > 0) place_.read<F>(call_.kept[0], kept_[0]);
     place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
+    const bool forgets = next != nullptr && begin(head, state);
     model_.replay(rates, t_.k, kept_, state, next);
+    if (forgets) forgetting_->end(next->weights);
   }
 
   void backward(int64_t n, int64_t head, int64_t m, const State& state) {
@@ -202,7 +256,13 @@ class Row {
     std::fill_n(d_lr_, rates.r, T(0));
     for (T* sum : {t_.d_gamma, t_.d_beta}) std::fill_n(sum, D, T(0));
     std::fill_n(d_scale_, K_, T(0));
+    const bool forgets = begin_backward(n, head, state);
     model_.backward(rates, t_, kept_, state);
+    if (forgets) {
+      T* gradients[WEIGHTS];
+      for (int i = 0; i < WEIGHTS; ++i) gradients[i] = model_.gradients(i);
+      forgetting_->end(gradients);
+    }
     place_.write<D>(t_.dq, call_.dq, call_.dq_stride);
     place_.write<D>(t_.dk, call_.dk, call_.dk_stride);
     place_.write<D>(t_.dv, call_.dv, call_.dv_stride);
