@@ -30,7 +30,7 @@ def declare_scan(model: InnerModel, forgets: bool = False) -> Operator[Scan]:
     def fake(scan: Scan, backend: str) -> tuple[Tensor, ...]:
         q, weights, D = scan.q, scan.weights, scan.q.shape[3]
         # kernels keep inner gradients as rounded for their products, the other backends in full precision
-        dtype = q.dtype if backend == "triton" and not forgets else weights[0].dtype
+        dtype = q.dtype if backend == "triton" else weights[0].dtype
         tokens = [q.new_empty(*q.shape[:3], width, dtype=dtype) for width in model.kept_widths(D, scan.hidden)]
         return q.new_empty(q.shape), *(w.new_empty(w.shape) for w in weights), *tokens, scan.new_checkpoints()
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inner_models import Weights, decayed, layer_norm
+from .inner_models import Weights, forgotten, layer_norm
 
 
 def dual_form(
@@ -43,9 +43,9 @@ def dual_form(
         )
         outputs.append(q[:, :, tokens] + layer_norm(out, ln_weight, ln_bias, eps))
         if r == K:
-            if log_decay is not None:  # the steps were taken from the weights as they were
-                drawn = decayed(weights, log_decay[:, tokens], initial)
-                updated = tuple(w + new - old for w, new, old in zip(drawn, updated, weights, strict=True))
+            if log_decay is not None:
+                lost = forgotten(weights, log_decay[:, tokens], initial)
+                updated = tuple(w - x for w, x in zip(updated, lost, strict=True))
             weights = updated
     return torch.cat(outputs, dim=2).transpose(1, 2), weights
 

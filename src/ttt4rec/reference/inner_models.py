@@ -45,8 +45,8 @@ def inner_loss(
     return 0.5 * error.square().sum()
 
 
-def decayed(weights: Weights, log_decay: Tensor, initial: Weights) -> Weights:
-    """Weights ``[B, H, ...]`` drawn to the initial ones ``[H, ...]`` by ``ln a [B, K, H]``, as in (40)."""
+def forgotten(weights: Weights, log_decay: Tensor, initial: Weights) -> Weights:
+    """``(1 - A) (W - W̄)`` of (40), for weights ``[B, H, ...]``, ``ln a [B, K, H]`` and initial weights ``[H, ...]``."""
     lost = -log_decay.sum(1).expm1()
     shares = (lost.reshape(lost.shape + (1,) * (w.dim() - 2)) for w in weights)
-    return tuple(w - share * (w - start) for w, share, start in zip(weights, shares, initial, strict=True))
+    return tuple(share * (w - start) for w, share, start in zip(weights, shares, initial, strict=True))

@@ -6,7 +6,7 @@ Numbers in brackets are equations of docs/mathematics.md.
 import torch
 from torch import Tensor
 
-from .inner_models import InnerModel, Weights, decayed, inner_loss, layer_norm
+from .inner_models import InnerModel, Weights, forgotten, inner_loss, layer_norm
 
 
 def primal_form(
@@ -60,7 +60,7 @@ def primal_form(
         outputs.append(output.squeeze(-2))
         if i == K - 1:
             if log_decay is not None:
-                start = decayed(start, log_decay[:, t + 1 - K : t + 1], initial)
-                weights_i = tuple(w - token_scale[i] * total for w, total in zip(start, gradient_sums, strict=True))
+                lost = forgotten(start, log_decay[:, t + 1 - K : t + 1], initial)
+                weights_i = tuple(w - x for w, x in zip(weights_i, lost, strict=True))
             start, gradient_sums = weights_i, tuple(torch.zeros_like(w) for w in weights)
     return torch.stack(outputs, dim=1), start
