@@ -198,6 +198,14 @@ class LayerForward(NamedTuple):
         return INNER_MODELS[self.around.inner].hidden(self.weights)
 
 
+class Forget(NamedTuple):
+    """How a layer forgets."""
+
+    bias: Tensor  # of its gates [H]
+    weight: Tensor | None  # [H, C]; None: whatever the input is
+    initial: tuple[Tensor, ...]  # W1, b1[, W2, b2] [H, ...]
+
+
 class LayerParts(NamedTuple):
     """A whole layer and its pool, for a step of some streams at once."""
 
@@ -208,6 +216,7 @@ class LayerParts(NamedTuple):
     hidden: int  # F, 0 if there are no hidden features
     adapt: bool  # whether there are inner rates at all
     max_inner_step: float  # infinite if there is no bound
+    forget: Forget | None = None  # None: it does not
 
 
 class LayerStep(NamedTuple):

@@ -101,6 +101,7 @@ def test_libraries_of_different_shapes_share_nothing():
 CALLS = {  # what crosses into C++, and what there tells its size
     inner_loop.ScanCall: (build.INNER_LOOP, "ttt_call_size"),
     step.StepCall: (build.STEP, "ttt_step_call_size"),
+    step.DecayCall: (build.STEP, "ttt_decay_call_size"),
     LayerCall: (build.STEP, "ttt_layer_call_size"),
     NormCall: (build.STEP, "ttt_norm_call_size"),
     BlockCall: (build.STEP, "ttt_block_call_size"),

@@ -24,6 +24,7 @@ from tests.support.checks import (
 from tests.support.exactness import SCALES, distances, excess, operator_inputs, operator_results, reference_errors
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 from ttt4rec.layers.forgetting import GATES
+from ttt4rec.layers.step_at_once import step_at_once
 from ttt4rec.reference import dual_form, linear_model, mlp_model, primal_form
 
 MODELS = {"linear": linear_model, "mlp": mlp_model}
@@ -185,6 +186,22 @@ def test_steps_in_a_pool(inner, forget):
     state = other.read(torch.tensor([2, 1, 0]))
     assert_states_close(state, end)
     assert_close(state.pending_log_decay, end.pending_log_decay)
+
+
+@pytest.mark.parametrize("forget", FORGETFUL)
+@pytest.mark.parametrize("inner", INNERS)
+def test_a_step_at_once_is_that_of_the_parts(inner, forget):
+    layer = make_layer(inner, "transformer", width=16, forget=forget)
+    x, slots = torch.randn(3, 9, 16, dtype=torch.float64), torch.tensor([1, 4, 2])
+    pools = [layer.make_pool(5) for _ in range(2)]
+    for t in range(9):
+        y = step_at_once(layer, x[:, t], pools[0], slots)
+        assert y is not None
+        assert_close(y, layer._step_by_parts(x[:, t], pools[1], slots))
+    assert_close(pools[0].records, pools[1].records)
+    with torch.no_grad():
+        layer.forget_bias = torch.nn.Parameter(layer.forget_bias.float())
+    assert step_at_once(layer, x[:, 0], pools[0], slots) is None
 
 
 @pytest.mark.parametrize("forget", FORGETFUL)

@@ -32,12 +32,13 @@ from .inner_loop import (
     mlp_scan_backward,
 )
 from .item_index import best_items, index_items
-from .step import token_step
+from .step import forgetting_token_step, token_step
 from .whole_layer import layer_backward, layer_forward
 from .whole_step import layer_step, model_step
 
 __all__ = [
     "best_items",
+    "forgetting_token_step",
     "full_softmax_nll",
     "full_softmax_nll_backward",
     "full_softmax_total_nll",
