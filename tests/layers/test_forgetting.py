@@ -25,9 +25,8 @@ from tests.support.exactness import SCALES, distances, excess, operator_inputs, 
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 from ttt4rec.layers.forgetting import GATES
 from ttt4rec.layers.step_at_once import step_at_once
-from ttt4rec.reference import dual_form, linear_model, mlp_model, primal_form
+from ttt4rec.reference import MODELS, dual_form, inner_loss, primal_form
 
-MODELS = {"linear": linear_model, "mlp": mlp_model}
 FORGETFUL = [gate for gate in GATES if gate != "none"]
 BACKENDS = ("eager", "native")
 
@@ -275,3 +274,57 @@ def test_half_precision_is_close():
     x = torch.randn(1, 20, 16, dtype=torch.float64)
     y = layer(x)
     assert relative_error(layer.bfloat16()(x.bfloat16()), y) < 0.1
+
+
+@pytest.mark.parametrize("forget", list(GATES))
+@pytest.mark.parametrize("inner", INNERS)
+def test_surprise_is_the_inner_loss_over_that_of_the_initial_weights(inner, forget):
+    layer = make_layer(inner, "mamba", width=16, forget=forget)
+    x = torch.randn(2, 11, 16, dtype=torch.float64)
+    found = layer.surprise(x)
+    assert found.shape == (2, 11)
+    assert_close(found[:, :4], torch.ones(2, 4, dtype=torch.float64))  # nothing was learned yet
+    _, state = layer(x[:, :8], return_state=True)
+    _, k, v, *_ = layer._views(x, None, None, None, "eager")
+    losses = {}
+    for name, weights in (("own", state.weights), ("initial", layer.initial_state()[0])):
+        each = [
+            inner_loss(
+                tuple(w if name == "initial" else w[n] for w in weights),
+                *(y[n, t, :, None] for y in (k, v)),
+                *layer.initial_state()[1],
+                MODELS[inner],
+                1e-6,
+            )
+            for n in range(2)
+            for t in range(8, 11)
+        ]
+        losses[name] = torch.stack(each).view(2, 3)
+    assert_close(found[:, 8:], losses["own"] / losses["initial"])
+
+
+def test_how_far_weights_have_moved():
+    layer = make_layer("mlp", "transformer", width=16, num_heads=2)
+    x = torch.randn(3, 9, 16, dtype=torch.float64)
+    _, state = layer(x, return_state=True)
+    moved = layer.moved(state)
+    assert moved.shape == (3, 2)
+    assert (moved > 0).all()
+    _, early = layer(x[:, :3], return_state=True)
+    assert not layer.moved(early).any()
+    doubled = type(state)(
+        tuple(2 * w.expand(3, *w.shape) for w in layer.initial_state()[0]), *list(vars(state).values())[1:]
+    )
+    assert_close(layer.moved(doubled), torch.ones(3, 2, dtype=torch.float64))
+
+
+def test_a_models_surprise_is_the_mean_over_its_blocks():
+    config = TTT4RecConfig(20, 16, 2, num_heads=2, mini_batch_size=4, backbone="mamba", block_conv=True)
+    model, ids = TTT4Rec(config, dtype=torch.float64).eval(), torch.randint(1, 21, (2, 9))
+    inputs = []
+    for block in model.blocks:
+        block.mixer.register_forward_pre_hook(lambda layer, given: inputs.append((layer, given[0])))
+    model(ids)
+    assert_close(model.surprise(ids), torch.stack([layer.surprise(x) for layer, x in inputs]).mean(0))
+    with pytest.raises(TypeError, match="mixer must be ttt"):
+        TTT4Rec(TTT4RecConfig(20, 16, num_heads=2, mixer="gru")).surprise(ids)

@@ -32,6 +32,7 @@ from .validation import (
     check_mask,
     check_step_input,
 )
+from .watching import moved, surprise
 
 Inner = Literal["linear", "mlp"]
 Backbone = Literal["transformer", "mamba"]
@@ -281,6 +282,28 @@ class TTTLayer(nn.Module):
         if pool.conv is not None and conv is not None:
             pool.conv.index_copy_(0, slots, conv)
         return finish(o.unsqueeze(1), gate, None, self.norm, self.output, backend).squeeze(1)
+
+    def moved(self, state: TTTState) -> Tensor:
+        """How far each stream's and head's weights are from the initial ones, over those' norm: float64 ``[N, H]``."""
+        return moved(self, state)
+
+    def surprise(self, x: Tensor) -> Tensor:
+        """How much worse than the initial weights those know a token with which its mini-batch begins.
+
+        That is a ratio of inner losses, summed over the heads: below 1 where what was learned helps, and above where it
+        misleads, as after a switch. There are no gradients.
+
+        Args:
+            x: sequences from their beginning ``[B, L, width]``.
+
+        Returns:
+            The ratios ``[B, L]``.
+
+        Raises:
+            ValueError: x has another shape, or the inner model is another package's.
+        """
+        check_layer_input(x, self.width, None, None)
+        return surprise(self, x)
 
     @property
     def _context(self) -> tuple[int, int] | None:

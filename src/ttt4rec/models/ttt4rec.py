@@ -224,6 +224,28 @@ class TTT4Rec(nn.Module):
         h = self.norm(h)
         return (h, new_states) if return_states else h
 
+    @torch.no_grad()
+    def surprise(self, ids: Tensor) -> Tensor:
+        """How much worse than the initial weights those of each history know its items: see ``TTTLayer.surprise``.
+
+        Args:
+            ids: histories from their beginning, int64 ``[B, L]``, without padding.
+
+        Returns:
+            The mean over the blocks ``[B, L]``.
+
+        Raises:
+            TypeError: a block's mixer is no ``TTTLayer``.
+        """
+        h, found = self._embed(ids), []
+        block: Any
+        for block in self.blocks:
+            if not isinstance(block.mixer, TTTLayer):
+                raise TypeError(f"mixer must be ttt, whose weights learn; given {self.config.mixer}")
+            found.append(block.surprise(h))
+            h = block(h)
+        return torch.stack(found).mean(0)
+
     def _embed(self, ids: Tensor) -> Tensor:
         h = self.embedding(ids)
         if self.hidden_item is not None:
