@@ -44,8 +44,21 @@ def surprise(layer: Any, x: Tensor) -> Tensor:
             tokens = q[:, part], k[:, part], v[:, part]
             own.append(_losses(layer, first if state is None else state.weights, *tokens[1:]))
             decay = None if decays is None else decays[:, part]
-            given = scale, initial, norm, K, state, None, None, decay, 1e-6, "auto"
-            _, state = inner_loop(INNER_MODELS[layer.inner], tokens, lr[:, part], *given)
+            _, state = inner_loop(
+                INNER_MODELS[layer.inner],
+                tokens,
+                lr[:, part],
+                scale,
+                initial,
+                norm,
+                K,
+                state,
+                None,
+                None,
+                decay,
+                1e-6,
+                "auto",
+            )
         return torch.cat(own, 1) / _losses(layer, first, k, v).clamp_min(torch.finfo(wide).tiny)
 
 

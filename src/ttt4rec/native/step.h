@@ -140,7 +140,7 @@ class Step {
     std::memcpy(row + ROW_AT[0], k_, D * sizeof(T));
     std::memcpy(row + V_AT, v_, D * sizeof(T));
     row[LR_AT] = lr_;
-    if (call_.decay.log_decay) row[DECAY_AT] = log_decay_;
+    row[DECAY_AT] = log_decay_;
   }
 
   const T* initial(int i) const { return call_.decay.initial[i] + head_ * call_.decay.strides[i]; }

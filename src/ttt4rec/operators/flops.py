@@ -25,7 +25,17 @@ from typing import Any
 
 from ..arguments import MAX_MINI_BATCH_SIZE, Convolution, FullSoftmax, Output, Projection, Scan, TokenStep
 from ..inner_models import INNER_MODELS
-from . import CONVOLUTIONS, SCANS, full_softmax_nll, full_softmax_total_nll, output, projection, token_step
+from . import (
+    CONVOLUTIONS,
+    FORGETTING_SCANS,
+    SCANS,
+    forgetting_token_step,
+    full_softmax_nll,
+    full_softmax_total_nll,
+    output,
+    projection,
+    token_step,
+)
 from .operator import Operator
 from .transforms import has_values
 
@@ -119,8 +129,9 @@ def _full_softmax(given: FullSoftmax, each: int) -> int:
 
 
 _FORMULAS: list[tuple[Operator[Any], Any, Any, Callable[[Any, Any], int]]] = [
-    *((SCANS[name], FORWARD[name], BACKWARD[name], _scan) for name in FORWARD),
+    *((scans[name], FORWARD[name], BACKWARD[name], _scan) for scans in (SCANS, FORGETTING_SCANS) for name in FORWARD),
     (token_step, None, None, _step),
+    (forgetting_token_step, None, None, _step),
     (projection, 2, 4, _projection),
     *((operator, 2, 4, _convolution) for operator in CONVOLUTIONS.values()),
     (output, 2, 4, _output),
