@@ -8,7 +8,7 @@
 
 // Tokens between which the dual form takes pairs. More of them are several blocks, and what a block reads of those before
 // it are the sums (36): a token then costs no more the longer the mini-batch is.
-constexpr int BLOCK = 64;
+constexpr int BLOCK = 32;
 
 // One inner layer, W [IN, OUT] and b [OUT], in one mini-batch: its output at queries in the dual form, and its update.
 // W and b are the weights before the mini-batch, whose memory somebody else has; dW and db are the layer's own.
