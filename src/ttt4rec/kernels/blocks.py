@@ -77,11 +77,10 @@ def product(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
     """A batch of products of operands, summed in float32; onto a float32 tensor, which may be overwritten."""
     if a.dtype == torch.float32:
         return torch.bmm(a, b) if onto is None else onto.baddbmm_(a, b)
-    if not a.is_cuda:  # PyTorch has no such product elsewhere
+    if a.device.type == "cpu":  # which has no product that is wider than its operands
         return product(a.float(), b.float(), onto)
-    if onto is None:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.baddbmm(onto, a, b, out_dtype=torch.float32)
+    result = torch.bmm(a, b, out_dtype=torch.float32)
+    return result if onto is None else onto.add_(result)
 
 
 class FusedWeights(InnerWeights):
