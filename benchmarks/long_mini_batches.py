@@ -1,12 +1,13 @@
 """Mini-batches of 64 to 2,048 tokens: timed on a CPU, counted for a GPU.
 
-``python -m benchmarks.long_mini_batches`` times forward and backward of the inner loop in turn with the reference and with
-causal attention over the same heads and tokens, on one thread, and prints how many times as long those take.
+``python -m benchmarks.long_mini_batches`` times forward and backward of the inner loop in turn with the reference and
+with causal attention over the same heads and tokens, on one thread, and prints how many times as long those take.
 ``--count`` prints what a GPU would do instead, of a scan without values: launches, bytes and FLOPs, and the time that
 those take at least. Nothing of it is measured.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +28,8 @@ QUIET = ("empty", "view", "unsafe_view", "t", "transpose", "unsqueeze", "slice",
 
 def inner_loop(inner: str, length: int, heads: int, head_dim: int, size: int, backend: str) -> Callable[[], None]:
     """Forward and backward of one sequence with initial weights of all ones' size."""
-    from ttt4rec.layers.functional import INNER_MODELS, inner_loop
+    from ttt4rec.inner_models import INNER_MODELS
+    from ttt4rec.layers.functional import inner_loop
 
     torch.manual_seed(0)
     model = INNER_MODELS[inner]
@@ -90,12 +92,11 @@ class Count(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches = {"products": 0, "other operators": 0, "kernels": 0}
+        self.launches = {"products": 0, "kernels": 0, "other operators": 0}
         self.bytes, self.flops, self.seconds = 0.0, 0.0, 0.0
 
     def add(self, kind: str, tensors: list[Tensor], flops: float = 0.0) -> None:
         """A launch that touches each tensor once."""
-        moved = sum(x.untyped_storage().nbytes() if x._is_view() else x.numel() * x.element_size() for x in tensors)
         moved = sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
         self.launches[kind] += 1
         self.bytes, self.flops = self.bytes + moved, self.flops + flops
@@ -144,27 +145,21 @@ def counted(inner: str, batch: int, length: int, heads: int, head_dim: int, size
 def count_for_gpu(batch: int, length: int, heads: int, head_dims: list[int]) -> None:
     """Print a table: launches of a mini-batch, and what a token and head takes by arithmetic."""
     print(
-        f"Predicted by arithmetic, not measured: {batch} × {length:,} tokens, {heads} heads, bfloat16, an H200 of "
-        f"{BANDWIDTH / 1e12} TB/s and {PEAK / 1e12:.0f} TFLOP/s. Every launch takes the longer of its bytes and FLOPs.\n"
+        f"Predicted by arithmetic, not measured: {batch} × {length:,} tokens, {heads} heads, bfloat16, an H200 of"
+        f" {BANDWIDTH / 1e12} TB/s and {PEAK / 1e12:.0f} TFLOP/s. A launch takes the longer of its bytes and FLOPs.\n"
     )
     print(
         "| inner model, D | K | | launches a mini-batch: products, kernels, other | bytes a token and head | FLOPs | "
         f"ps |\n{7 * '|---'}|"
     )
-    for inner in ("linear", "mlp"):
-        for head_dim in head_dims:
-            for size in SIZES[1:]:
-                for way, count in zip(
-                    ("forward", "backward"), counted(inner, batch, length, heads, head_dim, size), strict=True
-                ):
-                    tokens, n = batch * length * heads, length // size
-                    launches = ", ".join(
-                        f"{count.launches[k] / n:.0f}" for k in ("products", "kernels", "other operators")
-                    )
-                    print(
-                        f"| {inner}, {head_dim} | {size:,} | {way} | {launches} | {count.bytes / tokens:,.0f} "
-                        f"| {count.flops / tokens:,.0f} | {1e12 * count.seconds / tokens:,.0f} |"
-                    )
+    for inner, head_dim, size in itertools.product(("linear", "mlp"), head_dims, SIZES[1:]):
+        ways = zip(("forward", "backward"), counted(inner, batch, length, heads, head_dim, size), strict=True)
+        for way, count in ways:
+            tokens = batch * length * heads
+            launches = ", ".join(f"{n / (length // size):.0f}" for n in count.launches.values())
+            per_token = [count.bytes / tokens, count.flops / tokens, 1e12 * count.seconds / tokens]
+            row = " | ".join(f"{n:,.0f}" for n in per_token)
+            print(f"| {inner}, {head_dim} | {size:,} | {way} | {launches} | {row} |")
 
 
 def main() -> None:
