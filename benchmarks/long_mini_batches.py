@@ -96,7 +96,7 @@ class Count(TorchDispatchMode):
         self.bytes, self.flops, self.seconds = 0.0, 0.0, 0.0
 
     def add(self, kind: str, tensors: list[Tensor], flops: float = 0.0) -> None:
-        """A launch that touches each tensor once."""
+        """A launch that reads or writes each tensor once."""
         moved = sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
         self.launches[kind] += 1
         self.bytes, self.flops = self.bytes + moved, self.flops + flops
@@ -108,7 +108,8 @@ class Count(TorchDispatchMode):
         name = func.overloadpacket.__name__.removesuffix("_")
         if name not in QUIET and not name.startswith(("empty", "new_empty")):
             results = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
-            given = [x for x in args if isinstance(x, Tensor) and not any(x is r for r in results)]
+            overwrites = name in ("copy", "fill", "zero")
+            given = [x for x in args[overwrites:] if isinstance(x, Tensor)]
             flops = 2.0 * args[0].numel() * args[1].shape[-1] if name == "bmm" else 0.0
             self.add("products" if name in ("bmm", "baddbmm") else "other operators", [*given, *results], flops)
         return out

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from .. import eager
 from ..arguments import Scan
-from ..eager.blocks import BLOCK, BlockedLayer, BlockRates
+from ..eager.blocks import BLOCK, BlockedLayer, BlockedWeights, BlockRates
 from ..eager.pieces import Pieces
-from ..eager.tiles import InnerWeights
 from . import block_kernels as jit
 from . import launch
 
@@ -83,8 +82,10 @@ def product(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
     return result if onto is None else onto.add_(result)
 
 
-class FusedWeights(InnerWeights):
+class FusedWeights(BlockedWeights):
     """With a copy of the weights as an operand, that has rows of zeros for the zeros behind keys' features."""
+
+    product = staticmethod(product)
 
     def __init__(self, value: Tensor, dtype: torch.dtype) -> None:
         super().__init__(value)
@@ -101,14 +102,6 @@ class FusedWeights(InnerWeights):
     def forth(self, x: Tensor, onto: Tensor) -> Tensor:
         """As the class above; float32."""
         return product(x, self._operand, onto)
-
-    @staticmethod
-    def add_outer(total: Tensor, x: Tensor, d: Tensor, other: tuple[Tensor, Tensor] | None = None) -> None:
-        """As the class above."""
-        sums = product(x.mT, d)
-        if other is not None:
-            sums = product(other[0].mT, other[1], sums)
-        total += sums[:, : total.shape[1]]
 
 
 class FusedLayer(BlockedLayer):

@@ -1,4 +1,5 @@
-// The walk over the mini-batches of every (sequence, head), forwards and back: what inner_loop.py calls.
+// The walk over the mini-batches of every (sequence, head), forwards and back: what inner_loop.py calls. A mini-batch of
+// more than BLOCK tokens is walked block by block, on the way back from its last one, after all of them were replayed.
 //
 // The forward reads each token once and keeps the weights in cache. Of every `segment` mini-batches but the first it
 // writes down the weights before them. The walk back takes one segment after the other, from the last: it replays the
