@@ -59,8 +59,10 @@ class BlockedWeights(InnerWeights):
 
     @classmethod
     def outer(cls, x: Tensor, d: Tensor) -> Tensor:
-        """``xᵀ d``, ``[R, in + 1, out]``."""
-        sums: Tensor = cls.product(in_blocks(x).mT, in_blocks(d)).unflatten(0, (x.shape[0], -1)).sum(1)
+        """``xᵀ d``, ``[R, in + 1, out]``: of four blocks at a time, if they are so many, as each sum takes memory."""
+        tokens = BLOCK if x.shape[1] % (4 * BLOCK) else 4 * BLOCK
+        x_parts, d_parts = (part.view(-1, tokens, part.shape[-1]) for part in (x, d))
+        sums: Tensor = cls.product(x_parts.mT, d_parts).unflatten(0, (x.shape[0], -1)).sum(1)
         return sums
 
     @classmethod
