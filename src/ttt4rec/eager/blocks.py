@@ -49,6 +49,31 @@ class BlockRates:
         return self.d_lr, self.d_scale
 
 
+class BlockedWeights(InnerWeights):
+    """Products with weights; sums over tokens have two levels, in a block and over all."""
+
+    @staticmethod
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        """A batch of products."""
+        return torch.bmm(a, b)
+
+    @classmethod
+    def outer(cls, x: Tensor, d: Tensor) -> Tensor:
+        """``xᵀ d``, ``[R, in + 1, out]``: of four blocks at a time, if they are so many, as each sum takes memory."""
+        tokens = BLOCK if x.shape[1] % (4 * BLOCK) else 4 * BLOCK
+        x_parts, d_parts = (part.view(-1, tokens, part.shape[-1]) for part in (x, d))
+        sums: Tensor = cls.product(x_parts.mT, d_parts).unflatten(0, (x.shape[0], -1)).sum(1)
+        return sums
+
+    @classmethod
+    def add_outer(cls, total: Tensor, x: Tensor, d: Tensor, other: tuple[Tensor, Tensor] | None = None) -> None:
+        """As the class above."""
+        sums = cls.outer(x, d)
+        if other is not None:
+            sums += cls.outer(*other)
+        total += sums[:, : total.shape[1]]
+
+
 class BlockedLayer:
     """One inner layer in one mini-batch, as ``DualLayer``, of r tokens that are a multiple of ``BLOCK``.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 CACHE_BYTES = 1 << 19
 """Rows are walked in chunks whose widest operand is about this large, so that elementwise passes stay in cache."""
-CHUNK_BYTES = 1 << 30
+CHUNK_BYTES = 1 << 28
 """The same on a GPU, which wants all rows at once: what several such operands take of its memory."""
 
 
@@ -33,12 +33,18 @@ class MiniBatch:
 
     def read(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[n·H, r, D] of tokens with D features, ``[n·H, r]`` of scalars; zeros where there is no token."""
-        return self._rows(x, dtype).flatten(0, 1)
+        rows = self._rows(x, dtype)
+        return (rows if self.block == 1 else rows.contiguous()).flatten(0, 1)  # to be cut into blocks
 
     def read_with_one(self, x: Tensor, dtype: torch.dtype, ones: int = 1) -> Tensor:
         """[n·H, r, D + ones]: behind the features a one, for the bias, and zeros."""
-        rows = F.pad(self._rows(x, dtype), (0, 1), value=1.0)
-        return (rows if ones == 1 else F.pad(rows, (0, ones - 1))).flatten(0, 1)
+        rows = self._rows(x, dtype)
+        if ones == 1:
+            return F.pad(rows, (0, 1), value=1.0).flatten(0, 1)
+        wide = torch.zeros((*rows.shape[:-1], rows.shape[-1] + ones), dtype=dtype, device=x.device)
+        wide[..., : rows.shape[-1]] = rows
+        wide[..., rows.shape[-1]] = 1.0
+        return wide.flatten(0, 1)
 
     def write(self, rows: Tensor, out: Tensor) -> None:
         """The inverse of ``read``: into tokens that there are."""
@@ -46,7 +52,7 @@ class MiniBatch:
         index, tokens = self.index, rows.transpose(1, 2)
         if isinstance(index, Tensor) and self.padding is not None:
             index, tokens = index[~self.padding], tokens[~self.padding]
-        out[index] = tokens.to(out.dtype)
+        out[index] = tokens.to(out.dtype) if isinstance(index, Tensor) else tokens
 
     def _rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         tokens = x[self.index].to(dtype)  # [n, r, H, ...]
@@ -54,8 +60,7 @@ class MiniBatch:
             tokens = tokens.masked_fill(self.padding.view(*self.padding.shape, *[1] * (tokens.dim() - 2)), 0)
         if more := -self.length % self.block:
             tokens = F.pad(tokens, (*[0, 0] * (tokens.dim() - 2), 0, more))
-        rows = tokens.transpose(1, 2)
-        return rows if self.block == 1 else rows.contiguous()  # to be cut into blocks
+        return tokens.transpose(1, 2)
 
 
 @dataclass(frozen=True)

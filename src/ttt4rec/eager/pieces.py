@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Scan
-from .blocks import BLOCK, BlockedLayer, BlockRates
+from .blocks import BLOCK, BlockedLayer, BlockedWeights, BlockRates
 from .gelu import Gelu
 from .tiles import DualLayer, InnerGradient, InnerWeights, OutputNorm, Rates
 
@@ -32,7 +32,7 @@ class Pieces(NamedTuple):
 
 
 PAIRS = Pieces()
-BLOCKS = Pieces(block=BLOCK, rates=BlockRates, layer=BlockedLayer)
+BLOCKS = Pieces(block=BLOCK, rates=BlockRates, weights=BlockedWeights, layer=BlockedLayer)
 
 
 def pieces_for(scan: Scan) -> Pieces:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from .. import eager
 from ..arguments import Scan
-from ..eager.blocks import BLOCK, BlockedLayer, BlockRates
+from ..eager.blocks import BLOCK, BlockedLayer, BlockedWeights, BlockRates
 from ..eager.pieces import Pieces
-from ..eager.tiles import InnerWeights
 from . import block_kernels as jit
 from . import launch
 
@@ -77,15 +76,16 @@ def product(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
     """A batch of products of operands, summed in float32; onto a float32 tensor, which may be overwritten."""
     if a.dtype == torch.float32:
         return torch.bmm(a, b) if onto is None else onto.baddbmm_(a, b)
-    if not a.is_cuda:  # PyTorch has no such product elsewhere
+    if a.device.type == "cpu":  # which has no product that is wider than its operands
         return product(a.float(), b.float(), onto)
-    if onto is None:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.baddbmm(onto, a, b, out_dtype=torch.float32)
+    result = torch.bmm(a, b, out_dtype=torch.float32)
+    return result if onto is None else onto.add_(result)
 
 
-class FusedWeights(InnerWeights):
+class FusedWeights(BlockedWeights):
     """With a copy of the weights as an operand, that has rows of zeros for the zeros behind keys' features."""
+
+    product = staticmethod(product)
 
     def __init__(self, value: Tensor, dtype: torch.dtype) -> None:
         super().__init__(value)
@@ -102,14 +102,6 @@ class FusedWeights(InnerWeights):
     def forth(self, x: Tensor, onto: Tensor) -> Tensor:
         """As the class above; float32."""
         return product(x, self._operand, onto)
-
-    @staticmethod
-    def add_outer(total: Tensor, x: Tensor, d: Tensor, other: tuple[Tensor, Tensor] | None = None) -> None:
-        """As the class above."""
-        sums = product(x.mT, d)
-        if other is not None:
-            sums = product(other[0].mT, other[1], sums)
-        total += sums[:, : total.shape[1]]
 
 
 class FusedLayer(BlockedLayer):

@@ -1,4 +1,5 @@
-// The walk over the mini-batches of every (sequence, head), forwards and back: what inner_loop.py calls.
+// The walk over the mini-batches of every (sequence, head), forwards and back: what inner_loop.py calls. A mini-batch of
+// more than BLOCK tokens is walked block by block, on the way back from its last one, after all of them were replayed.
 //
 // The forward reads each token once and keeps the weights in cache. Of every `segment` mini-batches but the first it
 // writes down the weights before them. The walk back takes one segment after the other, from the last: it replays the
@@ -93,12 +94,13 @@ int64_t steps_ahead(int64_t mini_batches, int64_t room) {
 
 class Row {
  public:
-  Row(const Call& call, int64_t states)
-      : call_(call), K_(call.K), arena_(numbers(call, states)), model_(arena_, call.K) {
-    for (T** tile : {&t_.q, &t_.k, &t_.v, &t_.o, &t_.dq, &t_.dk, &t_.dv}) *tile = arena_.take(K_ * D);
-    for (int i = 0; i < KEPT; ++i) kept_[i] = arena_.take(K_ * Model::KEPT[i]);
-    lr_ = arena_.take(K_);
-    d_lr_ = arena_.take(K_);
+  Row(const Call& call, int64_t states, bool back)
+      : call_(call), K_(call.K), arena_(numbers(call, states, back)), model_(arena_, call.K, back) {
+    const int R = rows_of_tiles(K_);
+    for (T** tile : {&t_.q, &t_.k, &t_.v, &t_.o, &t_.dq, &t_.dk, &t_.dv}) *tile = arena_.take(R * D);
+    for (int i = 0; i < KEPT; ++i) kept_[i] = arena_.take(R * Model::KEPT[i]);
+    lr_ = arena_.take(R);
+    d_lr_ = arena_.take(R);
     d_scale_ = arena_.take(K_);
     t_.d_gamma = arena_.take(D);
     t_.d_beta = arena_.take(D);
@@ -114,15 +116,17 @@ class Row {
     start(n, head);
     for (int64_t m = 0; m < mini_batches(n); ++m) {
       if (m % call_.segment == 0 && m > 0) copy_weights(states_[0].weights, checkpoint(n, head, m));
-      const Rates rates = read(n, head, m);
-      place_.read<D>(call_.q, call_.q_stride, t_.q);
-      place_.read<D>(call_.v, call_.v_stride, t_.v);
-      const bool forgets = begin(head, states_[0]);
-      model_.forward(rates, t_, kept_, states_[0]);
+      const bool forgets = begin(n, head, m, states_[0]);
+      for (int block = 0; block < blocks(n, m); ++block) {
+        const Rates rates = read(n, head, m, block);
+        place_.read<D>(call_.q, call_.q_stride, t_.q);
+        place_.read<D>(call_.v, call_.v_stride, t_.v);
+        model_.forward(rates, t_, kept_, states_[0]);
+        place_.write<D>(t_.o, call_.o);
+        if constexpr (F > 0) place_.write<F>(kept_[0], call_.kept[0]);
+        place_.write<D>(kept_[KEPT - 1], call_.kept[KEPT - 1]);
+      }
       if (forgets) forgetting_->end(states_[0].weights);
-      place_.write<D>(t_.o, call_.o);
-      if constexpr (F > 0) place_.write<F>(kept_[0], call_.kept[0]);
-      place_.write<D>(kept_[KEPT - 1], call_.kept[KEPT - 1]);
     }
     for (int i = 0; i < WEIGHTS; ++i) write_weights(i, n, head, states_[0].weights[i], call_.outgoing[i]);
   }
@@ -152,16 +156,16 @@ class Row {
   T* log_decay_ = nullptr;
   T *kept_[KEPT], *lr_, *d_lr_, *d_scale_;  // t_.d_gamma, t_.d_beta and d_scale_ are sums of one mini-batch
 
-  static size_t numbers(const Call& call, int64_t states) {
-    const int K = call.K;
+  static size_t numbers(const Call& call, int64_t states, bool back) {
+    const int K = call.K, R = rows_of_tiles(K);
     const size_t forgetting = call.log_decay == nullptr ? 0 : Forgetting<Model>::numbers() + Arena::rounded(K);
-    return Model::numbers(K) + states * State::numbers(K) + 8 * Arena::rounded(K * D) + Arena::rounded(K * F) +
-           3 * Arena::rounded(K) + 2 * Arena::rounded(D) + forgetting;
+    return Model::numbers(K, back) + states * State::numbers(K) + 8 * Arena::rounded(R * D) + Arena::rounded(R * F) +
+           2 * Arena::rounded(R) + Arena::rounded(K) + 2 * Arena::rounded(D) + forgetting;
   }
 
-  // ln A of the mini-batch that was read.
-  T log_decay() {
-    place_.read<1>(call_.log_decay, log_decay_);
+  // ln A of mini-batch m, which is complete.
+  T log_decay(int64_t n, int64_t head, int64_t m) {
+    Place{call_.H, call_.starts[n] + m * K_, head, K_}.read<1>(call_.log_decay, log_decay_);
     T total = 0;
     for (int i = 0; i < K_; ++i) total += log_decay_[i];
     return total;
@@ -171,18 +175,18 @@ class Row {
     for (int i = 0; i < WEIGHTS; ++i) initial[i] = call_.initial[i] + head * Model::SIZES[i];
   }
 
-  // Before the steps of the mini-batch that was read: whether something will be forgotten. A short one forgets nothing.
-  bool begin(int64_t head, const State& state) {
-    if (!forgetting_ || place_.r < K_) return false;
+  // Before the steps of mini-batch m: whether something will be forgotten. A short one forgets nothing.
+  bool begin(int64_t n, int64_t head, int64_t m, const State& state) {
+    if (!forgetting_ || tokens(n, m) < K_) return false;
     const T* initial[WEIGHTS];
     initial_weights(head, initial);
-    forgetting_->begin(log_decay(), state.weights, initial);
+    forgetting_->begin(log_decay(n, head, m), state.weights, initial);
     return true;
   }
 
   // The same on the way back, with the gradients behind the mini-batch.
-  bool begin_backward(int64_t n, int64_t head, const State& state) {
-    if (!forgetting_ || place_.r < K_) return false;
+  bool begin_backward(int64_t n, int64_t head, int64_t m, const State& state) {
+    if (!forgetting_ || tokens(n, m) < K_) return false;
     const T* initial[WEIGHTS];
     T *gradients[WEIGHTS], *d_initial[WEIGHTS];
     initial_weights(head, initial);
@@ -190,13 +194,23 @@ class Row {
       gradients[i] = model_.gradients(i);
       d_initial[i] = call_.d_initial[i] + (n * call_.H + head) * Model::SIZES[i];
     }
-    const T d = forgetting_->begin_backward(log_decay(), state.weights, initial, gradients, d_initial);
+    const T d = forgetting_->begin_backward(log_decay(n, head, m), state.weights, initial, gradients, d_initial);
     std::fill_n(log_decay_, K_, d);
-    place_.write<1>(log_decay_, call_.d_log_decay);
+    Place{call_.H, call_.starts[n] + m * K_, head, K_}.write<1>(log_decay_, call_.d_log_decay);
     return true;
   }
 
+  void end_backward() {
+    T* gradients[WEIGHTS];
+    for (int i = 0; i < WEIGHTS; ++i) gradients[i] = model_.gradients(i);
+    forgetting_->end(gradients);
+  }
+
   int64_t mini_batches(int64_t n) const { return (call_.lengths[n] + K_ - 1) / K_; }
+
+  // Tokens and blocks of mini-batch m.
+  int tokens(int64_t n, int64_t m) const { return std::min<int64_t>(K_, call_.lengths[n] - m * K_); }
+  int blocks(int64_t n, int64_t m) const { return blocks_of(tokens(n, m)); }
 
   // Of mini-batch m, the first of a segment. A segment that is not its sequence's first comes after a whole one, so no
   // two of them begin among the same `segment K` tokens.
@@ -234,54 +248,64 @@ class Row {
     }
     State* const own = &states_[at];
     for (int64_t m = first, i = 0; m < end; ++m, ++i) replay(n, head, m, own[i], m + 1 < end ? &own[i + 1] : nullptr);
-    for (int64_t m = end - 1; m >= first; --m) backward(n, head, m, own[m - first]);
+    for (int64_t m = end - 1; m >= first; --m) {
+      if (K_ > BLOCK && m < end - 1) replay(n, head, m, own[m - first], nullptr);  // for its blocks' sums
+      backward(n, head, m, own[m - first]);
+    }
   }
 
   void replay(int64_t n, int64_t head, int64_t m, State& state, State* next) {
-    const Rates rates = read(n, head, m);
-    if constexpr (F > 0) place_.read<F>(call_.kept[0], kept_[0]);
-    place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
-    const bool forgets = next != nullptr && begin(head, state);
-    model_.replay(rates, t_.k, kept_, state, next);
+    const bool forgets = next != nullptr && begin(n, head, m, state);
+    for (int block = 0; block < blocks(n, m); ++block) {
+      const Rates rates = read(n, head, m, block);
+      read_kept();
+      model_.replay(rates, t_.k, kept_, state, next);
+    }
     if (forgets) forgetting_->end(next->weights);
   }
 
   void backward(int64_t n, int64_t head, int64_t m, const State& state) {
-    Rates rates = read(n, head, m);
-    rates.d_scale = d_scale_;
-    place_.read<D>(call_.q, call_.q_stride, t_.q);
-    place_.read<D>(call_.v, call_.v_stride, t_.v);
-    place_.read<D>(call_.grad_o, t_.o);
-    place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
-    std::fill_n(d_lr_, rates.r, T(0));
     for (T* sum : {t_.d_gamma, t_.d_beta}) std::fill_n(sum, D, T(0));
     std::fill_n(d_scale_, K_, T(0));
-    const bool forgets = begin_backward(n, head, state);
-    model_.backward(rates, t_, kept_, state);
-    if (forgets) {
-      T* gradients[WEIGHTS];
-      for (int i = 0; i < WEIGHTS; ++i) gradients[i] = model_.gradients(i);
-      forgetting_->end(gradients);
+    const bool forgets = begin_backward(n, head, m, state);
+    model_.begin_backward();
+    for (int block = blocks(n, m) - 1; block >= 0; --block) {
+      const Rates rates = read(n, head, m, block);
+      place_.read<D>(call_.q, call_.q_stride, t_.q);
+      place_.read<D>(call_.v, call_.v_stride, t_.v);
+      place_.read<D>(call_.grad_o, t_.o);
+      read_kept();
+      std::fill_n(d_lr_, rates.r, T(0));
+      model_.backward(rates, t_, kept_, state);
+      place_.write<D>(t_.dq, call_.dq, call_.dq_stride);
+      place_.write<D>(t_.dk, call_.dk, call_.dk_stride);
+      place_.write<D>(t_.dv, call_.dv, call_.dv_stride);
+      place_.write<1>(d_lr_, call_.d_lr);
     }
-    place_.write<D>(t_.dq, call_.dq, call_.dq_stride);
-    place_.write<D>(t_.dk, call_.dk, call_.dk_stride);
-    place_.write<D>(t_.dv, call_.dv, call_.dv_stride);
-    place_.write<1>(d_lr_, call_.d_lr);
+    model_.end_backward();
+    if (forgets) end_backward();
     const int64_t at = n * call_.H + head;
     add<D>(call_.d_gamma + at * D, t_.d_gamma);
     add<D>(call_.d_beta + at * D, t_.d_beta);
-    for (int i = 0; i < rates.r; ++i) call_.d_scale[at * K_ + i] += d_scale_[i];
+    for (int i = 0; i < tokens(n, m); ++i) call_.d_scale[at * K_ + i] += d_scale_[i];
   }
 
-  // k and the rates of mini-batch m.
-  Rates read(int64_t n, int64_t head, int64_t m) {
-    const int r = std::min<int64_t>(K_, call_.lengths[n] - m * K_);
-    place_ = {call_.H, call_.starts[n] + m * K_, head, r};
+  // k and the rates of a block of mini-batch m.
+  Rates read(int64_t n, int64_t head, int64_t m, int block) {
+    const int first = block * BLOCK, all = tokens(n, m), r = std::min(all - first, BLOCK);
+    place_ = {call_.H, call_.starts[n] + m * K_ + first, head, r};
     t_.gamma = call_.gamma + head * D;
     t_.beta = call_.beta + head * D;
     place_.read<D>(call_.k, call_.k_stride, t_.k);
     place_.read<1>(call_.lr, lr_);
-    return {K_, r, call_.scale, lr_, nullptr, d_lr_};
+    const T* scale = call_.scale;
+    return {r, block, first + r == all, all == K_, scale[K_ - 1], scale + first, lr_, d_scale_ + first,
+            d_scale_ + K_ - 1, d_lr_};
+  }
+
+  void read_kept() {
+    if constexpr (F > 0) place_.read<F>(call_.kept[0], kept_[0]);
+    place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
   }
 
   void write_weights(int i, int64_t n, int64_t head, const T* from, T* to) const {
@@ -296,7 +320,7 @@ TTT_EXPORT int64_t ttt_call_size() { return sizeof(Call); }
 
 // Rows begin to end - 1 of the N · H (sequence, head) pairs. Returns 1 if there is no memory.
 TTT_EXPORT int ttt_forward(const Call* call, int64_t begin, int64_t end) try {
-  Row row(*call, 1);
+  Row row(*call, 1, false);
   for (int64_t i = begin; i < end; ++i) row.forward(i / call->H, i % call->H);
   return 0;
 } catch (const std::bad_alloc&) {
@@ -307,7 +331,7 @@ TTT_EXPORT int ttt_backward(const Call* call, int64_t begin, int64_t end) try {
   int64_t longest = 0;
   for (int64_t i = begin; i < end; ++i) longest = std::max(longest, call->lengths[i / call->H]);
   const int64_t fit = HELD_BYTES / (State::numbers(call->K) * sizeof(T)), room = std::max(fit, LEAST_HELD);
-  Row row(*call, std::min({(longest + call->K - 1) / call->K, call->segment, room}));
+  Row row(*call, std::min({(longest + call->K - 1) / call->K, call->segment, room}), true);
   for (int64_t i = begin; i < end; ++i) row.backward(i / call->H, i % call->H);
   return 0;
 } catch (const std::bad_alloc&) {

@@ -1,16 +1,16 @@
-// One mini-batch of TTT-Linear or TTT-MLP, forwards, replayed and back. Numbers in brackets are equations of
+// One block of a mini-batch of TTT-Linear or TTT-MLP, forwards, replayed and back. Numbers in brackets are equations of
 // docs/mathematics.md.
 
 #pragma once
 
 #include "dual_layer.h"
 
-// A head's tiles of a mini-batch, [r, D] each.
+// A head's tiles of a block, [r, D] each.
 struct Tokens {
   T *q, *k, *v, *o;              // o, the outputs, or dO, their gradient
   T *dq, *dk, *dv;
   const T *gamma, *beta;
-  T *d_gamma, *d_beta;           // summed over the mini-batch's tokens
+  T *d_gamma, *d_beta;           // summed over the tokens
   T eps;
 };
 
@@ -43,38 +43,39 @@ class InnerModel {  // TTT-MLP
  public:
   static constexpr int WEIGHTS = 4, SIZES[] = {D * HIDDEN, HIDDEN, HIDDEN * D, D}, KEPT[] = {HIDDEN, D};
 
-  // W1, b1, W2 and b2 before a mini-batch, and what they and the kept Z1 and G2 give at its keys.
+  // W1, b1, W2 and b2 before a mini-batch, and what they and the kept Z1 and G2 give at a block's keys.
   struct State {
     T *weights[WEIGHTS], *X2, *slope, *curvature, *G2_W2;
 
     static size_t numbers(int K) {
-      size_t total = 4 * Arena::rounded(K * HIDDEN);
+      size_t total = 4 * Arena::rounded(rows_of_tiles(K) * HIDDEN);
       for (int size : SIZES) total += Arena::rounded(size);
       return total;
     }
 
     State(Arena& arena, int K) {
       for (int i = 0; i < WEIGHTS; ++i) weights[i] = arena.take(SIZES[i]);
-      for (T** tile : {&X2, &slope, &curvature, &G2_W2}) *tile = arena.take(K * HIDDEN);
+      for (T** tile : {&X2, &slope, &curvature, &G2_W2}) *tile = arena.take(rows_of_tiles(K) * HIDDEN);
     }
   };
 
-  static size_t numbers(int K) {
-    return DualLayer<D, HIDDEN>::numbers(K) + DualLayer<HIDDEN, D>::numbers(K) + 8 * Arena::rounded(K * HIDDEN) +
-           13 * Arena::rounded(K * D) + 2 * Arena::rounded(K);
+  static size_t numbers(int K, bool back) {
+    const int R = rows_of_tiles(K);
+    return DualLayer<D, HIDDEN>::numbers(K, back) + DualLayer<HIDDEN, D>::numbers(K, back) +
+           8 * Arena::rounded(R * HIDDEN) + 13 * Arena::rounded(R * D) + 2 * Arena::rounded(R);
   }
 
-  InnerModel(Arena& arena, int K)
-      : first_(arena, K), second_(arena, K), inner_(arena, K), norm_(arena, K) {
-    for (T** tile : {&G1_, &X2_bar_, &bar_slope_, &dX2_, &dX2_bar_, &dG1_, &E_, &P1_}) {
-      *tile = arena.take(K * HIDDEN);
-    }
-    for (T** tile : {&Z2_, &P2_, &dP2_, &dG2_, &dZ2_, &de_, &d_gamma_}) *tile = arena.take(K * D);
+  InnerModel(Arena& arena, int K, bool back)
+      : several_(K > BLOCK), first_(arena, K, back), second_(arena, K, back), inner_(arena, rows_of_tiles(K)),
+        norm_(arena, rows_of_tiles(K)) {
+    const int R = rows_of_tiles(K);
+    for (T** tile : {&G1_, &X2_bar_, &bar_slope_, &dX2_, &dX2_bar_, &dG1_, &E_, &P1_}) *tile = arena.take(R * HIDDEN);
+    for (T** tile : {&Z2_, &P2_, &dP2_, &dG2_, &dZ2_, &de_, &d_gamma_}) *tile = arena.take(R * D);
   }
 
   T* gradients(int i) { return i < 2 ? (i ? first_.db : first_.dW) : (i == 3 ? second_.db : second_.dW); }
 
-  // A mini-batch forwards; the weights are updated where they are.
+  // A block forwards; the weights are updated where they are, after the mini-batch's last.
   void forward(const Rates& rates, const Tokens& t, T* const* kept, State& state) {
     const int r = rates.r;
     T *Z1 = kept[0], *G2 = kept[1];
@@ -89,22 +90,26 @@ class InnerModel {  // TTT-MLP
     first_.output(rates, t.q, t.k, G1_, P1_);
     gelu<false, false>(r * HIDDEN, P1_, X2_bar_);
     second_.output(rates, X2_bar_, state.X2, G2, P2_);
-    if (rates.complete()) update(rates, t.k, G2, state, state);
+    if (rates.complete && rates.last_block) update(rates, t.k, G2, state, state);
     norm_.set(r, P2_, t.eps);
     norm_.write_output(r, t.q, t.gamma, t.beta, t.o);
   }
 
-  // The same once more, from what was kept: the state's values, and the weights of the next one if there is one.
+  // The same once more, from what was kept: the state's values, and after the last block the weights of the next one if
+  // there is one.
   void replay(const Rates& rates, const T* k, T* const* kept, State& state, State* next) {
     const T *Z1 = kept[0], *G2 = kept[1];
     use(state);
     gelu<true, true>(rates.r * HIDDEN, Z1, state.X2, state.slope, state.curvature);
     set_G1(rates.r, G2, state);
-    if (next == nullptr) return;
     accumulate(rates, k, G2, state);
-    update(rates, k, G2, state, *next);
+    if (next != nullptr && rates.last_block) update(rates, k, G2, state, *next);
   }
 
+  void begin_backward() { first_.begin_backward(), second_.begin_backward(); }
+  void end_backward() { first_.end_backward(), second_.end_backward(); }
+
+  // A block's, from the last to the first, after all of them were replayed.
   void backward(const Rates& rates, const Tokens& t, T* const* kept, const State& state) {
     const int r = rates.r;
     const T* G2 = kept[1];
@@ -112,10 +117,13 @@ class InnerModel {  // TTT-MLP
     use(state);
     first_.transpose_weights();
     second_.transpose_weights();
+    if (several_) {  // the state has the last block's
+      gelu<true, true>(r * HIDDEN, kept[0], state.X2, state.slope, state.curvature);
+      set_product<HIDDEN>(r, D, G2, D, 1, second_.transpose_weights(), state.G2_W2);
+    }
     multiply(r, state.G2_W2, state.slope, G1_);
     second_.affine(r, state.X2, Z2_);
     inner_.set(r, Z2_, t.k, t.v, t.gamma, t.beta, t.eps);
-    accumulate(rates, t.k, G2, state);
     first_.output(rates, t.q, t.k, G1_, P1_);
     gelu<true, false>(r * HIDDEN, P1_, X2_bar_, bar_slope_);
     second_.output(rates, X2_bar_, state.X2, G2, P2_);
@@ -141,6 +149,7 @@ class InnerModel {  // TTT-MLP
   }
 
  private:
+  const bool several_;
   DualLayer<D, HIDDEN> first_;
   DualLayer<HIDDEN, D> second_;
   InnerGradient inner_;
@@ -187,12 +196,14 @@ class InnerModel<0> {  // TTT-Linear
     State(Arena& arena, int) : weights{arena.take(D * D), arena.take(D)} {}
   };
 
-  static size_t numbers(int K) {
-    return DualLayer<D, D>::numbers(K) + 11 * Arena::rounded(K * D) + 2 * Arena::rounded(K);
+  static size_t numbers(int K, bool back) {
+    const int R = rows_of_tiles(K);
+    return DualLayer<D, D>::numbers(K, back) + 11 * Arena::rounded(R * D) + 2 * Arena::rounded(R);
   }
 
-  InnerModel(Arena& arena, int K) : layer_(arena, K), inner_(arena, K), norm_(arena, K) {
-    for (T** tile : {&Z_, &P_, &dP_, &dG_, &dZ_, &de_, &d_gamma_}) *tile = arena.take(K * D);
+  InnerModel(Arena& arena, int K, bool back)
+      : layer_(arena, K, back), inner_(arena, rows_of_tiles(K)), norm_(arena, rows_of_tiles(K)) {
+    for (T** tile : {&Z_, &P_, &dP_, &dG_, &dZ_, &de_, &d_gamma_}) *tile = arena.take(rows_of_tiles(K) * D);
   }
 
   T* gradients(int i) { return i ? layer_.db : layer_.dW; }
@@ -206,17 +217,20 @@ class InnerModel<0> {  // TTT-Linear
     inner_.value(r, G);
     layer_.accumulate(rates, t.k, G);
     layer_.output(rates, t.q, t.k, G, P_);
-    if (rates.complete()) layer_.update(rates, t.k, G, layer_.W, layer_.b);
+    if (rates.complete && rates.last_block) layer_.update(rates, t.k, G, layer_.W, layer_.b);
     norm_.set(r, P_, t.eps);
     norm_.write_output(r, t.q, t.gamma, t.beta, t.o);
   }
 
   void replay(const Rates& rates, const T* k, T* const* kept, State& state, State* next) {
     use(state);
-    if (next == nullptr) return;
     layer_.accumulate(rates, k, kept[0]);
+    if (next == nullptr || !rates.last_block) return;
     layer_.update(rates, k, kept[0], next->weights[0], next->weights[1]);
   }
+
+  void begin_backward() { layer_.begin_backward(); }
+  void end_backward() { layer_.end_backward(); }
 
   void backward(const Rates& rates, const Tokens& t, T* const* kept, const State& state) {
     const int r = rates.r;
@@ -226,7 +240,6 @@ class InnerModel<0> {  // TTT-Linear
     layer_.transpose_weights();
     layer_.affine(r, t.k, Z_);
     inner_.set(r, Z_, t.k, t.v, t.gamma, t.beta, t.eps);
-    layer_.accumulate(rates, t.k, G);
     layer_.output(rates, t.q, t.k, G, P_);
     norm_.set(r, P_, t.eps);
     // Output and update, then G, then Z.

@@ -239,15 +239,17 @@ inline void gelu(int n, const T* z, T* value, T* slope = nullptr, T* curvature =
   }
 }
 
-// η[i, j] = s_i lr_j for j <= i of a mini-batch, and the gradients of both factors.
+// η[i, j] = s_i lr_j for j <= i of a block of r tokens, and the gradients of both factors. A mini-batch of up to BLOCK
+// tokens is one block, which its updates need no sums for.
 struct Rates {
-  int K, r;
+  int r, block;          // which of the mini-batch's blocks it is
+  bool last_block, complete;  // whether the mini-batch has K tokens
+  T last_scale;
   const T *scale, *lr;
-  T *d_scale, *d_lr;
+  T *d_scale, *d_last_scale, *d_lr;
 
   T eta(int i, int j) const { return scale[i] * lr[j]; }
-  T last(int j) const { return scale[K - 1] * lr[j]; }
-  bool complete() const { return r == K; }
+  T last(int j) const { return last_scale * lr[j]; }
   void accumulate(int i, int j, T d_eta) const {
     d_scale[i] += d_eta * lr[j];
     d_lr[j] += d_eta * scale[i];
