@@ -107,6 +107,7 @@ CALLS = {  # what crosses into C++, and what there tells its size
     ModelCall: (build.STEP, "ttt_model_call_size"),
     AroundCall: (build.AROUND, "ttt_around_call_size"),
     full_softmax._Call: (build.SOFTMAX, "softmax_call_size"),
+    full_softmax.TotalCall: (build.SOFTMAX, "softmax_total_call_size"),
     IndexCall: (build.SOFTMAX, "index_call_size"),
 }
 

@@ -34,18 +34,23 @@ class Arena {
 
 enum class From { nothing, matrix, bias };  // a matrix [rows, N], often C itself; one row for all
 
-// Rows of C = FROM + A B for ROWS rows and VECTORS vectors of columns; A[i][m] = a[i * row + m * column]. The sum is formed
-// first, so that what it is added to, which may be larger by far, is rounded once.
-template <From FROM, int ROWS, int VECTORS, int N>
-inline void block(int M, const T* a, long row, long column, const T* b, T* c, const T* from) {
+// Where the rows of a product's tiles lie: numbers from one to the next. A[i][m] = a[i * row + m * column].
+struct Strides {
+  long row, column, b, c, from;
+};
+
+// Rows of C = FROM + A B for ROWS rows and VECTORS vectors of columns. The sum is formed first, so that what it is added
+// to, which may be larger by far, is rounded once.
+template <From FROM, int ROWS, int VECTORS>
+inline void block(int M, const T* a, const T* b, T* c, const T* from, Strides s) {
   V total[ROWS][VECTORS] = {};
   for (int m = 0; m < M; ++m) {
     V b_row[VECTORS];
 #pragma GCC unroll 16
-    for (int n = 0; n < VECTORS; ++n) b_row[n] = in_register(load(b + m * N + n * LANES));
+    for (int n = 0; n < VECTORS; ++n) b_row[n] = in_register(load(b + m * s.b + n * LANES));
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      const T x = a[i * row + m * column];
+      const T x = a[i * s.row + m * s.column];
 #pragma GCC unroll 16
       for (int n = 0; n < VECTORS; ++n) total[i][n] += x * b_row[n];
     }
@@ -54,35 +59,48 @@ inline void block(int M, const T* a, long row, long column, const T* b, T* c, co
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 16
     for (int n = 0; n < VECTORS; ++n) {
-      if constexpr (FROM == From::matrix) total[i][n] += load(from + i * N + n * LANES);
+      if constexpr (FROM == From::matrix) total[i][n] += load(from + i * s.from + n * LANES);
       if constexpr (FROM == From::bias) total[i][n] += load(from + n * LANES);
-      store(c + i * N + n * LANES, total[i][n]);
+      store(c + i * s.c + n * LANES, total[i][n]);
     }
   }
 }
 
-template <From FROM, int ROWS, int VECTORS, int N>
-inline void blocks(int rows, int M, const T* a, long row, long column, const T* b, T* c, const T* from) {
-  constexpr long FROM_ROW = FROM == From::matrix ? N : 0;
+template <From FROM, int ROWS, int VECTORS>
+inline void blocks(int rows, int M, const T* a, const T* b, T* c, const T* from, Strides s) {
   int i = 0;
   for (; i + ROWS <= rows; i += ROWS) {
-    block<FROM, ROWS, VECTORS, N>(M, a + i * row, row, column, b, c + i * N, from + i * FROM_ROW);
+    block<FROM, ROWS, VECTORS>(M, a + i * s.row, b, c + i * s.c, from + i * s.from, s);
   }
   if constexpr (ROWS > 1) {
     if (i < rows) {
-      blocks<FROM, ROWS / 2, VECTORS, N>(rows - i, M, a + i * row, row, column, b, c + i * N, from + i * FROM_ROW);
+      blocks<FROM, ROWS / 2, VECTORS>(rows - i, M, a + i * s.row, b, c + i * s.c, from + i * s.from, s);
     }
   }
 }
+
+constexpr int MOST_VECTORS = REGISTERS / 8;  // of columns that a block has
+constexpr int rows_of_block(int vectors) { return REGISTERS / 2 / vectors > 8 ? 8 : REGISTERS / 2 / vectors; }
 
 // C [rows, N] = FROM + A B, A [rows, M] with any strides, B [M, N]: the sums of a block stay in registers.
 template <From FROM, int N>
 inline void product(int rows, int M, const T* a, long row, long column, const T* b, T* c, const T* from) {
-  constexpr int WIDTH = N / LANES, MOST = REGISTERS / 8;
-  constexpr int VECTORS = WIDTH % MOST == 0 ? MOST : WIDTH % 2 == 0 ? 2 : 1;
-  constexpr int ROWS = REGISTERS / 2 / VECTORS > 8 ? 8 : REGISTERS / 2 / VECTORS;
+  constexpr int WIDTH = N / LANES, VECTORS = WIDTH % MOST_VECTORS == 0 ? MOST_VECTORS : WIDTH % 2 == 0 ? 2 : 1;
   for (int n = 0; n < N; n += VECTORS * LANES) {
-    blocks<FROM, ROWS, VECTORS, N>(rows, M, a, row, column, b + n, c + n, FROM == From::nothing ? c : from + n);
+    blocks<FROM, rows_of_block(VECTORS), VECTORS>(
+        rows, M, a, b + n, c + n, FROM == From::nothing ? c : from + n, {row, column, N, N, FROM == From::matrix ? N : 0});
+  }
+}
+
+// The same of any number N of columns, a multiple of LANES; what comes from a matrix is C itself.
+template <From FROM, int VECTORS = MOST_VECTORS>
+inline void wide_product(int rows, int N, int M, const T* a, const T* b, T* c, Strides s) {
+  int n = 0;
+  for (; n + VECTORS * LANES <= N; n += VECTORS * LANES) {
+    blocks<FROM, rows_of_block(VECTORS), VECTORS>(rows, M, a, b + n, c + n, c + n, s);
+  }
+  if constexpr (VECTORS > 1) {
+    if (n < N) wide_product<FROM, VECTORS / 2>(rows, N - n, M, a, b + n, c + n, s);
   }
 }
 

@@ -95,7 +95,8 @@ inline void transpose(const T* x, T* out) {
   }
 }
 
-// exp to 2 units in the last place: exp(x) = 2^n exp(r) with |r| <= ln(2)/2, exp(r) as its Taylor polynomial.
+// exp to 2 units in the last place: exp(x) = 2^n exp(r) with |r| <= ln(2)/2, exp(r) as the polynomial 1 + r + ... of the
+// sixth degree that errs the least, 4e-9.
 inline V exponential(V x) {
   if constexpr (sizeof(T) == 8) {
     for (int i = 0; i < LANES; ++i) x[i] = std::exp(x[i] > 709 ? 709 : x[i]);
@@ -103,12 +104,14 @@ inline V exponential(V x) {
   } else {
     x = x > 88 ? all(88) : x;
     x = x < -87 ? all(-87) : x;
-    const V magic = all(12582912);  // 1.5 · 2^23: adding it rounds to an integer
-    const V n = (x * T(1.44269504) + magic) - magic;
+    const V magic = all(12582912);  // 1.5 · 2^23: adding it rounds to an integer, which the last bits then are
+    const V shifted = x * T(1.44269504) + magic, n = shifted - magic;
     const V r = x - n * T(0.693359375) + n * T(2.12194440e-4);  // ln 2 in two parts
-    V p = all(T(1.0 / 5040));
-    for (T c : {T(1.0 / 720), T(1.0 / 120), T(1.0 / 24), T(1.0 / 6), T(0.5), T(1), T(1)}) p = p * r + c;
-    const Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
+    V p = all(T(0.00138145401));
+    for (T c : {T(0.0083687452), T(0.0416683908), T(0.166665204), T(0.499999934), T(1), T(1)}) p = p * r + c;
+    Integers bits;
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    bits = (bits + 127) << 23;
     V scale;
     std::memcpy(&scale, &bits, sizeof(scale));
     return p * scale;
