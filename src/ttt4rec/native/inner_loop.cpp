@@ -59,6 +59,15 @@ struct Place {
     for (int i = 0; i < r; ++i) copy<WIDTH>(tile + i * WIDTH, x + (token + i) * stride + head * WIDTH);
   }
 
+  // Have the cache bring rows that are read, or written, soon: they lie apart, so it does not see them come.
+  template <int WIDTH, bool WRITTEN = false>
+  void expect(const T* x, int64_t stride) const {
+    constexpr int LINE = 64 / sizeof(T);
+    for (int i = 0; i < r; ++i) {
+      for (int n = 0; n < WIDTH; n += LINE) __builtin_prefetch(x + (token + i) * stride + head * WIDTH + n, WRITTEN);
+    }
+  }
+
  private:
   // As vectors: for so few numbers calls of memmove take a multiple.
   template <int WIDTH>
@@ -92,7 +101,9 @@ class Row {
       : call_(call), K_(call.K), arena_(numbers(call.K, states)), model_(arena_, call.K) {
     for (T** tile : {&t_.q, &t_.k, &t_.v, &t_.o, &t_.dq, &t_.dk, &t_.dv}) *tile = arena_.take(K_ * D);
     for (int i = 0; i < KEPT; ++i) kept_[i] = arena_.take(K_ * Model::KEPT[i]);
-    lr_ = arena_.take(K_);
+    lr_ = arena_.take(row_of_tokens(K_));
+    eta_ = arena_.take(tokens_by_tokens(K_));
+    std::fill_n(eta_, tokens_by_tokens(K_), T(0));
     d_lr_ = arena_.take(K_);
     d_scale_ = arena_.take(K_);
     t_.d_gamma = arena_.take(D);
@@ -108,6 +119,7 @@ class Row {
       const Rates rates = read(n, head, m);
       place_.read<D>(call_.q, call_.q_stride, t_.q);
       place_.read<D>(call_.v, call_.v_stride, t_.v);
+      expect(place(n, head, m + 1));
       model_.forward(rates, t_, kept_, states_[0]);
       place_.write<D>(t_.o, call_.o);
       if constexpr (F > 0) place_.write<F>(kept_[0], call_.kept[0]);
@@ -137,11 +149,11 @@ class Row {
   std::vector<State> states_;
   Tokens t_{};
   Place place_{};
-  T *kept_[KEPT], *lr_, *d_lr_, *d_scale_;  // t_.d_gamma, t_.d_beta and d_scale_ are sums of one mini-batch
+  T *kept_[KEPT], *lr_, *eta_, *d_lr_, *d_scale_;  // t_.d_gamma, t_.d_beta and d_scale_ are sums of one mini-batch
 
   static size_t numbers(int K, int64_t states) {
     return Model::numbers(K) + states * State::numbers(K) + 8 * Arena::rounded(K * D) + Arena::rounded(K * F) +
-           3 * Arena::rounded(K) + 2 * Arena::rounded(D);
+           2 * Arena::rounded(K) + Arena::rounded(row_of_tokens(K)) + tokens_by_tokens(K) + 2 * Arena::rounded(D);
   }
 
   int64_t mini_batches(int64_t n) const { return (call_.lengths[n] + K_ - 1) / K_; }
@@ -189,6 +201,10 @@ class Row {
     const Rates rates = read(n, head, m);
     if constexpr (F > 0) place_.read<F>(call_.kept[0], kept_[0]);
     place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
+    const Place coming = place(n, head, m + 1);
+    coming.expect<D>(call_.k, call_.k_stride);
+    if constexpr (F > 0) coming.expect<F>(call_.kept[0], call_.H * F);
+    coming.expect<D>(call_.kept[KEPT - 1], call_.H * D);
     model_.replay(rates, t_.k, kept_, state, next);
   }
 
@@ -199,6 +215,7 @@ class Row {
     place_.read<D>(call_.v, call_.v_stride, t_.v);
     place_.read<D>(call_.grad_o, t_.o);
     place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
+    expect_back(place(n, head, m - 1));
     std::fill_n(d_lr_, rates.r, T(0));
     for (T* sum : {t_.d_gamma, t_.d_beta}) std::fill_n(sum, D, T(0));
     std::fill_n(d_scale_, K_, T(0));
@@ -213,15 +230,42 @@ class Row {
     for (int i = 0; i < rates.r; ++i) call_.d_scale[at * K_ + i] += d_scale_[i];
   }
 
+  // Of mini-batch m, without rows if there is none.
+  Place place(int64_t n, int64_t head, int64_t m) const {
+    const int64_t rest = m < 0 ? 0 : call_.lengths[n] - m * K_;
+    return {call_.H, call_.starts[n] + m * K_, head, int(std::max<int64_t>(std::min<int64_t>(K_, rest), 0))};
+  }
+
+  void expect(const Place& coming) const {
+    coming.expect<D>(call_.q, call_.q_stride);
+    coming.expect<D>(call_.k, call_.k_stride);
+    coming.expect<D>(call_.v, call_.v_stride);
+    coming.expect<D, true>(call_.o, call_.H * D);
+    if constexpr (F > 0) coming.expect<F, true>(call_.kept[0], call_.H * F);
+    coming.expect<D, true>(call_.kept[KEPT - 1], call_.H * D);
+  }
+
+  void expect_back(const Place& coming) const {
+    coming.expect<D>(call_.q, call_.q_stride);
+    coming.expect<D>(call_.v, call_.v_stride);
+    coming.expect<D>(call_.grad_o, call_.H * D);
+    coming.expect<D, true>(call_.dq, call_.dq_stride);
+    coming.expect<D, true>(call_.dk, call_.dk_stride);
+    coming.expect<D, true>(call_.dv, call_.dv_stride);
+  }
+
   // k and the rates of mini-batch m.
   Rates read(int64_t n, int64_t head, int64_t m) {
-    const int r = std::min<int64_t>(K_, call_.lengths[n] - m * K_);
-    place_ = {call_.H, call_.starts[n] + m * K_, head, r};
+    place_ = place(n, head, m);
     t_.gamma = call_.gamma + head * D;
     t_.beta = call_.beta + head * D;
     place_.read<D>(call_.k, call_.k_stride, t_.k);
     place_.read<1>(call_.lr, lr_);
-    return {K_, r, call_.scale, lr_, nullptr, d_lr_};
+    const int row = row_of_tokens(K_);
+    for (int i = 0; i < place_.r; ++i) {
+      for (int j = 0; j < row; ++j) eta_[i * row + j] = j > i ? 0 : call_.scale[i] * lr_[j];
+    }
+    return {K_, place_.r, row, call_.scale, lr_, eta_, nullptr, d_lr_};
   }
 
   void write_weights(int i, int64_t n, int64_t head, const T* from, T* to) const {

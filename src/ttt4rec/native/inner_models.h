@@ -14,13 +14,12 @@ struct Tokens {
   T eps;
 };
 
-// dP of the output.
-inline void backward_of_output(int r, const Normalised& norm, const Tokens& t, T* dP) {
+// dP of the output; scaled is a tile's memory.
+inline void backward_of_output(int r, const Normalised& norm, const Tokens& t, T* scaled, T* dP) {
   for (int i = 0; i < r; ++i) {
-    T scaled[D];
-    for (int n = 0; n < D; n += LANES) store(scaled + n, load(t.o + i * D + n) * load(t.gamma + n));
-    norm.jacobian_product(i, scaled, dP + i * D);
+    for (int n = 0; n < D; n += LANES) store(scaled + i * D + n, load(t.o + i * D + n) * load(t.gamma + n));
   }
+  norm.jacobian_products(r, scaled, dP);
 }
 
 // What de gives k, v and β, and dO gives q, β and γ. d_gamma, the inner gradient's by row, is overwritten.
@@ -61,7 +60,7 @@ class InnerModel {  // TTT-MLP
 
   static size_t numbers(int K) {
     return DualLayer<D, HIDDEN>::numbers(K) + DualLayer<HIDDEN, D>::numbers(K) + 8 * Arena::rounded(K * HIDDEN) +
-           13 * Arena::rounded(K * D) + 2 * Arena::rounded(K);
+           InnerGradient::numbers(K) + Normalised::numbers(K) + 7 * Arena::rounded(K * D);
   }
 
   InnerModel(Arena& arena, int K)
@@ -117,7 +116,7 @@ class InnerModel {  // TTT-MLP
     second_.output(rates, X2_bar_, state.X2, G2, P2_);
     norm_.set(r, P2_, t.eps);
     // Outputs and updates.
-    backward_of_output(r, norm_, t, dP2_);
+    backward_of_output(r, norm_, t, d_gamma_, dP2_);
     second_.backward(rates, X2_bar_, state.X2, G2, dP2_, dX2_bar_, dX2_, dG2_);
     multiply(r, dX2_bar_, bar_slope_, dX2_bar_);
     first_.backward(rates, t.q, t.k, G1_, dX2_bar_, t.dq, t.dk, dG1_);
@@ -179,7 +178,7 @@ class InnerModel<0> {  // TTT-Linear
   };
 
   static size_t numbers(int K) {
-    return DualLayer<D, D>::numbers(K) + 11 * Arena::rounded(K * D) + 2 * Arena::rounded(K);
+    return DualLayer<D, D>::numbers(K) + InnerGradient::numbers(K) + Normalised::numbers(K) + 7 * Arena::rounded(K * D);
   }
 
   InnerModel(Arena& arena, int K) : layer_(arena, K), inner_(arena, K), norm_(arena, K) {
@@ -217,7 +216,7 @@ class InnerModel<0> {  // TTT-Linear
     layer_.output(rates, t.q, t.k, G, P_);
     norm_.set(r, P_, t.eps);
     // Output and update, then G, then Z.
-    backward_of_output(r, norm_, t, dP_);
+    backward_of_output(r, norm_, t, d_gamma_, dP_);
     layer_.backward(rates, t.q, t.k, G, dP_, t.dq, t.dk, dG_);
     inner_.backward(r, dG_, G, t.gamma, dZ_, de_, d_gamma_);
     layer_.backward_of_affine(r, t.k, dZ_, t.dk);

@@ -34,15 +34,20 @@ class Arena {
 
 enum class From { nothing, matrix, bias };  // a matrix [rows, N], often C itself; one row for all
 
-// Where the rows of a product's tiles lie: numbers from one to the next. A[i][m] = a[i * row + m * column].
+// Numbers from one row of a product's tiles to the next. A[i][m] = a[i * row + m * column].
 struct Strides {
   long row, column, b, c, from;
+};
+template <long B, long C, long FROM>
+struct FixedStrides {  // of what the compiler knows the width
+  long row, column;
+  static constexpr long b = B, c = C, from = FROM;
 };
 
 // Rows of C = FROM + A B for ROWS rows and VECTORS vectors of columns. The sum is formed first, so that what it is added
 // to, which may be larger by far, is rounded once.
-template <From FROM, int ROWS, int VECTORS>
-inline void block(int M, const T* a, const T* b, T* c, const T* from, Strides s) {
+template <From FROM, int ROWS, int VECTORS, class S>
+inline void block(int M, const T* a, const T* b, T* c, const T* from, S s) {
   V total[ROWS][VECTORS] = {};
   for (int m = 0; m < M; ++m) {
     V b_row[VECTORS];
@@ -66,8 +71,8 @@ inline void block(int M, const T* a, const T* b, T* c, const T* from, Strides s)
   }
 }
 
-template <From FROM, int ROWS, int VECTORS>
-inline void blocks(int rows, int M, const T* a, const T* b, T* c, const T* from, Strides s) {
+template <From FROM, int ROWS, int VECTORS, class S>
+inline void blocks(int rows, int M, const T* a, const T* b, T* c, const T* from, S s) {
   int i = 0;
   for (; i + ROWS <= rows; i += ROWS) {
     block<FROM, ROWS, VECTORS>(M, a + i * s.row, b, c + i * s.c, from + i * s.from, s);
@@ -86,9 +91,9 @@ constexpr int rows_of_block(int vectors) { return REGISTERS / 2 / vectors > 8 ? 
 template <From FROM, int N>
 inline void product(int rows, int M, const T* a, long row, long column, const T* b, T* c, const T* from) {
   constexpr int WIDTH = N / LANES, VECTORS = WIDTH % MOST_VECTORS == 0 ? MOST_VECTORS : WIDTH % 2 == 0 ? 2 : 1;
+  const FixedStrides<N, N, FROM == From::matrix ? N : 0> strides{row, column};
   for (int n = 0; n < N; n += VECTORS * LANES) {
-    blocks<FROM, rows_of_block(VECTORS), VECTORS>(
-        rows, M, a, b + n, c + n, FROM == From::nothing ? c : from + n, {row, column, N, N, FROM == From::matrix ? N : 0});
+    blocks<FROM, rows_of_block(VECTORS), VECTORS>(rows, M, a, b + n, c + n, FROM == From::nothing ? c : from + n, strides);
   }
 }
 
@@ -123,6 +128,44 @@ inline V lanes_of_dot(const T* a, const T* b) {
   return total;
 }
 
+// out[i] = the sum across part(i), for `count` of them; `out` has room for whole vectors. Many at a time cost a fraction.
+template <class Part>
+inline void sums(int count, const Part& part, T* out) {
+  if (count < LANES / 4) {
+    for (int i = 0; i < count; ++i) out[i] = sum(part(i));
+    return;
+  }
+  for (int i = 0; i < count; i += LANES) {
+    V rows[LANES];
+#pragma GCC unroll 16
+    for (int n = 0; n < LANES; ++n) rows[n] = i + n < count ? part(i + n) : V{};
+    store(out + i, row_sums(rows));
+  }
+}
+
+// A matrix of tokens by tokens of a mini-batch of K has rows so long that a vector has a whole number of them, or they of it.
+inline int row_of_tokens(int K) {
+  int row = 1;
+  while (row < K && row < LANES) row *= 2;
+  return (K + row - 1) / row * row;
+}
+inline size_t tokens_by_tokens(int K) { return Arena::rounded(K * row_of_tokens(K)); }
+
+// out[i, j] = a_i · b_j for j <= i, else 0, of r rows.
+template <int N>
+inline void dots(int r, int row, const T* a, const T* b, T* out) {
+  int i = 0, j = 0;
+  for (int at = 0; at < r * row; at += LANES) {
+    V products[LANES];
+#pragma GCC unroll 16
+    for (int n = 0; n < LANES; ++n) {
+      products[n] = i < r && j <= i ? lanes_of_dot<N>(a + i * N, b + j * N) : V{};
+      if (++j == row) j = 0, ++i;
+    }
+    store(out + at, row_sums(products));
+  }
+}
+
 template <int N>
 inline T dot(const T* a, const T* b) {
   return sum(lanes_of_dot<N>(a, b));
@@ -155,22 +198,28 @@ inline void add(T* total, const T* x, T scale = 1) {
 struct Normalised {
   T *x_hat, *inverse_std;
 
-  Normalised(Arena& arena, int K) : x_hat(arena.take(K * D)), inverse_std(arena.take(K)) {}
+  static size_t numbers(int K) { return Arena::rounded(K * D) + Arena::rounded(K) + Arena::rounded(2 * K + LANES); }
+
+  Normalised(Arena& arena, int K)
+      : x_hat(arena.take(K * D)), inverse_std(arena.take(K)), sums_(arena.take(2 * K + LANES)) {}
 
   void set(int r, const T* z, T eps) {
+    sums(r, [&](int i) { return features(z + i * D); }, sums_);
     for (int i = 0; i < r; ++i) {
-      V total{}, rest{}, squares{};
-      for (int n = 0; n < D; n += LANES) total += load(z + i * D + n);
-      const T mean = sum(total) / D;
-      for (int n = 0; n < D; n += LANES) {
-        const V centred = load(z + i * D + n) - mean;
-        rest += centred;
-        squares += centred * centred;
-        store(x_hat + i * D + n, centred);
-      }
-      const T rounded = sum(rest) / D;  // off the mean, which may be larger than the deviations by far
-      inverse_std[i] = 1 / std::sqrt(sum(squares) / D + eps);
-      for (int n = 0; n < D; n += LANES) store(x_hat + i * D + n, (load(x_hat + i * D + n) - rounded) * inverse_std[i]);
+      const T mean = sums_[i] / D;
+      for (int n = i * D; n < (i + 1) * D; n += LANES) store(x_hat + n, load(z + n) - mean);
+    }
+    // The mean of what is left was rounded off the mean, which may be larger than the deviations by far.
+    sums(2 * r, [&](int i) { return i < r ? features(x_hat + i * D) : squares(x_hat + (i - r) * D); }, sums_);
+    for (int i = 0; i < r; i += LANES) {
+      T inverse[LANES];
+      store(inverse, load(sums_ + r + i) / D + eps);
+      for (int n = 0; n < LANES; ++n) inverse[n] = 1 / std::sqrt(inverse[n]);
+      for (int n = 0; n < LANES && i + n < r; ++n) inverse_std[i + n] = inverse[n];
+    }
+    for (int i = 0; i < r; ++i) {
+      const T rounded = sums_[i] / D, inverse = inverse_std[i];
+      for (int n = i * D; n < (i + 1) * D; n += LANES) store(x_hat + n, (load(x_hat + n) - rounded) * inverse);
     }
   }
 
@@ -184,14 +233,32 @@ struct Normalised {
     }
   }
 
-  // out = J x, (5), of row i; the Jacobian is symmetric, so this serves both directions.
-  void jacobian_product(int i, const T* x, T* out) const {
-    const T* own = x_hat + i * D;
-    V total{};
-    for (int n = 0; n < D; n += LANES) total += load(x + n);
-    const T mean = sum(total) / D, along = dot<D>(x, own) / D, r = inverse_std[i];
-    for (int n = 0; n < D; n += LANES) store(out + n, r * (load(x + n) - mean - along * load(own + n)));
+  // out = J x, (5), of every row, out being another tile; the Jacobian is symmetric, so this serves both directions.
+  void jacobian_products(int r, const T* x, T* out) const {
+    sums(2 * r, [&](int i) { return i < r ? features(x + i * D) : along(x, i - r); }, sums_);
+    for (int i = 0; i < r; ++i) jacobian_product(i, x + i * D, sums_[i] / D, sums_[r + i] / D, out + i * D);
   }
+
+  // Of row i, whose mean and whose mean along x̂ are known.
+  void jacobian_product(int i, const T* x, T mean, T slant, T* out) const {
+    const T inverse = inverse_std[i];
+    for (int n = 0; n < D; n += LANES) {
+      store(out + n, inverse * (load(x + n) - mean - slant * load(x_hat + i * D + n)));
+    }
+  }
+
+  V along(const T* x, int i) const { return lanes_of_dot<D>(x + i * D, x_hat + i * D); }
+
+  static V features(const T* x) {
+    V total = load(x);
+    for (int n = LANES; n < D; n += LANES) total += load(x + n);
+    return total;
+  }
+
+ private:
+  T* sums_;
+
+  static V squares(const T* x) { return lanes_of_dot<D>(x, x); }
 };
 
 // G, the inner loss's gradient at Z, and the derivative of that gradient.
@@ -199,7 +266,13 @@ struct InnerGradient {
   Normalised norm;
   T *error, *y;
 
-  InnerGradient(Arena& arena, int K) : norm(arena, K), error(arena.take(K * D)), y(arena.take(K * D)) {}
+  static size_t numbers(int K) {
+    return Normalised::numbers(K) + 3 * Arena::rounded(K * D) + Arena::rounded(4 * K + LANES);
+  }
+
+  InnerGradient(Arena& arena, int K)
+      : norm(arena, K), error(arena.take(K * D)), y(arena.take(K * D)), dx_hat_(arena.take(K * D)),
+        sums_(arena.take(4 * K + LANES)) {}
 
   void set(int r, const T* Z, const T* k, const T* v, const T* gamma, const T* beta, T eps) {
     norm.set(r, Z, eps);
@@ -215,29 +288,36 @@ struct InnerGradient {
   }
 
   // G, (6).
-  void value(int r, T* G) const {
-    for (int i = 0; i < r; ++i) norm.jacobian_product(i, y + i * D, G + i * D);
-  }
+  void value(int r, T* G) const { norm.jacobian_products(r, y, G); }
 
   // dZ, de and each row's dγ from dG, (21) and (22).
   void backward(int r, const T* dG, const T* G, const T* gamma, T* dZ, T* de, T* d_gamma) const {
+    const auto part = [&](int i) {
+      const int at = i % r;
+      if (i < r) return Normalised::features(dG + at * D);
+      if (i < 2 * r) return norm.along(dG, at);
+      return i < 3 * r ? norm.along(y, at) : lanes_of_dot<D>(dG + at * D, G + at * D);
+    };
+    sums(4 * r, part, sums_);
     for (int i = 0; i < r; ++i) {
       const long at = long(i) * D;
       const T *x_hat = norm.x_hat + at, *own_y = y + at, *own_dG = dG + at;
-      const T inverse = norm.inverse_std[i];
-      T dy[D], dx_hat[D];
-      norm.jacobian_product(i, own_dG, dy);
-      const T mean_y = dot<D>(own_y, x_hat) / D, mean_dG = dot<D>(own_dG, x_hat) / D;
+      const T inverse = norm.inverse_std[i], mean_dG = sums_[r + i] / D, mean_y = sums_[2 * r + i] / D;
+      T dy[D];
+      norm.jacobian_product(i, own_dG, sums_[i] / D, mean_dG, dy);
       for (int n = 0; n < D; n += LANES) {
         const V g = load(gamma + n), e = g * load(dy + n);
         store(de + at + n, e);
-        store(dx_hat + n, g * e - inverse * (mean_y * load(own_dG + n) + mean_dG * load(own_y + n)));
+        store(dx_hat_ + at + n, g * e - inverse * (mean_y * load(own_dG + n) + mean_dG * load(own_y + n)));
         store(d_gamma + at + n, load(dy + n) * load(error + at + n) + e * load(x_hat + n));
       }
-      norm.jacobian_product(i, dx_hat, dZ + at);
-      add<D>(dZ + at, x_hat, -inverse * dot<D>(own_dG, G + at) / D);
     }
+    norm.jacobian_products(r, dx_hat_, dZ);
+    for (int i = 0; i < r; ++i) add<D>(dZ + i * D, norm.x_hat + i * D, -norm.inverse_std[i] * sums_[3 * r + i] / D);
   }
+
+ private:
+  T *dx_hat_, *sums_;
 };
 
 // The tanh form of gelu from one sigmoid, (14), with z, v, s and w for x, w, σ and w'.
@@ -246,9 +326,9 @@ template <bool SLOPE, bool CURVATURE>
 inline void gelu(int n, const T* z, T* value, T* slope = nullptr, T* curvature = nullptr) {
   constexpr T c = 0.7978845608028654, a = 0.044715;  // sqrt(2/π) and the cubic coefficient
   for (int i = 0; i < n; i += LANES) {
-    const V given = load(z + i), low = given < -10 ? all(-10) : given, x = low > 10 ? all(10) : low, square = x * x;
-    const V e = exponential(-2 * c * x * (1 + a * square)), s = 1 / (1 + e);
-    store(value + i, low * s);
+    const V given = load(z + i), x = clamped(given, -10, 10), square = x * x;
+    const V e = exponential_within(-2 * c * x * (1 + a * square)), s = reciprocal(1 + e);
+    store(value + i, (given < -10 ? x : given) * s);
     if constexpr (SLOPE) {
       const V w = 2 * c * (1 + 3 * a * square), p = e * s * s, q = p * w;  // 1 - s would cancel
       store(slope + i, s + x * q);
@@ -259,11 +339,11 @@ inline void gelu(int n, const T* z, T* value, T* slope = nullptr, T* curvature =
 
 // η[i, j] = s_i lr_j for j <= i of a mini-batch, and the gradients of both factors.
 struct Rates {
-  int K, r;
+  int K, r, row;  // row: see row_of_tokens
   const T *scale, *lr;
+  T* eta;  // [r, row], zero beyond the diagonal
   T *d_scale, *d_lr;
 
-  T eta(int i, int j) const { return scale[i] * lr[j]; }
   T last(int j) const { return scale[K - 1] * lr[j]; }
   bool complete() const { return r == K; }
   void accumulate(int i, int j, T d_eta) const {
@@ -280,14 +360,15 @@ class DualLayer {
   T *W, *b, *dW, *db;
 
   static size_t numbers(int K) {
-    return 3 * Arena::rounded(IN * OUT) + Arena::rounded(OUT) + 3 * Arena::rounded(K * K) + 2 * Arena::rounded(K * OUT);
+    return 3 * Arena::rounded(IN * OUT) + Arena::rounded(OUT) + 3 * tokens_by_tokens(K) + 2 * Arena::rounded(K * OUT) +
+           Arena::rounded(K + LANES);
   }
 
   DualLayer(Arena& arena, int K)
       : W(nullptr), b(nullptr), dW(arena.take(IN * OUT)), db(arena.take(OUT)),
-        W_transposed_(arena.take(IN * OUT)), dW_transposed_(arena.take(IN * OUT)), S_(arena.take(K * K)),
-        minus_A_(arena.take(K * K)), dS_(arena.take(K * K)), minus_eta_G_(arena.take(K * OUT)),
-        X_dW_(arena.take(K * OUT)) {}
+        W_transposed_(arena.take(IN * OUT)), dW_transposed_(arena.take(IN * OUT)), S_(arena.take(tokens_by_tokens(K))),
+        minus_A_(arena.take(tokens_by_tokens(K))), dS_(arena.take(tokens_by_tokens(K))), minus_eta_G_(arena.take(K * OUT)),
+        X_dW_(arena.take(K * OUT)), sums_(arena.take(K + LANES)) {}
 
   // Z = X W + b
   void affine(int r, const T* X, T* Z) const { product<From::bias, OUT>(r, IN, X, IN, 1, W, Z, b); }
@@ -301,14 +382,14 @@ class DualLayer {
   // P, (8).
   void output(const Rates& rates, const T* Q, const T* X, const T* G, T* P) {
     const int r = rates.r;
-    for (int i = 0; i < r; ++i) {
-      for (int j = 0; j < r; ++j) {
-        S_[i * r + j] = j > i ? 0 : dot<IN>(Q + i * IN, X + j * IN) + 1;
-        minus_A_[i * r + j] = j > i ? 0 : -rates.eta(i, j) * S_[i * r + j];
-      }
+    dots<IN>(r, rates.row, Q, X, S_);
+    for (int at = 0; at < r * rates.row; at += LANES) {
+      const V one_more = load(S_ + at) + 1;
+      store(S_ + at, one_more);
+      store(minus_A_ + at, -load(rates.eta + at) * one_more);
     }
     affine(r, Q, P);
-    add_product<OUT>(r, r, minus_A_, r, 1, G, P);
+    add_product<OUT>(r, r, minus_A_, rates.row, 1, G, P);
   }
 
   // W and b after the mini-batch, (9); next may be where they are.
@@ -321,18 +402,16 @@ class DualLayer {
   // Backward of output and update together, (16) to (20): dQ, dX and dG from dP and from dW and db, which come as gradients of the
   // updated weights and become those of the weights before. W must be the weights before, transposed already.
   void backward(const Rates& rates, const T* Q, const T* X, const T* G, const T* dP, T* dQ, T* dX, T* dG) {
-    const int r = rates.r;
+    const int r = rates.r, row = rates.row;
+    dots<OUT>(r, row, dP, G, dS_);  // -dA
     for (int i = 0; i < r; ++i) {
-      for (int j = 0; j < r; ++j) {
-        const T dA = j > i ? 0 : -dot<OUT>(dP + i * OUT, G + j * OUT);
-        dS_[i * r + j] = dA * rates.eta(i, j);
-        if (j <= i) rates.accumulate(i, j, dA * S_[i * r + j]);
-      }
+      for (int j = 0; j <= i; ++j) rates.accumulate(i, j, -dS_[i * row + j] * S_[i * row + j]);
     }
+    for (int at = 0; at < r * row; at += LANES) store(dS_ + at, -load(dS_ + at) * load(rates.eta + at));
     set_product<IN>(r, OUT, dP, OUT, 1, W_transposed_, dQ);
-    add_product<IN>(r, r, dS_, r, 1, X, dQ);
-    set_product<IN>(r, r, dS_, 1, r, Q, dX);
-    set_product<OUT>(r, r, minus_A_, 1, r, dP, dG);
+    add_product<IN>(r, r, dS_, row, 1, X, dQ);
+    set_product<IN>(r, r, dS_, 1, row, Q, dX);
+    set_product<OUT>(r, r, minus_A_, 1, row, dP, dG);
     if (rates.complete()) backward_of_update(rates, X, G, dX, dG);
     add_outer(r, Q, dP);
   }
@@ -344,7 +423,7 @@ class DualLayer {
   }
 
  private:
-  T *W_transposed_, *dW_transposed_, *S_, *minus_A_, *dS_, *minus_eta_G_, *X_dW_;
+  T *W_transposed_, *dW_transposed_, *S_, *minus_A_, *dS_, *minus_eta_G_, *X_dW_, *sums_;
 
   void set_minus_eta_G(const Rates& rates, const T* G) {
     for (int j = 0; j < rates.r; ++j) {
@@ -358,8 +437,9 @@ class DualLayer {
     set_minus_eta_G(rates, G);
     transpose<IN, OUT>(dW, dW_transposed_);
     add_product<IN>(rates.r, OUT, minus_eta_G_, OUT, 1, dW_transposed_, dX);
+    sums(rates.r, [&](int j) { return lanes_of_dot<OUT>(X_dW_ + j * OUT, G + j * OUT); }, sums_);
     for (int j = 0; j < rates.r; ++j) {
-      rates.accumulate(rates.r - 1, j, -dot<OUT>(X_dW_ + j * OUT, G + j * OUT));
+      rates.accumulate(rates.r - 1, j, -sums_[j]);
       add<OUT>(dG + j * OUT, X_dW_ + j * OUT, -rates.last(j));
     }
   }
