@@ -190,7 +190,7 @@ class Around {
     T *h = call_.h + at, *d_o = call_.d_o + at;
     const T inverse = standardise(C_, o, call_.norm_eps, x_hat_);
     if (call_.taps > 0) gelu<true, false>(C_, gate(t), value_, slope_);
-    T* d_gate = call_.d_views + t * W_ + 2 * C_;
+    T* d_gate = call_.taps > 0 ? call_.d_views + t * W_ + 2 * C_ : nullptr;
     V total{}, along{};
     for (int c = 0; c < C_; c += LANES) {
       const V x_hat = load(x_hat_ + c), normed = load(gamma + c) * x_hat + load(beta + c);

@@ -27,10 +27,10 @@ struct Call {
   const T *q, *k, *v, *lr, *scale, *gamma, *beta;
   const T* weights[4];
   int64_t strides[4];
-  T* kept[2];
+  T* kept[2];     // Z1, which may be null: it is computed again then; and the inner gradients
   T* checkpoints;  // [total / (segment K) + 2, H, all weights], of the segment that begins in that many tokens and is not a first one
   // forward
-  T *o, *outgoing[4];
+  T *o, *outgoing[4];  // the latter may be null
   // backward
   const T *grad_o, *grad_weights[4];
   int64_t grad_strides[4];
@@ -122,9 +122,10 @@ class Row {
       expect(place(n, head, m + 1));
       model_.forward(rates, t_, kept_, states_[0]);
       place_.write<D>(t_.o, call_.o);
-      if constexpr (F > 0) place_.write<F>(kept_[0], call_.kept[0]);
+      if (keeps_Z1()) place_.write<F>(kept_[0], call_.kept[0]);
       place_.write<D>(kept_[KEPT - 1], call_.kept[KEPT - 1]);
     }
+    if (call_.outgoing[0] == nullptr) return;
     for (int i = 0; i < WEIGHTS; ++i) write_weights(i, n, head, states_[0].weights[i], call_.outgoing[i]);
   }
 
@@ -155,6 +156,8 @@ class Row {
     return Model::numbers(K) + states * State::numbers(K) + 8 * Arena::rounded(K * D) + Arena::rounded(K * F) +
            2 * Arena::rounded(K) + Arena::rounded(row_of_tokens(K)) + tokens_by_tokens(K) + 2 * Arena::rounded(D);
   }
+
+  bool keeps_Z1() const { return F > 0 && call_.kept[0] != nullptr; }
 
   int64_t mini_batches(int64_t n) const { return (call_.lengths[n] + K_ - 1) / K_; }
 
@@ -199,12 +202,13 @@ class Row {
 
   void replay(int64_t n, int64_t head, int64_t m, State& state, State* next) {
     const Rates rates = read(n, head, m);
-    if constexpr (F > 0) place_.read<F>(call_.kept[0], kept_[0]);
+    if (keeps_Z1()) place_.read<F>(call_.kept[0], kept_[0]);
     place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
     const Place coming = place(n, head, m + 1);
     coming.expect<D>(call_.k, call_.k_stride);
-    if constexpr (F > 0) coming.expect<F>(call_.kept[0], call_.H * F);
+    if (keeps_Z1()) coming.expect<F>(call_.kept[0], call_.H * F);
     coming.expect<D>(call_.kept[KEPT - 1], call_.H * D);
+    if (!keeps_Z1()) model_.first_outputs(rates.r, t_.k, state, kept_[0]);
     model_.replay(rates, t_.k, kept_, state, next);
   }
 
@@ -241,7 +245,7 @@ class Row {
     coming.expect<D>(call_.k, call_.k_stride);
     coming.expect<D>(call_.v, call_.v_stride);
     coming.expect<D, true>(call_.o, call_.H * D);
-    if constexpr (F > 0) coming.expect<F, true>(call_.kept[0], call_.H * F);
+    if (keeps_Z1()) coming.expect<F, true>(call_.kept[0], call_.H * F);
     coming.expect<D, true>(call_.kept[KEPT - 1], call_.H * D);
   }
 

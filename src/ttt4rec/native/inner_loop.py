@@ -105,18 +105,34 @@ class _Call:
 
 
 def _forward(scan: Scan) -> tuple[Tensor, ...]:
-    call, weights = _Call(scan), scan.weights
+    weights = scan.weights
+    o, *others = _run_forward(scan, [w.new_empty(w.shape) for w in weights], scan.model.kept_widths(*_sizes(scan)))
+    return o.to(scan.q.dtype), *others
+
+
+def scan_for_gradients(scan: Scan) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Outputs, and all that the backward needs: Z1, which it can compute again, is not written down."""
+    *again, width = scan.model.kept_widths(*_sizes(scan))
+    o, *kept = _run_forward(scan, [], [*(0 for _ in again), width])
+    return o, tuple(kept)
+
+
+def _sizes(scan: Scan) -> tuple[int, int]:
+    return scan.q.shape[-1], scan.hidden
+
+
+def _run_forward(scan: Scan, outgoing: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
+    """Outputs, the outgoing weights if there is memory for them, what is kept in these widths, checkpoints."""
+    call = _Call(scan)
     o = call.results(*scan.q.shape)
-    B, L, H, D = o.shape
-    kept = [call.results(B, L, H, width) for width in scan.model.kept_widths(D, scan.hidden)]
-    outgoing = [w.new_empty(w.shape) for w in weights]
+    kept = [call.results(*o.shape[:3], width) for width in widths]
     checkpoints = scan.new_checkpoints()
     call.set("o", o)
     call.set_all("kept", kept)
     call.set("checkpoints", checkpoints)
     call.set_all("outgoing", outgoing)
     call.run("ttt_forward")
-    return o.to(scan.q.dtype), *outgoing, *kept, checkpoints
+    return [o, *outgoing, *kept, checkpoints]
 
 
 def _backward(

@@ -92,6 +92,12 @@ class InnerModel {  // TTT-MLP
     norm_.write_output(r, t.q, t.gamma, t.beta, t.o);
   }
 
+  // Z1 of a state's mini-batch, with the forward's bits.
+  void first_outputs(int r, const T* k, const State& state, T* Z1) {
+    use(state);
+    first_.affine(r, k, Z1);
+  }
+
   // The same once more, from what was kept: the state's values, and the weights of the next one if there is one.
   void replay(const Rates& rates, const T* k, T* const* kept, State& state, State* next) {
     const T *Z1 = kept[0], *G2 = kept[1];
@@ -199,6 +205,8 @@ class InnerModel<0> {  // TTT-Linear
     norm_.set(r, P_, t.eps);
     norm_.write_output(r, t.q, t.gamma, t.beta, t.o);
   }
+
+  void first_outputs(int, const T*, const State&, T*) {}  // there are none beside Z
 
   void replay(const Rates& rates, const T* k, T* const* kept, State& state, State* next) {
     use(state);

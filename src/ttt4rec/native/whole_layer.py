@@ -9,7 +9,7 @@ from torch import Tensor
 from ..arguments import LayerForward, Scan
 from . import build
 from .calls import INTEGER, POINTER, fields, run
-from .inner_loop import linear_scan, linear_scan_backward, rows
+from .inner_loop import linear_scan_backward, rows, scan_for_gradients
 
 Results = tuple[Tensor, ...]
 
@@ -59,56 +59,92 @@ class _Around:
         run(getattr(self._library, part), self._call, self.sequences, self._numbers)
 
 
-def layer_forward(given: LayerForward) -> tuple[Tensor, Results]:
-    """Outputs ``[B, L, C]`` and what the backward needs."""
+def layer_forward(given: LayerForward) -> tuple[Results, Results]:
+    """Outputs ``[B, L, C]``, and what the backward needs."""
+    between, kept = inside_forward(given)
+    outputs, _ = outside_forward(given, *between)
+    return outputs, (between[0], *kept)
+
+
+def layer_backward(given: LayerForward, _: Results, kept: Results, grads: Results) -> Results:
+    """Gradients of what the two parts give them, but for what lies between them; first those of what stands behind."""
+    o, *inside = kept
+    between = (o, inside[0]) if given.around.convolutions else (o,)
+    d_output, d_weight, d_bias, *d_between = outside_backward(given, between, (), grads)
+    return d_output, d_weight, d_bias, *inside_backward(given, (), tuple(inside), tuple(d_between))
+
+
+def inside_forward(given: LayerForward) -> tuple[Results, Results]:
+    """The inner loop's outputs ``[total, C]`` and, if there is a gate, the views of x; what the backward needs."""
     x, layer = given.x.flatten(0, 1), given.around
     weights = torch.cat((*layer.projections, layer.lr_weight))
     views, scale = torch.mm(x, weights.t()), _token_scale(layer.token_offset)
-    tokens = _tokens(given, views)
+    q, k, v = _tokens(given, views)
     lr = x.new_empty(*given.x.shape[:2], layer.lr_weight.shape[0])
-    around = _Around(given)
-    around.run("ttt_before", views=views, q=tokens[0], k=tokens[1], lr=lr)
-    o, *others = linear_scan(_scan(given, tokens, lr, scale))
-    h = torch.empty_like(x)
-    around.run("ttt_after", o=o, h=h)
-    y = torch.mm(h, layer.output.t()).view(given.x.shape)
-    return y, (weights, views, *tokens, lr, scale, o, *others[len(given.weights) :])
+    _Around(given).run("ttt_before", views=views, q=q, k=k, lr=lr)
+    o, inside = scan_for_gradients(_scan(given, (q, k, v), lr, scale))
+    between = (o.view(x.shape), views) if layer.convolutions else (o.view(x.shape),)
+    return between, (views, weights, lr, scale, *inside)
 
 
-def layer_backward(given: LayerForward, kept: Results, dy: Tensor) -> Results:
-    """Gradients of x, the output, w_lr, b_lr, τ, γ, β, the norm's, the projections, the convolutions', the weights."""
-    weights, views, q, k, v, lr, scale, o, *inside = kept
+def inside_backward(given: LayerForward, between: Results, kept: Results, grads: Results) -> Results:
+    """Gradients of w_lr, b_lr, τ, γ, β, x, the projections, the convolutions', the weights.
+
+    Those of the views, if they come, are completed where they are, and x's take the memory of o's.
+    """
+    assert not between
+    views, weights, lr, scale, *inside = kept
+    d_o, *d_gate = grads
     around, layer, x = _Around(given), given.around, given.x.flatten(0, 1)
-    (H, C), N, dy = layer.lr_weight.shape, around.sequences, dy.contiguous().flatten(0, 1)
-    # What every sequence adds to the gradients of parameters.
-    sizes = {"d_norm_weight": C, "d_norm_bias": C, "d_lr_bias": H}
-    sizes |= {f"d_{name}": w.numel() for name, w in zip(CONVOLUTIONS, layer.convolutions, strict=False)}
-    sums = {name: x.new_zeros(N, size) for name, size in sizes.items()}
-    d_o, h = torch.mm(dy, layer.output), torch.empty_like(x)
-    if layer.convolutions:  # the gate's gradient comes now
-        sums["d_views"] = torch.empty_like(views)
-    around.run("ttt_back_after", views=views, o=o, h=h, d_o=d_o, **sums)
-    d_output = torch.mm(dy.t(), h)
-    del h  # before more memory is taken
-    d_views = sums.pop("d_views") if layer.convolutions else torch.empty_like(views)
-
-    d_tokens = _tokens(given, d_views)
+    (H, C), N = layer.lr_weight.shape, around.sequences
+    d_views = d_gate[0] if d_gate else torch.empty_like(views)
+    tokens = _tokens(given, views)
+    if layer.convolutions:  # q and k once more; a mini-batch's are read before its gradients take their place
+        lr = torch.empty_like(lr)
+        around.run("ttt_before", views=views, q=tokens[0], k=tokens[1], lr=lr)
+        d_tokens = (*tokens[:2], _tokens(given, d_views)[2])
+    else:
+        d_tokens = _tokens(given, d_views)
     nothing = tuple(w.new_zeros(1, *w.shape).expand(N, *w.shape) for w in given.weights)
-    inner_grads = (d_o.view(o.shape), *nothing)
     _, _, _, d_lr, d_scale, *d_weights, d_gamma, d_beta = linear_scan_backward(
-        _scan(given, (q, k, v), lr, scale), tuple(inside), inner_grads, d_tokens
+        _scan(given, tokens, lr, scale), tuple(inside), (d_o.view(tokens[0].shape), *nothing), d_tokens
     )
-    del d_o, inner_grads
-    around.run("ttt_back_before", d_views=d_views, lr=lr, dq=d_tokens[0], dk=d_tokens[1], d_lr=d_lr)
+    # What every sequence adds to the gradients of parameters.
+    sizes = {"d_lr_bias": H} | {
+        f"d_{name}": w.numel() for name, w in zip(CONVOLUTIONS, layer.convolutions, strict=False)
+    }
+    sums = {name: x.new_zeros(N, size) for name, size in sizes.items()}
+    around.run(
+        "ttt_back_before", views=views, d_views=d_views, lr=lr, dq=d_tokens[0], dk=d_tokens[1], d_lr=d_lr, **sums
+    )
     *d_projections, d_lr_weight = torch.mm(d_views.t(), x).split([C, C, C, H])
-    d_norm_weight, d_norm_bias, d_lr_bias, *d_convolutions = map(_total, sums.values())
+    d_lr_bias, *d_convolutions = map(_total, sums.values())
     for i in range(0, len(d_convolutions), 2):  # summed as [taps, C]
         d_convolutions[i] = d_convolutions[i].view(-1, C).t()
+    d_x = torch.mm(d_views, weights, out=d_o.view(x.shape)).view(given.x.shape)
     return (
-        torch.mm(d_views, weights).view(given.x.shape), d_output, d_lr_weight, d_lr_bias,
-        d_scale.mul_(scale > 0), d_gamma, d_beta, d_norm_weight, d_norm_bias,
+        d_lr_weight, d_lr_bias, d_scale.mul_(scale > 0), d_gamma, d_beta, d_x,
         *d_projections, *d_convolutions, *map(_total, d_weights),
     )  # fmt: skip
+
+
+def outside_forward(given: LayerForward, o: Tensor, *views: Tensor) -> tuple[Results, Results]:
+    """The layer's outputs ``[B, L, C]``; nothing is kept."""
+    h = torch.empty_like(o)
+    _Around(given).run("ttt_after", o=o, h=h, **dict(zip(("views",), views, strict=False)))
+    return (torch.mm(h, given.around.output.t()).view(given.x.shape),), ()
+
+
+def outside_backward(given: LayerForward, between: Results, _: Results, grads: Results) -> Results:
+    """Gradients of the output and the norm's, of o, and of the views, in which the gate's alone is there."""
+    (o, *views), around, output = between, _Around(given), given.around.output
+    dy = grads[0].contiguous().flatten(0, 1)
+    sums = {name: o.new_zeros(around.sequences, o.shape[1]) for name in ("d_norm_weight", "d_norm_bias")}
+    gate = {"views": views[0], "d_views": torch.empty_like(views[0])} if views else {}
+    d_o, h = torch.mm(dy, output), torch.empty_like(o)
+    around.run("ttt_back_after", o=o, h=h, d_o=d_o, **gate, **sums)
+    d_views = (gate["d_views"],) if views else ()
+    return torch.mm(dy.t(), h), *map(_total, sums.values()), d_o, *d_views
 
 
 def _tokens(given: LayerForward, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
