@@ -1,4 +1,4 @@
-"""A whole layer's forward and backward: the library's products, and compiled code for all that lies between them."""
+"""A whole layer's forward and backward in compiled code."""
 
 import ctypes
 import functools
@@ -21,14 +21,25 @@ class AroundCall(ctypes.Structure):
         *fields(INTEGER, "H", "K", "taps", "stride"),
         *fields(POINTER, "starts", "lengths"),
         *fields(ctypes.c_double, "norm_eps", "most_rate"),
-        *fields(POINTER, "cos", "sin", "lr_bias", "norm_weight", "norm_bias"),
+        *fields(POINTER, "cos", "sin", "lr_weight", "lr_bias", "norm_weight", "norm_bias"),
         *fields(POINTER, "query_conv", "query_bias", "key_conv", "key_bias"),
-        *fields(POINTER, "views", "q", "k", "lr", "o", "h", "d_lr", "d_o", "dq", "dk", "d_views"),
+        *fields(POINTER, "x", "views", "q", "k", "lr", "o", "h", "d_lr", "d_o", "dq", "dk", "d_views"),
         *fields(POINTER, "d_norm_weight", "d_norm_bias", "d_lr_bias"),
         *fields(POINTER, "d_query_conv", "d_query_bias", "d_key_conv", "d_key_bias"),
     )
 
 
+class ProductCall(ctypes.Structure):
+    """``ProductCall`` of around.cpp."""
+
+    _fields_ = (
+        *fields(INTEGER, "rows", "M", "N", "row", "column", "b_stride", "c_stride"),
+        *fields(POINTER, "a", "b", "c"),
+    )
+
+
+GROUP_OF_ROWS = 16
+"""Of around.cpp: rows of a product that are a part of its work."""
 CONVOLUTIONS = ("query_conv", "query_bias", "key_conv", "key_bias")
 
 
@@ -46,7 +57,10 @@ class _Around:
         taps = around.convolutions[0].shape[1] if around.convolutions else 0
         stride = C if taps else 3 * C + H
         most = around.base_lr * around.lr_scale * H / C
-        tensors = (around.cos, around.sin, around.lr_bias, around.norm_weight, around.norm_bias, *around.convolutions)
+        tensors = (
+            around.cos, around.sin, around.lr_weight, around.lr_bias, around.norm_weight, around.norm_bias,
+            *around.convolutions,
+        )  # fmt: skip
         self._call = AroundCall(
             H, around.cos.shape[0], taps, stride, starts.data_ptr(), lengths.data_ptr(), around.norm_eps, most,
             *(x.data_ptr() for x in tensors),
@@ -57,6 +71,14 @@ class _Around:
         for name, x in tensors.items():
             setattr(self._call, name, x.data_ptr())
         run(getattr(self._library, part), self._call, self.sequences, self._numbers)
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        """a b, a ``[rows, M]`` in any order, b as wide as whole heads, out at least."""
+        (rows, M), (row, column), N = a.shape, a.stride(), b.shape[1]
+        strides = row, column, b.stride(0), out.stride(0)
+        call = ProductCall(rows, M, N, *strides, a.data_ptr(), b.data_ptr(), out.data_ptr())
+        run(self._library.ttt_product, call, -(-rows // GROUP_OF_ROWS), self._numbers)
+        return out
 
 
 def layer_forward(given: LayerForward) -> tuple[Results, Results]:
@@ -77,14 +99,15 @@ def layer_backward(given: LayerForward, _: Results, kept: Results, grads: Result
 def inside_forward(given: LayerForward) -> tuple[Results, Results]:
     """The inner loop's outputs ``[total, C]`` and, if there is a gate, the views of x; what the backward needs."""
     x, layer = given.x.flatten(0, 1), given.around
-    weights = torch.cat((*layer.projections, layer.lr_weight))
-    views, scale = torch.mm(x, weights.t()), _token_scale(layer.token_offset)
+    around, C, scale = _Around(given), x.shape[1], _token_scale(layer.token_offset)
+    weights = torch.cat(layer.projections).t().contiguous()
+    views = around.product(x, weights, x.new_empty(x.shape[0], 3 * C + layer.lr_weight.shape[0]))
     q, k, v = _tokens(given, views)
     lr = x.new_empty(*given.x.shape[:2], layer.lr_weight.shape[0])
-    _Around(given).run("ttt_before", views=views, q=q, k=k, lr=lr)
+    around.run("ttt_before", x=x, views=views, q=q, k=k, lr=lr)
     o, inside = scan_for_gradients(_scan(given, (q, k, v), lr, scale))
     between = (o.view(x.shape), views) if layer.convolutions else (o.view(x.shape),)
-    return between, (views, weights, lr, scale, *inside)
+    return between, (views, lr, scale, *inside)
 
 
 def inside_backward(given: LayerForward, between: Results, kept: Results, grads: Results) -> Results:
@@ -93,7 +116,7 @@ def inside_backward(given: LayerForward, between: Results, kept: Results, grads:
     Those of the views, if they come, are completed where they are, and x's take the memory of o's.
     """
     assert not between
-    views, weights, lr, scale, *inside = kept
+    views, lr, scale, *inside = kept
     d_o, *d_gate = grads
     around, layer, x = _Around(given), given.around, given.x.flatten(0, 1)
     (H, C), N = layer.lr_weight.shape, around.sequences
@@ -101,7 +124,7 @@ def inside_backward(given: LayerForward, between: Results, kept: Results, grads:
     tokens = _tokens(given, views)
     if layer.convolutions:  # q and k once more; a mini-batch's are read before its gradients take their place
         lr = torch.empty_like(lr)
-        around.run("ttt_before", views=views, q=tokens[0], k=tokens[1], lr=lr)
+        around.run("ttt_before", x=x, views=views, q=tokens[0], k=tokens[1], lr=lr)
         d_tokens = (*tokens[:2], _tokens(given, d_views)[2])
     else:
         d_tokens = _tokens(given, d_views)
@@ -117,11 +140,12 @@ def inside_backward(given: LayerForward, between: Results, kept: Results, grads:
     around.run(
         "ttt_back_before", views=views, d_views=d_views, lr=lr, dq=d_tokens[0], dk=d_tokens[1], d_lr=d_lr, **sums
     )
-    *d_projections, d_lr_weight = torch.mm(d_views.t(), x).split([C, C, C, H])
+    *d_projections, d_lr_weight = around.product(d_views.t(), x, x.new_empty(3 * C + H, C)).split([C, C, C, H])
     d_lr_bias, *d_convolutions = map(_total, sums.values())
     for i in range(0, len(d_convolutions), 2):  # summed as [taps, C]
         d_convolutions[i] = d_convolutions[i].view(-1, C).t()
-    d_x = torch.mm(d_views, weights, out=d_o.view(x.shape)).view(given.x.shape)
+    weights = torch.cat((*layer.projections, layer.lr_weight))
+    d_x = around.product(d_views, weights, d_o).view(given.x.shape)
     return (
         d_lr_weight, d_lr_bias, d_scale.mul_(scale > 0), d_gamma, d_beta, d_x,
         *d_projections, *d_convolutions, *map(_total, d_weights),
@@ -130,9 +154,10 @@ def inside_backward(given: LayerForward, between: Results, kept: Results, grads:
 
 def outside_forward(given: LayerForward, o: Tensor, *views: Tensor) -> tuple[Results, Results]:
     """The layer's outputs ``[B, L, C]``; nothing is kept."""
-    h = torch.empty_like(o)
-    _Around(given).run("ttt_after", o=o, h=h, **dict(zip(("views",), views, strict=False)))
-    return (torch.mm(h, given.around.output.t()).view(given.x.shape),), ()
+    around, h = _Around(given), torch.empty_like(o)
+    around.run("ttt_after", o=o, h=h, **dict(zip(("views",), views, strict=False)))
+    y = around.product(h, given.around.output.t().contiguous(), torch.empty_like(o))
+    return (y.view(given.x.shape),), ()
 
 
 def outside_backward(given: LayerForward, between: Results, _: Results, grads: Results) -> Results:
@@ -141,16 +166,17 @@ def outside_backward(given: LayerForward, between: Results, _: Results, grads: R
     dy = grads[0].contiguous().flatten(0, 1)
     sums = {name: o.new_zeros(around.sequences, o.shape[1]) for name in ("d_norm_weight", "d_norm_bias")}
     gate = {"views": views[0], "d_views": torch.empty_like(views[0])} if views else {}
-    d_o, h = torch.mm(dy, output), torch.empty_like(o)
+    d_o, h = around.product(dy, output, torch.empty_like(o)), torch.empty_like(o)
     around.run("ttt_back_after", o=o, h=h, d_o=d_o, **gate, **sums)
     d_views = (gate["d_views"],) if views else ()
-    return torch.mm(dy.t(), h), *map(_total, sums.values()), d_o, *d_views
+    d_output = around.product(dy.t(), h, torch.empty_like(output))
+    return d_output, *map(_total, sums.values()), d_o, *d_views
 
 
 def _tokens(given: LayerForward, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, or their gradients, ``[B, L, H, D]``: parts of the views, or q and k, if they are convolved, anew."""
     H, C = given.around.lr_weight.shape
-    first, second, third, _ = (part.view(*given.x.shape[:2], H, -1) for part in views.split([C, C, C, H], 1))
+    first, second, third = (part.view(*given.x.shape[:2], H, -1) for part in views.split([C, C, C, H], 1)[:3])
     if given.around.convolutions:
         return first.new_empty(first.shape), first.new_empty(first.shape), second
     return first, second, third
