@@ -8,8 +8,7 @@ parts. So what stands behind the inner loop is a node of its own, and what that 
 through the inner loop begins.
 """
 
-from collections.abc import Sequence
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -35,17 +34,18 @@ def layer_at_once(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | 
     given = _arguments(layer, x.contiguous(), cu_seqlens)
     if given is None:
         return None
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(given, _WHOLE))
+    whole = _tensors(given, _WHOLE)
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in whole)
     between: tuple[Tensor, ...] = ()
     for part in (_WHOLE,) if x.numel() <= LARGEST or not recorded else (_INSIDE, _OUTSIDE):
-        forward, backward = (shortcut(f"{part.name}_{way}", layer.backend, given) for way in ("forward", "backward"))
-        if forward is None or backward is None:
+        passes = shortcut(f"{part.name}_passes", layer.backend, given)
+        if passes is None:
             return None
         if recorded:
-            work = part, forward, backward, given
-            between = _Node.apply(*work, *_tensors(given, part), *between)  # type: ignore[no-untyped-call]
+            tensors = whole if part is _WHOLE else _tensors(given, part)
+            between = _Node.apply(part, passes, given, len(tensors), *tensors, *between)  # type: ignore[no-untyped-call]
         else:
-            between, _ = forward(given)
+            between, _ = passes[0](given)
     (y,) = between
     return y
 
@@ -92,36 +92,20 @@ def _tensors(given: LayerForward, part: _Part) -> tuple[Tensor, ...]:
     return *single, *((given.x, *groups, *given.weights) if part.has_x else ())
 
 
-def _replaced(given: LayerForward, part: _Part, flat: Sequence[Tensor]) -> LayerForward:
-    """The arguments with other tensors, in the order of ``_tensors``."""
-    tensors = iter(flat)
-    changed: dict[str, Any] = {name: next(tensors) for name in part.single}
-    if part.has_x:
-        x = next(tensors)
-        changed |= {name: tuple(islice(tensors, len(getattr(given.around, name)))) for name in part.groups}
-        given = given._replace(x=x, weights=tuple(islice(tensors, len(given.weights))))
-    return given._replace(around=given.around._replace(**changed))
-
-
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, part: _Part, forward: Any, backward: Any, given: LayerForward, *flat: Tensor
-    ) -> tuple[Tensor, ...]:
-        own = _tensors(given, part)
+    def forward(ctx: Any, part: _Part, passes: Any, given: LayerForward, own: int, *flat: Tensor) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...]
-        outputs, kept = forward(given, *flat[len(own) :])
+        outputs, kept = passes[0](given, *flat[own:])
         ctx.save_for_backward(*flat, *kept)
-        # Tensors are autograd's to keep; of what stands behind the inner loop, x tells its shape alone.
-        given = _replaced(given, part, (flat[0].new_empty(0),) * len(own))
-        if not part.has_x:
-            given = given._replace(x=flat[0].new_empty(1).expand(given.x.shape))
-        ctx.work = part, backward, given, len(own), len(flat), len(flat) + len(kept)
+        # Of the arguments only parameters stay; x, which is autograd's to keep, tells its shape behind the inner loop.
+        x = given.x.new_empty(1).expand(given.x.shape)
+        ctx.work = part, passes[1], given._replace(x=x), own, len(flat), len(flat) + len(kept)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        if transformed() or any(is_batched(d) for d in grads):
+        if transformed() or any(map(is_batched, grads)):
             refuse_transforms("TTTLayer")
         compute = _Derivative.apply if torch.is_grad_enabled() else _gradients
         return None, None, None, None, *compute(*ctx.work, *ctx.saved_tensors, *grads)
@@ -141,5 +125,6 @@ def _gradients(
     part: _Part, backward: Any, given: LayerForward, own: int, inputs: int, kept: int, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
     """Of a node's ``own`` tensors and what other parts gave it, of ``tensors``: these, what was kept, and gradients."""
-    given = _replaced(given, part, tensors[:own])
+    if part.has_x:
+        given = given._replace(x=tensors[len(part.single)])
     return backward(given, tensors[own:inputs], tensors[inputs:kept], tensors[kept:])  # type: ignore[no-any-return]

@@ -24,14 +24,7 @@ from .full_softmax import (
 from .inner_loop import linear_scan, linear_scan_backward, mlp_scan, mlp_scan_backward
 from .item_index import best_items, index_items
 from .step import token_step
-from .whole_layer import (
-    inside_backward,
-    inside_forward,
-    layer_backward,
-    layer_forward,
-    outside_backward,
-    outside_forward,
-)
+from .whole_layer import inside_passes, layer_passes, outside_passes
 from .whole_step import layer_step, model_step
 
 __all__ = [
@@ -41,18 +34,15 @@ __all__ = [
     "full_softmax_total_nll",
     "full_softmax_total_nll_backward",
     "index_items",
-    "inside_backward",
-    "inside_forward",
-    "layer_backward",
-    "layer_forward",
+    "inside_passes",
+    "layer_passes",
     "layer_step",
     "linear_scan",
     "linear_scan_backward",
     "mlp_scan",
     "mlp_scan_backward",
     "model_step",
-    "outside_backward",
-    "outside_forward",
+    "outside_passes",
     "refusal",
     "softmax_refusal",
     "token_step",

@@ -32,7 +32,7 @@ struct Call {
   // forward
   T *o, *outgoing[4];  // the latter may be null
   // backward
-  const T *grad_o, *grad_weights[4];
+  const T *grad_o, *grad_weights[4];  // the latter may be null: zero
   int64_t grad_strides[4];
   T *dq, *dk, *dv, *d_lr, *d_scale, *d_weights[4], *d_gamma, *d_beta;  // d_scale [N, H, K], d_gamma [N, H, D]
 };
@@ -131,6 +131,10 @@ class Row {
 
   void backward(int64_t n, int64_t head) {
     for (int i = 0; i < WEIGHTS; ++i) {
+      if (call_.grad_weights[i] == nullptr) {
+        std::fill_n(model_.gradients(i), Model::SIZES[i], T(0));
+        continue;
+      }
       const T* given = call_.grad_weights[i] + n * call_.grad_strides[i] + head * Model::SIZES[i];
       std::copy_n(given, Model::SIZES[i], model_.gradients(i));
     }

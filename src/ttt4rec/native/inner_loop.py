@@ -138,7 +138,10 @@ def _run_forward(scan: Scan, outgoing: Sequence[Tensor], widths: Sequence[int]) 
 def _backward(
     scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...], into: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, ...]:
-    """As all backends' backward; ``into`` is memory for the gradients of q, k and v, as ``set_tokens`` takes it."""
+    """As all backends' backward; without gradients of weights these are zero.
+
+    ``into`` is memory for the gradients of q, k and v, as ``set_tokens`` takes it.
+    """
     call, weights, (grad_o, *grad_weights), (*kept_tokens, checkpoints) = _Call(scan), scan.weights, grads, kept
     call.set("grad_o", grad_o)
     call.set_weights("grad_weights", "grad_strides", grad_weights)

@@ -83,8 +83,9 @@ class _Around:
 
 def layer_forward(given: LayerForward) -> tuple[Results, Results]:
     """Outputs ``[B, L, C]``, and what the backward needs."""
-    between, kept = inside_forward(given)
-    outputs, _ = outside_forward(given, *between)
+    around = _Around(given)
+    between, kept = inside_forward(given, around=around)
+    outputs, _ = outside_forward(given, *between, around=around)
     return outputs, (between[0], *kept)
 
 
@@ -92,14 +93,15 @@ def layer_backward(given: LayerForward, _: Results, kept: Results, grads: Result
     """Gradients of what the two parts give them, but for what lies between them; first those of what stands behind."""
     o, *inside = kept
     between = (o, inside[0]) if given.around.convolutions else (o,)
-    d_output, d_weight, d_bias, *d_between = outside_backward(given, between, (), grads)
-    return d_output, d_weight, d_bias, *inside_backward(given, (), tuple(inside), tuple(d_between))
+    around = _Around(given)
+    d_output, d_weight, d_bias, *d_between = outside_backward(given, between, (), grads, around)
+    return d_output, d_weight, d_bias, *inside_backward(given, (), tuple(inside), tuple(d_between), around)
 
 
-def inside_forward(given: LayerForward) -> tuple[Results, Results]:
+def inside_forward(given: LayerForward, *, around: _Around | None = None) -> tuple[Results, Results]:
     """The inner loop's outputs ``[total, C]`` and, if there is a gate, the views of x; what the backward needs."""
     x, layer = given.x.flatten(0, 1), given.around
-    around, C, scale = _Around(given), x.shape[1], _token_scale(layer.token_offset)
+    around, C, scale = around or _Around(given), x.shape[1], _token_scale(layer.token_offset)
     weights = torch.cat(layer.projections).t().contiguous()
     views = around.product(x, weights, x.new_empty(x.shape[0], 3 * C + layer.lr_weight.shape[0]))
     q, k, v = _tokens(given, views)
@@ -110,7 +112,9 @@ def inside_forward(given: LayerForward) -> tuple[Results, Results]:
     return between, (views, lr, scale, *inside)
 
 
-def inside_backward(given: LayerForward, between: Results, kept: Results, grads: Results) -> Results:
+def inside_backward(
+    given: LayerForward, between: Results, kept: Results, grads: Results, around: _Around | None = None
+) -> Results:
     """Gradients of w_lr, b_lr, τ, γ, β, x, the projections, the convolutions', the weights.
 
     Those of the views, if they come, are completed where they are, and x's take the memory of o's.
@@ -118,7 +122,7 @@ def inside_backward(given: LayerForward, between: Results, kept: Results, grads:
     assert not between
     views, lr, scale, *inside = kept
     d_o, *d_gate = grads
-    around, layer, x = _Around(given), given.around, given.x.flatten(0, 1)
+    around, layer, x = around or _Around(given), given.around, given.x.flatten(0, 1)
     (H, C), N = layer.lr_weight.shape, around.sequences
     d_views = d_gate[0] if d_gate else torch.empty_like(views)
     tokens = _tokens(given, views)
@@ -128,9 +132,8 @@ def inside_backward(given: LayerForward, between: Results, kept: Results, grads:
         d_tokens = (*tokens[:2], _tokens(given, d_views)[2])
     else:
         d_tokens = _tokens(given, d_views)
-    nothing = tuple(w.new_zeros(1, *w.shape).expand(N, *w.shape) for w in given.weights)
     _, _, _, d_lr, d_scale, *d_weights, d_gamma, d_beta = linear_scan_backward(
-        _scan(given, tokens, lr, scale), tuple(inside), (d_o.view(tokens[0].shape), *nothing), d_tokens
+        _scan(given, tokens, lr, scale), tuple(inside), (d_o.view(tokens[0].shape),), d_tokens
     )
     # What every sequence adds to the gradients of parameters.
     sizes = {"d_lr_bias": H} | {
@@ -152,17 +155,21 @@ def inside_backward(given: LayerForward, between: Results, kept: Results, grads:
     )  # fmt: skip
 
 
-def outside_forward(given: LayerForward, o: Tensor, *views: Tensor) -> tuple[Results, Results]:
+def outside_forward(
+    given: LayerForward, o: Tensor, *views: Tensor, around: _Around | None = None
+) -> tuple[Results, Results]:
     """The layer's outputs ``[B, L, C]``; nothing is kept."""
-    around, h = _Around(given), torch.empty_like(o)
+    around, h = around or _Around(given), torch.empty_like(o)
     around.run("ttt_after", o=o, h=h, **dict(zip(("views",), views, strict=False)))
     y = around.product(h, given.around.output.t().contiguous(), torch.empty_like(o))
     return (y.view(given.x.shape),), ()
 
 
-def outside_backward(given: LayerForward, between: Results, _: Results, grads: Results) -> Results:
+def outside_backward(
+    given: LayerForward, between: Results, _: Results, grads: Results, around: _Around | None = None
+) -> Results:
     """Gradients of the output and the norm's, of o, and of the views, in which the gate's alone is there."""
-    (o, *views), around, output = between, _Around(given), given.around.output
+    (o, *views), around, output = between, around or _Around(given), given.around.output
     dy = grads[0].contiguous().flatten(0, 1)
     sums = {name: o.new_zeros(around.sequences, o.shape[1]) for name in ("d_norm_weight", "d_norm_bias")}
     gate = {"views": views[0], "d_views": torch.empty_like(views[0])} if views else {}
@@ -171,6 +178,11 @@ def outside_backward(given: LayerForward, between: Results, _: Results, grads: R
     d_views = (gate["d_views"],) if views else ()
     d_output = around.product(dy.t(), h, torch.empty_like(output))
     return d_output, *map(_total, sums.values()), d_o, *d_views
+
+
+layer_passes = layer_forward, layer_backward
+inside_passes = inside_forward, inside_backward
+outside_passes = outside_forward, outside_backward
 
 
 def _tokens(given: LayerForward, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
