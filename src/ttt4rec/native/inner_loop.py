@@ -105,43 +105,24 @@ class _Call:
 
 
 def _forward(scan: Scan) -> tuple[Tensor, ...]:
-    weights = scan.weights
-    o, *others = _run_forward(scan, [w.new_empty(w.shape) for w in weights], scan.model.kept_widths(*_sizes(scan)))
-    return o.to(scan.q.dtype), *others
-
-
-def scan_for_gradients(scan: Scan) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Outputs, and all that the backward needs: Z1, which it can compute again, is not written down."""
-    *again, width = scan.model.kept_widths(*_sizes(scan))
-    o, *kept = _run_forward(scan, [], [*(0 for _ in again), width])
-    return o, tuple(kept)
-
-
-def _sizes(scan: Scan) -> tuple[int, int]:
-    return scan.q.shape[-1], scan.hidden
-
-
-def _run_forward(scan: Scan, outgoing: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
-    """Outputs, the outgoing weights if there is memory for them, what is kept in these widths, checkpoints."""
-    call = _Call(scan)
+    call, weights = _Call(scan), scan.weights
     o = call.results(*scan.q.shape)
-    kept = [call.results(*o.shape[:3], width) for width in widths]
+    B, L, H, D = o.shape
+    kept = [call.results(B, L, H, width) for width in scan.model.kept_widths(D, scan.hidden)]
+    outgoing = [w.new_empty(w.shape) for w in weights]
     checkpoints = scan.new_checkpoints()
     call.set("o", o)
     call.set_all("kept", kept)
     call.set("checkpoints", checkpoints)
     call.set_all("outgoing", outgoing)
     call.run("ttt_forward")
-    return [o, *outgoing, *kept, checkpoints]
+    return o.to(scan.q.dtype), *outgoing, *kept, checkpoints
 
 
 def _backward(
     scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...], into: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, ...]:
-    """As all backends' backward; without gradients of weights these are zero.
-
-    ``into`` is memory for the gradients of q, k and v, as ``set_tokens`` takes it.
-    """
+    """As all backends' backward; ``into`` is memory for the gradients of q, k and v, as ``set_tokens`` takes it."""
     call, weights, (grad_o, *grad_weights), (*kept_tokens, checkpoints) = _Call(scan), scan.weights, grads, kept
     call.set("grad_o", grad_o)
     call.set_weights("grad_weights", "grad_strides", grad_weights)

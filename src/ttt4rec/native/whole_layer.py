@@ -1,15 +1,19 @@
 """A whole layer's forward and backward in compiled code."""
 
+from __future__ import annotations
+
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..arguments import LayerForward, Scan
+from ..arguments import LayerForward
+from ..inner_models import INNER_MODELS
 from . import build
 from .calls import INTEGER, POINTER, fields, run
-from .inner_loop import linear_scan_backward, rows, scan_for_gradients
+from .inner_loop import ScanCall, rows
 
 Results = tuple[Tensor, ...]
 
@@ -43,6 +47,23 @@ GROUP_OF_ROWS = 16
 CONVOLUTIONS = ("query_conv", "query_bias", "key_conv", "key_bias")
 
 
+class _Tokens:
+    """Where q, k and v, or their gradients, lie: in the views ``[total, 3C + H]``, or q and k, if convolved, apart.
+
+    Attributes:
+        places: addresses.
+        strides: numbers between tokens.
+    """
+
+    def __init__(self, given: LayerForward, views: Tensor, apart: Tensor | None = None) -> None:
+        C, width = given.x.shape[2], views.shape[1]
+        first, step = views.data_ptr(), C * views.element_size()
+        self.apart, self.places, self.strides = apart, [first, first + step, first + 2 * step], [width] * 3
+        if given.around.convolutions:
+            self.apart = apart = views.new_empty(2, views.shape[0], C) if apart is None else apart
+            self.places, self.strides = [apart[0].data_ptr(), apart[1].data_ptr(), first + step], [C, C, width]
+
+
 class _Around:
     """Calls of what surrounds the inner loop, for one layer and its tokens."""
 
@@ -66,8 +87,14 @@ class _Around:
             *(x.data_ptr() for x in tensors),
         )  # fmt: skip
 
-    def run(self, part: str, **tensors: Tensor) -> None:
+    def run(
+        self, part: str, tokens: _Tokens | None = None, gradients: _Tokens | None = None, /, **tensors: Tensor
+    ) -> None:
         """Call a compiled function for all sequences; tensors are contiguous, and stay known from call to call."""
+        if tokens is not None:
+            self._call.q, self._call.k = tokens.places[:2]
+        if gradients is not None:
+            self._call.dq, self._call.dk = gradients.places[:2]
         for name, x in tensors.items():
             setattr(self._call, name, x.data_ptr())
         run(getattr(self._library, part), self._call, self.sequences, self._numbers)
@@ -79,6 +106,43 @@ class _Around:
         call = ProductCall(rows, M, N, *strides, a.data_ptr(), b.data_ptr(), out.data_ptr())
         run(self._library.ttt_product, call, -(-rows // GROUP_OF_ROWS), self._numbers)
         return out
+
+    def scan(
+        self,
+        given: LayerForward,
+        part: str,
+        tokens: _Tokens,
+        gradients: _Tokens | None,
+        d_weights: Sequence[Tensor] = (),
+        **tensors: Tensor,
+    ) -> None:
+        """Call the inner loop, which computes Z1 of TTT-MLP again; tensors by the names of its structure."""
+        around, H = given.around, given.around.lr_weight.shape[0]
+        model = INNER_MODELS[around.inner]
+        K, D, hidden = around.token_offset.shape[0], around.ln_weight.shape[1], model.hidden(given.weights)
+        starts, lengths = self._alive
+        call = ScanCall(H, K, given.segment, *tokens.strides)
+        if gradients is not None:
+            call.dq_stride, call.dk_stride, call.dv_stride = gradients.strides
+            call.dq, call.dk, call.dv = gradients.places
+        call.q, call.k, call.v = tokens.places
+        call.starts, call.lengths, call.eps = starts.data_ptr(), lengths.data_ptr(), around.eps
+        call.gamma, call.beta = around.ln_weight.data_ptr(), around.ln_bias.data_ptr()
+        call.kept[len(model.kept) - 1] = tensors.pop("kept").data_ptr()
+        for name, x in tensors.items():
+            setattr(call, name, x.data_ptr())
+        for i, w in enumerate(given.weights):  # shared by all sequences, which their strides of zero say
+            call.weights[i] = w.data_ptr()
+        for i, w in enumerate(d_weights):
+            call.d_weights[i] = w.data_ptr()
+        library = build.library(around.inner, D, hidden, build.SCALARS[given.x.dtype], build.INNER_LOOP)
+        run(getattr(library, part), call, self.sequences * H, self._numbers)
+
+    def checkpoints(self, given: LayerForward) -> Tensor:
+        """Memory for the weights before every segment that is not its sequence's first, as ``Scan.new_checkpoints``."""
+        (H, C), K = given.around.lr_weight.shape, given.around.token_offset.shape[0]
+        number = given.x.numel() // (C * given.segment * K)
+        return given.x.new_empty(number, H, sum(w.shape[1:].numel() for w in given.weights))
 
 
 def layer_forward(given: LayerForward) -> tuple[Results, Results]:
@@ -104,12 +168,12 @@ def inside_forward(given: LayerForward, *, around: _Around | None = None) -> tup
     around, C, scale = around or _Around(given), x.shape[1], _token_scale(layer.token_offset)
     weights = torch.cat(layer.projections).t().contiguous()
     views = around.product(x, weights, x.new_empty(x.shape[0], 3 * C + layer.lr_weight.shape[0]))
-    q, k, v = _tokens(given, views)
-    lr = x.new_empty(*given.x.shape[:2], layer.lr_weight.shape[0])
-    around.run("ttt_before", x=x, views=views, q=q, k=k, lr=lr)
-    o, inside = scan_for_gradients(_scan(given, (q, k, v), lr, scale))
-    between = (o.view(x.shape), views) if layer.convolutions else (o.view(x.shape),)
-    return between, (views, lr, scale, *inside)
+    tokens, lr = _Tokens(given, views), x.new_empty(x.shape[0], layer.lr_weight.shape[0])
+    around.run("ttt_before", tokens, x=x, views=views, lr=lr)
+    o, inner = torch.empty_like(x), torch.empty_like(x)
+    checkpoints = around.checkpoints(given)
+    around.scan(given, "ttt_forward", tokens, None, lr=lr, scale=scale, kept=inner, checkpoints=checkpoints, o=o)
+    return (o, views) if layer.convolutions else (o,), (views, lr, scale, inner, checkpoints)
 
 
 def inside_backward(
@@ -120,29 +184,27 @@ def inside_backward(
     Those of the views, if they come, are completed where they are, and x's take the memory of o's.
     """
     assert not between
-    views, lr, scale, *inside = kept
-    d_o, *d_gate = grads
+    (views, lr, scale, inner, checkpoints), (d_o, *d_gate) = kept, grads
     around, layer, x = around or _Around(given), given.around, given.x.flatten(0, 1)
-    (H, C), N = layer.lr_weight.shape, around.sequences
+    (H, C), N, K = layer.lr_weight.shape, around.sequences, scale.shape[0]
     d_views = d_gate[0] if d_gate else torch.empty_like(views)
-    tokens = _tokens(given, views)
+    tokens, d_lr = _Tokens(given, views), torch.empty_like(lr)
     if layer.convolutions:  # q and k once more; a mini-batch's are read before its gradients take their place
         lr = torch.empty_like(lr)
-        around.run("ttt_before", x=x, views=views, q=tokens[0], k=tokens[1], lr=lr)
-        d_tokens = (*tokens[:2], _tokens(given, d_views)[2])
-    else:
-        d_tokens = _tokens(given, d_views)
-    _, _, _, d_lr, d_scale, *d_weights, d_gamma, d_beta = linear_scan_backward(
-        _scan(given, tokens, lr, scale), tuple(inside), (d_o.view(tokens[0].shape),), d_tokens
-    )
+        around.run("ttt_before", tokens, x=x, views=views, lr=lr)
+    d_tokens = _Tokens(given, d_views, tokens.apart)
+    d_scale, d_gamma, d_beta = (x.new_zeros(N, H, width) for width in (K, C // H, C // H))
+    d_weights = [w.new_empty(N, *w.shape) for w in given.weights]
+    around.scan(
+        given, "ttt_backward", tokens, d_tokens, d_weights, lr=lr, scale=scale, kept=inner, checkpoints=checkpoints,
+        grad_o=d_o, d_lr=d_lr, d_scale=d_scale, d_gamma=d_gamma, d_beta=d_beta,
+    )  # fmt: skip
     # What every sequence adds to the gradients of parameters.
     sizes = {"d_lr_bias": H} | {
         f"d_{name}": w.numel() for name, w in zip(CONVOLUTIONS, layer.convolutions, strict=False)
     }
     sums = {name: x.new_zeros(N, size) for name, size in sizes.items()}
-    around.run(
-        "ttt_back_before", views=views, d_views=d_views, lr=lr, dq=d_tokens[0], dk=d_tokens[1], d_lr=d_lr, **sums
-    )
+    around.run("ttt_back_before", None, d_tokens, views=views, d_views=d_views, lr=lr, d_lr=d_lr, **sums)
     *d_projections, d_lr_weight = around.product(d_views.t(), x, x.new_empty(3 * C + H, C)).split([C, C, C, H])
     d_lr_bias, *d_convolutions = map(_total, sums.values())
     for i in range(0, len(d_convolutions), 2):  # summed as [taps, C]
@@ -150,7 +212,7 @@ def inside_backward(
     weights = torch.cat((*layer.projections, layer.lr_weight))
     d_x = around.product(d_views, weights, d_o).view(given.x.shape)
     return (
-        d_lr_weight, d_lr_bias, d_scale.mul_(scale > 0), d_gamma, d_beta, d_x,
+        d_lr_weight, d_lr_bias, d_scale.sum((0, 1)).mul_(scale > 0), _total(d_gamma), _total(d_beta), d_x,
         *d_projections, *d_convolutions, *map(_total, d_weights),
     )  # fmt: skip
 
@@ -183,24 +245,6 @@ def outside_backward(
 layer_passes = layer_forward, layer_backward
 inside_passes = inside_forward, inside_backward
 outside_passes = outside_forward, outside_backward
-
-
-def _tokens(given: LayerForward, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, or their gradients, ``[B, L, H, D]``: parts of the views, or q and k, if they are convolved, anew."""
-    H, C = given.around.lr_weight.shape
-    first, second, third = (part.view(*given.x.shape[:2], H, -1) for part in views.split([C, C, C, H], 1)[:3])
-    if given.around.convolutions:
-        return first.new_empty(first.shape), first.new_empty(first.shape), second
-    return first, second, third
-
-
-def _scan(given: LayerForward, tokens: tuple[Tensor, Tensor, Tensor], lr: Tensor, scale: Tensor) -> Scan:
-    N, layer = given.x.shape[0] if given.starts is None else given.starts.shape[0], given.around
-    weights = tuple(w.expand(N, *w.shape) for w in given.weights)
-    return Scan(
-        *tokens, lr, scale, weights, layer.ln_weight, layer.ln_bias, given.starts, given.lengths, layer.eps,
-        given.segment, layer.inner,
-    )  # fmt: skip
 
 
 def _total(of_sequences: Tensor) -> Tensor:
