@@ -33,7 +33,7 @@ from .inner_loop import (
 )
 from .item_index import best_items, index_items
 from .step import forgetting_token_step, token_step
-from .whole_layer import layer_backward, layer_forward
+from .whole_layer import inside_passes, layer_passes, outside_passes
 from .whole_step import layer_step, model_step
 
 __all__ = [
@@ -44,8 +44,8 @@ __all__ = [
     "full_softmax_total_nll",
     "full_softmax_total_nll_backward",
     "index_items",
-    "layer_backward",
-    "layer_forward",
+    "inside_passes",
+    "layer_passes",
     "layer_step",
     "linear_forgetting_scan",
     "linear_forgetting_scan_backward",
@@ -56,6 +56,7 @@ __all__ = [
     "mlp_scan",
     "mlp_scan_backward",
     "model_step",
+    "outside_passes",
     "refusal",
     "softmax_refusal",
     "token_step",

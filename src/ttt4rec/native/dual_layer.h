@@ -23,17 +23,18 @@ class DualLayer {
   // Of mini-batches of K tokens; on the way back the sums before every block are kept, forwards two of them.
   static size_t numbers(int K, bool back) {
     const int R = rows_of_tiles(K);
-    return 3 * Arena::rounded(IN * OUT) + Arena::rounded(OUT) + 3 * Arena::rounded(R * R) + 4 * Arena::rounded(R * OUT) +
-           Arena::rounded(sums(K, back) * SUM);
+    return 3 * Arena::rounded(IN * OUT) + Arena::rounded(OUT) + 3 * tokens_by_tokens(R) + 4 * Arena::rounded(R * OUT) +
+           Arena::rounded(R + LANES) + Arena::rounded(number_of_sums(K, back) * SUM);
   }
 
   DualLayer(Arena& arena, int K, bool back)
       : W(nullptr), b(nullptr), dW(arena.take(IN * OUT)), db(arena.take(OUT)), several_(K > BLOCK), back_(back),
         W_transposed_(arena.take(IN * OUT)), other_transposed_(arena.take(IN * OUT)) {
     const int R = rows_of_tiles(K);
-    for (T** pairs : {&S_, &minus_A_, &dS_}) *pairs = arena.take(R * R);
+    for (T** pairs : {&S_, &minus_A_, &dS_}) *pairs = arena.take(tokens_by_tokens(R));
     for (T** tile : {&steps_, &X_dW_, &U_, &before_}) *tile = arena.take(R * OUT);
-    after_ = arena.take(sums(K, back) * SUM);
+    dots_ = arena.take(R + LANES);
+    after_ = arena.take(number_of_sums(K, back) * SUM);
     gained_ = after_ + SUM;
     sums_ = gained_ + SUM;
   }
@@ -57,19 +58,19 @@ class DualLayer {
 
   // P, (8) or, of a block that is not the first, (37).
   void output(const Rates& rates, const T* Q, const T* X, const T* G, T* P) {
-    const int r = rates.r;
-    for (int i = 0; i < r; ++i) {
-      for (int j = 0; j < r; ++j) {
-        S_[i * r + j] = j > i ? 0 : dot<IN>(Q + i * IN, X + j * IN) + 1;
-        minus_A_[i * r + j] = j > i ? 0 : -rates.eta(i, j) * S_[i * r + j];
-      }
+    const int r = rates.r, row = rates.row;
+    dots<IN>(r, row, Q, X, S_);
+    for (int at = 0; at < r * row; at += LANES) {
+      const V one_more = load(S_ + at) + 1;
+      store(S_ + at, one_more);
+      store(minus_A_ + at, -load(rates.eta + at) * one_more);
     }
     affine(r, Q, P);
-    if (rates.block == 0) return add_product<OUT>(r, r, minus_A_, r, 1, G, P);
+    if (rates.block == 0) return add_product<OUT>(r, r, minus_A_, row, 1, G, P);
     const T* sum = sum_before(rates.block);
     product<From::bias, OUT>(r, IN, Q, IN, 1, sum, before_, sum + IN * OUT);
     scale_rows(r, rates.scale, -1, before_, steps_);
-    add_product<OUT>(r, r, minus_A_, r, 1, G, steps_);
+    add_product<OUT>(r, r, minus_A_, row, 1, G, steps_);
     for (int n = 0; n < r * OUT; n += LANES) store(P + n, load(P + n) + load(steps_ + n));  // which may be larger by far
   }
 
@@ -94,18 +95,16 @@ class DualLayer {
   // Backward of output and update together, (16) to (20), or with blocks (38) and (39): dQ, dX and dG from dP and from dW
   // and db, which come as gradients of the updated weights. W must be the weights before, transposed already.
   void backward(const Rates& rates, const T* Q, const T* X, const T* G, const T* dP, T* dQ, T* dX, T* dG) {
-    const int r = rates.r;
+    const int r = rates.r, row = rates.row;
+    dots<OUT>(r, row, dP, G, dS_);  // -dA
     for (int i = 0; i < r; ++i) {
-      for (int j = 0; j < r; ++j) {
-        const T dA = j > i ? 0 : -dot<OUT>(dP + i * OUT, G + j * OUT);
-        dS_[i * r + j] = dA * rates.eta(i, j);
-        if (j <= i) rates.accumulate(i, j, dA * S_[i * r + j]);
-      }
+      for (int j = 0; j <= i; ++j) rates.accumulate(i, j, -dS_[i * row + j] * S_[i * row + j]);
     }
+    for (int at = 0; at < r * row; at += LANES) store(dS_ + at, -load(dS_ + at) * load(rates.eta + at));
     set_product<IN>(r, OUT, dP, OUT, 1, W_transposed_, dQ);
-    add_product<IN>(r, r, dS_, r, 1, X, dQ);
-    set_product<IN>(r, r, dS_, 1, r, Q, dX);
-    set_product<OUT>(r, r, minus_A_, 1, r, dP, dG);
+    add_product<IN>(r, r, dS_, row, 1, X, dQ);
+    set_product<IN>(r, r, dS_, 1, row, Q, dX);
+    set_product<OUT>(r, r, minus_A_, 1, row, dP, dG);
     if (several_) backward_of_sums(rates, Q, X, G, dP, dQ, dX, dG);
     if (rates.complete) backward_of_update(rates, X, G, dX, dG);
     add_outer(r, Q, dP);
@@ -132,9 +131,9 @@ class DualLayer {
  private:
   static constexpr int SUM = IN * OUT + OUT;  // numbers of the sums for W and for b
   const bool several_, back_;
-  T *W_transposed_, *other_transposed_, *S_, *minus_A_, *dS_, *steps_, *X_dW_, *U_, *before_, *after_, *gained_, *sums_;
+  T *W_transposed_, *other_transposed_, *S_, *minus_A_, *dS_, *steps_, *X_dW_, *U_, *before_, *after_, *gained_, *sums_, *dots_;
 
-  static int sums(int K, bool back) { return K <= BLOCK ? 0 : back ? blocks_of(K) + 3 : 4; }
+  static int number_of_sums(int K, bool back) { return K <= BLOCK ? 0 : back ? blocks_of(K) + 3 : 4; }
   T* sum_before(int block) const { return sums_ + (back_ ? block : block & 1) * SUM; }
 
   // out = sign scale ∘ x, by rows.
@@ -157,15 +156,17 @@ class DualLayer {
     if (rates.block > 0) {
       transpose<IN, OUT>(sum_before(rates.block), other_transposed_);
       add_product<IN>(r, OUT, steps_, OUT, 1, other_transposed_, dQ);
-      for (int i = 0; i < r; ++i) rates.d_scale[i] -= dot<OUT>(dP + i * OUT, before_ + i * OUT);
+      sums(r, [&](int i) { return lanes_of_dot<OUT>(dP + i * OUT, before_ + i * OUT); }, dots_);
+      for (int i = 0; i < r; ++i) rates.d_scale[i] -= dots_[i];
     }
     if (!rates.last_block) {
       scale_rows(r, rates.lr, 1, G, U_);
       transpose<IN, OUT>(after_, other_transposed_);
       add_product<IN>(r, OUT, U_, OUT, 1, other_transposed_, dX);
       product<From::bias, OUT>(r, IN, X, IN, 1, after_, X_dW_, after_ + IN * OUT);
+      sums(r, [&](int j) { return lanes_of_dot<OUT>(X_dW_ + j * OUT, G + j * OUT); }, dots_);
       for (int j = 0; j < r; ++j) {
-        rates.d_lr[j] += dot<OUT>(X_dW_ + j * OUT, G + j * OUT);
+        rates.d_lr[j] += dots_[j];
         add<OUT>(dG + j * OUT, X_dW_ + j * OUT, rates.lr[j]);
       }
     }
@@ -177,9 +178,10 @@ class DualLayer {
     scale_rows(rates.r, rates.lr, -rates.last_scale, G, steps_);
     transpose<IN, OUT>(dW, other_transposed_);
     add_product<IN>(rates.r, OUT, steps_, OUT, 1, other_transposed_, dX);
+    sums(rates.r, [&](int j) { return lanes_of_dot<OUT>(X_dW_ + j * OUT, G + j * OUT); }, dots_);
     T d_last = 0;
     for (int j = 0; j < rates.r; ++j) {
-      const T d_eta = -dot<OUT>(X_dW_ + j * OUT, G + j * OUT);
+      const T d_eta = -dots_[j];
       d_last += d_eta * rates.lr[j];
       rates.d_lr[j] += d_eta * rates.last_scale;
       add<OUT>(dG + j * OUT, X_dW_ + j * OUT, -rates.last(j));

@@ -30,12 +30,12 @@ struct Call {
   const T *q, *k, *v, *lr, *scale, *gamma, *beta;
   const T* weights[4];
   int64_t strides[4];
-  T* kept[2];
+  T* kept[2];     // Z1, which may be null: it is computed again then; and the inner gradients
   T* checkpoints;  // [total / (segment K) + 2, H, all weights], of the segment that begins in that many tokens and is not a first one
   // forward
-  T *o, *outgoing[4];
+  T *o, *outgoing[4];  // the latter may be null
   // backward
-  const T *grad_o, *grad_weights[4];
+  const T *grad_o, *grad_weights[4];  // the latter may be null: zero
   int64_t grad_strides[4];
   T *dq, *dk, *dv, *d_lr, *d_scale, *d_weights[4], *d_gamma, *d_beta;  // d_scale [N, H, K], d_gamma [N, H, D]
   // where something is forgotten: ln a [total, H], the initial weights [H, ...], their gradients [N, H, ...]
@@ -63,6 +63,15 @@ struct Place {
   template <int WIDTH>
   void write(const T* tile, T* x, int64_t stride) const {
     for (int i = 0; i < r; ++i) copy<WIDTH>(tile + i * WIDTH, x + (token + i) * stride + head * WIDTH);
+  }
+
+  // Have the cache bring rows that are read, or written, soon: they lie apart, so it does not see them come.
+  template <int WIDTH, bool WRITTEN = false>
+  void expect(const T* x, int64_t stride) const {
+    constexpr int LINE = 64 / sizeof(T);
+    for (int i = 0; i < r; ++i) {
+      for (int n = 0; n < WIDTH; n += LINE) __builtin_prefetch(x + (token + i) * stride + head * WIDTH + n, WRITTEN);
+    }
   }
 
  private:
@@ -95,11 +104,14 @@ int64_t steps_ahead(int64_t mini_batches, int64_t room) {
 class Row {
  public:
   Row(const Call& call, int64_t states, bool back)
-      : call_(call), K_(call.K), arena_(numbers(call, states, back)), model_(arena_, call.K, back) {
+      : call_(call), K_(call.K), row_(row_of_tokens(rows_of_tiles(call.K))), arena_(numbers(call, states, back)),
+        model_(arena_, call.K, back) {
     const int R = rows_of_tiles(K_);
     for (T** tile : {&t_.q, &t_.k, &t_.v, &t_.o, &t_.dq, &t_.dk, &t_.dv}) *tile = arena_.take(R * D);
     for (int i = 0; i < KEPT; ++i) kept_[i] = arena_.take(R * Model::KEPT[i]);
-    lr_ = arena_.take(R);
+    lr_ = arena_.take(row_);
+    eta_ = arena_.take(tokens_by_tokens(R));
+    std::fill_n(eta_, tokens_by_tokens(R), T(0));
     d_lr_ = arena_.take(R);
     d_scale_ = arena_.take(K_);
     t_.d_gamma = arena_.take(D);
@@ -121,18 +133,24 @@ class Row {
         const Rates rates = read(n, head, m, block);
         place_.read<D>(call_.q, call_.q_stride, t_.q);
         place_.read<D>(call_.v, call_.v_stride, t_.v);
+        expect(next(n, head, m, block));
         model_.forward(rates, t_, kept_, states_[0]);
         place_.write<D>(t_.o, call_.o);
-        if constexpr (F > 0) place_.write<F>(kept_[0], call_.kept[0]);
+        if (keeps_Z1()) place_.write<F>(kept_[0], call_.kept[0]);
         place_.write<D>(kept_[KEPT - 1], call_.kept[KEPT - 1]);
       }
       if (forgets) forgetting_->end(states_[0].weights);
     }
+    if (call_.outgoing[0] == nullptr) return;
     for (int i = 0; i < WEIGHTS; ++i) write_weights(i, n, head, states_[0].weights[i], call_.outgoing[i]);
   }
 
   void backward(int64_t n, int64_t head) {
     for (int i = 0; i < WEIGHTS; ++i) {
+      if (call_.grad_weights[i] == nullptr) {
+        std::fill_n(model_.gradients(i), Model::SIZES[i], T(0));
+        continue;
+      }
       const T* given = call_.grad_weights[i] + n * call_.grad_strides[i] + head * Model::SIZES[i];
       std::copy_n(given, Model::SIZES[i], model_.gradients(i));
     }
@@ -146,7 +164,7 @@ class Row {
 
  private:
   const Call& call_;
-  const int K_;
+  const int K_, row_;  // row_: see row_of_tokens
   Arena arena_;
   Model model_;
   std::vector<State> states_;
@@ -154,13 +172,14 @@ class Row {
   Place place_{};
   std::optional<Forgetting<Model>> forgetting_;
   T* log_decay_ = nullptr;
-  T *kept_[KEPT], *lr_, *d_lr_, *d_scale_;  // t_.d_gamma, t_.d_beta and d_scale_ are sums of one mini-batch
+  T *kept_[KEPT], *lr_, *eta_, *d_lr_, *d_scale_;  // t_.d_gamma, t_.d_beta and d_scale_ are sums of one mini-batch
 
   static size_t numbers(const Call& call, int64_t states, bool back) {
     const int K = call.K, R = rows_of_tiles(K);
     const size_t forgetting = call.log_decay == nullptr ? 0 : Forgetting<Model>::numbers() + Arena::rounded(K);
     return Model::numbers(K, back) + states * State::numbers(K) + 8 * Arena::rounded(R * D) + Arena::rounded(R * F) +
-           2 * Arena::rounded(R) + Arena::rounded(K) + 2 * Arena::rounded(D) + forgetting;
+           Arena::rounded(R) + Arena::rounded(row_of_tokens(R)) + tokens_by_tokens(R) + Arena::rounded(K) +
+           2 * Arena::rounded(D) + forgetting;
   }
 
   // ln A of mini-batch m, which is complete.
@@ -205,6 +224,8 @@ class Row {
     for (int i = 0; i < WEIGHTS; ++i) gradients[i] = model_.gradients(i);
     forgetting_->end(gradients);
   }
+
+  bool keeps_Z1() const { return F > 0 && call_.kept[0] != nullptr; }
 
   int64_t mini_batches(int64_t n) const { return (call_.lengths[n] + K_ - 1) / K_; }
 
@@ -254,14 +275,18 @@ class Row {
     }
   }
 
-  void replay(int64_t n, int64_t head, int64_t m, State& state, State* next) {
-    const bool forgets = next != nullptr && begin(n, head, m, state);
+  void replay(int64_t n, int64_t head, int64_t m, State& state, State* next_state) {
+    const bool forgets = next_state != nullptr && begin(n, head, m, state);
     for (int block = 0; block < blocks(n, m); ++block) {
       const Rates rates = read(n, head, m, block);
-      read_kept();
-      model_.replay(rates, t_.k, kept_, state, next);
+      read_kept(rates, state, true);
+      const Place coming = next(n, head, m, block);
+      coming.expect<D>(call_.k, call_.k_stride);
+      if (keeps_Z1()) coming.expect<F>(call_.kept[0], call_.H * F);
+      coming.expect<D>(call_.kept[KEPT - 1], call_.H * D);
+      model_.replay(rates, t_.k, kept_, state, next_state);
     }
-    if (forgets) forgetting_->end(next->weights);
+    if (forgets) forgetting_->end(next_state->weights);
   }
 
   void backward(int64_t n, int64_t head, int64_t m, const State& state) {
@@ -274,7 +299,8 @@ class Row {
       place_.read<D>(call_.q, call_.q_stride, t_.q);
       place_.read<D>(call_.v, call_.v_stride, t_.v);
       place_.read<D>(call_.grad_o, t_.o);
-      read_kept();
+      read_kept(rates, state, K_ > BLOCK);
+      expect_back(previous(n, head, m, block));
       std::fill_n(d_lr_, rates.r, T(0));
       model_.backward(rates, t_, kept_, state);
       place_.write<D>(t_.dq, call_.dq, call_.dq_stride);
@@ -290,22 +316,63 @@ class Row {
     for (int i = 0; i < tokens(n, m); ++i) call_.d_scale[at * K_ + i] += d_scale_[i];
   }
 
+  // Of a block of mini-batch m, without rows if there is none.
+  Place place(int64_t n, int64_t head, int64_t m, int block) const {
+    const int64_t first = block * BLOCK, rest = m < 0 ? 0 : std::min<int64_t>(K_, call_.lengths[n] - m * K_) - first;
+    return {call_.H, call_.starts[n] + m * K_ + first, head, int(std::max<int64_t>(std::min<int64_t>(BLOCK, rest), 0))};
+  }
+
+  // Of the block behind one, and of that before.
+  Place next(int64_t n, int64_t head, int64_t m, int block) const {
+    return block + 1 < blocks(n, m) ? place(n, head, m, block + 1) : place(n, head, m + 1, 0);
+  }
+  Place previous(int64_t n, int64_t head, int64_t m, int block) const {
+    return block > 0 ? place(n, head, m, block - 1) : place(n, head, m - 1, blocks_of(K_) - 1);
+  }
+
+  void expect(const Place& coming) const {
+    coming.expect<D>(call_.q, call_.q_stride);
+    coming.expect<D>(call_.k, call_.k_stride);
+    coming.expect<D>(call_.v, call_.v_stride);
+    coming.expect<D, true>(call_.o, call_.H * D);
+    if (keeps_Z1()) coming.expect<F, true>(call_.kept[0], call_.H * F);
+    coming.expect<D, true>(call_.kept[KEPT - 1], call_.H * D);
+  }
+
+  void expect_back(const Place& coming) const {
+    coming.expect<D>(call_.q, call_.q_stride);
+    coming.expect<D>(call_.v, call_.v_stride);
+    coming.expect<D>(call_.grad_o, call_.H * D);
+    coming.expect<D, true>(call_.dq, call_.dq_stride);
+    coming.expect<D, true>(call_.dk, call_.dk_stride);
+    coming.expect<D, true>(call_.dv, call_.dv_stride);
+  }
+
   // k and the rates of a block of mini-batch m.
   Rates read(int64_t n, int64_t head, int64_t m, int block) {
-    const int first = block * BLOCK, all = tokens(n, m), r = std::min(all - first, BLOCK);
-    place_ = {call_.H, call_.starts[n] + m * K_ + first, head, r};
+    const int first = block * BLOCK, all = tokens(n, m);
+    place_ = place(n, head, m, block);
     t_.gamma = call_.gamma + head * D;
     t_.beta = call_.beta + head * D;
     place_.read<D>(call_.k, call_.k_stride, t_.k);
     place_.read<1>(call_.lr, lr_);
-    const T* scale = call_.scale;
-    return {r, block, first + r == all, all == K_, scale[K_ - 1], scale + first, lr_, d_scale_ + first,
-            d_scale_ + K_ - 1, d_lr_};
+    const T* scale = call_.scale + first;
+    for (int i = 0; i < place_.r; ++i) {
+      for (int j = 0; j < row_; ++j) eta_[i * row_ + j] = j > i ? 0 : scale[i] * lr_[j];
+    }
+    return {place_.r, row_, block, first + place_.r == all, all == K_, call_.scale[K_ - 1], scale, lr_, eta_,
+            d_scale_ + first, d_scale_ + K_ - 1, d_lr_};
   }
 
-  void read_kept() {
-    if constexpr (F > 0) place_.read<F>(call_.kept[0], kept_[0]);
+  // What was kept of the block that was read; Z1, if it is wanted, is computed again where it was not.
+  void read_kept(const Rates& rates, const State& state, bool Z1) {
     place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
+    if (F == 0 || !Z1) return;
+    if (keeps_Z1()) {
+      place_.read<F>(call_.kept[0], kept_[0]);
+    } else {
+      model_.first_outputs(rates.r, t_.k, state, kept_[0]);
+    }
   }
 
   void write_weights(int i, int64_t n, int64_t head, const T* from, T* to) const {

@@ -14,13 +14,12 @@ struct Tokens {
   T eps;
 };
 
-// dP of the output.
-inline void backward_of_output(int r, const Normalised& norm, const Tokens& t, T* dP) {
+// dP of the output; scaled is a tile's memory.
+inline void backward_of_output(int r, const Normalised& norm, const Tokens& t, T* scaled, T* dP) {
   for (int i = 0; i < r; ++i) {
-    T scaled[D];
-    for (int n = 0; n < D; n += LANES) store(scaled + n, load(t.o + i * D + n) * load(t.gamma + n));
-    norm.jacobian_product(i, scaled, dP + i * D);
+    for (int n = 0; n < D; n += LANES) store(scaled + i * D + n, load(t.o + i * D + n) * load(t.gamma + n));
   }
+  norm.jacobian_products(r, scaled, dP);
 }
 
 // What de gives k, v and β, and dO gives q, β and γ. d_gamma, the inner gradient's by row, is overwritten.
@@ -62,7 +61,7 @@ class InnerModel {  // TTT-MLP
   static size_t numbers(int K, bool back) {
     const int R = rows_of_tiles(K);
     return DualLayer<D, HIDDEN>::numbers(K, back) + DualLayer<HIDDEN, D>::numbers(K, back) +
-           8 * Arena::rounded(R * HIDDEN) + 13 * Arena::rounded(R * D) + 2 * Arena::rounded(R);
+           8 * Arena::rounded(R * HIDDEN) + InnerGradient::numbers(R) + Normalised::numbers(R) + 7 * Arena::rounded(R * D);
   }
 
   InnerModel(Arena& arena, int K, bool back)
@@ -93,6 +92,12 @@ class InnerModel {  // TTT-MLP
     if (rates.complete && rates.last_block) update(rates, t.k, G2, state, state);
     norm_.set(r, P2_, t.eps);
     norm_.write_output(r, t.q, t.gamma, t.beta, t.o);
+  }
+
+  // Z1 of a state's mini-batch, or of a block of it, with the forward's bits.
+  void first_outputs(int r, const T* k, const State& state, T* Z1) {
+    use(state);
+    first_.affine(r, k, Z1);
   }
 
   // The same once more, from what was kept: the state's values, and after the last block the weights of the next one if
@@ -129,7 +134,7 @@ class InnerModel {  // TTT-MLP
     second_.output(rates, X2_bar_, state.X2, G2, P2_);
     norm_.set(r, P2_, t.eps);
     // Outputs and updates.
-    backward_of_output(r, norm_, t, dP2_);
+    backward_of_output(r, norm_, t, d_gamma_, dP2_);
     second_.backward(rates, X2_bar_, state.X2, G2, dP2_, dX2_bar_, dX2_, dG2_);
     multiply(r, dX2_bar_, bar_slope_, dX2_bar_);
     first_.backward(rates, t.q, t.k, G1_, dX2_bar_, t.dq, t.dk, dG1_);
@@ -198,7 +203,7 @@ class InnerModel<0> {  // TTT-Linear
 
   static size_t numbers(int K, bool back) {
     const int R = rows_of_tiles(K);
-    return DualLayer<D, D>::numbers(K, back) + 11 * Arena::rounded(R * D) + 2 * Arena::rounded(R);
+    return DualLayer<D, D>::numbers(K, back) + InnerGradient::numbers(R) + Normalised::numbers(R) + 7 * Arena::rounded(R * D);
   }
 
   InnerModel(Arena& arena, int K, bool back)
@@ -222,6 +227,8 @@ class InnerModel<0> {  // TTT-Linear
     norm_.write_output(r, t.q, t.gamma, t.beta, t.o);
   }
 
+  void first_outputs(int, const T*, const State&, T*) {}  // there are none beside Z
+
   void replay(const Rates& rates, const T* k, T* const* kept, State& state, State* next) {
     use(state);
     layer_.accumulate(rates, k, kept[0]);
@@ -243,7 +250,7 @@ class InnerModel<0> {  // TTT-Linear
     layer_.output(rates, t.q, t.k, G, P_);
     norm_.set(r, P_, t.eps);
     // Output and update, then G, then Z.
-    backward_of_output(r, norm_, t, dP_);
+    backward_of_output(r, norm_, t, d_gamma_, dP_);
     layer_.backward(rates, t.q, t.k, G, dP_, t.dq, t.dk, dG_);
     inner_.backward(r, dG_, G, t.gamma, dZ_, de_, d_gamma_);
     layer_.backward_of_affine(r, t.k, dZ_, t.dk);

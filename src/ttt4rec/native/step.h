@@ -123,7 +123,7 @@ class Step {
   int place_;
 
   static size_t numbers(int K) {
-    return 4 * Arena::rounded(D) + 2 * Arena::rounded(1) + Arena::rounded(K * (F > D ? F : D)) + Arena::rounded(F * D);
+    return InnerGradient::numbers(1) + Normalised::numbers(1) + Arena::rounded(K * (F > D ? F : D)) + Arena::rounded(F * D);
   }
 
   bool last() const { return place_ == K_ - 1; }

@@ -89,10 +89,13 @@ def function(name: str, backend: str, arguments: Any) -> Callable[..., Any]:
     raise RuntimeError(f"one of the backends {', '.join(PACKAGES)} must compute {name}; none does")
 
 
-def shortcut(name: str, backend: str, arguments: Any) -> Callable[..., Any] | None:
-    """A backend's function that does at once what several operators do; None if it has none for such arguments."""
+def shortcut(name: str, backend: str, arguments: Any) -> Any:
+    """A backend's function, or forward and backward, that do at once what several operators do.
+
+    None if it has none for such arguments.
+    """
     package = _package("native" if backend == "auto" else backend)
-    compute: Callable[..., Any] | None = getattr(package, name, None)
+    compute = getattr(package, name, None)
     return None if compute is None or package.refusal(name, arguments) is not None else compute
 
 
