@@ -9,7 +9,7 @@ from tools.aot import BLOCK_KERNELS, TARGETS
 # 3.9.0. What moves so much memory wants many programs on a multiprocessor: 128 leave four of 128 threads.
 REGISTERS = {
     "inner_gradient": (76, 76, 84, 60),
-    "inner_gradient_backward": (148, 112, 116, 92),
+    "inner_gradient_backward": (148, 112, 144, 92),
     "output": (48, 48, 52, 56),
     "output_backward": (76, 80, 76, 54),
     "gelu": (48, 48, 48, 36),

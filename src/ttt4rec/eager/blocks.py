@@ -59,10 +59,8 @@ class BlockedWeights(InnerWeights):
 
     @classmethod
     def outer(cls, x: Tensor, d: Tensor) -> Tensor:
-        """``xᵀ d``, ``[R, in + 1, out]``: of four blocks at a time, if they are so many, as each sum takes memory."""
-        tokens = BLOCK if x.shape[1] % (4 * BLOCK) else 4 * BLOCK
-        x_parts, d_parts = (part.view(-1, tokens, part.shape[-1]) for part in (x, d))
-        sums: Tensor = cls.product(x_parts.mT, d_parts).unflatten(0, (x.shape[0], -1)).sum(1)
+        """``xᵀ d``, ``[R, in + 1, out]``."""
+        sums: Tensor = cls.product(in_blocks(x).mT, in_blocks(d)).unflatten(0, (x.shape[0], -1)).sum(1)
         return sums
 
     @classmethod
@@ -147,13 +145,15 @@ class BlockedLayer:
     def running(self, sums: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
         """From sums of every block ``[R, blocks, ...]``, for every block, those of all before it, and of all there are.
 
-        Or those of all after it, if there is something that is after the last.
+        Or those of all after it, if there is something that is after the last: it may be larger by far, and is added to
+        the sum of the others.
         """
+        nothing = torch.zeros_like(sums[:, :1])
         if last is None:
-            before = torch.cat((torch.zeros_like(sums[:, :1]), sums[:, :-1]), 1).cumsum_(1)
+            before = torch.cat((nothing, sums[:, :-1]), 1).cumsum_(1)
             return before.flatten(0, 1), before[:, -1] + sums[:, -1]
-        after = torch.cat((sums[:, 1:], last.unsqueeze(1)), 1).flip(1).cumsum_(1).flip(1)
-        return after.flatten(0, 1), after[:, 0] + sums[:, 0]
+        after = torch.cat((sums[:, 1:], nothing), 1).flip(1).cumsum_(1).flip(1)
+        return after.add_(last.unsqueeze(1)).flatten(0, 1), after[:, 0] + sums[:, 0]
 
     @staticmethod
     def combined(base: Tensor, x: Tensor, scale: Tensor) -> Tensor:

@@ -235,14 +235,13 @@ def running_kernel(
     row = (tl.program_id(0) // parts).to(tl.int64)
     columns = tl.program_id(0) % parts * sizes.features + tl.arange(0, sizes.features)
     wanted = columns < numbers
-    if last is None:
-        F: tl.constexpr = sizes.features
-        sum = tl.zeros((F,), tl.float32)
-    else:
-        sum = tl.load(last + row * numbers + columns, mask=wanted, other=0.0)
+    F: tl.constexpr = sizes.features
+    sum, behind = tl.zeros((F,), tl.float32), 0.0
+    if last is not None:
+        behind = tl.load(last + row * numbers + columns, mask=wanted, other=0.0)
     for i in range(blocks):
         block = i if last is None else blocks - 1 - i
         at = (row * blocks + block) * numbers + columns
-        tl.store(out + at, rounded(sum, sizes), mask=wanted)
+        tl.store(out + at, rounded(sum + behind, sizes), mask=wanted)
         sum += tl.load(sums + at, mask=wanted, other=0.0)
-    tl.store(all + row * numbers + columns, sum, mask=wanted)
+    tl.store(all + row * numbers + columns, sum + behind, mask=wanted)
