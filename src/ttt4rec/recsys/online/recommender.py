@@ -180,6 +180,29 @@ class OnlineRecommender:
             best |= zip(users, best_items(states.model, states.index, states.item_ids, hidden, k, seen), strict=True)
         return [best.get(user, []) for user in user_ids]
 
+    def moved(self, user_ids: Sequence[str]) -> list[float]:
+        """How far the learned weights of each user are from the model's initial ones: see ``TTTLayer.moved``.
+
+        The mean over blocks and heads; 0 for a user without history.
+
+        Raises:
+            DataError: user_ids is a text, or one of them is none. OSError: the log cannot be read.
+        """
+        found = self._states.moved(list(dict.fromkeys(_users(user_ids))))
+        return [found.get(user, 0.0) for user in user_ids]
+
+    def surprise(self, user_id: str) -> list[tuple[str, float]]:
+        """Each item of a user's history that the model knows, and how much it surprised: see ``TTTLayer.surprise``.
+
+        Above 1 what was learned of the user knew the item worse than the model's initial weights: so interests shift.
+        The whole history is read by the model once more.
+
+        Raises:
+            DataError: user_id is no text. OSError: the log cannot be read.
+        """
+        (user,) = _users([user_id])
+        return self._states.surprise(user)
+
     def forget(self, user_ids: Sequence[str]) -> None:
         """Delete the histories and states of users; they are strangers from now on.
 

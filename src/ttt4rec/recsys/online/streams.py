@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,14 @@ class Streams:
     def hidden(self, slots: Sequence[int]) -> Tensor:
         """Hidden states ``[n, width]`` after the last items of some streams, copied."""
         return self._hidden[self._where(slots)]
+
+    def moved(self, slots: Sequence[int]) -> Tensor:
+        """How far some streams' weights are from the initial ones, the mean over blocks and heads ``[n]``."""
+        where, found = self._where(slots), []
+        for block, pool in zip(self.model.blocks, self._pools, strict=True):
+            layer: Any = block.mixer
+            found.append(layer.moved(pool.read(where).mixer).mean(1))
+        return torch.stack(found).mean(0)
 
     def reset(self, slots: Sequence[int]) -> None:
         """Begin anew in some slots; nothing of what they held remains."""

@@ -157,6 +157,37 @@ class UserStates:
             if warm:
                 yield warm, hidden, [next(rest) if codes is None else codes for codes in kept.values()]
 
+    def moved(self, users: Sequence[str]) -> dict[str, float]:
+        """How far the weights of users, all different, are from the initial ones; strangers are left out.
+
+        Raises:
+            OSError: the log cannot be read.
+        """
+        found: dict[str, float] = {}
+        size = min(self.num_slots, USERS_AT_ONCE)
+        for start in range(0, len(users), size):
+            part = users[start : start + size]
+            with self._up_to_date(part):
+                warm = [user for user in part if user in self._readings]
+                if warm:
+                    far = self._streams.moved([self._readings[user].slot for user in warm])
+                    found |= zip(warm, far.tolist(), strict=True)
+        return found
+
+    def surprise(self, user: str) -> list[tuple[str, float]]:
+        """The items of a user's history that the model knows, and how surprising each was.
+
+        Raises:
+            OSError: the log cannot be read.
+        """
+        (codes,) = self._histories([user])
+        if not len(codes):
+            return []
+        numbers = self.model.surprise(torch.from_numpy(codes)[None].to(self.model.embedding.weight.device))[0]
+        return [
+            (self.item_ids[code - 1], number) for code, number in zip(codes.tolist(), numbers.tolist(), strict=True)
+        ]
+
     def drop(self, users: Sequence[str]) -> None:
         """Wipe the states of users."""
         with self._lock:
