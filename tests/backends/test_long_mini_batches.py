@@ -6,6 +6,7 @@ import torch
 from tests.backends.test_exact_gradients import check_on_average
 from tests.support.checks import (
     INNERS,
+    SIMPLE_FIRST,
     assert_close,
     check_gradients,
     gradients,
@@ -189,7 +190,7 @@ def test_opcheck(inner, backend, backward):
         torch.library.opcheck(operator.op, (*operator.flatten(scan), backend))
 
 
-@both
+@pytest.mark.parametrize("inner", SIMPLE_FIRST)
 def test_a_layer_compiles_without_a_graph_break(inner):
     torch._dynamo.reset()
     layer = make_layer(inner, "transformer", mini_batch_size=128)

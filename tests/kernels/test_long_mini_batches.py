@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.checks import INNERS, assert_close, inner_inputs, make_layer, run_inner
+from tests.support.checks import INNERS, SIMPLE_FIRST, assert_close, inner_inputs, make_layer, run_inner
 from tests.support.exactness import distances, excess, reference_errors
 from tests.support.inner_loop_kernels import (
     DEVICE,
@@ -28,15 +28,15 @@ from ttt4rec.operators import SCANS, choose_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 both = pytest.mark.parametrize("inner", INNERS)
+simple_first = pytest.mark.parametrize("inner", SIMPLE_FIRST)
 SHAPES = [  # B, L, H, D, K
     (2, 150, 2, 16, 65),  # two blocks, the second nearly empty, and a tail
     (1, 128, 1, 16, 128),  # whole mini-batches alone
     (1, 70, 2, 16, 100),  # less than one mini-batch
     (1, 290, 1, 32, 96),
-    (1, 330, 1, 16, 256),
     (1, 140, 1, 20, 70),
 ]
-LARGE = [(1, 530, 1, 64, 512), (1, 200, 1, 128, 128)]
+LARGE = [(1, 330, 1, 16, 256), (1, 530, 1, 64, 512), (1, 200, 1, 128, 128)]
 
 
 def deviations(inner: str, inputs: Inputs, spans=(None, None), segment: int = 2) -> dict[str, float]:
@@ -52,7 +52,7 @@ def test_outputs_and_gradients(inner: str, shape: tuple[int, ...]) -> None:
 
 
 @both
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_half_precision_errs_no_more_than_pytorch(inner: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(inner, 1, 300, 2, 16, 128, dtype=dtype)
     gradients = make_gradients(inner, inputs)
@@ -77,7 +77,7 @@ def test_gradients_are_twice_as_far_from_float64_as_the_references_at_most(inner
     assert not excess(ours, references)
 
 
-@both
+@simple_first
 def test_packed_sequences(inner: str) -> None:
     """Of unequal lengths, one empty, with tokens of none between them."""
     inputs = make_inputs(inner, 1, 330, 2, 16, 70, N=4)
@@ -85,14 +85,14 @@ def test_packed_sequences(inner: str) -> None:
     assert max(deviations(inner, inputs, (starts.to(DEVICE), lengths.to(DEVICE))).values()) <= FP32_TOLERANCE
 
 
-@both
+@simple_first
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replay_gives_the_forwards_weights_to_the_last_bit(inner: str, dtype: torch.dtype) -> None:
     """Gradients between segments of one mini-batch, where nothing is replayed, and longer ones are the same bits."""
-    inputs = make_inputs(inner, 1, 370, 2, 16, 72, dtype=dtype)
+    inputs = make_inputs(inner, 1, 210, 1, 16, 66, dtype=dtype)
     gradients = make_gradients(inner, inputs)
-    one, four = (run_kernels(inner, inputs, gradients, segment=segment) for segment in (1, 4))
-    assert all(torch.equal(one[name], four[name]) for name in one)
+    one, three = (run_kernels(inner, inputs, gradients, segment=segment) for segment in (1, 3))
+    assert all(torch.equal(one[name], three[name]) for name in one)
 
 
 @both
@@ -132,7 +132,7 @@ def test_a_layer_of_one_mini_batch_a_sequence_steps_as_it_reads(inner: str) -> N
     assert_close(stepped, y, 10 * FP32_TOLERANCE)
 
 
-@both
+@simple_first
 def test_opcheck(inner: str) -> None:
     operator = SCANS[inner]
     inputs = make_inputs(inner, 1, 140, 1, 16, 70)

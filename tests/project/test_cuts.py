@@ -10,6 +10,11 @@ from benchmarks import cuts
 from ttt4rec.kernels import launch
 
 VERSIONS = ("3.6.0", "3.9.0")
+LAUNCHED = [
+    pytest.param(pair, id=pair.shape, marks=pytest.mark.slow if pair.op.startswith("mlp") else ())
+    for pair in cuts.PAIRS
+    if pair.head_dim == 16
+]
 
 
 def predicted_of(pair, cut, filling):
@@ -77,7 +82,7 @@ def test_the_result_says_how_often_the_order_was_right(turned):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pair", [p for p in cuts.PAIRS if p.head_dim == 16], ids=lambda pair: pair.shape)
+@pytest.mark.parametrize("pair", LAUNCHED)
 def test_kernels_launch(pair, monkeypatch):
     """With the cut that is asked for, on as many programs as there are heads for it."""
     ran, run = [], launch.Launch.run
