@@ -193,7 +193,7 @@ class Row {
   }
 
   // Back over mini-batches first to end - 1. states_[at] has the weights before them and stays; those behind it are free.
-  void back(int64_t n, int64_t head, int64_t first, int64_t end, int64_t at) {
+  TTT_ONCE void back(int64_t n, int64_t head, int64_t first, int64_t end, int64_t at) {
     for (int64_t room = states_.size() - at, middle; end - first > room; end = middle) {
       middle = first + steps_ahead(end - first, room);
       for (int64_t m = first; m < middle; ++m) replay(n, head, m, states_[at + (m > first)], &states_[at + 1]);
@@ -204,7 +204,7 @@ class Row {
     for (int64_t m = end - 1; m >= first; --m) backward(n, head, m, own[m - first]);
   }
 
-  void replay(int64_t n, int64_t head, int64_t m, State& state, State* next) {
+  TTT_ONCE void replay(int64_t n, int64_t head, int64_t m, State& state, State* next) {
     const Rates rates = read(n, head, m);
     if (keeps_Z1()) place_.read<F>(call_.kept[0], kept_[0]);
     place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
@@ -216,7 +216,7 @@ class Row {
     model_.replay(rates, t_.k, kept_, state, next);
   }
 
-  void backward(int64_t n, int64_t head, int64_t m, const State& state) {
+  TTT_ONCE void backward(int64_t n, int64_t head, int64_t m, const State& state) {
     Rates rates = read(n, head, m);
     rates.d_scale = d_scale_;
     place_.read<D>(call_.q, call_.q_stride, t_.q);
