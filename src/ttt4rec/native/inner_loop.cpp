@@ -261,7 +261,7 @@ class Row {
   }
 
   // Back over mini-batches first to end - 1. states_[at] has the weights before them and stays; those behind it are free.
-  void back(int64_t n, int64_t head, int64_t first, int64_t end, int64_t at) {
+  TTT_ONCE void back(int64_t n, int64_t head, int64_t first, int64_t end, int64_t at) {
     for (int64_t room = states_.size() - at, middle; end - first > room; end = middle) {
       middle = first + steps_ahead(end - first, room);
       for (int64_t m = first; m < middle; ++m) replay(n, head, m, states_[at + (m > first)], &states_[at + 1]);
@@ -275,7 +275,7 @@ class Row {
     }
   }
 
-  void replay(int64_t n, int64_t head, int64_t m, State& state, State* next_state) {
+  TTT_ONCE void replay(int64_t n, int64_t head, int64_t m, State& state, State* next_state) {
     const bool forgets = next_state != nullptr && begin(n, head, m, state);
     for (int block = 0; block < blocks(n, m); ++block) {
       const Rates rates = read(n, head, m, block);
@@ -289,7 +289,7 @@ class Row {
     if (forgets) forgetting_->end(next_state->weights);
   }
 
-  void backward(int64_t n, int64_t head, int64_t m, const State& state) {
+  TTT_ONCE void backward(int64_t n, int64_t head, int64_t m, const State& state) {
     for (T* sum : {t_.d_gamma, t_.d_beta}) std::fill_n(sum, D, T(0));
     std::fill_n(d_scale_, K_, T(0));
     const bool forgets = begin_backward(n, head, m, state);

@@ -153,7 +153,7 @@ inline size_t tokens_by_tokens(int K) { return Arena::rounded(K * row_of_tokens(
 
 // out[i, j] = a_i · b_j for j <= i, else 0, of r rows.
 template <int N>
-inline void dots(int r, int row, const T* a, const T* b, T* out) {
+TTT_ONCE void dots(int r, int row, const T* a, const T* b, T* out) {
   int i = 0, j = 0;
   for (int at = 0; at < r * row; at += LANES) {
     V products[LANES];
@@ -323,7 +323,7 @@ struct InnerGradient {
 // The tanh form of gelu from one sigmoid, (14), with z, v, s and w for x, w, σ and w'.
 // Beyond ±10 the sigmoid has no more digits to give, and what is left of s (1 - s) must not meet the cubes of a large z.
 template <bool SLOPE, bool CURVATURE>
-inline void gelu(int n, const T* z, T* value, T* slope = nullptr, T* curvature = nullptr) {
+TTT_ONCE void gelu(int n, const T* z, T* value, T* slope = nullptr, T* curvature = nullptr) {
   constexpr T c = 0.7978845608028654, a = 0.044715;  // sqrt(2/π) and the cubic coefficient
   for (int i = 0; i < n; i += LANES) {
     const V given = load(z + i), x = clamped(given, -10, 10), square = x * x;

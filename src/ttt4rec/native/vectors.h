@@ -12,6 +12,8 @@
 
 #define TTT_EXPORT extern "C" __attribute__((visibility("default")))
 
+#define TTT_ONCE __attribute__((noinline))  // compiled once, not wherever it is called, which takes the compiler long
+
 using T = TTT_SCALAR;
 constexpr int D = TTT_HEAD_DIM, F = TTT_HIDDEN;
 
