@@ -12,6 +12,7 @@ RUNS_FILE = ROOT / "studies" / "results" / "adaptation" / "runs.jsonl"
 DOCUMENT = ROOT / "docs" / "adaptation.md"
 METRICS = ("NDCG@10", "HR@10")
 SWITCHES = ("made-up", "joined")
+FORGETTING = {"": "-", "decay constant": ":", "decay by token": "--"}  # kinds of line
 AFTER = ((1, 1), (2, 2), (3, 5), (6, 10), (11, 20), (21, 29))  # columns: events known since the switch, first and last
 
 
@@ -67,20 +68,24 @@ def plot(results: Sequence[Result], study: str) -> None:
     from matplotlib.figure import Figure
 
     own = [result for result in results if result["study"] == study]
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(9.5, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     switch = own[0]["switch"]
-    for i, (mixer, seeds) in enumerate(curves(own, study).items()):
+    colours: dict[str, str] = {}
+    for mixer, seeds in curves(own, study).items():
+        model, _, forgets = mixer.partition(", ")
+        colour = colours.setdefault(model, f"C{len(colours)}")
         x = [n + 1 - switch for n in range(len(seeds[0]))]
-        axes.plot(x, [statistics.fmean(values) for values in zip(*seeds, strict=True)], color=f"C{i}", label=mixer)
+        means = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
+        axes.plot(x, means, FORGETTING[forgets], color=colour, label=mixer)
         low, high = zip(*((min(values), max(values)) for values in zip(*seeds, strict=True)), strict=True)
-        axes.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
+        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     if "best possible" in own[0]:
         axes.axhline(own[0]["best possible"], color="gray", linestyle=":", label="best possible")
     axes.axvline(0, color="gray", linewidth=0.8)
     axes.set(xlabel="events since the switch", ylabel="NDCG@10", ylim=(0, None))
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(DOCUMENT.with_name(f"adaptation-{study}.png"), dpi=110)
 
 
