@@ -38,7 +38,7 @@ tables() {
 shopt -s nullglob
 trap 'tables; exit 1' INT TERM
 for architecture in sm_90 sm_80; do
-  executed "$architecture" tests --deselect $errors
+  executed "$architecture" tests "--deselect=$errors"
   executed "$architecture" bfloat16 $errors -k bfloat16
   executed "$architecture" float32 $errors -k "float32 and not 128"
 done
