@@ -120,6 +120,9 @@ SINGLE_BY_ARCHITECTURE = {
 NEAREST = {"sm_8": "sm_80", "sm_10": "sm_100", "sm_12": "sm_80", "gfx9": "gfx942"}
 """By the beginnings of names; what is not here takes the cuts that are no architecture's own."""
 
+FENCED_COPIES = (3, 8)
+"""The first Triton with fences between a pipeline's copies and the products that read them."""
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -186,6 +189,22 @@ def choices(op: str, padded_head_dim: int, dtype: torch.dtype, architecture: str
 def padded(size: int) -> int:
     """The power of two, at least 16, that holds size."""
     return max(16, int(triton.next_power_of_2(size)))
+
+
+def triton_version() -> tuple[int, int]:
+    """``(3, 6)``, for example."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def fenced(choice: Blocks) -> Blocks:
+    """Blocks without a pipeline where the compiler leaves its copies without a fence.
+
+    What ``cp.async`` writes to shared memory the products of sm_90 and sm_100 read by another proxy. Tritons before 3.8
+    order the two for what is stored only. One stage stores.
+    """
+    unfenced = triton_version() < FENCED_COPIES and architecture() in ("sm_90", "sm_100")
+    return choice._replace(num_stages=1) if unfenced else choice
 
 
 def interpreted() -> bool:
@@ -259,8 +278,7 @@ def compiler_refusal(op: str, head_dim: int, mini_batch_size: int) -> str | None
         return None
     if op == "mlp_backward":
         return f"on sm_100 trains TTT-MLP with a mini_batch_size of up to 32; given {mini_batch_size}"
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if op == "linear_backward" and version <= (3, 6) and head_dim > 64:
+    if op == "linear_backward" and triton_version() <= (3, 6) and head_dim > 64:
         return (
             f"on sm_100 trains head dimension {head_dim} with mini_batch_size {mini_batch_size} under a Triton newer "
             f"than 3.6; given {triton.__version__}"
