@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make all tables of docs/emulation.md anew: bash scripts/emulation.sh FOLDER [TRITON...]
 # In parts, the most telling first. Each leaves a report and a log in FOLDER, and is not run again when its report is
-# there: what was stopped goes on, and of a stopped part (kill -INT) those tests count that had ended. TRITON is a folder
+# there: what was stopped goes on, and of a stopped part those tests count that had ended. TRITON is a folder
 # with another Triton than the installed one: pip install --no-deps --target TRITON triton==3.6.0
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
