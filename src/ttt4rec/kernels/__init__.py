@@ -5,7 +5,7 @@ from typing import Any
 from ..arguments import TokenStep
 from . import step
 from .convolution import convolution, convolution_backward
-from .launch import compiler_refusal
+from .limits import scan_refusal
 from .linear_backward import linear_scan_backward
 from .linear_forward import linear_scan
 from .mlp_backward import mlp_scan_backward
@@ -16,7 +16,6 @@ from .projection_forward import projection
 from .step import token_step
 
 __all__ = [
-    "compiler_refusal",
     "convolution",
     "convolution_backward",
     "linear_scan",
@@ -28,6 +27,7 @@ __all__ = [
     "projection",
     "projection_backward",
     "refusal",
+    "scan_refusal",
     "token_step",
 ]
 

@@ -110,6 +110,7 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice
 }
 
 SINGLE_BY_ARCHITECTURE = {
+    "sm_80": {("mlp_backward", 32): {32: Blocks(8, 1, chunks=2), 64: Blocks(8, 1, chunks=4)}},  # by shared memory
     "gfx942": {
         ("linear_forward", 64): {64: Blocks(4, 1)},
         ("mlp_forward", 16): {8: Blocks(4, 1, heads=2), 64: Blocks(4, 1)},
@@ -212,15 +213,17 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def architecture() -> str:
-    """What kernels are compiled for now: a name that tables have, of the nearest architecture that was looked at.
-
-    ``interpreter`` under the interpreter.
-    """
+def target() -> str:
+    """What kernels are compiled for now: ``sm_86``, for example; ``interpreter`` under the interpreter."""
     if interpreted():
         return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
-    return nearest(f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch))
+    current = triton.runtime.driver.active.get_current_target()
+    return f"sm_{current.arch}" if current.backend == "cuda" else str(current.arch)
+
+
+def architecture() -> str:
+    """The name that tables have for it, of the nearest architecture that was looked at."""
+    return nearest(target())
 
 
 def nearest(name: str) -> str:
@@ -284,12 +287,6 @@ def compiler_refusal(op: str, head_dim: int, mini_batch_size: int) -> str | None
             f"than 3.6; given {triton.__version__}"
         )
     return None
-
-
-def check_compiler(op: str, head_dim: int, mini_batch_size: int) -> None:
-    """Raise ValueError where ``compiler_refusal`` has a reason."""
-    if (refusal := compiler_refusal(op, head_dim, mini_batch_size)) is not None:
-        raise ValueError(f"the kernel {refusal}")
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
