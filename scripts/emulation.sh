@@ -39,14 +39,14 @@ shopt -s nullglob
 trap 'tables; exit 1' INT TERM
 for architecture in sm_90 sm_80; do
   executed "$architecture" bfloat16 $errors -k bfloat16
-  executed "$architecture" float32 $errors -k "float32 and not 128"
 done
 for architecture in sm_90 sm_80; do
+  executed "$architecture" float32 $errors -k "float32 and not 128"
   report "" "losses.$architecture" --emulate "$architecture" --emulate-findings list --emulate-mutations \
     tests/emulator/emulated_losses.py
-  executed "$architecture" tests "--deselect=$errors"
 done
 for architecture in sm_90 sm_80; do
+  executed "$architecture" tests "--deselect=$errors"
   executed "$architecture" float16 $errors -k "float16 and not bfloat16"
   executed "$architecture" float32-128 $errors -k "float32 and 128"
 done
