@@ -82,14 +82,15 @@ MLP_SHAPES = [
 
 @pytest.mark.parametrize(
     ("inner", "B", "L", "H", "D", "K"),
-    [("linear", *shape) for shape in SHAPES] + [("mlp", *shape) for shape in MLP_SHAPES],
+    [("linear", *shape) for shape in SHAPES]
+    + [pytest.param("mlp", *shape, marks=pytest.mark.slow if shape[3] > 64 else ()) for shape in MLP_SHAPES],
 )
 def test_matches_definition(inner: str, B: int, L: int, H: int, D: int, K: int) -> None:
     assert_matches(inner, make_inputs(inner, B, L, H, D, K))
 
 
 @both
-@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("heads", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4])
 def test_any_number_of_heads_in_a_program(inner: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "blocks", lambda *_: launch.Blocks(num_warps=1, num_stages=1, heads=heads))
     assert_matches(inner, make_inputs(inner, 2, 10, 5, 16, 4))
@@ -127,18 +128,21 @@ PACKED = {
     "first and last empty": [0, 8, 3, 0],
     "all complete": [8, 16, 8],
 }
+QUICKLY_PACKED = [("unequal", torch.int32), ("first and last empty", torch.int64)]
 
 
 @both
 @pytest.mark.parametrize(
     ("lengths", "index_dtype"),
     [
-        *(pytest.param(lengths, torch.int32, id=f"{name}-int32") for name, lengths in PACKED.items()),
-        pytest.param(PACKED["unequal"], torch.int64, id="unequal-int64"),
-        *(
-            pytest.param(PACKED[name], torch.int64, id=f"{name}-int64", marks=pytest.mark.slow)
-            for name in ("first and last empty", "all complete")
-        ),
+        pytest.param(
+            lengths,
+            dtype,
+            id=f"{name}-{str(dtype)[6:]}",
+            marks=() if (name, dtype) in QUICKLY_PACKED else pytest.mark.slow,
+        )
+        for dtype in (torch.int32, torch.int64)
+        for name, lengths in PACKED.items()
     ],
 )
 def test_packed_sequences(inner: str, lengths: list[int], index_dtype: torch.dtype) -> None:
@@ -233,6 +237,7 @@ def test_segments_change_no_bit(inner: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert all(torch.equal(others[name], x) for name, x in results.items()), segment
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize(("inner", "H", "D", "K"), [("linear", 2, 32, 8), ("linear", 1, 16, 32), ("mlp", 1, 16, 16)])
 def test_the_replay_has_the_forwards_weights(
@@ -255,7 +260,7 @@ def test_the_replay_has_the_forwards_weights(
 
 @both
 @pytest.mark.parametrize(
-    "scale", [1e-6, 1.0, "mixed", *(pytest.param(scale, marks=pytest.mark.slow) for scale in (1e-3, 1e2, 1e4))]
+    "scale", [1e-6, "mixed", *(pytest.param(scale, marks=pytest.mark.slow) for scale in (1e-3, 1.0, 1e2, 1e4))]
 )
 def test_gradients_are_exact_at_every_scale(inner: str, scale: float | str) -> None:
     """By the rule of ``tests.support.exactness``, with weights as a layer initialises them.
@@ -337,7 +342,7 @@ def test_what_the_kernels_cannot_do_is_an_error(inner: str, change: dict[str, ob
 
 
 @pytest.mark.parametrize(
-    ("heads", "chunks"), [(1, 4), (2, 2), *(pytest.param(*cut, marks=pytest.mark.slow) for cut in ((1, 2), (2, 4)))]
+    ("heads", "chunks"), [(2, 2), *(pytest.param(*cut, marks=pytest.mark.slow) for cut in ((1, 2), (1, 4), (2, 4)))]
 )
 def test_state_in_chunks(heads: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hidden features one part after the other, their weights in memory."""

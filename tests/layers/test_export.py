@@ -51,7 +51,11 @@ def test_layer(inner, backbone, strict):
 
 @pytest.mark.parametrize(
     ("backbone", "strict"),
-    [("transformer", False), ("mamba", False), pytest.param("mamba", True, marks=pytest.mark.slow)],
+    [
+        ("mamba", False),
+        pytest.param("transformer", False, marks=pytest.mark.slow),
+        pytest.param("mamba", True, marks=pytest.mark.slow),
+    ],
 )
 def test_layer_with_a_mask_and_its_state(backbone, strict):
     """The state too: its context of the convolutions is shorter and longer than the input."""
@@ -108,7 +112,11 @@ def test_the_reference_with_a_batch_of_any_size():
 
 
 @pytest.mark.parametrize(
-    "options", [{"inner": "mlp"}, {"inner": "linear", "backbone": "mamba", "block_conv": True}], ids=["mlp", "mamba"]
+    "options",
+    [
+        pytest.param({"inner": "linear", "backbone": "mamba", "block_conv": True}, id="mamba"),
+        pytest.param({"inner": "mlp"}, id="mlp", marks=pytest.mark.slow),
+    ],
 )
 def test_model(options):
     """With padding on either side, which its mask is made of, up to the scores."""

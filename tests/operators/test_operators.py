@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.support.checks import BACKBONES, INNERS, assert_close, assert_states_close, gradients, make_layer
+from tests.support.checks import INNERS, assert_close, assert_states_close, gradients, make_layer
 from ttt4rec.eager import walk
 from ttt4rec.operators import OPERATORS, backends
 from ttt4rec.operators.samples import Sizes
@@ -24,10 +24,11 @@ WITHOUT_KERNELS = {"full_softmax_nll", "full_softmax_total_nll"}
 
 
 def marks(operator, backend, number):
-    """On the kernels a scan's second sample is slow; what has the mark of a GPU also runs there."""
+    """On the kernels scans are slow but for the simplest; what has the mark of a GPU also runs there."""
     if backend != "triton":
         return ()
-    return (pytest.mark.gpu, pytest.mark.slow) if "scan" in operator.name and number else pytest.mark.gpu
+    slow = "scan" in operator.name and (number or operator.name.startswith("mlp"))
+    return (pytest.mark.gpu, pytest.mark.slow) if slow else pytest.mark.gpu
 
 
 def has(backend, function):
@@ -45,6 +46,15 @@ CASES = [
     if kind in operator.name
     for number, options in enumerate(choices)
 ]
+layers = pytest.mark.parametrize(  # each takes seconds, and in the first two are both inner models and both backbones
+    ("inner", "backbone"),
+    [
+        ("linear", "mamba"),
+        ("mlp", "transformer"),
+        pytest.param("linear", "transformer", marks=pytest.mark.slow),
+        pytest.param("mlp", "mamba", marks=pytest.mark.slow),
+    ],
+)
 DIFFERENTIABLE = [case for case in CASES if case.values[0].backward_op is not None]
 
 
@@ -208,8 +218,7 @@ def test_a_toy_operator_and_a_toy_backend_are_added(tmp_path, pytestconfig):
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("inner", INNERS)
+@layers
 def test_compile_gives_the_same_numbers_without_a_graph_break(inner, backbone):
     torch._dynamo.reset()
     layer = make_layer(inner, backbone)
@@ -224,8 +233,7 @@ def test_compile_gives_the_same_numbers_without_a_graph_break(inner, backbone):
             assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("inner", INNERS)
+@layers
 def test_compile_of_a_stream(inner, backbone):
     torch._dynamo.reset()
     layer = make_layer(inner, backbone)

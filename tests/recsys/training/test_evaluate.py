@@ -79,7 +79,7 @@ def test_a_constant_scorer_does_not_look_good(tmp_path):
     assert metrics["HR@10"] == 0
 
 
-@pytest.mark.parametrize("block", [60, 1 << 23])
+@pytest.mark.parametrize("block", [60, pytest.param(1 << 23, marks=pytest.mark.slow)])
 def test_excluding_what_was_seen(tmp_path, monkeypatch, block):
     monkeypatch.setattr(item_blocks, "SCORES_PER_BLOCK", block)
     split = make_split(tmp_path)

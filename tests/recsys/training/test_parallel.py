@@ -51,12 +51,11 @@ def assert_same_run(given, expected, limit):
 @pytest.mark.parametrize(
     ("world_size", "change", "config"),
     [
-        (2, {}, {}),
-        (2, {"clip_norm": 0.01, "inner_lr_warmup": 3}, {}),
-        (3, {"accumulate": 2}, {"mixer": "gru"}),
-        (2, {"targets_per_batch": 1}, {"mixer": "attention"}),
+        pytest.param(2, {}, {}, id="two", marks=pytest.mark.slow),
+        pytest.param(2, {"clip_norm": 0.01, "inner_lr_warmup": 3}, {}, id="clipping and warming up"),
+        pytest.param(3, {"accumulate": 2}, {"mixer": "gru"}, id="three accumulating"),
+        pytest.param(2, {"targets_per_batch": 1}, {"mixer": "attention"}, id="a process without a window"),
     ],
-    ids=["two", "clipping and warming up", "three accumulating", "a process without a window"],
 )
 def test_several_processes_give_the_run_of_one(tmp_path, world_size, change, config):
     split = make_split(tmp_path, users=60 if world_size == 2 and not config else 8)
