@@ -89,7 +89,7 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice
     "sm_100": {
         ("linear_forward", 128): {16: Blocks(8, 2), 64: Blocks(8, 1)},
         ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(2, 1), 64: Blocks(8, 1)},
-        ("linear_backward", 32): {8: Blocks(2, 1), 16: Blocks(4, 1), 32: Blocks(2, 2), 64: Blocks(8, 2)},
+        ("linear_backward", 32): {8: Blocks(2, 1), 16: Blocks(4, 1), 32: Blocks(2, 2), 64: Blocks(8, 1)},
         ("mlp_forward", 64): {16: Blocks(8, 2, chunks=4), 64: Blocks(4, 2, chunks=8)},  # in one chunk: only a trap
         ("mlp_backward", 64): {16: Blocks(4, 1, chunks=8), 32: Blocks(8, 1, chunks=16)},
     },
