@@ -41,9 +41,9 @@ for architecture in sm_90 sm_80; do
   executed "$architecture" bfloat16 $errors -k bfloat16
 done
 for architecture in sm_90 sm_80; do
-  executed "$architecture" float32 $errors -k "float32 and not 128"
   report "" "losses.$architecture" --emulate "$architecture" --emulate-findings list --emulate-mutations \
     tests/emulator/emulated_losses.py
+  executed "$architecture" float32 $errors -k "float32 and not 128"
 done
 for architecture in sm_90 sm_80; do
   executed "$architecture" tests "--deselect=$errors"
