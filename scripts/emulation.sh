@@ -50,6 +50,8 @@ for architecture in sm_90 sm_80; do
   executed "$architecture" float16 $errors -k "float16 and not bfloat16"
   executed "$architecture" float32-128 $errors -k "float32 and 128"
 done
-report "" interpreter $errors
+report "" interpreter.bfloat16 $errors -k bfloat16
+report "" interpreter.float32 $errors -k float32
+report "" interpreter.float16 $errors -k "float16 and not bfloat16"
 tables
 exit "$failed"
