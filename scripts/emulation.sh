@@ -31,6 +31,12 @@ executed() {
   done
 }
 
+# PART TESTS: what becomes of kernels without each of their barriers, waits, fences and masks
+lost() {
+  report "" "losses.$architecture.$1" --emulate "$architecture" --emulate-findings list --emulate-mutations \
+    tests/emulator/emulated_losses.py -k "$2"
+}
+
 tables() {
   python3 -m tools.emulation docs/emulation.md "$folder"/*.json "$folder"/*.part --anew
 }
@@ -41,9 +47,10 @@ for architecture in sm_90 sm_80; do
   executed "$architecture" bfloat16 $errors -k bfloat16
 done
 for architecture in sm_90 sm_80; do
-  report "" "losses.$architecture" --emulate "$architecture" --emulate-findings list --emulate-mutations \
-    tests/emulator/emulated_losses.py
+  lost around "not inner_loop"
+  lost linear "inner_loop and linear"
   executed "$architecture" float32 $errors -k "float32 and not 128"
+  lost mlp "inner_loop and mlp"
 done
 for architecture in sm_90 sm_80; do
   executed "$architecture" tests "--deselect=$errors"
