@@ -69,7 +69,7 @@ class RecommenderContest:
         plan = batches(windows, targets_per_batch=options.targets_per_batch, generator=torch.Generator().manual_seed(0))
         ids, targets, cu_seqlens = (x.to(device) for x in windows.packed_batch(next(plan)))
         info["tokens"] = int((targets != 0).sum())
-        optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
+        optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, fused=True)
         return partial(_training_step, model, optimizer, options.clip_norm, ids, targets, cu_seqlens)
 
 

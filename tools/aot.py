@@ -18,6 +18,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from ttt4rec import kernels
 from ttt4rec.kernels import launch
 from ttt4rec.kernels.convolution import prepare_convolution, prepare_convolution_backward
 from ttt4rec.kernels.linear_backward import prepare_linear_scan_backward
@@ -49,6 +50,11 @@ KERNELS: dict[str, tuple[Operator[Any], Callable[..., Any], dict[str, Any]]] = {
     "mlp_step": (token_step, prepare_token_step, {}),
 }
 """Operators, what prepares a launch, and options of the sample of which."""
+BLOCK_KERNELS = (
+    "inner_gradient", "inner_gradient_backward", "output", "output_backward", "gelu", "slope", "hidden_backward",
+    "scaled", "causal", "running",
+)  # fmt: skip
+"""What stands between the products of long mini-batches, as ``blocks/gelu``; of TTT-MLP, whose rows are widest."""
 INNER_LOOPS = ("linear_forward", "linear_backward", "mlp_forward", "mlp_backward")
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -140,6 +146,8 @@ def cut_as(blocks: launch.Blocks | None) -> Iterator[None]:
 
 def _prepare(op: str, sizes: Sizes, dtype: torch.dtype) -> launch.Launch:
     """The launch of a kernel, of a sample without values."""
+    if op.startswith("blocks/"):
+        return _widest(op, block_launches("mlp", sizes, dtype))
     operator, prepare, options = KERNELS[op]
     if op == "mlp_step":
         options = {"inner": "mlp"}
@@ -147,6 +155,30 @@ def _prepare(op: str, sizes: Sizes, dtype: torch.dtype) -> launch.Launch:
     if not op.endswith("backward"):
         return prepare(given)[-1]  # type: ignore[no-any-return]
     return prepare(given, *operator.backward_sample(operator(given, "triton")))[-1]  # type: ignore[no-any-return]
+
+
+def block_launches(inner: str, sizes: Sizes, dtype: torch.dtype) -> list[launch.Launch]:
+    """What a scan of mini-batches longer than a program's, and its backward, launch."""
+    operator, found, run = SCANS[inner], list[launch.Launch](), launch.Launch.run
+
+    def note(prepared: launch.Launch) -> None:
+        found.append(prepared)
+
+    given = operator.sample(sizes, dtype, "meta", segment=16)
+    kept, grads = operator.backward_sample(operator(given, "triton"))
+    launch.Launch.run = note  # type: ignore[assignment, method-assign]
+    try:
+        getattr(kernels, f"{inner}_scan")(given)
+        getattr(kernels, f"{inner}_scan_backward")(given, kept, grads)
+    finally:
+        launch.Launch.run = run  # type: ignore[method-assign]
+    return found
+
+
+def _widest(op: str, launches: list[launch.Launch]) -> launch.Launch:
+    """That of a kernel's launches whose rows have the most features."""
+    own = [each for each in launches if each.kernel.fn.__name__ == f"{op.removeprefix('blocks/')}_kernel"]
+    return max(own, key=lambda each: each.arguments[-1].features)
 
 
 def _nvidia_cost(compiled: Any, times: Times) -> Cost:

@@ -85,7 +85,7 @@ def tuned(kernel_name: str) -> Iterator[Cut]:
         try:
             # Triton prints the code of a kernel that does not assemble.
             with cut_as(blocks), contextlib.redirect_stdout(io.StringIO()):
-                cut = _measured(kernel_name, blocks)
+                cut = cut_of(kernel_name, blocks)
         except Exception as error:  # the compiler's own failures, of several kinds, rule a cut out
             print(f"{kernel_name} {blocks}: {type(error).__name__}", file=sys.stderr, flush=True)
             continue
@@ -93,7 +93,8 @@ def tuned(kernel_name: str) -> Iterator[Cut]:
             yield cut
 
 
-def _measured(name: str, blocks: launch.Blocks) -> Cut | None:
+def cut_of(name: str, blocks: launch.Blocks) -> Cut | None:
+    """A kernel as it is cut now (``cut_as``); None if none of its programs fits a multiprocessor."""
     op, architecture, head_dim, mini_batch_size, dtype = name.split(":")
     if architecture not in DEFAULT:
         cost = compile_for(architecture, op, int(head_dim), int(mini_batch_size), DTYPES[dtype])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .inner_models import INNER_MODELS, InnerModel, Record
 
-MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE = 128, 64  # of the fused kernels
+MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE = 128, 64  # of the fused kernels; longer mini-batches are cut into blocks so long
 
 
 class Scan(NamedTuple):
@@ -32,6 +32,8 @@ class Scan(NamedTuple):
     eps: float  # added to the layer norm's variance
     segment: int  # mini-batches between two checkpoints
     inner: str  # the inner model's name; an operator's own, and no argument of its schema
+    log_decay: Tensor | None = None  # ln a [B, L, H], how much stays of what was learned; None: all of it
+    initial: tuple[Tensor, ...] = ()  # with it, W̄ towards which the weights decay [H, ...], in their dtype
 
     @property
     def model(self) -> InnerModel:
@@ -75,6 +77,8 @@ class TokenStep(NamedTuple):
     inner: str  # the inner model's name
     hidden: int  # F, 0 if there are no hidden features
     eps: float
+    log_decay: Tensor | None = None  # as in Scan [B, H]
+    initial: Tensor | None = None  # with it, W̄ and b̄ of every layer as they lie in a record [H, numbers]
 
     @property
     def record(self) -> Record:
@@ -194,6 +198,14 @@ class LayerForward(NamedTuple):
         return INNER_MODELS[self.around.inner].hidden(self.weights)
 
 
+class Forget(NamedTuple):
+    """How a layer forgets."""
+
+    bias: Tensor  # of its gates [H]
+    weight: Tensor | None  # [H, C]; None: whatever the input is
+    initial: tuple[Tensor, ...]  # W1, b1[, W2, b2] [H, ...]
+
+
 class LayerParts(NamedTuple):
     """A whole layer and its pool, for a step of some streams at once."""
 
@@ -204,6 +216,7 @@ class LayerParts(NamedTuple):
     hidden: int  # F, 0 if there are no hidden features
     adapt: bool  # whether there are inner rates at all
     max_inner_step: float  # infinite if there is no bound
+    forget: Forget | None = None  # None: it does not
 
 
 class LayerStep(NamedTuple):

@@ -16,7 +16,7 @@ _MULTIPLE = 8  # numbers to which a record and its rows are filled up: the lanes
 class Record(NamedTuple):
     """A stream's memory of a head for ``token_step``: ``[W; b]`` of every layer, then K rows, one a token.
 
-    A row has, for every layer, its inputs X and its steps U, and then v and lr. Compiled code is told where
+    A row has, for every layer, its inputs X and its steps U, and then v, lr and ln a. Compiled code is told where
     the parts begin.
     """
 
@@ -38,13 +38,15 @@ class Record(NamedTuple):
 
     def parts(self, records: Tensor) -> tuple[list[Tensor], Tensor]:
         """Views of records ``[..., size]``: ``[W; b]`` of every layer, and the rows ``[..., K, row_size]``."""
-        shapes = [*self.weights, (self.rows, self.row_size)]
-        parts = records[..., : sum(map(prod, shapes))].split([*map(prod, shapes)], -1)
-        *weights, rows = (part.view(*part.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True))
+        *weights, rows = _views(records, [*self.weights, (self.rows, self.row_size)])
         return weights, rows
 
+    def weight_parts(self, weights: Tensor) -> list[Tensor]:
+        """Views of the beginning of a record alone: ``[W; b]`` of every layer."""
+        return _views(weights, self.weights)
+
     def row_parts(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Views of the parts of rows ``[..., row_size]``: X and U of every layer, v and lr."""
+        """Views of the parts of rows ``[..., row_size]``: X and U of every layer, v, lr and ln a."""
         parts: tuple[Tensor, ...] = rows[..., : sum(self.row)].split(self.row, -1)
         return parts
 
@@ -82,7 +84,7 @@ class InnerModel(NamedTuple):
         """The layout of a record."""
         layers = self.layers(head_dim, hidden)
         weights = tuple((inputs + 1, out) for inputs, out in layers)
-        row = (*(width for layer in layers for width in layer), head_dim, 1)
+        row = (*(width for layer in layers for width in layer), head_dim, 1, 1)
         row_size = _filled(sum(row))
         size = _filled(sum(map(prod, weights)) + mini_batch_size * row_size)
         return Record(weights, row, row_size, mini_batch_size, size)
@@ -91,6 +93,12 @@ class InnerModel(NamedTuple):
 LINEAR = InnerModel("linear", ("W1", "b1"), ("G",), expansion=0)
 MLP = InnerModel("mlp", ("W1", "b1", "W2", "b2"), ("Z1", "G2"), expansion=4)
 INNER_MODELS = {model.name: model for model in (LINEAR, MLP)}
+
+
+def _views(x: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    sizes = [*map(prod, shapes)]
+    parts = zip(x[..., : sum(sizes)].split(sizes, -1), shapes, strict=True)
+    return [part.view(*part.shape[:-1], *shape) for part, shape in parts]
 
 
 def _filled(numbers: int) -> int:

@@ -12,8 +12,10 @@ from ttt4rec.recsys.data.split import Split
 from ttt4rec.recsys.training.train import TrainOptions, fit
 
 MIXERS = {
-    "TTT-Linear": {"mixer": "ttt", "inner": "linear"},
-    "TTT-MLP": {"mixer": "ttt", "inner": "mlp"},
+    f"{name}{label}": {"mixer": "ttt", "inner": inner, "forget": forget}
+    for forget, label in (("none", ""), ("constant", ", decay constant"), ("token", ", decay by token"))
+    for inner, name in (("linear", "TTT-Linear"), ("mlp", "TTT-MLP"))
+} | {
     **{mixers.MIXERS[name].kind: {"mixer": name} for name in ("attention", "gru")},
 }
 

@@ -72,11 +72,11 @@ def test_on_average_of_many_draws(inner, scale):
     check_on_average(inner, scale, 12)
 
 
-def check_on_average(inner, scale, draws, change=lambda inputs: None):
+def check_on_average(inner, scale, draws, change=lambda inputs: None, **sizes):
     """One draw scatters; the mean of the ratios does not."""
     logs = {backend: {} for backend in BACKENDS}
     for _ in range(draws):
-        inputs = operator_inputs(inner, scale)
+        inputs = operator_inputs(inner, scale, **sizes)
         change(inputs)
         exact = operator_results(inner, inputs, torch.float64, backend="reference")
         plain = distances(operator_results(inner, inputs, backend="reference"), exact)

@@ -128,6 +128,21 @@ def test_one_compilation_serves_all_lengths_and_batches(name, options, D, launch
 
 @pytest.mark.parametrize("inner", INNERS)
 @pytest.mark.parametrize("D", [10, 16])
+def test_long_mini_batches_stay_on_the_device_and_compile_once(inner, D, launches):
+    """Without spans, which the host reads. What the first call compiles serves all lengths and batches."""
+    compilations = []
+    for B, L in ((2, 300), (1, 50), (1, 256), (3, 333), (16, 128)):
+        launches.clear()
+        call(f"{inner}_scan", {}, SIZES._replace(B=B, L=L, D=D, K=128))
+        assert launches
+        assert all(current == [GPU] for _, current in launches)
+        with emulated("sm_90"):
+            compilations.append({compilation(made) for made, _ in launches})
+    assert set().union(*compilations) == compilations[0]
+
+
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("D", [10, 16])
 def test_one_compilation_serves_initial_weights_states_and_missing_gradients(inner, D, launches):
     """Initial weights are expanded to all sequences, as are the zeros that stand for gradients nobody gave."""
     operator = SCANS[inner]

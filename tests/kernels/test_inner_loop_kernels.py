@@ -331,7 +331,6 @@ def test_offsets_beyond_32_bits(packed: bool) -> None:
     ("change", "message"),
     [
         ({"dtype": torch.float64}, "float64"),
-        ({"K": 65}, "mini_batch_size"),
         ({"D": 257}, "head dimension"),
     ],
 )

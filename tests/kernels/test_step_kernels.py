@@ -21,9 +21,9 @@ def move(given):
 
 
 def parts_of(given):
-    """Weights of the records in the operator's arguments, and the rows' parts."""
+    """Weights of the records in the operator's arguments, and the rows' parts but ln a, which kernels do not know."""
     weights, rows = given.record.parts(given.records.cpu())
-    return weights, given.record.row_parts(rows)
+    return weights, given.record.row_parts(rows)[:-1]
 
 
 @pytest.mark.parametrize("inner", INNERS)

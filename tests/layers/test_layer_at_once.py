@@ -9,11 +9,12 @@ from torch.nn.modules import module as modules
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import peak_memory
 from tests.support.at_once import WIDTH, make_layer, note
 from tests.support.checks import BACKBONES, INNERS, assert_close
 from tests.support.exactness import SCALES, distances, excess, layer_results, reference_errors, token_sizes
 from ttt4rec import TTTLayer
-from ttt4rec.layers import ttt
+from ttt4rec.layers import layer_at_once, ttt
 from ttt4rec.native import threads
 
 PACKED = torch.tensor([0, 5, 5, 26, 41])
@@ -85,13 +86,59 @@ def test_threads_change_no_number(monkeypatch):
     assert all(map(torch.equal, results(layer, x), alone))
 
 
-def test_large_calls_go_by_the_parts(taken):
-    layer = make_layer(dtype=torch.float32)
-    with torch.no_grad():
-        layer(torch.randn(1, 2049, WIDTH))
-        assert not taken
-        layer(torch.randn(1, 2048, WIDTH))
-    assert len(taken) == 1
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """As of large calls, the part behind the inner loop is a node of its own."""
+    monkeypatch.setattr(layer_at_once, "LARGEST", 0)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("inner", INNERS)
+def test_two_nodes_have_the_bits_of_one(inner, backbone, taken, request):
+    layer, x = make_layer(inner, backbone, dtype=torch.float32), torch.randn(3, 41, WIDTH)
+    one = results(layer, x)
+    request.getfixturevalue("two_nodes")
+    assert all(map(torch.equal, results(layer, x), one))
+    assert layer(x).grad_fn.name() == layer(x[:1]).grad_fn.name() == "_NodeBackward"
+    assert len(taken) == 4
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("inner", INNERS)
+def test_large_calls_take_no_more_memory_than_the_parts(inner, backbone, monkeypatch):
+    """But for four in a hundred, which are copies of weights and sums of parameters."""
+    layer, x = TTTLayer(64, 4, inner=inner, backbone=backbone, mini_batch_size=8), torch.randn(32, 50, 64)
+    dy = torch.randn_like(x)
+
+    def call():
+        torch.autograd.grad(layer(x.requires_grad_()), [x, *layer.parameters()], dy)
+
+    def peak():
+        call()
+        return peak_memory(call, "cpu")
+
+    own = peak()
+    monkeypatch.setattr(ttt, "layer_at_once", lambda *_: None)
+    assert own <= 1.04 * peak()
+
+
+@pytest.mark.usefixtures("two_nodes")
+def test_gradcheck_of_two_nodes(taken):
+    layer = make_layer("mlp", "mamba", conv_kernel=2)
+    x = torch.randn(1, 7, WIDTH, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: layer(x), x, nondet_tol=0)
+    assert taken
+
+
+@pytest.mark.usefixtures("two_nodes")
+def test_a_graph_of_two_nodes_may_be_walked_twice_and_not_differentiated_twice():
+    layer, x = make_layer("mlp", "mamba"), torch.randn(2, 19, WIDTH, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    first, second = (torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
 
 
 def test_gradcheck(taken):

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttt4rec import item_blocks
+from ttt4rec import item_blocks, native
 from ttt4rec.arguments import FullSoftmax
 from ttt4rec.models import full_softmax
+from ttt4rec.native import threads
 from ttt4rec.operators import full_softmax_nll, full_softmax_total_nll
 
 N, V, C = 37, 101, 8
@@ -22,6 +23,13 @@ def case(dtype=torch.float32, scale=1.0, seed=0):
     h = (torch.randn(N, C, dtype=torch.float64) * scale).to(dtype)
     table = torch.randn(V + 1, C, dtype=torch.float64).to(dtype)
     return h, table, torch.randint(1, V + 1, (N,))
+
+
+def wide_case(targets, num_items, width):
+    """Of a width at which products, exponentials and sums of a sum of losses are one on a CPU."""
+    torch.manual_seed(targets)
+    h, table = torch.randn(targets, width), torch.randn(num_items + 1, width)
+    return h, table, torch.randint(1, num_items + 1, (targets,))
 
 
 def dense_nll(h, table, items, reduction="none"):
@@ -61,6 +69,40 @@ def test_loss_and_gradients_are_those_of_all_scores(dtype, scale, backend, reduc
         allowed = 4 * (plain - true).abs().max() + 2 * relative * true.abs().max() + rounded
         assert (x - true).abs().max() <= allowed, name
     assert given[2][0].abs().max() == 0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize(("targets", "num_items", "width"), [(16, 5, 16), (37, 64, 48), (300, 333, 64), (65, 129, 112)])
+def test_a_sum_in_one_pass_is_that_of_all_scores(targets, num_items, width, scale):
+    h, table, items = wide_case(targets, num_items, width)
+    h, ones = h * scale, torch.ones(targets)
+    exact = gradients(dense_nll, h.double(), table.double(), items, ones.double(), "sum")
+    dense = gradients(dense_nll, h, table, items, ones, "sum")
+    given = gradients(full_softmax.nll, h, table, items, ones, "sum")
+    relative = torch.finfo(torch.float32).eps * (h.double() @ table.double().T).abs().max()
+    for name, x, plain, true in zip(("loss", "h", "table"), given, dense, exact, strict=True):
+        allowed = 4 * (plain - true).abs().max() + 2 * relative * true.abs().max()
+        assert (x - true).abs().max() <= allowed, name
+    assert given[2][0].abs().max() == 0
+
+
+def test_threads_change_no_number_of_a_sum(monkeypatch):
+    h, table, items = wide_case(300, 2000, 32)
+    alone = native.full_softmax_total_nll(FullSoftmax(h, table, items))
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 3)
+    for ours, theirs in zip(native.full_softmax_total_nll(FullSoftmax(h, table, items)), alone, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_shows_in_a_sum(bad):
+    h, table, items = wide_case(20, 50, 16)
+    h[3, 5] = bad
+    loss, grad_h, grad_table = gradients(full_softmax.nll, h, table, items, torch.ones(20), "sum")
+    assert loss.isnan()
+    assert grad_h[3].isnan().all()
+    assert grad_h[:3].isfinite().all()
+    assert grad_table[1:].isnan().all()
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])

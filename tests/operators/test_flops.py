@@ -66,6 +66,18 @@ def test_sequences_count_by_their_lengths():
     assert total == H * (6 * 14 * D * D + 4 * (3 * 16 + 4) * D)
 
 
+@pytest.mark.parametrize(("inner", "width", "layers"), [("linear", D * D, 1), ("mlp", D * 32, 2)])
+def test_mini_batches_in_blocks_cost_as_blocks_and_a_product_more_a_layer(inner, width, layers):
+    tokens, own = 2 * 128 + 70, {}
+    for size in (64, 128):
+        inputs = {n: x.requires_grad_() for n, x in inner_inputs(inner, 1, tokens, H, D, size).items()}
+        forward, (o, _) = count(lambda inputs=inputs: run_inner(inner, inputs, backend="eager"))
+        backward, _ = count(lambda o=o: o.sum().backward())
+        own[size] = forward, backward
+    assert own[128][0] - own[64][0] == H * 2 * tokens * width * layers
+    assert own[128][1] - own[64][1] == H * 6 * tokens * width * layers
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("inner", INNERS)
 def test_a_layer_counts_what_its_reference_counts(inner, backbone):
@@ -124,7 +136,7 @@ def test_a_step_counts_as_a_token_of_a_full_mini_batch(inner):
 def test_every_operator_has_a_formula():
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ttt4rec::")]
     registry = sys.modules["torch.utils.flop_counter"].flop_registry
-    assert len(names) == 17
+    assert len(names) == 22
     for name in names:
         assert getattr(torch.ops.ttt4rec, name.removeprefix("ttt4rec::")) in registry, name
     assert SCANS["linear"].op._opoverload.overloadpacket in registry

@@ -131,7 +131,9 @@ def test_arguments_survive_the_flat_schema(operator):
     for a, b in zip(operator.flatten(packed), flat, strict=True):
         assert a is b
     constants = [field for field in given._fields if field not in {slot.field for slot in operator.slots}]
-    assert constants == (["inner"] if operator.name.endswith("_scan") else [])
+    of_scans = ["inner"] if operator.name.endswith("_scan") else []
+    decays = ["log_decay", "initial"] if operator.name in ("linear_scan", "mlp_scan", "token_step") else []
+    assert constants == of_scans + decays
     assert all(getattr(packed, field) == getattr(given, field) for field in constants)
 
 

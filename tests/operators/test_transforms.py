@@ -14,11 +14,12 @@ from ttt4rec.operators import CONVOLUTIONS, OPERATORS, output
 
 WIDTH, STEP = 8, 1e-5
 NAMES = {
-    *(f"{name}_scan{kind}" for name in INNERS for kind in ("", "_backward")),
+    *(f"{name}_{scan}{kind}" for name in INNERS for scan in ("scan", "forgetting_scan") for kind in ("", "_backward")),
     *(f"convolution_{count}{kind}" for count in (1, 2) for kind in ("", "_backward")),
     *(f"{name}{kind}" for name in ("projection", "output") for kind in ("", "_backward")),
     *(f"full_softmax_{name}{kind}" for name in ("nll", "total_nll") for kind in ("", "_backward")),
     "token_step",
+    "forgetting_token_step",
 }
 REFUSED = 'use backend="reference"'
 MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])

@@ -11,14 +11,14 @@ from contextlib import closing
 import pytest
 import torch
 
-from benchmarks import catalogue, measure, online, report, serving, sides
+from benchmarks import catalogue, measure, online, report, serving, sides, small_calls
 from benchmarks.best_items import BestItemsContest, best_items_contests
 from benchmarks.catalogue import LossContest, loss_contests
 from benchmarks.contests import FORWARD, PREFILL, STEP, TRAINING, MixerContest, mixer_contests
 from benchmarks.mixers import TTT, Attention
 from benchmarks.plots import of_equal_tokens, plot
 from benchmarks.recommenders import EVALUATION, MODELS, TRAINING_STEP, RecommenderContest, recommender_contests
-from tools.documents import number
+from tools.documents import ROOT, number
 from ttt4rec.recsys.online import SQLiteEventLog
 
 WIDTH = 16
@@ -314,3 +314,22 @@ def test_requests_to_an_online_recommender(tmp_path):
     assert kept["requests_of_20"]["both"]["p50_ms"] > 0
     compared = online.compare(tmp_path / "log.db", "linear", 20, 2, **sizes)
     assert compared["observe"]["ratio"] > 0
+
+
+def test_small_calls_stand_beside_their_rivals():
+    steps = small_calls.mixers(STEP, 1, 9, 20.0)
+    assert steps.keys() == {*small_calls.OURS, "GRU"}
+    assert all(row["ms"] >= row["least_ms"] > 0 and len(row) == 4 for row in steps.values())
+    assert steps["GRU"][small_calls.OURS[0]] > 0
+    assert small_calls.model_steps(10.0)["mlp"]["ms"] > 0
+    shares = small_calls.share_of_peak(small_calls.OURS[0])
+    assert 0 < shares["share"] < 1
+
+
+@pytest.mark.slow
+def test_another_checkout_takes_its_turns(tmp_path):
+    """Here this one once more."""
+    there = small_calls.training_steps(ROOT, 1, 20.0, 1000)
+    assert all(row["here"]["there"] > 0 for row in there.values())
+    with pytest.raises(RuntimeError, match="must be a checkout"):
+        small_calls.caller(tmp_path, 1, "training_step-n1000", "nobody")

@@ -74,7 +74,7 @@ def assert_states_identical(actual: TTTState, expected: TTTState) -> None:
 def state_tensors(state: TTTState) -> dict[str, Tensor]:
     """All tensors of a state by name."""
     named = {f"weights.{i}": w for i, w in enumerate(state.weights)}
-    for name in ("pending_k", "pending_v", "pending_lr", "position", "conv"):
+    for name in ("pending_k", "pending_v", "pending_lr", "pending_log_decay", "position", "conv"):
         if getattr(state, name) is not None:
             named[name] = getattr(state, name)
     return named
@@ -110,7 +110,7 @@ def run_inner(inner: str, inputs: dict[str, Tensor], **options: Any) -> tuple[Te
     if inner in FUNCTIONS:
         return FUNCTIONS[inner](**inputs, mini_batch_size=K, **options)
     q, k, v, inner_lr, token_scale, *initial, ln_weight, ln_bias = inputs.values()
-    usual = {"state": None, "mask": None, "cu_seqlens": None, "eps": 1e-6, "backend": "auto"}
+    usual = {"state": None, "mask": None, "cu_seqlens": None, "log_decay": None, "eps": 1e-6, "backend": "auto"}
     given = (q, k, v), inner_lr, token_scale, tuple(initial), (ln_weight, ln_bias), K
     return inner_loop(INNER_MODELS[inner], *given, **(usual | options))
 

@@ -18,15 +18,25 @@ from .output import output, output_backward
 from .projection import projection, projection_backward
 from .step import token_step, write_rows
 
+# With decays too.
+linear_forgetting_scan, linear_forgetting_scan_backward = linear_scan, linear_scan_backward
+mlp_forgetting_scan, mlp_forgetting_scan_backward = mlp_scan, mlp_scan_backward
+forgetting_token_step = token_step
+
 __all__ = [
     "convolution",
     "convolution_backward",
+    "forgetting_token_step",
     "full_softmax_nll",
     "full_softmax_nll_backward",
     "full_softmax_total_nll",
     "full_softmax_total_nll_backward",
+    "linear_forgetting_scan",
+    "linear_forgetting_scan_backward",
     "linear_scan",
     "linear_scan_backward",
+    "mlp_forgetting_scan",
+    "mlp_forgetting_scan_backward",
     "mlp_scan",
     "mlp_scan_backward",
     "output",

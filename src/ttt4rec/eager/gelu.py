@@ -20,6 +20,7 @@ class Gelu:
         self._z, self._two_c = z, z.new_full((), 2 * _C)
         self._v = torch.addcmul(self._two_c, z, z, value=2 * _A * _C).mul_(z)
         self._s = self._v.sigmoid()
+        self._slope: Tensor | None = None
 
     def value_with_one(self) -> Tensor:
         """[..., F + 1]: gelu(z), and a last feature that is one."""
@@ -33,6 +34,25 @@ class Gelu:
         self._p = self._v.neg_().sigmoid_().mul_(self._s)  # where 1 - s would cancel
         self._q = self._p * self._w
         return torch.addcmul(self._s, self._z, self._q)
+
+    def times_slope(self, x: Tensor) -> Tensor:
+        """x ∘ gelu'(z)."""
+        return x * self._once()
+
+    def times_slope_with_zero(self, x: Tensor) -> Tensor:
+        """The same with a last feature that is zero, which makes an E, (26), of dG1."""
+        E = x.new_zeros(*x.shape[:-1], x.shape[-1] + 1)
+        torch.mul(x, self._once(), out=E[..., :-1])
+        return E
+
+    def backward(self, dX: Tensor, dG: Tensor, before: Tensor) -> Tensor:
+        """dZ1, (27), from the gradients of X2 and of G1, which are overwritten, and G2_W2."""
+        return dX.mul_(self._once()).addcmul_(dG.mul_(before), self.curvature())
+
+    def _once(self) -> Tensor:
+        if self._slope is None:
+            self._slope = self.slope()
+        return self._slope
 
     def curvature(self) -> Tensor:
         """The second derivative, once after ``slope``."""

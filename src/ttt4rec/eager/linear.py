@@ -1,28 +1,31 @@
 """TTT-Linear: one mini-batch forwards and back, and the walk over all of them."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..arguments import Scan
-from .tiles import DualLayer, InnerGradient, Normalised, Rates, affine
+from .pieces import Pieces, pieces_for
+from .tiles import InnerGradient, affine
 from .walk import walk_backward, walk_forward
 
 
-def linear_scan(scan: Scan) -> tuple[Tensor, ...]:
+def linear_scan(scan: Scan, pieces: Pieces | None = None) -> tuple[Tensor, ...]:
     """Run the inner loop. Tokens outside every sequence get zero outputs.
 
     Returns:
         Outputs ``[B, L, H, D]``, W1 and b1 after each sequence's last complete mini-batch, and what the backward needs:
         the inner gradients G ``[B, L, H, D]`` and the checkpoints (see ``checkpoints``).
     """
-    return walk_forward(_forward_step, [scan.q.shape[-1]], scan)
+    return walk_forward(_forward_step, pieces or pieces_for(scan), [scan.q.shape[-1]], scan)
 
 
-def linear_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def linear_scan_backward(
+    scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...], pieces: Pieces | None = None
+) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, inner_lr, token_scale, W1, b1, γ and β; those of the weights per sequence."""
-    return walk_backward(_replay_step, _backward_step, scan, kept, grads)
+    return walk_backward(_replay_step, _backward_step, pieces or pieces_for(scan), scan, kept, grads)
 
 
 def linear_steps(
@@ -33,28 +36,30 @@ def linear_steps(
 
 
 def _forward_step(
+    pieces: Pieces,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     gamma: Tensor,
     beta: Tensor,
     weights: Sequence[Tensor],
-    rates: Rates,
+    rates: Any,
     eps: float,
 ) -> tuple[Tensor, tuple[Tensor]]:
-    (W,) = weights
-    G = InnerGradient(torch.bmm(k, W), k[..., :-1], v, gamma, beta, eps).value()
-    layer = DualLayer(k, G, W, rates)
+    W = pieces.weights(weights[0])
+    G = pieces.inner_gradient(W.affine(k), k, v, gamma, beta, eps).value()
+    layer = pieces.layer(k, G, W, rates)
     P = layer.output(q)
     layer.update()
     return P, (G,)
 
 
-def _replay_step(k: Tensor, G: Tensor, weights: Sequence[Tensor], rates: Rates) -> None:
-    DualLayer(k, G, weights[0], rates).update()
+def _replay_step(pieces: Pieces, k: Tensor, G: Tensor, weights: Sequence[Tensor], rates: Any) -> None:
+    pieces.layer(k, G, pieces.weights(weights[0]), rates).update()
 
 
 def _backward_step(
+    pieces: Pieces,
     dO: Tensor,
     q: Tensor,
     k: Tensor,
@@ -64,17 +69,17 @@ def _backward_step(
     beta: Tensor,
     weights: Sequence[Tensor],
     d_weights: Sequence[Tensor],
-    rates: Rates,
+    rates: Any,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (W,), (dW,) = weights, d_weights
+    W, (dW,) = pieces.weights(weights[0]), d_weights
     # The forward's values.
-    layer = DualLayer(k, G, W, rates)
-    inner = InnerGradient(torch.bmm(k, W), k[..., :-1], v, gamma, beta, eps)
-    norm = Normalised(layer.output(q), eps)
+    layer = pieces.layer(k, G, W, rates)
+    inner = pieces.inner_gradient(W.affine(k), k, v, gamma, beta, eps)
+    norm = pieces.output_norm(layer.output(q), eps)
     # Output and update, then G, then Z.
-    dq, dk, dG = layer.backward(norm.jacobian_product(dO * gamma), dW)
+    dq, dk, dG = layer.backward(norm.backward(dO, gamma), dW)
     dZ, de, dgamma = inner.backward(dG, G)
-    dW += torch.bmm(k.mT, dZ)
-    dk.add_(de).baddbmm_(dZ, W[:, :-1].mT)
-    return dq.add_(dO), dk, de.neg(), dgamma.addcmul_(dO, norm.x_hat), de.add_(dO)
+    W.add_outer(dW, k, dZ)
+    dk = W.back(dZ, onto=dk.add_(de))
+    return dq.add_(dO), dk, de.neg(), *norm.parameters(dO, dgamma, de)

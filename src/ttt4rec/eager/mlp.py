@@ -8,30 +8,33 @@ Numbers in brackets are equations of docs/mathematics.md.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
 from ..arguments import Scan
-from .gelu import Gelu
-from .tiles import DualLayer, InnerGradient, Normalised, Rates, affine
+from .pieces import Pieces, pieces_for
+from .tiles import InnerGradient, affine
 from .walk import walk_backward, walk_forward
 
 
-def mlp_scan(scan: Scan) -> tuple[Tensor, ...]:
+def mlp_scan(scan: Scan, pieces: Pieces | None = None) -> tuple[Tensor, ...]:
     """Run the inner loop, as ``linear_scan`` does.
 
     Returns:
         Outputs ``[B, L, H, D]``, the four weights after each sequence's last complete mini-batch, and what the
         backward needs: Z1 ``[B, L, H, F]``, G2 ``[B, L, H, D]`` and the checkpoints (see ``checkpoints``).
     """
-    return walk_forward(_forward_step, [scan.weights[0].shape[-1], scan.q.shape[-1]], scan)
+    return walk_forward(_forward_step, pieces or pieces_for(scan), [scan.hidden, scan.q.shape[-1]], scan)
 
 
-def mlp_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def mlp_scan_backward(
+    scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...], pieces: Pieces | None = None
+) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, inner_lr, token_scale, the four weights, γ and β; those of the weights per sequence."""
-    return walk_backward(_replay_step, _backward_step, scan, kept, grads)
+    return walk_backward(_replay_step, _backward_step, pieces or pieces_for(scan), scan, kept, grads)
 
 
 def mlp_steps(
@@ -46,38 +49,40 @@ def mlp_steps(
 
 
 def _forward_step(
+    pieces: Pieces,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     gamma: Tensor,
     beta: Tensor,
     weights: Sequence[Tensor],
-    rates: Rates,
+    rates: Any,
     eps: float,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    W1, W2 = weights
-    Z1 = torch.bmm(k, W1)
-    gelu = Gelu(Z1)
+    W1, W2 = map(pieces.weights, weights)
+    Z1 = pieces.rounded(W1.affine(k))
+    gelu = pieces.gelu(Z1)
     X2 = gelu.value_with_one()
-    G2 = InnerGradient(torch.bmm(X2, W2), k[..., :-1], v, gamma, beta, eps).value()
-    G1 = torch.bmm(G2, W2[:, :-1].mT).mul_(gelu.slope())
-    first, second = DualLayer(k, G1, W1, rates), DualLayer(X2, G2, W2, rates)
-    P2 = second.output(Gelu(first.output(q)).value_with_one())
+    G2 = pieces.inner_gradient(W2.affine(X2), k, v, gamma, beta, eps).value()
+    G1 = gelu.times_slope(W2.back(G2))
+    first, second = pieces.layer(k, G1, W1, rates), pieces.layer(X2, G2, W2, rates)
+    P2 = second.output(pieces.gelu(first.output(q)).value_with_one())
     first.update()
     second.update()
     return P2, (Z1, G2)
 
 
-def _replay_step(k: Tensor, Z1: Tensor, G2: Tensor, weights: Sequence[Tensor], rates: Rates) -> None:
-    W1, W2 = weights
-    gelu = Gelu(Z1)
+def _replay_step(pieces: Pieces, k: Tensor, Z1: Tensor, G2: Tensor, weights: Sequence[Tensor], rates: Any) -> None:
+    W1, W2 = map(pieces.weights, weights)
+    gelu = pieces.gelu(Z1)
     X2 = gelu.value_with_one()
-    G1 = torch.bmm(G2, W2[:, :-1].mT).mul_(gelu.slope())
-    DualLayer(k, G1, W1, rates).update()
-    DualLayer(X2, G2, W2, rates).update()
+    G1 = gelu.times_slope(W2.back(G2))
+    pieces.layer(k, G1, W1, rates).update()
+    pieces.layer(X2, G2, W2, rates).update()
 
 
 def _backward_step(
+    pieces: Pieces,
     dO: Tensor,
     q: Tensor,
     k: Tensor,
@@ -88,29 +93,28 @@ def _backward_step(
     beta: Tensor,
     weights: Sequence[Tensor],
     d_weights: Sequence[Tensor],
-    rates: Rates,
+    rates: Any,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One step of the walk back; d_weights are moved, in place, to before the mini-batch."""
-    (W1, W2), (dW1, dW2) = weights, d_weights
+    (W1, W2), (dW1, dW2) = map(pieces.weights, weights), d_weights
     # The forward's values.
-    gelu = Gelu(Z1)
-    X2, slope = gelu.value_with_one(), gelu.slope()
-    G2_W2 = torch.bmm(G2, W2[:, :-1].mT)
-    first, second = DualLayer(k, G2_W2 * slope, W1, rates), DualLayer(X2, G2, W2, rates)
-    inner = InnerGradient(torch.bmm(X2, W2), k[..., :-1], v, gamma, beta, eps)
-    gelu_bar = Gelu(first.output(q))
-    norm = Normalised(second.output(gelu_bar.value_with_one()), eps)
+    gelu = pieces.gelu(Z1)
+    X2 = gelu.value_with_one()
+    G2_W2 = W2.back(G2)
+    first = pieces.layer(k, gelu.times_slope(G2_W2), W1, rates)
+    second = pieces.layer(X2, G2, W2, rates)
+    inner = pieces.inner_gradient(W2.affine(X2), k, v, gamma, beta, eps)
+    gelu_bar = pieces.gelu(first.output(q))
+    norm = pieces.output_norm(second.output(gelu_bar.value_with_one()), eps)
     # Outputs and updates.
-    dX2_bar, dX2, dG2 = second.backward(norm.jacobian_product(dO * gamma), dW2)
-    dq, dk, dG1 = first.backward(dX2_bar.mul_(gelu_bar.slope()), dW1)
+    dX2_bar, dX2, dG2 = second.backward(norm.backward(dO, gamma), dW2)
+    dq, dk, dG1 = first.backward(gelu_bar.times_slope(dX2_bar), dW1)
     # G1, (26), then G2, Z2 and Z1.
-    E = dG1.new_zeros(X2.shape)  # with nothing for the bias
-    torch.mul(dG1, slope, out=E[..., :-1])
-    dG2.baddbmm_(E[..., :-1], W2[:, :-1])
-    dZ2, de, dgamma = inner.backward(dG2, G2)
-    dW2 += torch.bmm(X2.mT, dZ2).baddbmm_(E.mT, G2)
-    dZ1 = dX2.baddbmm_(dZ2, W2[:, :-1].mT).mul_(slope).addcmul_(dG1.mul_(G2_W2), gelu.curvature())
-    dW1 += torch.bmm(k.mT, dZ1)
-    dk.add_(de).baddbmm_(dZ1, W1[:, :-1].mT)
-    return dq.add_(dO), dk, de.neg(), dgamma.addcmul_(dO, norm.x_hat), de.add_(dO)
+    E = gelu.times_slope_with_zero(dG1)
+    dZ2, de, dgamma = inner.backward(W2.forth(E, onto=dG2), G2)
+    W2.add_outer(dW2, X2, dZ2, (E, G2))
+    dZ1 = gelu.backward(W2.back(dZ2, onto=dX2), dG1, G2_W2)
+    W1.add_outer(dW1, k, dZ1)
+    dk = W1.back(dZ1, onto=dk.add_(de))
+    return dq.add_(dO), dk, de.neg(), *norm.parameters(dO, dgamma, de)

@@ -16,6 +16,7 @@ from torch.nn.functional import gelu, pad
 
 from ..arguments import TokenStep
 from ..inner_models import Record
+from .forgetting import forget, lost
 from .linear import linear_steps
 from .mlp import mlp_steps
 from .tiles import Normalised, affine
@@ -36,7 +37,7 @@ def token_step(step: TokenStep) -> tuple[Tensor]:
     Returns:
         Outputs ``[B, H, D]`` in q's dtype.
     """
-    q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, records, inner, _, eps = step
+    q, k, v, inner_lr, token_scale, ln_weight, ln_bias, slots, offset, records, inner, _, eps, *_ = step
     H, K, dtype, out_dtype, record = q.shape[1], token_scale.numel(), records.dtype, q.dtype, step.record
     order, chunks = _chunks(offset, K, records)
     slots, offset = slots[order], offset[order]
@@ -48,6 +49,7 @@ def token_step(step: TokenStep) -> tuple[Tensor]:
         x.index_select(0, order).to(dtype).flatten(0, 1).unsqueeze(1) for x in (q, k, v, inner_lr[..., None])
     )
     gamma, beta = (p.to(dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in (ln_weight, ln_bias))
+    log_decay = None if step.log_decay is None else step.log_decay.index_select(0, order).to(dtype).view(-1, 1)
     pool_weights, pool_rows = record.parts(records)
     P = torch.empty_like(q)
     new = records.new_zeros(q.shape[0], 1, pool_rows.shape[-1])
@@ -56,12 +58,18 @@ def token_step(step: TokenStep) -> tuple[Tensor]:
         weights, rows = record.parts(records.index_select(0, own).flatten(0, 1))
         tokens = k[here], v[here], lr[here]
         write_rows(inner, new[here], tokens, (gamma[here], beta[here]), weights, eps)
+        if log_decay is not None:
+            record.row_parts(new[here])[-1].copy_(log_decay[here, None])
         rows[:, -1:] = new[here]
         P[here] = _outputs(q[here], record, weights, rows, eta[here])
         if complete:
             last = slice(-complete * H, None)
-            eta_last = eta[here][last] * (place[here][last] == K - 1).view(-1, 1, 1)
-            updated = _updated(record, [w[last] for w in weights], rows[last], eta_last)
+            completes = (place[here][last] == K - 1).view(-1, 1, 1)
+            before = [w[last] for w in weights]
+            updated = _updated(record, before, rows[last], eta[here][last] * completes)
+            if step.initial is not None:
+                total = record.row_parts(rows[last])[-1].sum(1, keepdim=True) * completes
+                forget(updated, lost(total, before, record.weight_parts(step.initial.to(dtype))))
             for target, w in zip(pool_weights, updated, strict=True):
                 target.index_copy_(0, own[-complete:], w.unflatten(0, (-1, H)))
     pool_rows[slots[:, None], torch.arange(H, device=q.device), offset[:, None] - K] = new.view(-1, H, new.shape[-1])
@@ -109,7 +117,7 @@ def _everything(offset: Tensor) -> tuple[Tensor, list[_Chunk]]:
 def _layers(record: Record, weights: Sequence[Tensor], rows: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """``[W; b]``, X and U of every inner layer."""
     parts = record.row_parts(rows)
-    return list(zip(weights, parts[:-2:2], parts[1:-2:2], strict=True))
+    return list(zip(weights, parts[:-3:2], parts[1:-3:2], strict=True))
 
 
 def _outputs(x: Tensor, record: Record, weights: Sequence[Tensor], rows: Tensor, eta: Tensor) -> Tensor:

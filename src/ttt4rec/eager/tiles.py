@@ -34,14 +34,30 @@ class Normalised:
         return result
 
 
+class OutputNorm(Normalised):
+    """The layer norm of an inner model's outputs P at the queries."""
+
+    def output(self, q: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        """O, (10) or (13); q may have ones behind its features."""
+        return torch.addcmul(beta, gamma, self.x_hat).add_(q[..., : self.x_hat.shape[-1]])
+
+    def backward(self, dO: Tensor, gamma: Tensor) -> Tensor:
+        """dP, (15)."""
+        return self.jacobian_product(dO * gamma)
+
+    def parameters(self, dO: Tensor, dgamma: Tensor, de: Tensor) -> tuple[Tensor, Tensor]:
+        """dγ and dβ before their sums over tokens, from those of the inner gradient, which are overwritten."""
+        return dgamma.addcmul_(dO, self.x_hat), de.add_(dO)
+
+
 class InnerGradient:
-    """G, the inner loss's gradient at Z, and the derivative of that gradient."""
+    """G, the inner loss's gradient at Z, and the derivative of that gradient; k may have ones behind its features."""
 
     def __init__(self, Z: Tensor, k: Tensor, v: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> None:
         self._norm = Normalised(Z, eps)
         self._gamma = gamma
         # LN(Z) - (v - k); v - k by itself, as both may be larger by far.
-        self._error = torch.addcmul(beta, gamma, self._norm.x_hat).sub_(v - k)
+        self._error = torch.addcmul(beta, gamma, self._norm.x_hat).sub_(v - k[..., : Z.shape[-1]])
         self._y = self._error * gamma
 
     def value(self) -> Tensor:
@@ -68,10 +84,17 @@ class Rates:
     """``-η[i, j] = -s_i lr_j`` for i >= j of one mini-batch, and the gradients that its uses leave behind."""
 
     lr: Tensor  # [R, r]
-    scale: Tensor  # [r, r]: -s_i for i >= j, else 0
+    scale: Tensor  # [r, r]: -s_i for i >= j, else 0; given as those of a whole mini-batch
     complete: int  # rows whose mini-batch is complete; only these are updated
 
+    @staticmethod
+    def scales(token_scale: Tensor) -> Tensor:
+        """Those of a whole mini-batch, from s ``[K]``."""
+        return -token_scale[:, None].expand(token_scale.numel(), token_scale.numel()).tril()
+
     def __post_init__(self) -> None:
+        r = self.lr.shape[1]
+        self.scale = self.scale[:r, :r]
         self.eta = self.lr.unsqueeze(1) * self.scale  # [R, r, r]
         self.last = self.eta[: self.complete, -1].unsqueeze(-1)  # [complete, r, 1]
         self.d_eta: Tensor | None = None
@@ -88,14 +111,40 @@ class Rates:
         return d_lr, self.d_eta.tril_().mul_(self.lr.unsqueeze(1)).sum((0, 2)).neg_()
 
 
+class InnerWeights:
+    """The weights of an inner layer, ``[W; b]`` ``[R, in + 1, out]``, and the products that steps form with them."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.features = value, value.shape[1] - 1
+
+    def affine(self, x: Tensor) -> Tensor:
+        """``x W + b`` for x ``[R, r, in + 1]`` with its one."""
+        return torch.bmm(x, self.value)
+
+    def back(self, d: Tensor, onto: Tensor | None = None) -> Tensor:
+        """``d Wᵀ``, without the one's; in place if onto is given."""
+        transposed = self.value[:, :-1].mT
+        return torch.bmm(d, transposed) if onto is None else onto.baddbmm_(d, transposed)
+
+    def forth(self, x: Tensor, onto: Tensor) -> Tensor:
+        """``onto + x W``, in place, for x with a last feature of zero."""
+        return onto.baddbmm_(x[..., :-1], self.value[:, :-1])
+
+    @staticmethod
+    def add_outer(total: Tensor, x: Tensor, d: Tensor, other: tuple[Tensor, Tensor] | None = None) -> None:
+        """Add ``xᵀ d`` to a gradient of ``[W; b]``, and the same of another pair, the products summed by themselves."""
+        product = torch.bmm(x.mT, d)
+        total += product if other is None else product.baddbmm_(other[0].mT, other[1])
+
+
 class DualLayer:
     """One inner layer in one mini-batch: its output at queries in the dual form, and its update.
 
     ``keys [R, r, in + 1]`` are what went into the layer, G ``[R, r, out]`` is the inner gradient at what came out.
     """
 
-    def __init__(self, keys: Tensor, G: Tensor, W: Tensor, rates: Rates) -> None:
-        self._keys, self._G, self._W, self._rates = keys, G, W, rates
+    def __init__(self, keys: Tensor, G: Tensor, weights: InnerWeights, rates: Rates) -> None:
+        self._keys, self._G, self._W, self._rates = keys, G, weights.value, rates
         self._step = G[: rates.complete] * rates.last
 
     def update(self) -> None:

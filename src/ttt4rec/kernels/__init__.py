@@ -1,25 +1,29 @@
 """Fused Triton kernels; the only part of the package that imports triton."""
 
+from collections.abc import Callable
 from typing import Any
 
-from ..arguments import TokenStep
-from . import step
+from torch import Tensor
+
+from .. import eager
+from ..arguments import MAX_MINI_BATCH_SIZE, Scan, TokenStep
+from . import blocks, linear_backward, linear_forward, mlp_backward, mlp_forward, step
 from .convolution import convolution, convolution_backward
 from .limits import scan_refusal
-from .linear_backward import linear_scan_backward
-from .linear_forward import linear_scan
-from .mlp_backward import mlp_scan_backward
-from .mlp_forward import mlp_scan
 from .output import output, output_backward
 from .projection_backward import projection_backward
 from .projection_forward import projection
-from .step import token_step
 
 __all__ = [
     "convolution",
     "convolution_backward",
+    "forgetting_token_step",
+    "linear_forgetting_scan",
+    "linear_forgetting_scan_backward",
     "linear_scan",
     "linear_scan_backward",
+    "mlp_forgetting_scan",
+    "mlp_forgetting_scan_backward",
     "mlp_scan",
     "mlp_scan_backward",
     "output",
@@ -30,6 +34,34 @@ __all__ = [
     "scan_refusal",
     "token_step",
 ]
+
+
+def _by_length(one_kernel: Callable[..., Any], in_blocks: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """A scan, or its backward: one kernel, or, of mini-batches longer than a program's, products of the library."""
+
+    def run(scan: Scan, *rest: Any) -> tuple[Tensor, ...]:
+        short = scan.token_scale.numel() <= MAX_MINI_BATCH_SIZE
+        results: tuple[Tensor, ...] = (one_kernel if short else in_blocks)(scan, *rest)
+        return results
+
+    run.__name__, run.__doc__ = one_kernel.__name__, one_kernel.__doc__
+    return run
+
+
+def token_step(given: TokenStep) -> tuple[Tensor]:
+    """One token of each stream. Where the rows of a mini-batch do not fit a program, ``eager.token_step``."""
+    short = given.token_scale.numel() <= MAX_MINI_BATCH_SIZE
+    return (step.token_step if short else eager.token_step)(given)
+
+
+linear_scan = _by_length(linear_forward.linear_scan, blocks.linear_scan)
+linear_scan_backward = _by_length(linear_backward.linear_scan_backward, blocks.linear_scan_backward)
+mlp_scan = _by_length(mlp_forward.mlp_scan, blocks.mlp_scan)
+mlp_scan_backward = _by_length(mlp_backward.mlp_scan_backward, blocks.mlp_scan_backward)
+# With decays mini-batches of any length go in blocks, and a step as in PyTorch.
+linear_forgetting_scan, linear_forgetting_scan_backward = blocks.linear_scan, blocks.linear_scan_backward
+mlp_forgetting_scan, mlp_forgetting_scan_backward = blocks.mlp_scan, blocks.mlp_scan_backward
+forgetting_token_step = eager.token_step
 
 
 def refusal(operator: str, arguments: Any) -> str | None:

@@ -244,11 +244,8 @@ def plan(op: str, q: Tensor, mini_batch_size: int, hidden: int = 0) -> tuple[Blo
     Raises:
         ValueError: if the kernels do not run that dtype, head dimension or mini-batch size.
     """
+    check_tokens(q)
     D = q.shape[3]
-    if q.dtype not in TRITON_DTYPE:
-        raise ValueError(f"kernels' tokens must be float32, bfloat16 or float16; given {q.dtype}")
-    if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"kernels' head dimension must be from 1 to {MAX_HEAD_DIM}; given {D}")
     if not 1 <= mini_batch_size <= MAX_MINI_BATCH_SIZE:
         raise ValueError(f"kernels' mini_batch_size must be from 1 to {MAX_MINI_BATCH_SIZE}; given {mini_batch_size}")
     here = architecture()
@@ -271,13 +268,21 @@ def plan(op: str, q: Tensor, mini_batch_size: int, hidden: int = 0) -> tuple[Blo
     return choice, tile
 
 
+def check_tokens(q: Tensor) -> None:
+    """Raise ValueError unless kernels run tokens ``[B, L, H, D]`` of that dtype and head dimension."""
+    if q.dtype not in TRITON_DTYPE:
+        raise ValueError(f"kernels' tokens must be float32, bfloat16 or float16; given {q.dtype}")
+    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"kernels' head dimension must be from 1 to {MAX_HEAD_DIM}; given {q.shape[3]}")
+
+
 def compiler_refusal(op: str, head_dim: int, mini_batch_size: int) -> str | None:
     """Why there is no such kernel here; None if there is.
 
     Long mini-batches on sm_100 the compiler turns into a trap, or not into code at all: those of TTT-MLP's backward,
     and of TTT-Linear's with wide heads under Triton 3.6.
     """
-    if mini_batch_size <= 32 or architecture() != "sm_100":
+    if not 32 < mini_batch_size <= MAX_MINI_BATCH_SIZE or architecture() != "sm_100":
         return None
     if op == "mlp_backward":
         return f"on sm_100 trains TTT-MLP with a mini_batch_size of up to 32; given {mini_batch_size}"

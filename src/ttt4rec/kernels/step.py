@@ -321,7 +321,7 @@ def prepare_token_step(step: TokenStep) -> tuple[Tensor, launch.Launch]:
     chunk, num_warps = blocks[launch.padded(D)]
     _, second_at, *_ = record.weights_at
     *_, rows_at = record.weights_at
-    k_at, u1_at, *of_second, v_at, lr_at = record.row_at
+    k_at, u1_at, *of_second, v_at, lr_at, _ = record.row_at
     x2_at, u2_at = of_second or (0, 0)
     tile = StepTile(
         mini_batch=K,

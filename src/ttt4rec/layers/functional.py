@@ -11,12 +11,12 @@ from torch import Tensor
 from .. import reference
 from ..arguments import Scan
 from ..inner_models import LINEAR, MLP, InnerModel
-from ..operators import SCANS, Backend, choose_backend
+from ..operators import FORGETTING_SCANS, SCANS, Backend, choose_backend
 from ..operators.transforms import has_values
 from ..precision import autocast_dtype, without_autocast
 from .spans import Spans, dense_spans, last_tokens
 from .state import TTTState
-from .validation import check_inner_loop_arguments
+from .validation import check_inner_loop_arguments, check_log_decay
 
 
 def ttt_linear(
@@ -34,6 +34,7 @@ def ttt_linear(
     state: TTTState | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    log_decay: Tensor | None = None,
     eps: float = 1e-6,
     backend: Backend = "auto",
 ) -> tuple[Tensor, TTTState]:
@@ -54,6 +55,8 @@ def ttt_linear(
         mask: bool ``[B, L]``, True for tokens, which must be adjacent in a row. Padding yields zeros and leaves the
             state alone.
         cu_seqlens: int ``[N + 1]``: the sequences ``[cu[n], cu[n+1])`` packed in q ``[1, total, H, D]``.
+        log_decay: ``ln a``, at most 0, of every token ``[B, L, H]``: how much stays of what was learned, the rest goes
+            back to the initial weights when a mini-batch ends; None: nothing is forgotten.
         eps: added to the layer norm's variance.
         backend: ``"reference"`` is the dual form under autograd; ``"triton"`` the fused kernels for GPUs; ``"native"``
             the same algorithm in C++ for CPUs, compiled at its first use; ``"eager"`` the same written in PyTorch;
@@ -71,7 +74,7 @@ def ttt_linear(
     """
     return inner_loop(
         LINEAR, (q, k, v), inner_lr, token_scale, (W1, b1), (ln_weight, ln_bias), mini_batch_size, state, mask,
-        cu_seqlens, eps, backend,
+        cu_seqlens, log_decay, eps, backend,
     )  # fmt: skip
 
 
@@ -92,6 +95,7 @@ def ttt_mlp(
     state: TTTState | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    log_decay: Tensor | None = None,
     eps: float = 1e-6,
     backend: Backend = "auto",
 ) -> tuple[Tensor, TTTState]:
@@ -102,7 +106,7 @@ def ttt_mlp(
     """
     return inner_loop(
         MLP, (q, k, v), inner_lr, token_scale, (W1, b1, W2, b2), (ln_weight, ln_bias), mini_batch_size, state, mask,
-        cu_seqlens, eps, backend,
+        cu_seqlens, log_decay, eps, backend,
     )  # fmt: skip
 
 
@@ -117,11 +121,13 @@ def inner_loop(
     state: TTTState | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    log_decay: Tensor | None,
     eps: float,
     backend: Backend,
 ) -> tuple[Tensor, TTTState]:
     """The inner loop of an inner model, whose weights are ``initial``; the rest as in ``ttt_linear``."""
     check_inner_loop_arguments(model, tokens, inner_lr, token_scale, initial, layer_norm, K, state, mask, cu_seqlens)
+    check_log_decay(log_decay, inner_lr, state)
     backend = choose_backend(backend, tokens[0], tokens[0].shape[-1], K, model.name)
     tokens = autocast(*tokens)
     B, L = tokens[0].shape[:2]
@@ -129,7 +135,8 @@ def inner_loop(
     spans = make_spans(mask, cu_seqlens, L)
     N = B if spans is None else spans.starts.numel()
     inner_lr, token_scale = inner_lr.to(dtype), token_scale.to(dtype)
-    sequence_tokens: tuple[Tensor, ...] = (*tokens, inner_lr)
+    decays = [] if log_decay is None else [log_decay.to(dtype)]
+    sequence_tokens: tuple[Tensor, ...] = (*tokens, inner_lr, *decays)
     extended = None
     if state is None:
         weights = tuple(w.to(dtype).expand(N, *w.shape) for w in initial)
@@ -137,23 +144,28 @@ def inner_loop(
         seen = lengths
     else:
         # A mini-batch is taken up again by running its pending tokens once more, in front of the new ones.
-        weights, pending = state.weights, state.position % K
+        weights, inside = state.weights, state.position % K
         dense = Spans.from_mask(torch.ones(B, L, dtype=torch.bool, device=tokens[0].device)) if spans is None else spans
         extended = dense.with_context(K - 1)
-        contexts = (torch.zeros_like(state.pending_k), state.pending_k, state.pending_v, state.pending_lr)
+        contexts = [torch.zeros_like(state.pending_k), state.pending_k, state.pending_v, state.pending_lr]
+        contexts += [] if state.pending_log_decay is None else [state.pending_log_decay]
         sequence_tokens = tuple(map(extended.join, contexts, sequence_tokens))
-        starts, lengths = extended.first - pending, extended.lengths + pending
+        starts, lengths = extended.first - inside, extended.lengths + inside
         seen = state.position + extended.lengths
-    q, k, v, lr = sequence_tokens
+    q, k, v, lr, *decays = sequence_tokens
     segment = segment_length(model, weights, K)
     scan = Scan(q, k, v, lr, token_scale, weights, *layer_norm, starts, lengths, eps, segment, model.name)
     if spans is None and state is None:  # every row is a sequence, which backends need not look up
         scan = scan._replace(starts=None, lengths=None)
+    if decays:
+        scan = scan._replace(log_decay=decays[0], initial=tuple(w.to(dtype) for w in initial))
     o, *outgoing = _scan(model, scan, backend)
-    pending_k, pending_v, pending_lr = (last_tokens(x.to(dtype), starts, lengths, K - 1, seen % K) for x in (k, v, lr))
+    pending = (last_tokens(x.to(dtype), starts, lengths, K - 1, seen % K) for x in (k, v, lr, *decays))
+    pending_k, pending_v, pending_lr, *pending_decays = pending
     if extended is not None:
         o = extended.part(o)
-    return o, TTTState(tuple(outgoing), pending_k, pending_v, pending_lr, seen)
+    left = pending_decays[0] if pending_decays else None
+    return o, TTTState(tuple(outgoing), pending_k, pending_v, pending_lr, seen, pending_log_decay=left)
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,18 +179,20 @@ def _scan(model: InnerModel, scan: Scan, backend: Backend) -> tuple[Tensor, ...]
     if backend == "reference":
         with without_autocast(scan.q.device.type):  # the inner loop chooses its own precision
             return _reference_scan(scan)
-    return SCANS[model.name](scan, backend)[: 1 + len(scan.weights)]
+    scans = SCANS if scan.log_decay is None else FORGETTING_SCANS
+    return scans[model.name](scan, backend)[: 1 + len(scan.weights)]
 
 
 def segment_length(model: InnerModel, weights: tuple[Tensor, ...], mini_batch_size: int) -> int:
     """How many mini-batches lie between two copies of the weights ``[N, H, ...]`` that the forward keeps.
 
     A copy is at most an eighth of what is kept of the tokens between two of them: q, k, v and the inner gradients, and
-    Z1 of TTT-MLP. Shorter segments than sixteen mini-batches would save no time.
+    Z1 of TTT-MLP. Shorter segments would save no time, unless mini-batches are long: a segment has 1,024 tokens or
+    sixteen mini-batches at least, whichever is less.
     """
     D, hidden = weights[0].shape[2:]
     kept = mini_batch_size * (3 * D + sum(model.kept_widths(D, hidden)))
-    return max(16, -(-8 * model.numbers(D, hidden) // kept))
+    return max(min(16, -(-1024 // mini_batch_size)), -(-8 * model.numbers(D, hidden) // kept))
 
 
 def _reference_scan(scan: Scan) -> tuple[Tensor, ...]:
@@ -187,23 +201,27 @@ def _reference_scan(scan: Scan) -> tuple[Tensor, ...]:
     Weights that were never updated come out as copies: the state is not to follow the parameters.
     """
     token_scale, weights = scan.token_scale, scan.weights
-    dual_form = partial(reference.dual_form, inner=scan.inner, eps=scan.eps)
+    dual_form = partial(reference.dual_form, inner=scan.inner, eps=scan.eps, initial=scan.initial)
     dtype, K = weights[0].dtype, token_scale.numel()
+    decay = [] if scan.log_decay is None else [scan.log_decay]
     q, k, v, lr, gamma, beta = (x.to(dtype) for x in (*scan.tokens, scan.ln_weight, scan.ln_bias))
     starts, lengths = scan.starts, scan.lengths
     if starts is None or lengths is None:
-        o, outgoing = dual_form(q, k, v, lr, token_scale, weights, gamma, beta)
+        o, outgoing = dual_form(q, k, v, lr, token_scale, weights, gamma, beta, log_decay=scan.log_decay)
         return o.to(scan.q.dtype), *(w.clone() for w in outgoing)
     # Where nothing may depend on values, a sequence may be as long as a row.
     longest = max(lengths.tolist(), default=0) if has_values(lengths) else q.shape[1]
     slots = torch.arange(longest, device=q.device)
     valid, total = slots < lengths[:, None], q.shape[0] * q.shape[1]
     index = torch.where(valid, starts[:, None] + slots, total)  # padding reads and writes a spare zero behind the end
-    q, k, v, lr = (torch.cat((x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])))[index] for x in (q, k, v, lr))
+    q, k, v, lr, *decay = (
+        torch.cat((x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])))[index] for x in (q, k, v, lr, *decay)
+    )
     outputs = [q[:, :0]]
     for start in range(0, longest, K):
-        q_t, k_t, v_t, lr_t = (x[:, start : start + K] for x in (q, k, v, lr))
-        o, updated = dual_form(q_t, k_t, v_t, lr_t, token_scale, weights, gamma, beta)
+        q_t, k_t, v_t, lr_t, *decay_t = (x[:, start : start + K] for x in (q, k, v, lr, *decay))
+        own = decay_t[0] if decay_t else None
+        o, updated = dual_form(q_t, k_t, v_t, lr_t, token_scale, weights, gamma, beta, log_decay=own)
         outputs.append(o)
         complete = lengths >= start + K
         weights = tuple(

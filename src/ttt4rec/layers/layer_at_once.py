@@ -1,12 +1,15 @@
-"""A layer's forward and backward as one node of autograd, where nothing would see its parts.
+"""A layer's forward and backward as one node of autograd, where nothing would see its parts; of large calls as two.
 
 A small call spends its time in operators, not in arithmetic. So a layer on a CPU that nothing was done to, given
 sequences that begin, asks for the shortest way first. All else goes by the parts.
+
+A node holds all that it keeps until its backward has ended. Of a large call that would be more memory than of the
+parts. So what stands behind the inner loop is a node of its own, and what that alone needs is free before the way back
+through the inner loop begins.
 """
 
-from collections.abc import Sequence
-from itertools import islice
-from typing import Any, NoReturn
+from itertools import chain
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,25 +22,32 @@ from .functional import segment_length
 from .step_at_once import fit, layer_around, unobserved
 
 LARGEST = 1 << 16
-"""Numbers of the input. Beyond, operators take little of the time, and one node, which holds all until its end,
-more memory."""
+"""Numbers of the input of which the whole layer is one node."""
 
 
 def layer_at_once(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
     """As ``TTTLayer.forward`` of checked arguments; None if the parts must do it."""
-    if layer.backend not in ("auto", "native") or not layer.adapt or layer.max_inner_step is not None:
+    if layer.backend not in ("auto", "native") or not layer.adapt or layer.max_inner_step is not None or layer.forgets:
         return None
-    if type(x) is not Tensor or not x.is_cpu or not 0 < x.numel() <= LARGEST or not unobserved():
+    if type(x) is not Tensor or not x.is_cpu or not x.numel() or not unobserved():
         return None
     given = _arguments(layer, x.contiguous(), cu_seqlens)
-    compute = None if given is None else shortcut("layer_forward", layer.backend, given)
-    if given is None or compute is None:
+    if given is None:
         return None
-    flat = _tensors(given)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in flat):
-        y: Tensor = _AtOnce.apply(given, compute, *flat)  # type: ignore[no-untyped-call]
-        return y
-    return compute(given)[0]  # type: ignore[no-any-return]
+    whole = _tensors(given, _WHOLE)
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in whole)
+    between: tuple[Tensor, ...] = ()
+    for part in (_WHOLE,) if x.numel() <= LARGEST or not recorded else (_INSIDE, _OUTSIDE):
+        passes = shortcut(f"{part.name}_passes", layer.backend, given)
+        if passes is None:
+            return None
+        if recorded:
+            tensors = whole if part is _WHOLE else _tensors(given, part)
+            between = _Node.apply(part, passes, given, len(tensors), *tensors, *between)  # type: ignore[no-untyped-call]
+        else:
+            between, _ = passes[0](given)
+    (y,) = between
+    return y
 
 
 def _arguments(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> LayerForward | None:
@@ -57,46 +67,48 @@ def _arguments(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> LayerForward
     return LayerForward(around, x, weights, starts, lengths, segment)
 
 
-def _tensors(given: LayerForward) -> tuple[Tensor, ...]:
-    """What has gradients, in the order in which ``layer_backward`` gives them."""
+class _Part(NamedTuple):
+    """A node: what it is called in a backend, and which tensors of the arguments have gradients in it."""
+
+    name: str
+    single: tuple[str, ...]
+    groups: tuple[str, ...]
+    has_x: bool
+
+
+_BEHIND = ("output", "norm_weight", "norm_bias")
+_BEFORE = ("lr_weight", "lr_bias", "token_offset", "ln_weight", "ln_bias")
+_GROUPS = ("projections", "convolutions")
+_WHOLE = _Part("layer", (*_BEHIND, *_BEFORE), _GROUPS, True)
+_INSIDE = _Part("inside", _BEFORE, _GROUPS, True)
+_OUTSIDE = _Part("outside", _BEHIND, (), False)
+
+
+def _tensors(given: LayerForward, part: _Part) -> tuple[Tensor, ...]:
+    """What has gradients in a part, in the order in which its backward gives them."""
     around = given.around
-    single = tuple(getattr(around, name) for name in _SINGLE)
-    return given.x, *single, *around.projections, *around.convolutions, *given.weights
+    single = tuple(getattr(around, name) for name in part.single)
+    groups = tuple(chain.from_iterable(getattr(around, name) for name in part.groups))
+    return *single, *((given.x, *groups, *given.weights) if part.has_x else ())
 
 
-def _replaced(given: LayerForward, flat: Sequence[Tensor]) -> LayerForward:
-    """The arguments with other tensors, in the order of ``_tensors``."""
-    tensors = iter(flat)
-    x = next(tensors)
-    single: dict[str, Any] = {name: next(tensors) for name in _SINGLE}
-    projections, convolutions, weights = (
-        tuple(islice(tensors, len(x))) for x in (given.around.projections, given.around.convolutions, given.weights)
-    )
-    around = given.around._replace(projections=projections, convolutions=convolutions, **single)
-    return given._replace(around=around, x=x, weights=weights)
-
-
-_SINGLE = (
-    "output", "lr_weight", "lr_bias", "token_offset", "ln_weight", "ln_bias", "norm_weight", "norm_bias"
-)  # fmt: skip
-
-
-class _AtOnce(torch.autograd.Function):
+class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, given: LayerForward, compute: Any, *flat: Tensor) -> Tensor:
-        y: Tensor
-        y, kept = compute(given)
+    def forward(ctx: Any, part: _Part, passes: Any, given: LayerForward, own: int, *flat: Tensor) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...]
+        outputs, kept = passes[0](given, *flat[own:])
         ctx.save_for_backward(*flat, *kept)
-        nothing = (flat[0].new_empty(0),) * len(flat)
-        ctx.given, ctx.num_inputs = _replaced(given, nothing), len(flat)  # tensors are autograd's to keep
-        return y
+        # Of the arguments only parameters stay; x, which is autograd's to keep, tells its shape behind the inner loop.
+        x = given.x.new_empty(1).expand(given.x.shape)
+        ctx.work = part, passes[1], given._replace(x=x), own, len(flat), len(flat) + len(kept)
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        if transformed() or is_batched(dy):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if transformed() or any(map(is_batched, grads)):
             refuse_transforms("TTTLayer")
-        given, compute = (ctx.given, ctx.num_inputs), _Derivative.apply if torch.is_grad_enabled() else _gradients
-        return None, None, *compute(*given, dy, *ctx.saved_tensors)
+        compute = _Derivative.apply if torch.is_grad_enabled() else _gradients
+        return None, None, None, None, *compute(*ctx.work, *ctx.saved_tensors, *grads)
 
 
 class _Derivative(torch.autograd.Function):
@@ -109,8 +121,10 @@ class _Derivative(torch.autograd.Function):
         refuse_transforms("TTTLayer")
 
 
-def _gradients(given: LayerForward, num_inputs: int, dy: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
-    given = _replaced(given, saved[:num_inputs])
-    backward = shortcut("layer_backward", "native", given)
-    assert backward is not None
-    return backward(given, saved[num_inputs:], dy)  # type: ignore[no-any-return]
+def _gradients(
+    part: _Part, backward: Any, given: LayerForward, own: int, inputs: int, kept: int, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """Of a node's ``own`` tensors and what other parts gave it, of ``tensors``: these, what was kept, and gradients."""
+    if part.has_x:
+        given = given._replace(x=tensors[len(part.single)])
+    return backward(given, tensors[own:inputs], tensors[inputs:kept], tensors[kept:])  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from ..inner_models import INNER_MODELS
 from ..operators.step import write_rows
 from ..precision import without_autocast
 from .state import TTTState
-from .validation import check_conv_state, check_slots, check_state
+from .validation import check_conv_state, check_pending_log_decay, check_slots, check_state
 
 
 class Streaming(Protocol):
@@ -18,6 +18,10 @@ class Streaming(Protocol):
 
     inner: str
     mini_batch_size: int
+
+    @property
+    def forgets(self) -> bool:
+        """Whether its weights decay towards the initial ones."""
 
     def initial_state(self) -> tuple[Sequence[Tensor], tuple[Tensor, Tensor]]:
         """What a stream starts with, as it is now.
@@ -96,12 +100,13 @@ class StatePool:
         check_slots(slots, self.num_slots, self.position.device)
         position = self.position[slots]
         weights, rows = self._record.parts(self.records[slots])
-        k, *_, v, lr = self._record.row_parts(rows[:, :, :-1])
+        k, *_, v, lr, log_decay = self._record.row_parts(rows[:, :, :-1])
         lack = self.mini_batch_size - 1 - position % self.mini_batch_size
-        k, v, lr = (_moved(x, -lack).transpose(1, 2).contiguous() for x in (k, v, lr))
+        k, v, lr, log_decay = (_moved(x, -lack).transpose(1, 2).contiguous() for x in (k, v, lr, log_decay))
         matrices = [w.contiguous() for W in weights for w in (W[:, :, :-1], W[:, :, -1])]
         conv = None if self.conv is None else self.conv[slots]
-        return TTTState(tuple(matrices), k, v, lr.squeeze(-1), position, conv)
+        decays = log_decay.squeeze(-1) if self.layer.forgets else None
+        return TTTState(tuple(matrices), k, v, lr.squeeze(-1), position, conv, decays)
 
     @torch.no_grad()
     def write(self, slots: Tensor, state: TTTState) -> None:
@@ -120,10 +125,12 @@ class StatePool:
         K, like = self.mini_batch_size, self.records.new_empty(1, 1, *layer_norm[0].shape)
         shapes = [(name, tuple(w.shape)) for name, w in zip(self._model.weights, initial, strict=True)]
         check_state(state, slots.numel(), shapes, K, like)
+        check_pending_log_decay(state, self.layer.forgets)
         check_conv_state(state, slots.numel(), None if self.conv is None else tuple(self.conv.shape[1:]))
         lack = K - 1 - state.position % K
-        pending = (state.pending_k, state.pending_v, state.pending_lr.unsqueeze(-1))
-        k, v, lr = (_moved(x.transpose(1, 2), lack) for x in pending)
+        decays = torch.zeros_like(state.pending_lr) if state.pending_log_decay is None else state.pending_log_decay
+        pending = (state.pending_k, state.pending_v, state.pending_lr.unsqueeze(-1), decays.unsqueeze(-1))
+        k, v, lr, log_decay = (_moved(x.transpose(1, 2), lack) for x in pending)
         weights = [
             torch.cat((W, b.unsqueeze(2)), 2) for W, b in zip(state.weights[::2], state.weights[1::2], strict=True)
         ]
@@ -135,6 +142,7 @@ class StatePool:
             target.copy_(W)
         with without_autocast(k.device.type):
             write_rows(self._model.name, rows[:, :-1], (k, v, lr), (gamma, beta), weights, 1e-6)
+        self._record.row_parts(rows[:, :-1])[-1].copy_(log_decay.flatten(0, 1))
         self.records.index_copy_(0, slots, records)
         self.position.index_copy_(0, slots, state.position)
         if self.conv is not None and state.conv is not None:

@@ -29,6 +29,7 @@ class TTTState:
         pending_lr: their inner rates ``[N, K-1, H]``; zero where there is no token.
         position: tokens seen, int64 ``[N]``; ``position % K`` of them are pending.
         conv: the last inputs of the Mamba backbone's convolutions ``[N, conv_kernel - 1, width]``, else None.
+        pending_log_decay: the pending tokens' decays, as ``pending_lr``, of a layer that forgets, else None.
     """
 
     weights: tuple[Tensor, ...]
@@ -37,6 +38,7 @@ class TTTState:
     pending_lr: Tensor
     position: Tensor
     conv: Tensor | None = None
+    pending_log_decay: Tensor | None = None
 
     def __repr__(self) -> str:
         W = self.weights[0]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import Around, LayerParts, LayerStep
+from ..arguments import Around, Forget, LayerParts, LayerStep
+from ..inner_models import INNER_MODELS
 from ..operators.backends import shortcut
 from ..operators.transforms import transformed
 from .pool import StatePool
@@ -58,7 +59,24 @@ def layer_parts(layer: Any, pool: StatePool) -> LayerParts | None:
     if around is None or pool.layer != layer or not fit(dtype, (pool.records,), (pool.records.shape,)):
         return None
     bound = float("inf") if layer.max_inner_step is None else float(layer.max_inner_step)
-    return LayerParts(around, pool.records, pool.position, pool.conv, pool.hidden, bool(layer.adapt), bound)
+    parts = LayerParts(around, pool.records, pool.position, pool.conv, pool.hidden, bool(layer.adapt), bound)
+    if not layer.forgets:
+        return parts
+    forget = _forget(layer, dtype)
+    return None if forget is None else parts._replace(forget=forget)
+
+
+def _forget(layer: Any, dtype: torch.dtype) -> Forget | None:
+    """How a layer forgets, as it is now; None if something was done to its parameters."""
+    H, D, model, own = layer.num_heads, layer.head_dim, INNER_MODELS[layer.inner], layer._parameters
+    shapes = model.shapes(D, model.expansion * D)
+    bias, weight, initial = own.get("forget_bias"), own.get("forget_weight"), [own.get(name) for name in shapes]
+    expected = [(H,), *((H, *shape) for shape in shapes.values())]
+    if not fit(dtype, (bias, *initial), expected):
+        return None
+    if weight is not None and not fit(dtype, (weight,), [(H, layer.width)]):
+        return None
+    return Forget(bias, weight, tuple(initial))
 
 
 def layer_around(layer: Any, dtype: torch.dtype) -> Around | None:

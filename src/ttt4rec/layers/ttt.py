@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..arguments import TokenStep
 from ..inner_models import INNER_MODELS
-from ..operators import Backend, check_backend, choose_backend, token_step
+from ..operators import Backend, check_backend, choose_backend, forgetting_token_step, token_step
 from ..reference import token_scale
 from .convolution import CausalConv, convolve
+from .forgetting import FIRST_BIAS, GATES, Forget, log_decay
 from .functional import autocast, inner_loop, make_spans
 from .initialisation import STD, Device, draw
 from .layer_at_once import layer_at_once
@@ -31,9 +32,12 @@ from .validation import (
     check_mask,
     check_step_input,
 )
+from .watching import moved, surprise
 
 Inner = Literal["linear", "mlp"]
 Backbone = Literal["transformer", "mamba"]
+_FIRST = {"inner_norm_weight": 1.0, "forget_bias": FIRST_BIAS}
+"""What a new layer's parameters are, if neither drawn nor zero."""
 
 
 class TTTLayer(nn.Module):
@@ -55,6 +59,8 @@ class TTTLayer(nn.Module):
         max_inner_step: bounds every token's rate at ``max_inner_step / (1 + |k|²)``: the step a linear model takes
             on a sample is then at most that fraction of the way to fitting it (2 is the limit of stability). None
             leaves the rates as learned.
+        forget: what was learned decays towards the initial weights, at the end of every mini-batch: ``"constant"``, by
+            a share that each head learns; ``"token"``, by one that depends on the input too; ``"none"``.
         backend: see ``ttt4rec.ttt_linear``.
         device: of the parameters.
         dtype: of the parameters.
@@ -79,6 +85,7 @@ class TTTLayer(nn.Module):
         conv_kernel: int = 4,
         adapt: bool = True,
         max_inner_step: float | None = None,
+        forget: Forget = "none",
         backend: Backend = "auto",
         device: Device = None,
         dtype: torch.dtype | None = None,
@@ -94,6 +101,7 @@ class TTTLayer(nn.Module):
             base_lr,
             conv_kernel,
             max_inner_step,
+            forget,
         )
         check_backend(backend)
         self.width, self.num_heads, self.head_dim = width, num_heads, width // num_heads
@@ -101,6 +109,7 @@ class TTTLayer(nn.Module):
         self.backbone, self.mini_batch_size = backbone, mini_batch_size
         self.rope_theta, self.base_lr, self.conv_kernel = rope_theta, base_lr, conv_kernel
         self.adapt, self.max_inner_step, self.backend = adapt, max_inner_step, backend
+        self.forget: str = forget
 
         self.inner_lr_scale = 1.0  # a number: a buffer that is not saved would be lost where layers are made empty
 
@@ -125,12 +134,17 @@ class TTTLayer(nn.Module):
         self.inner_lr_weight = nn.Parameter(torch.empty(H, width, **factory))
         self.inner_lr_bias = nn.Parameter(torch.empty(H, **factory))
         self.token_offset = nn.Parameter(torch.empty(mini_batch_size, **factory))
+        for name, shape_of in GATES[forget].items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape_of(H, width), **factory)))
         for module in self.children():
             draw(module)
         self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all of the layer anew: weights from N(0, 0.02), biases and offsets zero, norms one; convolutions too."""
+        """Draw all of the layer anew: weights from N(0, 0.02), biases and offsets zero, norms one; convolutions too.
+
+        Gates of what is forgotten begin with a share of 0.953 a token that stays, whatever the input is.
+        """
         for module in self.children():
             reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
             if reset is not None:  # what stands in a linear map's place may have none
@@ -142,7 +156,7 @@ class TTTLayer(nn.Module):
             if name in ("W1", "W2", "inner_lr_weight"):
                 nn.init.normal_(parameter, std=STD)
             else:
-                nn.init.constant_(parameter, 1.0 if name == "inner_norm_weight" else 0.0)
+                nn.init.constant_(parameter, _FIRST.get(name, 0.0))
 
     def set_inner_lr_scale(self, scale: float) -> None:
         """Multiply all inner rates by ``scale``; raised from 0 to 1 over some steps it warms the inner loop up.
@@ -199,10 +213,15 @@ class TTTLayer(nn.Module):
         model, scale = INNER_MODELS[self.inner], token_scale(self.token_offset.to(inner_lr.dtype))
         parameters = scale, *self.initial_state(), self.mini_batch_size
         o, new_state = inner_loop(
-            model, (q, k, v), inner_lr, *parameters, state, mask, cu_seqlens, eps=1e-6, backend=backend
+            model, (q, k, v), inner_lr, *parameters, state, mask, cu_seqlens, log_decay(self, x), 1e-6, backend
         )
         y = finish(o, gate, mask, self.norm, self.output, backend)
         return (y, dataclasses.replace(new_state, conv=conv)) if return_state else y
+
+    @property
+    def forgets(self) -> bool:
+        """Whether its weights decay towards the initial ones."""
+        return self.forget != "none"
 
     def make_pool(self, num_slots: int) -> StatePool:
         """A pool of new streams on the layer's device, for ``step``."""
@@ -253,11 +272,38 @@ class TTTLayer(nn.Module):
         scale, norm = token_scale(self.token_offset.to(lr.dtype)), (self.inner_norm_weight, self.inner_norm_bias)
         offset = position % self.mini_batch_size
         token = TokenStep(q, k, v, lr, scale, *norm, slots, offset, pool.records, self.inner, pool.hidden, 1e-6)
-        (o,) = token_step(token, backend)
+        decay = log_decay(self, x)
+        if decay is None:
+            (o,) = token_step(token, backend)
+        else:
+            initial = _joined(self.initial_state()[0]).to(pool.records.dtype)
+            (o,) = forgetting_token_step(token._replace(log_decay=decay.squeeze(1), initial=initial), backend)
         pool.position.index_copy_(0, slots, position + 1)
         if pool.conv is not None and conv is not None:
             pool.conv.index_copy_(0, slots, conv)
         return finish(o.unsqueeze(1), gate, None, self.norm, self.output, backend).squeeze(1)
+
+    def moved(self, state: TTTState) -> Tensor:
+        """How far each stream's and head's weights are from the initial ones, over those' norm: float64 ``[N, H]``."""
+        return moved(self, state)
+
+    def surprise(self, x: Tensor) -> Tensor:
+        """How much worse than the initial weights those know a token with which its mini-batch begins.
+
+        That is a ratio of inner losses, summed over the heads: below 1 where what was learned helps, and above where it
+        misleads, as after a switch. There are no gradients.
+
+        Args:
+            x: sequences from their beginning ``[B, L, width]``.
+
+        Returns:
+            The ratios ``[B, L]``.
+
+        Raises:
+            ValueError: x has another shape, or the inner model is another package's.
+        """
+        check_layer_input(x, self.width, None, None)
+        return surprise(self, x)
 
     @property
     def _context(self) -> tuple[int, int] | None:
@@ -315,5 +361,11 @@ class TTTLayer(nn.Module):
         """The options, for ``print``."""
         return (
             f"width={self.width}, num_heads={self.num_heads}, inner={self.inner!r}, backbone={self.backbone!r}, "
-            f"mini_batch_size={self.mini_batch_size}"
+            f"mini_batch_size={self.mini_batch_size}" + (f", forget={self.forget!r}" if self.forgets else "")
         )
+
+
+def _joined(initial: tuple[Tensor, ...]) -> Tensor:
+    """Weights as they lie in a record, ``[H, numbers]``."""
+    matrices = (torch.cat((W, b.unsqueeze(1)), 1) for W, b in zip(initial[::2], initial[1::2], strict=True))
+    return torch.cat([W.flatten(1) for W in matrices], 1)

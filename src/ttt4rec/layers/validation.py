@@ -9,6 +9,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..checks import check_choice, check_device, check_integer, check_positive, check_shape
 from ..inner_models import INNER_MODELS, InnerModel
 from ..operators.transforms import has_values, transformed
+from .forgetting import GATES
 from .state import TTTState
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -114,6 +115,26 @@ def check_inner_loop_arguments(
         check_state(state, N, shapes, K, q)
 
 
+def check_log_decay(log_decay: Tensor | None, inner_lr: Tensor, state: TTTState | None) -> None:
+    """Check the decays of ``ttt_linear`` and ``ttt_mlp``, whose other arguments are right."""
+    if log_decay is not None:
+        check_shape("log_decay", log_decay, tuple(inner_lr.shape), "[B, L, H]")
+        check_device("q's", inner_lr.device, log_decay=log_decay)
+    if state is not None:
+        check_pending_log_decay(state, log_decay is not None)
+
+
+def check_pending_log_decay(state: TTTState, forgets: bool) -> None:
+    """Check that a state, which is right otherwise, has decays if its inner loop forgets, and else none."""
+    pending, kinds = state.pending_log_decay, ("does not forget", "forgets")
+    if (pending is not None) != forgets:
+        raise ValueError(
+            f"state must be that of a layer that {kinds[forgets]}; given that of one that {kinds[not forgets]}"
+        )
+    if pending is not None:
+        check_shape("state's pending_log_decay", pending, tuple(state.pending_lr.shape), "[N, mini_batch_size - 1, H]")
+
+
 def _check_streams(state: TTTState, N: int) -> None:
     if not isinstance(state, TTTState):
         raise TypeError(f"state must be a TTTState; given {type(state).__name__}")
@@ -217,6 +238,7 @@ def check_layer_options(
     base_lr: float,
     conv_kernel: int,
     max_inner_step: float | None,
+    forget: str,
 ) -> None:
     """Check what ``TTTLayer`` is built with."""
     positive = {
@@ -237,3 +259,4 @@ def check_layer_options(
     check_positive("base_lr", base_lr)
     if max_inner_step is not None:
         check_positive("max_inner_step", max_inner_step)
+    check_choice("forget", forget, tuple(GATES))

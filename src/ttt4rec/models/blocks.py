@@ -278,6 +278,14 @@ class Block(nn.Module):
         h = h + self.ffn(self.ffn_norm(h))
         return (h, BlockState(mixer_state, conv_state)) if return_state else h
 
+    def surprise(self, h: Tensor) -> Tensor:
+        """``TTTLayer.surprise`` of what the mixer reads of h ``[B, L, width]``."""
+        if self.has_conv:
+            h, _ = self._convolve(h, None, None)
+        mixer: Any = self.mixer
+        found: Tensor = mixer.surprise(self.mixer_norm(h))
+        return found
+
     @property
     def _context(self) -> tuple[int, ...] | None:
         """Shape of the convolution's last inputs for a stream, if there is a convolution."""

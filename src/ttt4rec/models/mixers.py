@@ -203,7 +203,7 @@ class Mixer(NamedTuple):
         return f"{self.published}'s"
 
 
-_TTT = ("inner", "backbone", "mini_batch_size", "rope_theta", "base_lr", "conv_kernel", "max_inner_step")
+_TTT = ("inner", "backbone", "mini_batch_size", "rope_theta", "base_lr", "conv_kernel", "max_inner_step", "forget")
 _ATTENTION = ("width", "num_heads", "rope_theta")
 MIXERS = {
     "ttt": Mixer(TTTLayer, ("width", "num_heads", *_TTT), "TTT", "TTT4Rec", streams=True, steps=True),

@@ -16,6 +16,7 @@ from ..atomic_files import check_together, read_sealed, write_together
 from ..checks import check_integer, check_positive, is_number
 from ..fields import check_choices, choice
 from ..inner_models import INNER_MODELS
+from ..layers.forgetting import GATES
 from ..layers.initialisation import STD, Device, draw
 from ..layers.original_weights import load_release_block, load_release_model
 from ..layers.ttt import Backbone, TTTLayer
@@ -49,6 +50,7 @@ class TTT4RecConfig:
         conv_kernel: taps of the convolutions.
         block_conv: whether each block begins with a convolution of its own.
         max_inner_step: bound on TTT's inner steps, if there is to be one; see ``TTTLayer``.
+        forget: by what share TTT's weights decay towards the initial ones.
         norm: normalisation before each sub-layer and at the end.
         ffn: feed-forward network.
         ffn_width: its hidden size.
@@ -70,6 +72,7 @@ class TTT4RecConfig:
     conv_kernel: int = 4
     block_conv: bool = False
     max_inner_step: float | None = None
+    forget: str = choice("none", GATES)
     norm: str = choice("rms", NORMS)
     ffn: str = choice("swiglu", FEED_FORWARDS)
     ffn_width: int = 256
@@ -220,6 +223,28 @@ class TTT4Rec(nn.Module):
                 new_states.append(state)
         h = self.norm(h)
         return (h, new_states) if return_states else h
+
+    @torch.no_grad()
+    def surprise(self, ids: Tensor) -> Tensor:
+        """How much worse than the initial weights those of each history know its items: see ``TTTLayer.surprise``.
+
+        Args:
+            ids: histories from their beginning, int64 ``[B, L]``, without padding.
+
+        Returns:
+            The mean over the blocks ``[B, L]``.
+
+        Raises:
+            TypeError: a block's mixer is no ``TTTLayer``.
+        """
+        h, found = self._embed(ids), []
+        block: Any
+        for block in self.blocks:
+            if not isinstance(block.mixer, TTTLayer):
+                raise TypeError(f"mixer must be ttt, whose weights learn; given {self.config.mixer}")
+            found.append(block.surprise(h))
+            h = block(h)
+        return torch.stack(found).mean(0)
 
     def _embed(self, ids: Tensor) -> Tensor:
         h = self.embedding(ids)

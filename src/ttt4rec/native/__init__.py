@@ -21,27 +21,42 @@ from .full_softmax import (
     full_softmax_total_nll_backward,
     softmax_refusal,
 )
-from .inner_loop import linear_scan, linear_scan_backward, mlp_scan, mlp_scan_backward
+from .inner_loop import (
+    linear_forgetting_scan,
+    linear_forgetting_scan_backward,
+    linear_scan,
+    linear_scan_backward,
+    mlp_forgetting_scan,
+    mlp_forgetting_scan_backward,
+    mlp_scan,
+    mlp_scan_backward,
+)
 from .item_index import best_items, index_items
-from .step import token_step
-from .whole_layer import layer_backward, layer_forward
+from .step import forgetting_token_step, token_step
+from .whole_layer import inside_passes, layer_passes, outside_passes
 from .whole_step import layer_step, model_step
 
 __all__ = [
     "best_items",
+    "forgetting_token_step",
     "full_softmax_nll",
     "full_softmax_nll_backward",
     "full_softmax_total_nll",
     "full_softmax_total_nll_backward",
     "index_items",
-    "layer_backward",
-    "layer_forward",
+    "inside_passes",
+    "layer_passes",
     "layer_step",
+    "linear_forgetting_scan",
+    "linear_forgetting_scan_backward",
     "linear_scan",
     "linear_scan_backward",
+    "mlp_forgetting_scan",
+    "mlp_forgetting_scan_backward",
     "mlp_scan",
     "mlp_scan_backward",
     "model_step",
+    "outside_passes",
     "refusal",
     "softmax_refusal",
     "token_step",

@@ -1,6 +1,6 @@
-// What surrounds the inner loop in a whole layer, forwards and back: what whole_layer.py calls. The products with weights
-// are the library's; here is what lies between them, sequence by sequence, each number read and written once. Numbers in
-// brackets are equations of docs/mathematics.md.
+// What surrounds the inner loop in a whole layer, forwards and back: what whole_layer.py calls. Between the products with
+// weights, each number is read and written once, sequence by sequence. Numbers in brackets are equations of
+// docs/mathematics.md.
 
 #include <algorithm>
 
@@ -9,15 +9,16 @@
 
 namespace {
 
-// Tokens are [total, C], rates [total, H]. Views are one product [total, 3C + H]: query, key, value, or with the Mamba
-// backbone query, value, gate, and then the rates' z without its bias. Without convolutions q and k are parts of the views,
-// turned where they lie. What sequences add to a parameter's gradient is summed by each alone.
+// Tokens are [total, C], rates [total, H]. Views [total, 3C + H] begin with one product: query, key, value, or with the Mamba
+// backbone query, value, gate; their gradients end with those of the rates' z. Without convolutions q and k are parts of
+// the views, turned where they lie. What sequences add to a parameter's gradient is summed by each alone.
 struct AroundCall {  // as whole_layer.py's
   int64_t H, K, taps, stride;  // taps: of the convolutions, 0 without; stride: between tokens of q, k and their gradients
   const int64_t *starts, *lengths;  // of each sequence
   double norm_eps, most_rate;       // a rate is most_rate σ(z)
-  const T *cos, *sin, *lr_bias, *norm_weight, *norm_bias;
+  const T *cos, *sin, *lr_weight, *lr_bias, *norm_weight, *norm_bias;
   const T *query_conv, *query_bias, *key_conv, *key_bias;  // [C, taps], [C]
+  const T* x;
   T* views;
   T *q, *k, *lr;
   const T* o;
@@ -57,7 +58,7 @@ class Around {
       turn(i, 1, q);
       turn(i, 1, k);
       for (int h = 0; h < call_.H; ++h) {
-        const T z = call_.views[t * W_ + 3 * C_ + h] + call_.lr_bias[h];
+        const T z = dot(C_, call_.x + t * C_, call_.lr_weight + h * C_) + call_.lr_bias[h];
         call_.lr[t * call_.H + h] = T(call_.most_rate) / (1 + std::exp(-z));
       }
     }
@@ -190,7 +191,7 @@ class Around {
     T *h = call_.h + at, *d_o = call_.d_o + at;
     const T inverse = standardise(C_, o, call_.norm_eps, x_hat_);
     if (call_.taps > 0) gelu<true, false>(C_, gate(t), value_, slope_);
-    T* d_gate = call_.d_views + t * W_ + 2 * C_;
+    T* d_gate = call_.taps > 0 ? call_.d_views + t * W_ + 2 * C_ : nullptr;
     V total{}, along{};
     for (int c = 0; c < C_; c += LANES) {
       const V x_hat = load(x_hat_ + c), normed = load(gamma + c) * x_hat + load(beta + c);
@@ -220,6 +221,29 @@ class Around {
   }
 };
 
+// C [rows, N] = A B, N a multiple of LANES; A[i][m] = a[i * row + m * column]. GROUP_OF_ROWS rows are a part of the work.
+// Of a long sum, some terms at a time are summed before they are added to the others.
+struct ProductCall {
+  int64_t rows, M, N, row, column, b_stride, c_stride;
+  const T *a, *b;
+  T* c;
+};
+constexpr int GROUP_OF_ROWS = 16, SUMMED = 256;
+
+void multiply(const ProductCall& call, int64_t begin, int64_t end) {
+  const Strides strides{call.row, call.column, call.b_stride, call.c_stride, call.c_stride};
+  for (int64_t m = 0; m < call.M; m += SUMMED) {
+    const T *a = call.a + begin * call.row + m * call.column, *b = call.b + m * call.b_stride;
+    const int terms = std::min<int64_t>(SUMMED, call.M - m);
+    T* c = call.c + begin * call.c_stride;
+    if (m == 0) {
+      wide_product<From::nothing>(end - begin, call.N, terms, a, b, c, strides);
+    } else {
+      wide_product<From::matrix>(end - begin, call.N, terms, a, b, c, strides);
+    }
+  }
+}
+
 template <void (Around::*PART)(int64_t) const>
 int for_all(const AroundCall* call, int64_t begin, int64_t end) try {
   const Around around(*call);
@@ -233,6 +257,7 @@ int for_all(const AroundCall* call, int64_t begin, int64_t end) try {
 
 // For whole_layer.py, to be compared with its own.
 TTT_EXPORT int64_t ttt_around_call_size() { return sizeof(AroundCall); }
+TTT_EXPORT int64_t ttt_product_call_size() { return sizeof(ProductCall); }
 
 // Sequences begin to end - 1 of N. Each returns 1 if there is no memory.
 TTT_EXPORT int ttt_before(const AroundCall* call, int64_t begin, int64_t end) {
@@ -249,4 +274,10 @@ TTT_EXPORT int ttt_back_after(const AroundCall* call, int64_t begin, int64_t end
 
 TTT_EXPORT int ttt_back_before(const AroundCall* call, int64_t begin, int64_t end) {
   return for_all<&Around::back_before>(call, begin, end);
+}
+
+// Groups of rows begin to end - 1. Returns 0.
+TTT_EXPORT int ttt_product(const ProductCall* call, int64_t begin, int64_t end) {
+  multiply(*call, begin * GROUP_OF_ROWS, std::min(end * GROUP_OF_ROWS, call->rows));
+  return 0;
 }

@@ -33,8 +33,11 @@ SOFTMAX: Sources = ("full_softmax.cpp", "item_index.cpp")
 _FUNCTIONS = {
     INNER_LOOP: ("ttt_forward", "ttt_backward"),
     STEP: ("ttt_step", "ttt_layer_step", "ttt_model_step", "ttt_are_within", "ttt_are_different"),
-    AROUND: ("ttt_before", "ttt_after", "ttt_back_after", "ttt_back_before"),
-    SOFTMAX: ("softmax_forward", "softmax_backward", "index_items", "index_search", "index_seen", "index_bounds"),
+    AROUND: ("ttt_before", "ttt_after", "ttt_back_after", "ttt_back_before", "ttt_product"),
+    SOFTMAX: (
+        *("softmax_forward", "softmax_backward", "softmax_turn", "softmax_exponentials", "softmax_log_of_sums"),
+        *("softmax_gradients", "softmax_hidden", "index_items", "index_search", "index_seen", "index_bounds"),
+    ),
 }
 _SOURCES = Path(__file__).parent
 _FLAGS = (

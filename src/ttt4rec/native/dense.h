@@ -5,22 +5,6 @@
 
 #include "vectors.h"
 
-// Lane i of the result is the sum of rows[i].
-template <int STEP = LANES / 2>
-inline V row_sums(V* rows) {
-  if constexpr (STEP == 0) {
-    return rows[0];
-  } else {
-    constexpr auto index = std::make_integer_sequence<int, LANES>{};
-#pragma GCC unroll 16
-    for (int i = 0; i < STEP; ++i) {
-      const V a = rows[i], b = rows[i + STEP];
-      rows[i] = exchanged<STEP, false>(a, b, index) + exchanged<STEP, true>(a, b, index);
-    }
-    return row_sums<STEP / 2>(rows);
-  }
-}
-
 // Y [rows, out] = X [rows, in] Wᵀ + bias, W [out, in]. Rows come innermost: what is read of W serves them all.
 inline void linear(int rows, int in, int out, const T* X, const T* W, const T* bias, T* Y) {
   for (int o = 0; o < out; o += LANES) {

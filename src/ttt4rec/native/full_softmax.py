@@ -10,6 +10,7 @@ from .. import item_blocks
 from ..arguments import FullSoftmax
 from . import build
 from .cache import BuildError
+from .calls import INTEGER, POINTER, fields, run
 from .threads import share
 
 SHAPE = (
@@ -32,6 +33,22 @@ class _Call(ctypes.Structure):
         ("column", ctypes.c_void_p),
         ("grad", ctypes.c_void_p),
     )
+
+
+class TotalCall(ctypes.Structure):
+    """``TotalCall`` of full_softmax.cpp."""
+
+    _fields_ = (
+        *fields(INTEGER, "rows", "items", "width"),
+        *fields(POINTER, "h", "table", "column", "turned", "scores", "highest", "total", "parts", "lse", "own"),
+        *fields(POINTER, "grad_h", "grad_table"),
+    )
+
+
+LANES = 16
+"""The most that a vector has; widths are multiples of it."""
+TILE, PANEL, RANGES = 64, 64, 16
+"""Of full_softmax.cpp: items, hidden states, and ranges of tiles."""
 
 
 @functools.cache
@@ -59,8 +76,37 @@ def full_softmax_nll_backward(
 
 
 def full_softmax_total_nll(given: FullSoftmax) -> tuple[Tensor, ...]:
-    """As ``eager.full_softmax_total_nll``."""
-    return item_blocks.total_nll(given, log_sum_exp, to_gradient)
+    """As ``eager.full_softmax_total_nll``; where widths allow it, products, exponentials and sums in one."""
+    h, table, items = given
+    at_once = min(item_blocks.rows_at_once(table), h.shape[0])
+    if h.shape[1] % LANES or at_once < LANES:
+        return item_blocks.total_nll(given, log_sum_exp, to_gradient)
+    item_blocks.check_range(items, table)
+    h, table, column = h.float().contiguous(), table.float().contiguous(), items - 1
+    (num_items, C), panels, tiles = (
+        (table.shape[0] - 1, table.shape[1]),
+        -(-at_once // PANEL),
+        -(-(len(table) - 1) // TILE),
+    )
+    turned, scores = h.new_empty(panels, C, PANEL), h.new_empty(tiles, panels, TILE, PANEL)
+    highest, total = h.new_empty(2, tiles, panels, PANEL)
+    memory = turned, scores, highest, total, h.new_empty(RANGES, at_once, C)
+    lse, own = torch.empty(2, h.shape[0], dtype=torch.float64)
+    grad_h, grad_table = torch.empty_like(h), torch.zeros_like(table)
+    for first in range(0, h.shape[0], at_once):
+        rows = slice(first, first + at_once)
+        tensors = h[rows], table[1:], column[rows], *memory, lse[rows], own[rows], grad_h[rows], grad_table[1:]
+        _run_total(TotalCall(len(tensors[0]), num_items, C, *(x.data_ptr() for x in tensors)))
+    return (lse - own).sum().to(h.dtype), grad_h, grad_table
+
+
+def _run_total(call: TotalCall) -> None:
+    library, tiles, panels = build.library(*SHAPE), -(-call.items // TILE), -(-call.rows // PANEL)
+    run(library.softmax_turn, call, panels)
+    run(library.softmax_exponentials, call, tiles)
+    run(library.softmax_log_of_sums, call, panels)
+    run(library.softmax_gradients, call, RANGES)
+    run(library.softmax_hidden, call, panels)
 
 
 full_softmax_total_nll_backward = item_blocks.total_nll_backward

@@ -1,4 +1,5 @@
-// The walk over the mini-batches of every (sequence, head), forwards and back: what inner_loop.py calls.
+// The walk over the mini-batches of every (sequence, head), forwards and back: what inner_loop.py calls. A mini-batch of
+// more than BLOCK tokens is walked block by block, on the way back from its last one, after all of them were replayed.
 //
 // The forward reads each token once and keeps the weights in cache. Of every `segment` mini-batches but the first it
 // writes down the weights before them. The walk back takes one segment after the other, from the last: it replays the
@@ -7,8 +8,10 @@
 // forward's very weights. Rows are independent of each other: which of them a thread takes changes no number.
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
+#include "forgetting.h"
 #include "inner_models.h"
 
 namespace {
@@ -27,14 +30,17 @@ struct Call {
   const T *q, *k, *v, *lr, *scale, *gamma, *beta;
   const T* weights[4];
   int64_t strides[4];
-  T* kept[2];
+  T* kept[2];     // Z1, which may be null: it is computed again then; and the inner gradients
   T* checkpoints;  // [total / (segment K) + 2, H, all weights], of the segment that begins in that many tokens and is not a first one
   // forward
-  T *o, *outgoing[4];
+  T *o, *outgoing[4];  // the latter may be null
   // backward
-  const T *grad_o, *grad_weights[4];
+  const T *grad_o, *grad_weights[4];  // the latter may be null: zero
   int64_t grad_strides[4];
   T *dq, *dk, *dv, *d_lr, *d_scale, *d_weights[4], *d_gamma, *d_beta;  // d_scale [N, H, K], d_gamma [N, H, D]
+  // where something is forgotten: ln a [total, H], the initial weights [H, ...], their gradients [N, H, ...]
+  const T *log_decay, *initial[4];
+  T *d_log_decay, *d_initial[4];
 };
 
 // Copies r rows of a head between [total, H, width], from a token on, and a tile.
@@ -57,6 +63,15 @@ struct Place {
   template <int WIDTH>
   void write(const T* tile, T* x, int64_t stride) const {
     for (int i = 0; i < r; ++i) copy<WIDTH>(tile + i * WIDTH, x + (token + i) * stride + head * WIDTH);
+  }
+
+  // Have the cache bring rows that are read, or written, soon: they lie apart, so it does not see them come.
+  template <int WIDTH, bool WRITTEN = false>
+  void expect(const T* x, int64_t stride) const {
+    constexpr int LINE = 64 / sizeof(T);
+    for (int i = 0; i < r; ++i) {
+      for (int n = 0; n < WIDTH; n += LINE) __builtin_prefetch(x + (token + i) * stride + head * WIDTH + n, WRITTEN);
+    }
   }
 
  private:
@@ -88,36 +103,54 @@ int64_t steps_ahead(int64_t mini_batches, int64_t room) {
 
 class Row {
  public:
-  Row(const Call& call, int64_t states)
-      : call_(call), K_(call.K), arena_(numbers(call.K, states)), model_(arena_, call.K) {
-    for (T** tile : {&t_.q, &t_.k, &t_.v, &t_.o, &t_.dq, &t_.dk, &t_.dv}) *tile = arena_.take(K_ * D);
-    for (int i = 0; i < KEPT; ++i) kept_[i] = arena_.take(K_ * Model::KEPT[i]);
-    lr_ = arena_.take(K_);
-    d_lr_ = arena_.take(K_);
+  Row(const Call& call, int64_t states, bool back)
+      : call_(call), K_(call.K), row_(row_of_tokens(rows_of_tiles(call.K))), arena_(numbers(call, states, back)),
+        model_(arena_, call.K, back) {
+    const int R = rows_of_tiles(K_);
+    for (T** tile : {&t_.q, &t_.k, &t_.v, &t_.o, &t_.dq, &t_.dk, &t_.dv}) *tile = arena_.take(R * D);
+    for (int i = 0; i < KEPT; ++i) kept_[i] = arena_.take(R * Model::KEPT[i]);
+    lr_ = arena_.take(row_);
+    eta_ = arena_.take(tokens_by_tokens(R));
+    std::fill_n(eta_, tokens_by_tokens(R), T(0));
+    d_lr_ = arena_.take(R);
     d_scale_ = arena_.take(K_);
     t_.d_gamma = arena_.take(D);
     t_.d_beta = arena_.take(D);
     t_.eps = call.eps;
     for (int64_t i = 0; i < states; ++i) states_.emplace_back(arena_, K_);
+    if (call.log_decay != nullptr) {
+      log_decay_ = arena_.take(K_);
+      forgetting_.emplace(arena_);
+    }
   }
 
   void forward(int64_t n, int64_t head) {
     start(n, head);
     for (int64_t m = 0; m < mini_batches(n); ++m) {
       if (m % call_.segment == 0 && m > 0) copy_weights(states_[0].weights, checkpoint(n, head, m));
-      const Rates rates = read(n, head, m);
-      place_.read<D>(call_.q, call_.q_stride, t_.q);
-      place_.read<D>(call_.v, call_.v_stride, t_.v);
-      model_.forward(rates, t_, kept_, states_[0]);
-      place_.write<D>(t_.o, call_.o);
-      if constexpr (F > 0) place_.write<F>(kept_[0], call_.kept[0]);
-      place_.write<D>(kept_[KEPT - 1], call_.kept[KEPT - 1]);
+      const bool forgets = begin(n, head, m, states_[0]);
+      for (int block = 0; block < blocks(n, m); ++block) {
+        const Rates rates = read(n, head, m, block);
+        place_.read<D>(call_.q, call_.q_stride, t_.q);
+        place_.read<D>(call_.v, call_.v_stride, t_.v);
+        expect(next(n, head, m, block));
+        model_.forward(rates, t_, kept_, states_[0]);
+        place_.write<D>(t_.o, call_.o);
+        if (keeps_Z1()) place_.write<F>(kept_[0], call_.kept[0]);
+        place_.write<D>(kept_[KEPT - 1], call_.kept[KEPT - 1]);
+      }
+      if (forgets) forgetting_->end(states_[0].weights);
     }
+    if (call_.outgoing[0] == nullptr) return;
     for (int i = 0; i < WEIGHTS; ++i) write_weights(i, n, head, states_[0].weights[i], call_.outgoing[i]);
   }
 
   void backward(int64_t n, int64_t head) {
     for (int i = 0; i < WEIGHTS; ++i) {
+      if (call_.grad_weights[i] == nullptr) {
+        std::fill_n(model_.gradients(i), Model::SIZES[i], T(0));
+        continue;
+      }
       const T* given = call_.grad_weights[i] + n * call_.grad_strides[i] + head * Model::SIZES[i];
       std::copy_n(given, Model::SIZES[i], model_.gradients(i));
     }
@@ -131,20 +164,74 @@ class Row {
 
  private:
   const Call& call_;
-  const int K_;
+  const int K_, row_;  // row_: see row_of_tokens
   Arena arena_;
   Model model_;
   std::vector<State> states_;
   Tokens t_{};
   Place place_{};
-  T *kept_[KEPT], *lr_, *d_lr_, *d_scale_;  // t_.d_gamma, t_.d_beta and d_scale_ are sums of one mini-batch
+  std::optional<Forgetting<Model>> forgetting_;
+  T* log_decay_ = nullptr;
+  T *kept_[KEPT], *lr_, *eta_, *d_lr_, *d_scale_;  // t_.d_gamma, t_.d_beta and d_scale_ are sums of one mini-batch
 
-  static size_t numbers(int K, int64_t states) {
-    return Model::numbers(K) + states * State::numbers(K) + 8 * Arena::rounded(K * D) + Arena::rounded(K * F) +
-           3 * Arena::rounded(K) + 2 * Arena::rounded(D);
+  static size_t numbers(const Call& call, int64_t states, bool back) {
+    const int K = call.K, R = rows_of_tiles(K);
+    const size_t forgetting = call.log_decay == nullptr ? 0 : Forgetting<Model>::numbers() + Arena::rounded(K);
+    return Model::numbers(K, back) + states * State::numbers(K) + 8 * Arena::rounded(R * D) + Arena::rounded(R * F) +
+           Arena::rounded(R) + Arena::rounded(row_of_tokens(R)) + tokens_by_tokens(R) + Arena::rounded(K) +
+           2 * Arena::rounded(D) + forgetting;
   }
 
+  // ln A of mini-batch m, which is complete.
+  T log_decay(int64_t n, int64_t head, int64_t m) {
+    Place{call_.H, call_.starts[n] + m * K_, head, K_}.read<1>(call_.log_decay, log_decay_);
+    T total = 0;
+    for (int i = 0; i < K_; ++i) total += log_decay_[i];
+    return total;
+  }
+
+  void initial_weights(int64_t head, const T** initial) const {
+    for (int i = 0; i < WEIGHTS; ++i) initial[i] = call_.initial[i] + head * Model::SIZES[i];
+  }
+
+  // Before the steps of mini-batch m: whether something will be forgotten. A short one forgets nothing.
+  bool begin(int64_t n, int64_t head, int64_t m, const State& state) {
+    if (!forgetting_ || tokens(n, m) < K_) return false;
+    const T* initial[WEIGHTS];
+    initial_weights(head, initial);
+    forgetting_->begin(log_decay(n, head, m), state.weights, initial);
+    return true;
+  }
+
+  // The same on the way back, with the gradients behind the mini-batch.
+  bool begin_backward(int64_t n, int64_t head, int64_t m, const State& state) {
+    if (!forgetting_ || tokens(n, m) < K_) return false;
+    const T* initial[WEIGHTS];
+    T *gradients[WEIGHTS], *d_initial[WEIGHTS];
+    initial_weights(head, initial);
+    for (int i = 0; i < WEIGHTS; ++i) {
+      gradients[i] = model_.gradients(i);
+      d_initial[i] = call_.d_initial[i] + (n * call_.H + head) * Model::SIZES[i];
+    }
+    const T d = forgetting_->begin_backward(log_decay(n, head, m), state.weights, initial, gradients, d_initial);
+    std::fill_n(log_decay_, K_, d);
+    Place{call_.H, call_.starts[n] + m * K_, head, K_}.write<1>(log_decay_, call_.d_log_decay);
+    return true;
+  }
+
+  void end_backward() {
+    T* gradients[WEIGHTS];
+    for (int i = 0; i < WEIGHTS; ++i) gradients[i] = model_.gradients(i);
+    forgetting_->end(gradients);
+  }
+
+  bool keeps_Z1() const { return F > 0 && call_.kept[0] != nullptr; }
+
   int64_t mini_batches(int64_t n) const { return (call_.lengths[n] + K_ - 1) / K_; }
+
+  // Tokens and blocks of mini-batch m.
+  int tokens(int64_t n, int64_t m) const { return std::min<int64_t>(K_, call_.lengths[n] - m * K_); }
+  int blocks(int64_t n, int64_t m) const { return blocks_of(tokens(n, m)); }
 
   // Of mini-batch m, the first of a segment. A segment that is not its sequence's first comes after a whole one, so no
   // two of them begin among the same `segment K` tokens.
@@ -182,46 +269,110 @@ class Row {
     }
     State* const own = &states_[at];
     for (int64_t m = first, i = 0; m < end; ++m, ++i) replay(n, head, m, own[i], m + 1 < end ? &own[i + 1] : nullptr);
-    for (int64_t m = end - 1; m >= first; --m) backward(n, head, m, own[m - first]);
+    for (int64_t m = end - 1; m >= first; --m) {
+      if (K_ > BLOCK && m < end - 1) replay(n, head, m, own[m - first], nullptr);  // for its blocks' sums
+      backward(n, head, m, own[m - first]);
+    }
   }
 
-  void replay(int64_t n, int64_t head, int64_t m, State& state, State* next) {
-    const Rates rates = read(n, head, m);
-    if constexpr (F > 0) place_.read<F>(call_.kept[0], kept_[0]);
-    place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
-    model_.replay(rates, t_.k, kept_, state, next);
+  void replay(int64_t n, int64_t head, int64_t m, State& state, State* next_state) {
+    const bool forgets = next_state != nullptr && begin(n, head, m, state);
+    for (int block = 0; block < blocks(n, m); ++block) {
+      const Rates rates = read(n, head, m, block);
+      read_kept(rates, state, true);
+      const Place coming = next(n, head, m, block);
+      coming.expect<D>(call_.k, call_.k_stride);
+      if (keeps_Z1()) coming.expect<F>(call_.kept[0], call_.H * F);
+      coming.expect<D>(call_.kept[KEPT - 1], call_.H * D);
+      model_.replay(rates, t_.k, kept_, state, next_state);
+    }
+    if (forgets) forgetting_->end(next_state->weights);
   }
 
   void backward(int64_t n, int64_t head, int64_t m, const State& state) {
-    Rates rates = read(n, head, m);
-    rates.d_scale = d_scale_;
-    place_.read<D>(call_.q, call_.q_stride, t_.q);
-    place_.read<D>(call_.v, call_.v_stride, t_.v);
-    place_.read<D>(call_.grad_o, t_.o);
-    place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
-    std::fill_n(d_lr_, rates.r, T(0));
     for (T* sum : {t_.d_gamma, t_.d_beta}) std::fill_n(sum, D, T(0));
     std::fill_n(d_scale_, K_, T(0));
-    model_.backward(rates, t_, kept_, state);
-    place_.write<D>(t_.dq, call_.dq, call_.dq_stride);
-    place_.write<D>(t_.dk, call_.dk, call_.dk_stride);
-    place_.write<D>(t_.dv, call_.dv, call_.dv_stride);
-    place_.write<1>(d_lr_, call_.d_lr);
+    const bool forgets = begin_backward(n, head, m, state);
+    model_.begin_backward();
+    for (int block = blocks(n, m) - 1; block >= 0; --block) {
+      const Rates rates = read(n, head, m, block);
+      place_.read<D>(call_.q, call_.q_stride, t_.q);
+      place_.read<D>(call_.v, call_.v_stride, t_.v);
+      place_.read<D>(call_.grad_o, t_.o);
+      read_kept(rates, state, K_ > BLOCK);
+      expect_back(previous(n, head, m, block));
+      std::fill_n(d_lr_, rates.r, T(0));
+      model_.backward(rates, t_, kept_, state);
+      place_.write<D>(t_.dq, call_.dq, call_.dq_stride);
+      place_.write<D>(t_.dk, call_.dk, call_.dk_stride);
+      place_.write<D>(t_.dv, call_.dv, call_.dv_stride);
+      place_.write<1>(d_lr_, call_.d_lr);
+    }
+    model_.end_backward();
+    if (forgets) end_backward();
     const int64_t at = n * call_.H + head;
     add<D>(call_.d_gamma + at * D, t_.d_gamma);
     add<D>(call_.d_beta + at * D, t_.d_beta);
-    for (int i = 0; i < rates.r; ++i) call_.d_scale[at * K_ + i] += d_scale_[i];
+    for (int i = 0; i < tokens(n, m); ++i) call_.d_scale[at * K_ + i] += d_scale_[i];
   }
 
-  // k and the rates of mini-batch m.
-  Rates read(int64_t n, int64_t head, int64_t m) {
-    const int r = std::min<int64_t>(K_, call_.lengths[n] - m * K_);
-    place_ = {call_.H, call_.starts[n] + m * K_, head, r};
+  // Of a block of mini-batch m, without rows if there is none.
+  Place place(int64_t n, int64_t head, int64_t m, int block) const {
+    const int64_t first = block * BLOCK, rest = m < 0 ? 0 : std::min<int64_t>(K_, call_.lengths[n] - m * K_) - first;
+    return {call_.H, call_.starts[n] + m * K_ + first, head, int(std::max<int64_t>(std::min<int64_t>(BLOCK, rest), 0))};
+  }
+
+  // Of the block behind one, and of that before.
+  Place next(int64_t n, int64_t head, int64_t m, int block) const {
+    return block + 1 < blocks(n, m) ? place(n, head, m, block + 1) : place(n, head, m + 1, 0);
+  }
+  Place previous(int64_t n, int64_t head, int64_t m, int block) const {
+    return block > 0 ? place(n, head, m, block - 1) : place(n, head, m - 1, blocks_of(K_) - 1);
+  }
+
+  void expect(const Place& coming) const {
+    coming.expect<D>(call_.q, call_.q_stride);
+    coming.expect<D>(call_.k, call_.k_stride);
+    coming.expect<D>(call_.v, call_.v_stride);
+    coming.expect<D, true>(call_.o, call_.H * D);
+    if (keeps_Z1()) coming.expect<F, true>(call_.kept[0], call_.H * F);
+    coming.expect<D, true>(call_.kept[KEPT - 1], call_.H * D);
+  }
+
+  void expect_back(const Place& coming) const {
+    coming.expect<D>(call_.q, call_.q_stride);
+    coming.expect<D>(call_.v, call_.v_stride);
+    coming.expect<D>(call_.grad_o, call_.H * D);
+    coming.expect<D, true>(call_.dq, call_.dq_stride);
+    coming.expect<D, true>(call_.dk, call_.dk_stride);
+    coming.expect<D, true>(call_.dv, call_.dv_stride);
+  }
+
+  // k and the rates of a block of mini-batch m.
+  Rates read(int64_t n, int64_t head, int64_t m, int block) {
+    const int first = block * BLOCK, all = tokens(n, m);
+    place_ = place(n, head, m, block);
     t_.gamma = call_.gamma + head * D;
     t_.beta = call_.beta + head * D;
     place_.read<D>(call_.k, call_.k_stride, t_.k);
     place_.read<1>(call_.lr, lr_);
-    return {K_, r, call_.scale, lr_, nullptr, d_lr_};
+    const T* scale = call_.scale + first;
+    for (int i = 0; i < place_.r; ++i) {
+      for (int j = 0; j < row_; ++j) eta_[i * row_ + j] = j > i ? 0 : scale[i] * lr_[j];
+    }
+    return {place_.r, row_, block, first + place_.r == all, all == K_, call_.scale[K_ - 1], scale, lr_, eta_,
+            d_scale_ + first, d_scale_ + K_ - 1, d_lr_};
+  }
+
+  // What was kept of the block that was read; Z1, if it is wanted, is computed again where it was not.
+  void read_kept(const Rates& rates, const State& state, bool Z1) {
+    place_.read<D>(call_.kept[KEPT - 1], kept_[KEPT - 1]);
+    if (F == 0 || !Z1) return;
+    if (keeps_Z1()) {
+      place_.read<F>(call_.kept[0], kept_[0]);
+    } else {
+      model_.first_outputs(rates.r, t_.k, state, kept_[0]);
+    }
   }
 
   void write_weights(int i, int64_t n, int64_t head, const T* from, T* to) const {
@@ -236,7 +387,7 @@ TTT_EXPORT int64_t ttt_call_size() { return sizeof(Call); }
 
 // Rows begin to end - 1 of the N · H (sequence, head) pairs. Returns 1 if there is no memory.
 TTT_EXPORT int ttt_forward(const Call* call, int64_t begin, int64_t end) try {
-  Row row(*call, 1);
+  Row row(*call, 1, false);
   for (int64_t i = begin; i < end; ++i) row.forward(i / call->H, i % call->H);
   return 0;
 } catch (const std::bad_alloc&) {
@@ -247,7 +398,7 @@ TTT_EXPORT int ttt_backward(const Call* call, int64_t begin, int64_t end) try {
   int64_t longest = 0;
   for (int64_t i = begin; i < end; ++i) longest = std::max(longest, call->lengths[i / call->H]);
   const int64_t fit = HELD_BYTES / (State::numbers(call->K) * sizeof(T)), room = std::max(fit, LEAST_HELD);
-  Row row(*call, std::min({(longest + call->K - 1) / call->K, call->segment, room}));
+  Row row(*call, std::min({(longest + call->K - 1) / call->K, call->segment, room}), true);
   for (int64_t i = begin; i < end; ++i) row.backward(i / call->H, i % call->H);
   return 0;
 } catch (const std::bad_alloc&) {

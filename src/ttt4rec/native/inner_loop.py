@@ -32,6 +32,10 @@ class ScanCall(ctypes.Structure):
         *fields(POINTER, "dq", "dk", "dv", "d_lr", "d_scale"),
         ("d_weights", POINTER * 4),
         *fields(POINTER, "d_gamma", "d_beta"),
+        *fields(POINTER, "log_decay"),
+        ("initial", POINTER * 4),
+        *fields(POINTER, "d_log_decay"),
+        ("d_initial", POINTER * 4),
     )
 
 
@@ -57,6 +61,9 @@ class _Call:
         for name, x in zip((*TOKENS[3:], *NORM), given, strict=True):
             self.set(name, x)
         self.set_weights("weights", "strides", weights)
+        if scan.log_decay is not None:
+            self.set("log_decay", scan.log_decay)
+            self.set_all("initial", scan.initial)
 
     def set(self, name: str, x: Tensor) -> None:
         """An argument in the weights' dtype, or the memory for a result."""
@@ -137,9 +144,27 @@ def _backward(
     for name, x in zip(("d_lr", "d_scale", "d_gamma", "d_beta"), (d_tokens[3], d_scale, *d_norm), strict=True):
         call.set(name, x)
     call.set_all("d_weights", d_weights)
+    d_decays = _d_decays(scan)
+    if d_decays:
+        call.set("d_log_decay", d_decays[0])
+        call.set_all("d_initial", d_decays[1:])
     call.run("ttt_backward")
     d_tokens = [d.to(x.dtype) for d, x in zip(d_tokens, scan.tokens, strict=True)]
-    return *d_tokens, d_scale.sum((0, 1)), *d_weights, *(d.sum(0) for d in d_norm)
+    return *d_tokens, d_scale.sum((0, 1)), *d_weights, *(d.sum(0) for d in d_norm), *_totals(d_decays)
+
+
+def _d_decays(scan: Scan) -> list[Tensor]:
+    """Zeros for the gradients of the decays, and of the initial weights for every sequence."""
+    if scan.log_decay is None:
+        return []
+    return [scan.log_decay.new_zeros(scan.log_decay.shape, dtype=scan.weights[0].dtype)] + [
+        w.new_zeros(w.shape) for w in scan.weights
+    ]
+
+
+def _totals(d_decays: list[Tensor]) -> list[Tensor]:
+    """The same, with those of the initial weights summed."""
+    return [*d_decays[:1], *(w.sum(0) for w in d_decays[1:])]
 
 
 @functools.lru_cache(maxsize=32)
@@ -151,3 +176,5 @@ def rows(B: int, L: int) -> tuple[Tensor, Tensor]:
 
 linear_scan = mlp_scan = _forward
 linear_scan_backward = mlp_scan_backward = _backward
+linear_forgetting_scan = mlp_forgetting_scan = _forward
+linear_forgetting_scan_backward = mlp_forgetting_scan_backward = _backward

@@ -1,26 +1,25 @@
-// One mini-batch of TTT-Linear or TTT-MLP, forwards, replayed and back. Numbers in brackets are equations of
+// One block of a mini-batch of TTT-Linear or TTT-MLP, forwards, replayed and back. Numbers in brackets are equations of
 // docs/mathematics.md.
 
 #pragma once
 
-#include "tiles.h"
+#include "dual_layer.h"
 
-// A head's tiles of a mini-batch, [r, D] each.
+// A head's tiles of a block, [r, D] each.
 struct Tokens {
   T *q, *k, *v, *o;              // o, the outputs, or dO, their gradient
   T *dq, *dk, *dv;
   const T *gamma, *beta;
-  T *d_gamma, *d_beta;           // summed over the mini-batch's tokens
+  T *d_gamma, *d_beta;           // summed over the tokens
   T eps;
 };
 
-// dP of the output.
-inline void backward_of_output(int r, const Normalised& norm, const Tokens& t, T* dP) {
+// dP of the output; scaled is a tile's memory.
+inline void backward_of_output(int r, const Normalised& norm, const Tokens& t, T* scaled, T* dP) {
   for (int i = 0; i < r; ++i) {
-    T scaled[D];
-    for (int n = 0; n < D; n += LANES) store(scaled + n, load(t.o + i * D + n) * load(t.gamma + n));
-    norm.jacobian_product(i, scaled, dP + i * D);
+    for (int n = 0; n < D; n += LANES) store(scaled + i * D + n, load(t.o + i * D + n) * load(t.gamma + n));
   }
+  norm.jacobian_products(r, scaled, dP);
 }
 
 // What de gives k, v and β, and dO gives q, β and γ. d_gamma, the inner gradient's by row, is overwritten.
@@ -43,38 +42,39 @@ class InnerModel {  // TTT-MLP
  public:
   static constexpr int WEIGHTS = 4, SIZES[] = {D * HIDDEN, HIDDEN, HIDDEN * D, D}, KEPT[] = {HIDDEN, D};
 
-  // W1, b1, W2 and b2 before a mini-batch, and what they and the kept Z1 and G2 give at its keys.
+  // W1, b1, W2 and b2 before a mini-batch, and what they and the kept Z1 and G2 give at a block's keys.
   struct State {
     T *weights[WEIGHTS], *X2, *slope, *curvature, *G2_W2;
 
     static size_t numbers(int K) {
-      size_t total = 4 * Arena::rounded(K * HIDDEN);
+      size_t total = 4 * Arena::rounded(rows_of_tiles(K) * HIDDEN);
       for (int size : SIZES) total += Arena::rounded(size);
       return total;
     }
 
     State(Arena& arena, int K) {
       for (int i = 0; i < WEIGHTS; ++i) weights[i] = arena.take(SIZES[i]);
-      for (T** tile : {&X2, &slope, &curvature, &G2_W2}) *tile = arena.take(K * HIDDEN);
+      for (T** tile : {&X2, &slope, &curvature, &G2_W2}) *tile = arena.take(rows_of_tiles(K) * HIDDEN);
     }
   };
 
-  static size_t numbers(int K) {
-    return DualLayer<D, HIDDEN>::numbers(K) + DualLayer<HIDDEN, D>::numbers(K) + 8 * Arena::rounded(K * HIDDEN) +
-           13 * Arena::rounded(K * D) + 2 * Arena::rounded(K);
+  static size_t numbers(int K, bool back) {
+    const int R = rows_of_tiles(K);
+    return DualLayer<D, HIDDEN>::numbers(K, back) + DualLayer<HIDDEN, D>::numbers(K, back) +
+           8 * Arena::rounded(R * HIDDEN) + InnerGradient::numbers(R) + Normalised::numbers(R) + 7 * Arena::rounded(R * D);
   }
 
-  InnerModel(Arena& arena, int K)
-      : first_(arena, K), second_(arena, K), inner_(arena, K), norm_(arena, K) {
-    for (T** tile : {&G1_, &X2_bar_, &bar_slope_, &dX2_, &dX2_bar_, &dG1_, &E_, &P1_}) {
-      *tile = arena.take(K * HIDDEN);
-    }
-    for (T** tile : {&Z2_, &P2_, &dP2_, &dG2_, &dZ2_, &de_, &d_gamma_}) *tile = arena.take(K * D);
+  InnerModel(Arena& arena, int K, bool back)
+      : several_(K > BLOCK), first_(arena, K, back), second_(arena, K, back), inner_(arena, rows_of_tiles(K)),
+        norm_(arena, rows_of_tiles(K)) {
+    const int R = rows_of_tiles(K);
+    for (T** tile : {&G1_, &X2_bar_, &bar_slope_, &dX2_, &dX2_bar_, &dG1_, &E_, &P1_}) *tile = arena.take(R * HIDDEN);
+    for (T** tile : {&Z2_, &P2_, &dP2_, &dG2_, &dZ2_, &de_, &d_gamma_}) *tile = arena.take(R * D);
   }
 
   T* gradients(int i) { return i < 2 ? (i ? first_.db : first_.dW) : (i == 3 ? second_.db : second_.dW); }
 
-  // A mini-batch forwards; the weights are updated where they are.
+  // A block forwards; the weights are updated where they are, after the mini-batch's last.
   void forward(const Rates& rates, const Tokens& t, T* const* kept, State& state) {
     const int r = rates.r;
     T *Z1 = kept[0], *G2 = kept[1];
@@ -85,23 +85,36 @@ class InnerModel {  // TTT-MLP
     inner_.set(r, Z2_, t.k, t.v, t.gamma, t.beta, t.eps);
     inner_.value(r, G2);
     set_G1(r, G2, state);
+    accumulate(rates, t.k, G2, state);
     first_.output(rates, t.q, t.k, G1_, P1_);
     gelu<false, false>(r * HIDDEN, P1_, X2_bar_);
     second_.output(rates, X2_bar_, state.X2, G2, P2_);
-    if (rates.complete()) update(rates, t.k, G2, state, state);
+    if (rates.complete && rates.last_block) update(rates, t.k, G2, state, state);
     norm_.set(r, P2_, t.eps);
     norm_.write_output(r, t.q, t.gamma, t.beta, t.o);
   }
 
-  // The same once more, from what was kept: the state's values, and the weights of the next one if there is one.
+  // Z1 of a state's mini-batch, or of a block of it, with the forward's bits.
+  void first_outputs(int r, const T* k, const State& state, T* Z1) {
+    use(state);
+    first_.affine(r, k, Z1);
+  }
+
+  // The same once more, from what was kept: the state's values, and after the last block the weights of the next one if
+  // there is one.
   void replay(const Rates& rates, const T* k, T* const* kept, State& state, State* next) {
     const T *Z1 = kept[0], *G2 = kept[1];
     use(state);
     gelu<true, true>(rates.r * HIDDEN, Z1, state.X2, state.slope, state.curvature);
     set_G1(rates.r, G2, state);
-    if (next != nullptr) update(rates, k, G2, state, *next);
+    accumulate(rates, k, G2, state);
+    if (next != nullptr && rates.last_block) update(rates, k, G2, state, *next);
   }
 
+  void begin_backward() { first_.begin_backward(), second_.begin_backward(); }
+  void end_backward() { first_.end_backward(), second_.end_backward(); }
+
+  // A block's, from the last to the first, after all of them were replayed.
   void backward(const Rates& rates, const Tokens& t, T* const* kept, const State& state) {
     const int r = rates.r;
     const T* G2 = kept[1];
@@ -109,6 +122,10 @@ class InnerModel {  // TTT-MLP
     use(state);
     first_.transpose_weights();
     second_.transpose_weights();
+    if (several_) {  // the state has the last block's
+      gelu<true, true>(r * HIDDEN, kept[0], state.X2, state.slope, state.curvature);
+      set_product<HIDDEN>(r, D, G2, D, 1, second_.transpose_weights(), state.G2_W2);
+    }
     multiply(r, state.G2_W2, state.slope, G1_);
     second_.affine(r, state.X2, Z2_);
     inner_.set(r, Z2_, t.k, t.v, t.gamma, t.beta, t.eps);
@@ -117,14 +134,14 @@ class InnerModel {  // TTT-MLP
     second_.output(rates, X2_bar_, state.X2, G2, P2_);
     norm_.set(r, P2_, t.eps);
     // Outputs and updates.
-    backward_of_output(r, norm_, t, dP2_);
+    backward_of_output(r, norm_, t, d_gamma_, dP2_);
     second_.backward(rates, X2_bar_, state.X2, G2, dP2_, dX2_bar_, dX2_, dG2_);
     multiply(r, dX2_bar_, bar_slope_, dX2_bar_);
     first_.backward(rates, t.q, t.k, G1_, dX2_bar_, t.dq, t.dk, dG1_);
     // G1, (26).
     multiply(r, dG1_, state.slope, E_);
     add_product<D>(r, HIDDEN, E_, HIDDEN, 1, second_.W, dG2_);
-    add_product<D>(HIDDEN, r, E_, 1, HIDDEN, G2, second_.dW);
+    second_.add_outer_product(r, E_, G2);
     // G2, then Z2 and Z1.
     inner_.backward(r, dG2_, G2, t.gamma, dZ2_, de_, d_gamma_);
     second_.backward_of_affine(r, state.X2, dZ2_, dX2_);
@@ -137,6 +154,7 @@ class InnerModel {  // TTT-MLP
   }
 
  private:
+  const bool several_;
   DualLayer<D, HIDDEN> first_;
   DualLayer<HIDDEN, D> second_;
   InnerGradient inner_;
@@ -159,6 +177,11 @@ class InnerModel {  // TTT-MLP
     multiply(r, state.G2_W2, state.slope, G1_);
   }
 
+  void accumulate(const Rates& rates, const T* k, const T* G2, const State& state) {
+    first_.accumulate(rates, k, G1_);
+    second_.accumulate(rates, state.X2, G2);
+  }
+
   void update(const Rates& rates, const T* k, const T* G2, const State& state, const State& next) {
     first_.update(rates, k, G1_, next.weights[0], next.weights[1]);
     second_.update(rates, state.X2, G2, next.weights[2], next.weights[3]);
@@ -178,12 +201,14 @@ class InnerModel<0> {  // TTT-Linear
     State(Arena& arena, int) : weights{arena.take(D * D), arena.take(D)} {}
   };
 
-  static size_t numbers(int K) {
-    return DualLayer<D, D>::numbers(K) + 11 * Arena::rounded(K * D) + 2 * Arena::rounded(K);
+  static size_t numbers(int K, bool back) {
+    const int R = rows_of_tiles(K);
+    return DualLayer<D, D>::numbers(K, back) + InnerGradient::numbers(R) + Normalised::numbers(R) + 7 * Arena::rounded(R * D);
   }
 
-  InnerModel(Arena& arena, int K) : layer_(arena, K), inner_(arena, K), norm_(arena, K) {
-    for (T** tile : {&Z_, &P_, &dP_, &dG_, &dZ_, &de_, &d_gamma_}) *tile = arena.take(K * D);
+  InnerModel(Arena& arena, int K, bool back)
+      : layer_(arena, K, back), inner_(arena, rows_of_tiles(K)), norm_(arena, rows_of_tiles(K)) {
+    for (T** tile : {&Z_, &P_, &dP_, &dG_, &dZ_, &de_, &d_gamma_}) *tile = arena.take(rows_of_tiles(K) * D);
   }
 
   T* gradients(int i) { return i ? layer_.db : layer_.dW; }
@@ -195,16 +220,24 @@ class InnerModel<0> {  // TTT-Linear
     layer_.affine(r, t.k, Z_);
     inner_.set(r, Z_, t.k, t.v, t.gamma, t.beta, t.eps);
     inner_.value(r, G);
+    layer_.accumulate(rates, t.k, G);
     layer_.output(rates, t.q, t.k, G, P_);
-    if (rates.complete()) layer_.update(rates, t.k, G, layer_.W, layer_.b);
+    if (rates.complete && rates.last_block) layer_.update(rates, t.k, G, layer_.W, layer_.b);
     norm_.set(r, P_, t.eps);
     norm_.write_output(r, t.q, t.gamma, t.beta, t.o);
   }
 
+  void first_outputs(int, const T*, const State&, T*) {}  // there are none beside Z
+
   void replay(const Rates& rates, const T* k, T* const* kept, State& state, State* next) {
     use(state);
-    if (next != nullptr) layer_.update(rates, k, kept[0], next->weights[0], next->weights[1]);
+    layer_.accumulate(rates, k, kept[0]);
+    if (next == nullptr || !rates.last_block) return;
+    layer_.update(rates, k, kept[0], next->weights[0], next->weights[1]);
   }
+
+  void begin_backward() { layer_.begin_backward(); }
+  void end_backward() { layer_.end_backward(); }
 
   void backward(const Rates& rates, const Tokens& t, T* const* kept, const State& state) {
     const int r = rates.r;
@@ -217,7 +250,7 @@ class InnerModel<0> {  // TTT-Linear
     layer_.output(rates, t.q, t.k, G, P_);
     norm_.set(r, P_, t.eps);
     // Output and update, then G, then Z.
-    backward_of_output(r, norm_, t, dP_);
+    backward_of_output(r, norm_, t, d_gamma_, dP_);
     layer_.backward(rates, t.q, t.k, G, dP_, t.dq, t.dk, dG_);
     inner_.backward(r, dG_, G, t.gamma, dZ_, de_, d_gamma_);
     layer_.backward_of_affine(r, t.k, dZ_, t.dk);

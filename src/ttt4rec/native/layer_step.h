@@ -18,6 +18,8 @@ struct LayerCall {  // as whole_step.py's
   const T *gamma, *beta, *norm_weight, *norm_bias;  // of the inner norm [H, D], of the outer one [C]
   T *records, *conv;                                // of the pool
   int64_t* position;
+  const T *forget_bias, *forget_weight;  // of what is forgotten [H], [H, C]; null: nothing, and whatever the input is
+  const T* initial[4];                   // the initial weights [H, ...]
 };
 
 constexpr int TOGETHER = 16;  // streams, for which a row of weights is read once
@@ -28,8 +30,9 @@ class LayerStep {
       : call_(call), C_(call.H * D), arena_(numbers(call)), q_(arena_.take(TOGETHER * C_)),
         k_(arena_.take(TOGETHER * C_)), v_(arena_.take(TOGETHER * C_)), gate_(arena_.take(TOGETHER * C_)),
         o_(arena_.take(TOGETHER * C_)), lr_(arena_.take(TOGETHER * call.H)), scale_(arena_.take(call.K)),
+        log_decay_(arena_.take(TOGETHER * call.H)),
         inner_{call.H, call.K, call.record, nullptr, offset_, call.eps, q_, k_, v_, lr_, scale_,
-               call.gamma, call.beta, call.records, o_},
+               call.gamma, call.beta, call.records, o_, decay()},
         step_(inner_) {
     for (int i = 0; i < call.K; ++i) {  // s_i = max(0, 1/(i+1) + τ_i)
       const T s = T(1) / (i + 1) + call.token_offset[i];
@@ -62,6 +65,9 @@ class LayerStep {
         rotate(cos, sin, 1, k_ + at);
       }
       for (int h = 0; h < call_.H; ++h) lr_[i * call_.H + h] = rate(x + i * C_, k_ + i * C_, h);
+      if (call_.forget_bias) {
+        for (int h = 0; h < call_.H; ++h) log_decay_[i * call_.H + h] = log_decay(x + i * C_, h);
+      }
     }
     inner_.slots = slots;
     for (int i = 0; i < rows * call_.H; ++i) step_.run(i);
@@ -79,13 +85,30 @@ class LayerStep {
   const LayerCall& call_;
   const int C_;
   Arena arena_;
-  T *q_, *k_, *v_, *gate_, *o_, *lr_, *scale_;
+  T *q_, *k_, *v_, *gate_, *o_, *lr_, *scale_, *log_decay_;
   int64_t offset_[TOGETHER];
   StepCall inner_;
   Step step_;
 
   static size_t numbers(const LayerCall& call) {
-    return 5 * Arena::rounded(TOGETHER * call.H * D) + Arena::rounded(TOGETHER * call.H) + Arena::rounded(call.K);
+    return 5 * Arena::rounded(TOGETHER * call.H * D) + 2 * Arena::rounded(TOGETHER * call.H) + Arena::rounded(call.K);
+  }
+
+  DecayCall decay() const {
+    DecayCall decay{};
+    if (!call_.forget_bias) return decay;
+    constexpr int HIDDEN = F ? F : D;
+    decay.log_decay = log_decay_;
+    const int64_t strides[] = {D * HIDDEN, HIDDEN, HIDDEN * D, D};
+    for (int i = 0; i < 2 * LAYERS; ++i) decay.initial[i] = call_.initial[i], decay.strides[i] = strides[i];
+    return decay;
+  }
+
+  // ln a of layers/forgetting.py; who does not learn does not forget.
+  T log_decay(const T* x, int h) const {
+    if (!call_.adapt) return 0;
+    const T logit = call_.forget_bias[h] + (call_.forget_weight ? dot(C_, x, call_.forget_weight + h * C_) : 0);
+    return -std::log1p(std::exp(-std::abs(logit))) - (logit > 0 ? logit : 0);
   }
 
   // The rate, (31) of docs/mathematics.md, at most max_inner_step / (1 + |k|²).

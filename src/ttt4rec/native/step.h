@@ -8,10 +8,17 @@
 
 namespace {
 
-// Where the parts of a record begin: [W; b] of every layer, then the rows; in a row X and U of every layer, v, lr.
+// Where the parts of a record begin: [W; b] of every layer, then the rows; in a row X and U of every layer, v, lr, ln a.
 constexpr int WEIGHTS_AT[] = {TTT_WEIGHTS_AT}, ROW_AT[] = {TTT_ROW_AT};
 constexpr int LAYERS = F ? 2 : 1, ROWS_AT = WEIGHTS_AT[LAYERS], V_AT = ROW_AT[2 * LAYERS], LR_AT = ROW_AT[2 * LAYERS + 1];
+constexpr int DECAY_AT = ROW_AT[2 * LAYERS + 2];
 constexpr int ROW = TTT_ROW;  // numbers from one row to the next
+
+struct DecayCall {        // as step.py's, of layers that forget
+  const T* log_decay;     // ln a [B, H]; null: nothing is forgotten
+  const T* initial[4];    // W and b of every layer, a head's numbers side by side
+  int64_t strides[4];     // numbers from one head to the next
+};
 
 struct StepCall {  // as step.py's
   int64_t H, K, record;       // numbers in a record
@@ -19,6 +26,7 @@ struct StepCall {  // as step.py's
   double eps;
   const T *q, *k, *v, *lr, *scale, *gamma, *beta;  // tokens [B, H, D], rates [B, H]
   T *records, *o;
+  DecayCall decay;
 };
 
 // x W + b of one row, in several sums so that they need not wait for each other.
@@ -62,6 +70,12 @@ struct Layer {
     for (int j = 0; j <= i; ++j) add<OUT>(out, U + j * ROW, -s * (dot<IN>(x, X + j * ROW) + 1));
   }
 
+  // What is lost, of (40): a share of W - W̄ and of b - b̄.
+  void forget(T share, const T* initial_W, const T* initial_b) const {
+    for (int n = 0; n < IN * OUT; n += LANES) store(W + n, load(W + n) - share * (load(W + n) - load(initial_W + n)));
+    for (int n = 0; n < OUT; n += LANES) store(b + n, load(b + n) - share * (load(b + n) - load(initial_b + n)));
+  }
+
   // (9)
   void update(int K, T s_last, T* scaled) const {
     for (int j = 0; j < K; ++j) {
@@ -82,6 +96,7 @@ class Step {
     const int64_t stream = i / call_.H, head = i % call_.H;
     q_ = call_.q + i * D, k_ = call_.k + i * D, v_ = call_.v + i * D, lr_ = call_.lr[i];
     gamma_ = call_.gamma + head * D, beta_ = call_.beta + head * D;
+    head_ = head, log_decay_ = call_.decay.log_decay ? call_.decay.log_decay[i] : 0;
     place_ = call_.offset[stream];
     s_ = call_.scale[place_];
     T* record = call_.records + (call_.slots[stream] * call_.H + head) * call_.record;
@@ -103,11 +118,12 @@ class Step {
   Normalised norm_;
   T *scaled_, *transposed_;
   const T *q_, *k_, *v_, *gamma_, *beta_;
-  T lr_, s_;
+  T lr_, s_, log_decay_;
+  int64_t head_;
   int place_;
 
   static size_t numbers(int K) {
-    return 4 * Arena::rounded(D) + 2 * Arena::rounded(1) + Arena::rounded(K * (F > D ? F : D)) + Arena::rounded(F * D);
+    return InnerGradient::numbers(1) + Normalised::numbers(1) + Arena::rounded(K * (F > D ? F : D)) + Arena::rounded(F * D);
   }
 
   bool last() const { return place_ == K_ - 1; }
@@ -124,6 +140,16 @@ class Step {
     std::memcpy(row + ROW_AT[0], k_, D * sizeof(T));
     std::memcpy(row + V_AT, v_, D * sizeof(T));
     row[LR_AT] = lr_;
+    row[DECAY_AT] = log_decay_;
+  }
+
+  const T* initial(int i) const { return call_.decay.initial[i] + head_ * call_.decay.strides[i]; }
+
+  // 1 - A of the mini-batch that is complete.
+  T share_lost(const T* record) const {
+    T total = 0;
+    for (int j = 0; j < K_; ++j) total += record[ROWS_AT + j * ROW + DECAY_AT];
+    return -std::expm1(total);
   }
 
   void linear(T* record, T* P) {
@@ -133,7 +159,9 @@ class Step {
     write_token(record);
     inner_gradient(Z, layer.U + place_ * ROW);
     layer.output(place_, s_, q_, P);
-    if (last()) layer.update(K_, s_, scaled_);
+    if (!last()) return;
+    if (call_.decay.log_decay) layer.forget(share_lost(record), initial(0), initial(1));
+    layer.update(K_, s_, scaled_);
   }
 
   void mlp(T* record, T* P) {
@@ -153,10 +181,14 @@ class Step {
     first.output(place_, s_, q_, Z1);
     gelu<false, false>(F, Z1, X2_bar);
     second.output(place_, s_, X2_bar, P);
-    if (last()) {
-      first.update(K_, s_, scaled_);
-      second.update(K_, s_, scaled_);
+    if (!last()) return;
+    if (call_.decay.log_decay) {
+      const T share = share_lost(record);
+      first.forget(share, initial(0), initial(1));
+      second.forget(share, initial(2), initial(3));
     }
+    first.update(K_, s_, scaled_);
+    second.update(K_, s_, scaled_);
   }
 };
 

@@ -36,7 +36,7 @@ def share(work: Callable[[int, int], int], rows: int, numbers: int | None = None
     """
     threads = max(1, min(torch.get_num_threads(), rows))
     if threads == 1 or (numbers is not None and numbers <= ALONE):
-        _check(work(0, rows))
+        check(work(0, rows))
         return
     size = -(-rows // (PARTS * threads))
     flush = flushes_denormals()
@@ -62,10 +62,11 @@ def share(work: Callable[[int, int], int], rows: int, numbers: int | None = None
         parts.clear()
         wait([other for other in others if not other.cancel()])
         raise
-    _check(failed)
+    check(failed)
 
 
-def _check(failed: int) -> None:
+def check(failed: int) -> None:
+    """Raise MemoryError if a call returned other than 0."""
     if failed:
         raise MemoryError("the compiled inner loop found no memory for its tiles")
 

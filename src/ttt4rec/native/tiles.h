@@ -34,18 +34,28 @@ class Arena {
 
 enum class From { nothing, matrix, bias };  // a matrix [rows, N], often C itself; one row for all
 
-// Rows of C = FROM + A B for ROWS rows and VECTORS vectors of columns; A[i][m] = a[i * row + m * column]. The sum is formed
-// first, so that what it is added to, which may be larger by far, is rounded once.
-template <From FROM, int ROWS, int VECTORS, int N>
-inline void block(int M, const T* a, long row, long column, const T* b, T* c, const T* from) {
+// Numbers from one row of a product's tiles to the next. A[i][m] = a[i * row + m * column].
+struct Strides {
+  long row, column, b, c, from;
+};
+template <long B, long C, long FROM>
+struct FixedStrides {  // of what the compiler knows the width
+  long row, column;
+  static constexpr long b = B, c = C, from = FROM;
+};
+
+// Rows of C = FROM + A B for ROWS rows and VECTORS vectors of columns. The sum is formed first, so that what it is added
+// to, which may be larger by far, is rounded once.
+template <From FROM, int ROWS, int VECTORS, class S>
+inline void block(int M, const T* a, const T* b, T* c, const T* from, S s) {
   V total[ROWS][VECTORS] = {};
   for (int m = 0; m < M; ++m) {
     V b_row[VECTORS];
 #pragma GCC unroll 16
-    for (int n = 0; n < VECTORS; ++n) b_row[n] = in_register(load(b + m * N + n * LANES));
+    for (int n = 0; n < VECTORS; ++n) b_row[n] = in_register(load(b + m * s.b + n * LANES));
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      const T x = a[i * row + m * column];
+      const T x = a[i * s.row + m * s.column];
 #pragma GCC unroll 16
       for (int n = 0; n < VECTORS; ++n) total[i][n] += x * b_row[n];
     }
@@ -54,35 +64,48 @@ inline void block(int M, const T* a, long row, long column, const T* b, T* c, co
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 16
     for (int n = 0; n < VECTORS; ++n) {
-      if constexpr (FROM == From::matrix) total[i][n] += load(from + i * N + n * LANES);
+      if constexpr (FROM == From::matrix) total[i][n] += load(from + i * s.from + n * LANES);
       if constexpr (FROM == From::bias) total[i][n] += load(from + n * LANES);
-      store(c + i * N + n * LANES, total[i][n]);
+      store(c + i * s.c + n * LANES, total[i][n]);
     }
   }
 }
 
-template <From FROM, int ROWS, int VECTORS, int N>
-inline void blocks(int rows, int M, const T* a, long row, long column, const T* b, T* c, const T* from) {
-  constexpr long FROM_ROW = FROM == From::matrix ? N : 0;
+template <From FROM, int ROWS, int VECTORS, class S>
+inline void blocks(int rows, int M, const T* a, const T* b, T* c, const T* from, S s) {
   int i = 0;
   for (; i + ROWS <= rows; i += ROWS) {
-    block<FROM, ROWS, VECTORS, N>(M, a + i * row, row, column, b, c + i * N, from + i * FROM_ROW);
+    block<FROM, ROWS, VECTORS>(M, a + i * s.row, b, c + i * s.c, from + i * s.from, s);
   }
   if constexpr (ROWS > 1) {
     if (i < rows) {
-      blocks<FROM, ROWS / 2, VECTORS, N>(rows - i, M, a + i * row, row, column, b, c + i * N, from + i * FROM_ROW);
+      blocks<FROM, ROWS / 2, VECTORS>(rows - i, M, a + i * s.row, b, c + i * s.c, from + i * s.from, s);
     }
   }
 }
+
+constexpr int MOST_VECTORS = REGISTERS / 8;  // of columns that a block has
+constexpr int rows_of_block(int vectors) { return REGISTERS / 2 / vectors > 8 ? 8 : REGISTERS / 2 / vectors; }
 
 // C [rows, N] = FROM + A B, A [rows, M] with any strides, B [M, N]: the sums of a block stay in registers.
 template <From FROM, int N>
 inline void product(int rows, int M, const T* a, long row, long column, const T* b, T* c, const T* from) {
-  constexpr int WIDTH = N / LANES, MOST = REGISTERS / 8;
-  constexpr int VECTORS = WIDTH % MOST == 0 ? MOST : WIDTH % 2 == 0 ? 2 : 1;
-  constexpr int ROWS = REGISTERS / 2 / VECTORS > 8 ? 8 : REGISTERS / 2 / VECTORS;
+  constexpr int WIDTH = N / LANES, VECTORS = WIDTH % MOST_VECTORS == 0 ? MOST_VECTORS : WIDTH % 2 == 0 ? 2 : 1;
+  const FixedStrides<N, N, FROM == From::matrix ? N : 0> strides{row, column};
   for (int n = 0; n < N; n += VECTORS * LANES) {
-    blocks<FROM, ROWS, VECTORS, N>(rows, M, a, row, column, b + n, c + n, FROM == From::nothing ? c : from + n);
+    blocks<FROM, rows_of_block(VECTORS), VECTORS>(rows, M, a, b + n, c + n, FROM == From::nothing ? c : from + n, strides);
+  }
+}
+
+// The same of any number N of columns, a multiple of LANES; what comes from a matrix is C itself.
+template <From FROM, int VECTORS = MOST_VECTORS>
+inline void wide_product(int rows, int N, int M, const T* a, const T* b, T* c, Strides s) {
+  int n = 0;
+  for (; n + VECTORS * LANES <= N; n += VECTORS * LANES) {
+    blocks<FROM, rows_of_block(VECTORS), VECTORS>(rows, M, a, b + n, c + n, c + n, s);
+  }
+  if constexpr (VECTORS > 1) {
+    if (n < N) wide_product<FROM, VECTORS / 2>(rows, N - n, M, a, b + n, c + n, s);
   }
 }
 
@@ -103,6 +126,44 @@ inline V lanes_of_dot(const T* a, const T* b) {
   V total = load(a) * load(b);
   for (int n = LANES; n < N; n += LANES) total += load(a + n) * load(b + n);
   return total;
+}
+
+// out[i] = the sum across part(i), for `count` of them; `out` has room for whole vectors. Many at a time cost a fraction.
+template <class Part>
+inline void sums(int count, const Part& part, T* out) {
+  if (count < LANES / 4) {
+    for (int i = 0; i < count; ++i) out[i] = sum(part(i));
+    return;
+  }
+  for (int i = 0; i < count; i += LANES) {
+    V rows[LANES];
+#pragma GCC unroll 16
+    for (int n = 0; n < LANES; ++n) rows[n] = i + n < count ? part(i + n) : V{};
+    store(out + i, row_sums(rows));
+  }
+}
+
+// A matrix of tokens by tokens of a mini-batch of K has rows so long that a vector has a whole number of them, or they of it.
+inline int row_of_tokens(int K) {
+  int row = 1;
+  while (row < K && row < LANES) row *= 2;
+  return (K + row - 1) / row * row;
+}
+inline size_t tokens_by_tokens(int K) { return Arena::rounded(K * row_of_tokens(K)); }
+
+// out[i, j] = a_i · b_j for j <= i, else 0, of r rows.
+template <int N>
+inline void dots(int r, int row, const T* a, const T* b, T* out) {
+  int i = 0, j = 0;
+  for (int at = 0; at < r * row; at += LANES) {
+    V products[LANES];
+#pragma GCC unroll 16
+    for (int n = 0; n < LANES; ++n) {
+      products[n] = i < r && j <= i ? lanes_of_dot<N>(a + i * N, b + j * N) : V{};
+      if (++j == row) j = 0, ++i;
+    }
+    store(out + at, row_sums(products));
+  }
 }
 
 template <int N>
@@ -137,22 +198,28 @@ inline void add(T* total, const T* x, T scale = 1) {
 struct Normalised {
   T *x_hat, *inverse_std;
 
-  Normalised(Arena& arena, int K) : x_hat(arena.take(K * D)), inverse_std(arena.take(K)) {}
+  static size_t numbers(int K) { return Arena::rounded(K * D) + Arena::rounded(K) + Arena::rounded(2 * K + LANES); }
+
+  Normalised(Arena& arena, int K)
+      : x_hat(arena.take(K * D)), inverse_std(arena.take(K)), sums_(arena.take(2 * K + LANES)) {}
 
   void set(int r, const T* z, T eps) {
+    sums(r, [&](int i) { return features(z + i * D); }, sums_);
     for (int i = 0; i < r; ++i) {
-      V total{}, rest{}, squares{};
-      for (int n = 0; n < D; n += LANES) total += load(z + i * D + n);
-      const T mean = sum(total) / D;
-      for (int n = 0; n < D; n += LANES) {
-        const V centred = load(z + i * D + n) - mean;
-        rest += centred;
-        squares += centred * centred;
-        store(x_hat + i * D + n, centred);
-      }
-      const T rounded = sum(rest) / D;  // off the mean, which may be larger than the deviations by far
-      inverse_std[i] = 1 / std::sqrt(sum(squares) / D + eps);
-      for (int n = 0; n < D; n += LANES) store(x_hat + i * D + n, (load(x_hat + i * D + n) - rounded) * inverse_std[i]);
+      const T mean = sums_[i] / D;
+      for (int n = i * D; n < (i + 1) * D; n += LANES) store(x_hat + n, load(z + n) - mean);
+    }
+    // The mean of what is left was rounded off the mean, which may be larger than the deviations by far.
+    sums(2 * r, [&](int i) { return i < r ? features(x_hat + i * D) : squares(x_hat + (i - r) * D); }, sums_);
+    for (int i = 0; i < r; i += LANES) {
+      T inverse[LANES];
+      store(inverse, load(sums_ + r + i) / D + eps);
+      for (int n = 0; n < LANES; ++n) inverse[n] = 1 / std::sqrt(inverse[n]);
+      for (int n = 0; n < LANES && i + n < r; ++n) inverse_std[i + n] = inverse[n];
+    }
+    for (int i = 0; i < r; ++i) {
+      const T rounded = sums_[i] / D, inverse = inverse_std[i];
+      for (int n = i * D; n < (i + 1) * D; n += LANES) store(x_hat + n, (load(x_hat + n) - rounded) * inverse);
     }
   }
 
@@ -166,14 +233,32 @@ struct Normalised {
     }
   }
 
-  // out = J x, (5), of row i; the Jacobian is symmetric, so this serves both directions.
-  void jacobian_product(int i, const T* x, T* out) const {
-    const T* own = x_hat + i * D;
-    V total{};
-    for (int n = 0; n < D; n += LANES) total += load(x + n);
-    const T mean = sum(total) / D, along = dot<D>(x, own) / D, r = inverse_std[i];
-    for (int n = 0; n < D; n += LANES) store(out + n, r * (load(x + n) - mean - along * load(own + n)));
+  // out = J x, (5), of every row, out being another tile; the Jacobian is symmetric, so this serves both directions.
+  void jacobian_products(int r, const T* x, T* out) const {
+    sums(2 * r, [&](int i) { return i < r ? features(x + i * D) : along(x, i - r); }, sums_);
+    for (int i = 0; i < r; ++i) jacobian_product(i, x + i * D, sums_[i] / D, sums_[r + i] / D, out + i * D);
   }
+
+  // Of row i, whose mean and whose mean along x̂ are known.
+  void jacobian_product(int i, const T* x, T mean, T slant, T* out) const {
+    const T inverse = inverse_std[i];
+    for (int n = 0; n < D; n += LANES) {
+      store(out + n, inverse * (load(x + n) - mean - slant * load(x_hat + i * D + n)));
+    }
+  }
+
+  V along(const T* x, int i) const { return lanes_of_dot<D>(x + i * D, x_hat + i * D); }
+
+  static V features(const T* x) {
+    V total = load(x);
+    for (int n = LANES; n < D; n += LANES) total += load(x + n);
+    return total;
+  }
+
+ private:
+  T* sums_;
+
+  static V squares(const T* x) { return lanes_of_dot<D>(x, x); }
 };
 
 // G, the inner loss's gradient at Z, and the derivative of that gradient.
@@ -181,7 +266,13 @@ struct InnerGradient {
   Normalised norm;
   T *error, *y;
 
-  InnerGradient(Arena& arena, int K) : norm(arena, K), error(arena.take(K * D)), y(arena.take(K * D)) {}
+  static size_t numbers(int K) {
+    return Normalised::numbers(K) + 3 * Arena::rounded(K * D) + Arena::rounded(4 * K + LANES);
+  }
+
+  InnerGradient(Arena& arena, int K)
+      : norm(arena, K), error(arena.take(K * D)), y(arena.take(K * D)), dx_hat_(arena.take(K * D)),
+        sums_(arena.take(4 * K + LANES)) {}
 
   void set(int r, const T* Z, const T* k, const T* v, const T* gamma, const T* beta, T eps) {
     norm.set(r, Z, eps);
@@ -197,29 +288,36 @@ struct InnerGradient {
   }
 
   // G, (6).
-  void value(int r, T* G) const {
-    for (int i = 0; i < r; ++i) norm.jacobian_product(i, y + i * D, G + i * D);
-  }
+  void value(int r, T* G) const { norm.jacobian_products(r, y, G); }
 
   // dZ, de and each row's dγ from dG, (21) and (22).
   void backward(int r, const T* dG, const T* G, const T* gamma, T* dZ, T* de, T* d_gamma) const {
+    const auto part = [&](int i) {
+      const int at = i % r;
+      if (i < r) return Normalised::features(dG + at * D);
+      if (i < 2 * r) return norm.along(dG, at);
+      return i < 3 * r ? norm.along(y, at) : lanes_of_dot<D>(dG + at * D, G + at * D);
+    };
+    sums(4 * r, part, sums_);
     for (int i = 0; i < r; ++i) {
       const long at = long(i) * D;
       const T *x_hat = norm.x_hat + at, *own_y = y + at, *own_dG = dG + at;
-      const T inverse = norm.inverse_std[i];
-      T dy[D], dx_hat[D];
-      norm.jacobian_product(i, own_dG, dy);
-      const T mean_y = dot<D>(own_y, x_hat) / D, mean_dG = dot<D>(own_dG, x_hat) / D;
+      const T inverse = norm.inverse_std[i], mean_dG = sums_[r + i] / D, mean_y = sums_[2 * r + i] / D;
+      T dy[D];
+      norm.jacobian_product(i, own_dG, sums_[i] / D, mean_dG, dy);
       for (int n = 0; n < D; n += LANES) {
         const V g = load(gamma + n), e = g * load(dy + n);
         store(de + at + n, e);
-        store(dx_hat + n, g * e - inverse * (mean_y * load(own_dG + n) + mean_dG * load(own_y + n)));
+        store(dx_hat_ + at + n, g * e - inverse * (mean_y * load(own_dG + n) + mean_dG * load(own_y + n)));
         store(d_gamma + at + n, load(dy + n) * load(error + at + n) + e * load(x_hat + n));
       }
-      norm.jacobian_product(i, dx_hat, dZ + at);
-      add<D>(dZ + at, x_hat, -inverse * dot<D>(own_dG, G + at) / D);
     }
+    norm.jacobian_products(r, dx_hat_, dZ);
+    for (int i = 0; i < r; ++i) add<D>(dZ + i * D, norm.x_hat + i * D, -norm.inverse_std[i] * sums_[3 * r + i] / D);
   }
+
+ private:
+  T *dx_hat_, *sums_;
 };
 
 // The tanh form of gelu from one sigmoid, (14), with z, v, s and w for x, w, σ and w'.
@@ -228,9 +326,9 @@ template <bool SLOPE, bool CURVATURE>
 inline void gelu(int n, const T* z, T* value, T* slope = nullptr, T* curvature = nullptr) {
   constexpr T c = 0.7978845608028654, a = 0.044715;  // sqrt(2/π) and the cubic coefficient
   for (int i = 0; i < n; i += LANES) {
-    const V given = load(z + i), low = given < -10 ? all(-10) : given, x = low > 10 ? all(10) : low, square = x * x;
-    const V e = exponential(-2 * c * x * (1 + a * square)), s = 1 / (1 + e);
-    store(value + i, low * s);
+    const V given = load(z + i), x = clamped(given, -10, 10), square = x * x;
+    const V e = exponential_within(-2 * c * x * (1 + a * square)), s = reciprocal(1 + e);
+    store(value + i, (given < -10 ? x : given) * s);
     if constexpr (SLOPE) {
       const V w = 2 * c * (1 + 3 * a * square), p = e * s * s, q = p * w;  // 1 - s would cancel
       store(slope + i, s + x * q);
@@ -239,115 +337,19 @@ inline void gelu(int n, const T* z, T* value, T* slope = nullptr, T* curvature =
   }
 }
 
-// η[i, j] = s_i lr_j for j <= i of a mini-batch, and the gradients of both factors.
+// η[i, j] = s_i lr_j for j <= i of a block of r tokens, and the gradients of both factors. A mini-batch of up to BLOCK
+// tokens is one block, which its updates need no sums for.
 struct Rates {
-  int K, r;
+  int r, row, block;          // row: see row_of_tokens; which of the mini-batch's blocks it is
+  bool last_block, complete;  // whether the mini-batch has K tokens
+  T last_scale;
   const T *scale, *lr;
-  T *d_scale, *d_lr;
+  T* eta;  // [r, row], zero beyond the diagonal
+  T *d_scale, *d_last_scale, *d_lr;
 
-  T eta(int i, int j) const { return scale[i] * lr[j]; }
-  T last(int j) const { return scale[K - 1] * lr[j]; }
-  bool complete() const { return r == K; }
+  T last(int j) const { return last_scale * lr[j]; }
   void accumulate(int i, int j, T d_eta) const {
     d_scale[i] += d_eta * lr[j];
     d_lr[j] += d_eta * scale[i];
-  }
-};
-
-// One inner layer, W [IN, OUT] and b [OUT], in one mini-batch: its output at queries in the dual form, and its update.
-// W and b are the weights before the mini-batch, whose memory somebody else has; dW and db are the layer's own.
-template <int IN, int OUT>
-class DualLayer {
- public:
-  T *W, *b, *dW, *db;
-
-  static size_t numbers(int K) {
-    return 3 * Arena::rounded(IN * OUT) + Arena::rounded(OUT) + 3 * Arena::rounded(K * K) + 2 * Arena::rounded(K * OUT);
-  }
-
-  DualLayer(Arena& arena, int K)
-      : W(nullptr), b(nullptr), dW(arena.take(IN * OUT)), db(arena.take(OUT)),
-        W_transposed_(arena.take(IN * OUT)), dW_transposed_(arena.take(IN * OUT)), S_(arena.take(K * K)),
-        minus_A_(arena.take(K * K)), dS_(arena.take(K * K)), minus_eta_G_(arena.take(K * OUT)),
-        X_dW_(arena.take(K * OUT)) {}
-
-  // Z = X W + b
-  void affine(int r, const T* X, T* Z) const { product<From::bias, OUT>(r, IN, X, IN, 1, W, Z, b); }
-
-  // Wᵀ, which the products with it below take; to be called when W has changed.
-  const T* transpose_weights() {
-    transpose<IN, OUT>(W, W_transposed_);
-    return W_transposed_;
-  }
-
-  // P, (8).
-  void output(const Rates& rates, const T* Q, const T* X, const T* G, T* P) {
-    const int r = rates.r;
-    for (int i = 0; i < r; ++i) {
-      for (int j = 0; j < r; ++j) {
-        S_[i * r + j] = j > i ? 0 : dot<IN>(Q + i * IN, X + j * IN) + 1;
-        minus_A_[i * r + j] = j > i ? 0 : -rates.eta(i, j) * S_[i * r + j];
-      }
-    }
-    affine(r, Q, P);
-    add_product<OUT>(r, r, minus_A_, r, 1, G, P);
-  }
-
-  // W and b after the mini-batch, (9); next may be where they are.
-  void update(const Rates& rates, const T* X, const T* G, T* next_W, T* next_b) {
-    set_minus_eta_G(rates, G);
-    add_rows<OUT>(rates.r, minus_eta_G_, b, next_b);
-    product<From::matrix, OUT>(IN, rates.r, X, 1, IN, minus_eta_G_, next_W, W);
-  }
-
-  // Backward of output and update together, (16) to (20): dQ, dX and dG from dP and from dW and db, which come as gradients of the
-  // updated weights and become those of the weights before. W must be the weights before, transposed already.
-  void backward(const Rates& rates, const T* Q, const T* X, const T* G, const T* dP, T* dQ, T* dX, T* dG) {
-    const int r = rates.r;
-    for (int i = 0; i < r; ++i) {
-      for (int j = 0; j < r; ++j) {
-        const T dA = j > i ? 0 : -dot<OUT>(dP + i * OUT, G + j * OUT);
-        dS_[i * r + j] = dA * rates.eta(i, j);
-        if (j <= i) rates.accumulate(i, j, dA * S_[i * r + j]);
-      }
-    }
-    set_product<IN>(r, OUT, dP, OUT, 1, W_transposed_, dQ);
-    add_product<IN>(r, r, dS_, r, 1, X, dQ);
-    set_product<IN>(r, r, dS_, 1, r, Q, dX);
-    set_product<OUT>(r, r, minus_A_, 1, r, dP, dG);
-    if (rates.complete()) backward_of_update(rates, X, G, dX, dG);
-    add_outer(r, Q, dP);
-  }
-
-  // Backward of Z = X W + b: dX += dZ Wᵀ, dW += Xᵀ dZ, db += Σ dZ.
-  void backward_of_affine(int r, const T* X, const T* dZ, T* dX) {
-    add_product<IN>(r, OUT, dZ, OUT, 1, W_transposed_, dX);
-    add_outer(r, X, dZ);
-  }
-
- private:
-  T *W_transposed_, *dW_transposed_, *S_, *minus_A_, *dS_, *minus_eta_G_, *X_dW_;
-
-  void set_minus_eta_G(const Rates& rates, const T* G) {
-    for (int j = 0; j < rates.r; ++j) {
-      const T minus_eta = -rates.last(j);
-      for (int n = 0; n < OUT; n += LANES) store(minus_eta_G_ + j * OUT + n, minus_eta * load(G + j * OUT + n));
-    }
-  }
-
-  void backward_of_update(const Rates& rates, const T* X, const T* G, T* dX, T* dG) {
-    product<From::bias, OUT>(rates.r, IN, X, IN, 1, dW, X_dW_, db);
-    set_minus_eta_G(rates, G);
-    transpose<IN, OUT>(dW, dW_transposed_);
-    add_product<IN>(rates.r, OUT, minus_eta_G_, OUT, 1, dW_transposed_, dX);
-    for (int j = 0; j < rates.r; ++j) {
-      rates.accumulate(rates.r - 1, j, -dot<OUT>(X_dW_ + j * OUT, G + j * OUT));
-      add<OUT>(dG + j * OUT, X_dW_ + j * OUT, -rates.last(j));
-    }
-  }
-
-  void add_outer(int r, const T* X, const T* dZ) {
-    add_product<OUT>(IN, r, X, 1, IN, dZ, dW);
-    add_rows<OUT>(r, dZ, db, db);
   }
 };

@@ -25,6 +25,8 @@ class LayerCall(ctypes.Structure):
         *fields(POINTER, "cos", "sin", "token_offset", "query", "key", "value", "gate", "output"),
         *fields(POINTER, "query_conv", "query_bias", "key_conv", "key_bias", "lr_weight", "lr_bias"),
         *fields(POINTER, "gamma", "beta", "norm_weight", "norm_bias", "records", "conv", "position"),
+        *fields(POINTER, "forget_bias", "forget_weight"),
+        ("initial", POINTER * 4),
     )
 
 
@@ -116,8 +118,15 @@ def _layer(given: LayerParts) -> LayerCall:
         around.eps, around.norm_eps, around.base_lr, around.lr_scale, given.max_inner_step,
         around.cos.data_ptr(), around.sin.data_ptr(), around.token_offset.data_ptr(),
         query, *backbone, around.output.data_ptr(), *convolutions, *(p.data_ptr() for p in parameters),
-        given.records.data_ptr(), context, given.position.data_ptr(),
+        given.records.data_ptr(), context, given.position.data_ptr(), *_forget(given),
     )  # fmt: skip
+
+
+def _forget(given: LayerParts) -> tuple[Any, ...]:
+    if given.forget is None:
+        return ()
+    bias, weight, initial = given.forget
+    return bias.data_ptr(), _maybe(weight), (POINTER * 4)(*(w.data_ptr() for w in initial))
 
 
 def _norm(given: NormParts) -> NormCall:

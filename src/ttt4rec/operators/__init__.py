@@ -10,18 +10,20 @@ from ..inner_models import INNER_MODELS, InnerModel
 from .backends import Backend, check_backend, choose_backend
 from .convolution import CONVOLUTIONS
 from .full_softmax import full_softmax_nll, full_softmax_total_nll
-from .inner_loop import SCANS, declare_scan
+from .inner_loop import FORGETTING_SCANS, SCANS, declare_scan
 from .operator import Operator
 from .output import output
 from .projection import projection
-from .step import token_step
+from .step import forgetting_token_step, token_step
 
 _ALL: tuple[Operator[Any], ...] = (
     *SCANS.values(),
+    *FORGETTING_SCANS.values(),
     *CONVOLUTIONS.values(),
     projection,
     output,
     token_step,
+    forgetting_token_step,
     full_softmax_nll,
     full_softmax_total_nll,
 )
@@ -37,17 +39,20 @@ def register_inner_model(model: InnerModel) -> None:
     if model.name in INNER_MODELS:
         raise ValueError(f"name must be new, not one of {', '.join(INNER_MODELS)}; given {model.name!r}")
     INNER_MODELS[model.name], SCANS[model.name] = model, declare_scan(model)
-    OPERATORS[SCANS[model.name].name] = SCANS[model.name]
+    FORGETTING_SCANS[model.name] = declare_scan(model, forgets=True)
+    OPERATORS.update({scan.name: scan for scan in (SCANS[model.name], FORGETTING_SCANS[model.name])})
 
 
 __all__ = [
     "CONVOLUTIONS",
+    "FORGETTING_SCANS",
     "OPERATORS",
     "SCANS",
     "Backend",
     "Operator",
     "check_backend",
     "choose_backend",
+    "forgetting_token_step",
     "full_softmax_nll",
     "full_softmax_total_nll",
     "output",

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..arguments import MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE
+from ..arguments import MAX_HEAD_DIM
 from ..precision import autocast_dtype
 from .transforms import transformed
 
@@ -90,10 +90,13 @@ def function(name: str, backend: str, arguments: Any) -> Callable[..., Any]:
     raise RuntimeError(f"one of the backends {', '.join(PACKAGES)} must compute {name}; none does")
 
 
-def shortcut(name: str, backend: str, arguments: Any) -> Callable[..., Any] | None:
-    """A backend's function that does at once what several operators do; None if it has none for such arguments."""
+def shortcut(name: str, backend: str, arguments: Any) -> Any:
+    """A backend's function, or forward and backward, that do at once what several operators do.
+
+    None if it has none for such arguments.
+    """
     package = _package("native" if backend == "auto" else backend)
-    compute: Callable[..., Any] | None = getattr(package, name, None)
+    compute = getattr(package, name, None)
     return None if compute is None or package.refusal(name, arguments) is not None else compute
 
 
@@ -123,9 +126,9 @@ def kernel_refusal(x: Tensor, head_dim: int, mini_batch_size: int) -> str | None
         return "needs the package triton, which is not installed"
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"runs on CUDA tensors, or on others with TRITON_INTERPRET=1; given {x.device}"
-    if x.dtype == torch.float64 or head_dim > MAX_HEAD_DIM or mini_batch_size > MAX_MINI_BATCH_SIZE:
+    if x.dtype == torch.float64 or head_dim > MAX_HEAD_DIM:
         return (
-            f"takes float32, bfloat16 and float16, head dimensions up to {MAX_HEAD_DIM} and "
-            f"mini-batches up to {MAX_MINI_BATCH_SIZE}; given {x.dtype}, {head_dim} and {mini_batch_size}"
+            f"takes float32, bfloat16 and float16 and head dimensions up to {MAX_HEAD_DIM}; "
+            f"given {x.dtype} and {head_dim}"
         )
     return None

@@ -10,7 +10,8 @@ T tokens in mini-batches of at most K take, per head, with S the sum of the squa
     TTT-MLP         14 T D F + 4 S (D + F)           40 T D F + 12 S (D + F)
 
 Forward, that are the products of the dual form: k W, q W and the update, and for every layer Q Kᵀ and its product with
-G. A backward takes two products for each, and computes again what the forward did not keep.
+G. A backward takes two products for each, and computes again what the forward did not keep. In mini-batches of more
+than a block S is that of the blocks, and every layer has a product more, with the sums of the blocks before.
 """
 
 import importlib.abc
@@ -22,9 +23,19 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from ..arguments import Convolution, FullSoftmax, Output, Projection, Scan, TokenStep
+from ..arguments import MAX_MINI_BATCH_SIZE, Convolution, FullSoftmax, Output, Projection, Scan, TokenStep
 from ..inner_models import INNER_MODELS
-from . import CONVOLUTIONS, SCANS, full_softmax_nll, full_softmax_total_nll, output, projection, token_step
+from . import (
+    CONVOLUTIONS,
+    FORGETTING_SCANS,
+    SCANS,
+    forgetting_token_step,
+    full_softmax_nll,
+    full_softmax_total_nll,
+    output,
+    projection,
+    token_step,
+)
 from .operator import Operator
 from .transforms import has_values
 
@@ -78,9 +89,17 @@ def _scan(scan: Scan, factors: tuple[int, int]) -> int:
     by_weights, by_pairs = factors
     (B, L, H, D), K, lengths = scan.q.shape, scan.token_scale.shape[0], scan.lengths
     tokens = [L] * B if lengths is None or not has_values(lengths) else lengths.tolist()
-    pairs = sum(n // K * K**2 + (n % K) ** 2 for n in tokens)
+    pairs = sum(n // K * _squares(K) + _squares(n % K) for n in tokens)
     features = scan.model.kept_widths(D, scan.hidden)
+    if K > MAX_MINI_BATCH_SIZE:
+        by_weights += by_pairs // 2 * len(features)  # as many products with sums as with pairs' steps
     return int(H * (by_weights * sum(tokens) * D * features[0] + by_pairs * pairs * sum(features)))
+
+
+def _squares(tokens: int) -> int:
+    """Pairs of a mini-batch's tokens, of those of one block."""
+    n = MAX_MINI_BATCH_SIZE
+    return tokens // n * n**2 + (tokens % n) ** 2
 
 
 def _step(step: TokenStep, _: None) -> int:
@@ -110,8 +129,9 @@ def _full_softmax(given: FullSoftmax, each: int) -> int:
 
 
 _FORMULAS: list[tuple[Operator[Any], Any, Any, Callable[[Any, Any], int]]] = [
-    *((SCANS[name], FORWARD[name], BACKWARD[name], _scan) for name in FORWARD),
+    *((scans[name], FORWARD[name], BACKWARD[name], _scan) for scans in (SCANS, FORGETTING_SCANS) for name in FORWARD),
     (token_step, None, None, _step),
+    (forgetting_token_step, None, None, _step),
     (projection, 2, 4, _projection),
     *((operator, 2, 4, _convolution) for operator in CONVOLUTIONS.values()),
     (output, 2, 4, _output),

@@ -4,6 +4,8 @@ They always start at a mini-batch boundary; a stream that goes on inside a mini-
 ``layers.functional``.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,14 @@ from .samples import Draw, Sizes
 
 TOKENS = ("q", "k", "v", "inner_lr")
 PARAMETERS = ("token_scale", "weights", "ln_weight", "ln_bias")
+DECAYS = ("log_decay", "initial")
 
 
-def declare_scan(model: InnerModel) -> Operator[Scan]:
-    """o; the weights after the last complete mini-batch; what the backward keeps, checkpoints last."""
+def declare_scan(model: InnerModel, forgets: bool = False) -> Operator[Scan]:
+    """o; the weights after the last complete mini-batch; what the backward keeps, checkpoints last.
+
+    With decays it is an operator of its own, since arguments that most calls lack would slow small ones.
+    """
     outgoing = tuple(f"{name}_out" for name in model.weights)
     kept = (*model.kept, "checkpoints")
 
@@ -35,6 +41,10 @@ def declare_scan(model: InnerModel) -> Operator[Scan]:
         """One sequence's and head's zeros for all: a kernel makes whole what it reads by tokens."""
         return tuple(x.new_zeros(1, 1, *x.shape[2:]).expand(x.shape) for x in (scan.q, *scan.weights))
 
+    def decays(sizes: Sizes, draw: Draw, shapes: Iterable[tuple[int, ...]]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        B, L, H, _, _ = sizes
+        return -draw.wide.rate(B, L, H), tuple(draw.wide.weight(H, *shape, fan=shape[0]) for shape in shapes)
+
     def sample(sizes: Sizes, draw: Draw, *, packed: bool = False, segment: int = 1, expansion: int = 0) -> Scan:
         """A row is a sequence; packed: three sequences in one row, one of them empty, and tokens of none."""
         B, L, H, D, K = sizes
@@ -47,18 +57,22 @@ def declare_scan(model: InnerModel) -> Operator[Scan]:
         weights = tuple(wide.weight(N, H, *shape, fan=shape[0]) for shape in shapes.values())
         norm = wide.normal(H, D), wide.normal(H, D)
         rates = wide.rate(B, L, H) / D, wide.rate(K)
-        return Scan(q, k, v, *rates, weights, *norm, starts, lengths, 1e-6, segment, model.name)
+        scan = Scan(q, k, v, *rates, weights, *norm, starts, lengths, 1e-6, segment, model.name)
+        return Scan(*scan[:-2], *decays(Sizes(B, L, H, D, K), draw, shapes.values())) if forgets else scan
 
     return Operator(
-        f"{model.name}_scan",
+        f"{model.name}_forgetting_scan" if forgets else f"{model.name}_scan",
         Scan,
         ("o", *outgoing, *kept),
         fake,
         sample,
-        constants={"inner": model.name},
-        groups={"weights": model.weights},
-        gradients=Gradients((*TOKENS, *PARAMETERS), 1 + len(outgoing), kept, gradient_dtype, absent),
+        constants={"inner": model.name} | ({} if forgets else {"log_decay": None, "initial": ()}),
+        groups={"weights": model.weights, "initial": [f"{name}_initial" for name in model.weights]},
+        gradients=Gradients(
+            (*TOKENS, *PARAMETERS, *(DECAYS if forgets else ())), 1 + len(outgoing), kept, gradient_dtype, absent
+        ),
     )
 
 
 SCANS = {name: declare_scan(model) for name, model in INNER_MODELS.items()}
+FORGETTING_SCANS = {name: declare_scan(model, forgets=True) for name, model in INNER_MODELS.items()}

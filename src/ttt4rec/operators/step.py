@@ -1,6 +1,7 @@
 """One token of many streams, in place; there is no gradient."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,27 @@ def _sample(sizes: Sizes, draw: Draw, *, inner: str = "linear", expansion: int =
     return TokenStep(q, k, v, wide.rate(B, H) / D, wide.rate(K), *norm, *where, inner, hidden, 1e-6)
 
 
+def _forgetting_sample(sizes: Sizes, draw: Draw, **options: Any) -> TokenStep:
+    step = _sample(sizes, draw, **options)
+    initial = draw.wide.weight(sizes.H, step.record.weights_at[-1], fan=sizes.D)
+    return step._replace(log_decay=-draw.wide.rate(*step.inner_lr.shape), initial=initial)
+
+
+def _fake(step: TokenStep, _: str) -> tuple[Tensor]:
+    return (step.q.new_empty(step.q.shape),)
+
+
 token_step = Operator(
-    "token_step", TokenStep, ("o",), lambda step, _: (step.q.new_empty(step.q.shape),), _sample, mutates=("records",)
+    "token_step",
+    TokenStep,
+    ("o",),
+    _fake,
+    _sample,
+    constants={"log_decay": None, "initial": None},
+    mutates=("records",),
+)
+forgetting_token_step = Operator(
+    "forgetting_token_step", TokenStep, ("o",), _fake, _forgetting_sample, mutates=("records",)
 )
 
 

@@ -12,7 +12,11 @@ from .inner_models import inner_loss, layer_norm, linear_model, mlp_model
 from .primal import primal_form
 from .views import causal_convolution, inner_learning_rate, rotate, rotation, token_scale
 
+MODELS = {"linear": linear_model, "mlp": mlp_model}
+"""The inner models by name."""
+
 __all__ = [
+    "MODELS",
     "causal_convolution",
     "dual_form",
     "inner_learning_rate",

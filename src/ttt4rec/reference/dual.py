@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inner_models import Weights, layer_norm
+from .inner_models import Weights, forgotten, layer_norm
 
 
 def dual_form(
@@ -22,6 +22,8 @@ def dual_form(
     *,
     inner: str,
     eps: float = 1e-6,
+    log_decay: Tensor | None = None,
+    initial: Weights = (),
 ) -> tuple[Tensor, Weights]:
     """Run the inner loop mini-batch by mini-batch; results and arguments as in ``primal_form``.
 
@@ -41,6 +43,9 @@ def dual_form(
         )
         outputs.append(q[:, :, tokens] + layer_norm(out, ln_weight, ln_bias, eps))
         if r == K:
+            if log_decay is not None:
+                lost = forgotten(weights, log_decay[:, tokens], initial)
+                updated = tuple(w - x for w, x in zip(updated, lost, strict=True))
             weights = updated
     return torch.cat(outputs, dim=2).transpose(1, 2), weights
 

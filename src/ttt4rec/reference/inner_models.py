@@ -43,3 +43,10 @@ def inner_loss(
     """
     error = layer_norm(model(k, weights), ln_weight, ln_bias, eps) - (v - k)
     return 0.5 * error.square().sum()
+
+
+def forgotten(weights: Weights, log_decay: Tensor, initial: Weights) -> Weights:
+    """``(1 - A) (W - W̄)`` of (40), for weights ``[B, H, ...]``, ``ln a [B, K, H]`` and initial weights ``[H, ...]``."""
+    lost = -log_decay.sum(1).expm1()
+    shares = (lost.reshape(lost.shape + (1,) * (w.dim() - 2)) for w in weights)
+    return tuple(share * (w - start) for w, share, start in zip(weights, shares, initial, strict=True))

@@ -6,7 +6,7 @@ Numbers in brackets are equations of docs/mathematics.md.
 import torch
 from torch import Tensor
 
-from .inner_models import InnerModel, Weights, inner_loss, layer_norm
+from .inner_models import InnerModel, Weights, forgotten, inner_loss, layer_norm
 
 
 def primal_form(
@@ -21,8 +21,10 @@ def primal_form(
     *,
     model: InnerModel,
     eps: float = 1e-6,
+    log_decay: Tensor | None = None,
+    initial: Weights = (),
 ) -> tuple[Tensor, Weights]:
-    """Run the inner loop token by token, (3) and (4).
+    """Run the inner loop token by token, (3) and (4), and with decays (3) and (36).
 
     Args:
         q: queries ``[B, L, H, D]``.
@@ -35,6 +37,8 @@ def primal_form(
         ln_bias: β ``[H, D]``.
         model: ``linear_model`` or ``mlp_model``.
         eps: added to the variance.
+        log_decay: ``ln a`` of every token ``[B, L, H]``; None: nothing is forgotten.
+        initial: with it, the weights W̄ towards which the others decay ``[H, ...]``.
 
     Returns:
         Outputs ``[B, L, H, D]`` and the weights after the last complete mini-batch.
@@ -55,5 +59,8 @@ def primal_form(
         output = q_t + layer_norm(model(q_t, weights_i), ln_weight, ln_bias, eps)
         outputs.append(output.squeeze(-2))
         if i == K - 1:
+            if log_decay is not None:
+                lost = forgotten(start, log_decay[:, t + 1 - K : t + 1], initial)
+                weights_i = tuple(w - x for w, x in zip(weights_i, lost, strict=True))
             start, gradient_sums = weights_i, tuple(torch.zeros_like(w) for w in weights)
     return torch.stack(outputs, dim=1), start

@@ -20,6 +20,7 @@ from ttt4rec.recsys.data import IntArray
 from ttt4rec.recsys.online import streams
 from ttt4rec.recsys.online.earlier import Earlier, EarlierStates
 from ttt4rec.recsys.online.events import EventLog, Known, Tail
+from ttt4rec.recsys.online.seen import PART_OF_POOL, SeenItems
 from ttt4rec.recsys.online.streams import Streams
 
 USERS_AT_ONCE = 512
@@ -95,6 +96,7 @@ class UserStates:
         self.index = ItemIndex()
         self.index.prepare(model.embedding.weight)
         self._earlier = EarlierStates(1 + self.num_slots // 32)
+        self._seen = SeenItems(pool_bytes // PART_OF_POOL)
         self._free = list(range(self.num_slots))
         self._readings: OrderedDict[str, Reading] = OrderedDict()  # the least recently used first
         self._lock = Turns()
@@ -149,8 +151,11 @@ class UserStates:
             with self._up_to_date(part):
                 warm = [user for user in part if user in self._readings]
                 hidden = self._streams.hidden([self._readings[user].slot for user in warm])
+                kept = {user: self._seen.of(user) for user in warm} if seen else {}
+            unknown = [user for user, codes in kept.items() if codes is None]
+            rest = iter(self._histories(unknown) if unknown else [])
             if warm:
-                yield warm, hidden, self._histories(warm) if seen else []
+                yield warm, hidden, [next(rest) if codes is None else codes for codes in kept.values()]
 
     def drop(self, users: Sequence[str]) -> None:
         """Wipe the states of users."""
@@ -218,7 +223,10 @@ class UserStates:
                 lagging = list(missing)
 
     def _histories(self, users: Sequence[str]) -> list[IntArray]:
-        """Codes of all items in users' histories that the model knows; read piece by piece, without the lock."""
+        """Codes of all items in users' histories that the model knows; read piece by piece, without the lock.
+
+        They are kept where a state has read as much.
+        """
         found: list[list[int]] = [[] for _ in users]
         known: list[tuple[Known, ...]] = [() for _ in users]
         pending = list(range(len(users)))
@@ -230,7 +238,12 @@ class UserStates:
                 if tail.items:
                     known[n] = (Known(len(found[n]), tail.marks[-1]),)
             pending = [n for n, tail in zip(pending, tails, strict=True) if not tail.is_whole]
-        return [np.array([code for code in codes if code]) for codes in found]
+        with self._lock:
+            for user, beginnings, codes in zip(users, known, found, strict=True):
+                if beginnings and beginnings[0] in self._known(user)[:1]:
+                    self._seen.drop(user)
+                    self._seen.read_on(user, 0, codes)
+        return [np.array([code for code in codes if code], dtype=np.int64) for codes in found]
 
     # What follows is called with the lock held.
 
@@ -272,6 +285,7 @@ class UserStates:
             if tail.start:
                 earlier = self._earlier.go_back(user, tail.start)
                 reading.length, reading.mark = earlier.known
+                self._seen.go_back(user, reading.length)
                 try:
                     self._streams.load([reading.slot], earlier.tensors)
                 except BaseException:
@@ -321,6 +335,7 @@ class UserStates:
         self._streams.read([begun[user].slot for user in moving], [coming[user] for user in moving])
         for user, place in places.items():
             (tail, codes), reading = rest[user], begun[user]
+            self._seen.read_on(user, reading.length, codes[reading.length - tail.start : place - tail.start])
             reading.length, reading.mark = place, tail.marks[place - tail.start - 1]
             is_cut = place < tail.start + len(codes)
             if reading.is_warm and (is_cut or self._earlier.is_due(user, place)):
@@ -331,5 +346,6 @@ class UserStates:
         slots = [self._readings.pop(user).slot for user in users]
         for user in users:
             self._earlier.drop(user)
+            self._seen.drop(user)
         self._streams.reset(slots)
         self._free += slots
