@@ -52,7 +52,7 @@ def test_outputs_and_gradients(inner: str, shape: tuple[int, ...]) -> None:
 
 
 @both
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.compiled), torch.float16])
 def test_half_precision_errs_no_more_than_pytorch(inner: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(inner, 1, 300, 2, 16, 128, dtype=dtype)
     gradients = make_gradients(inner, inputs)
