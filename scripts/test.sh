@@ -19,7 +19,7 @@ if [[ $emulated ]]; then
   options=(-n 0) # one process counts what was executed
   if [[ ! $named ]]; then
     for name in kernels/test_{inner_loop_kernels,long_mini_batches,step_kernels,triton_backend} operators/test_{projection,output} \
-      layers/test_compile emulator/emulated{,_errors,_host}; do
+      layers/test_compile emulator/emulated{,_errors,_fences,_host}; do
       arguments+=("tests/$name.py")
     done
   fi

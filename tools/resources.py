@@ -86,7 +86,7 @@ class Row(NamedTuple):
 def configurations(architecture: str) -> Iterator[str]:
     """Every configuration the launch table can choose, as ``op:head_dim:mini_batch_size:dtype``.
 
-    Not what ``launch.check_compiler`` refuses under any Triton. Of float32 only those of at most 16 tokens and 64
+    Not what ``launch.compiler_refusal`` refuses under any Triton. Of float32 only those of at most 16 tokens and 64
     features (TTT-MLP: 16): the compiler takes minutes over larger ones, which spill by the thousand.
     """
     for op, head_dim in launch.HALF:

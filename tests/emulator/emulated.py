@@ -1,6 +1,7 @@
 """Small Triton kernels with and without faults, to be run by ``pytest --emulate``; test_emulation.py does."""
 
 import inspect
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -56,6 +57,13 @@ def test_a_matrix_product(dtype: torch.dtype, emulator: Emulator) -> None:
     c = torch.zeros(64, 64)
     product_kernel[(1,)](a, b, c, 64, num_warps=4)
     assert torch.equal(c, a.float() @ b.float().t())
+
+
+def test_nothing_is_assembled(emulator: Emulator) -> None:
+    """And what has no binary is not what a GPU would find in Triton's cache."""
+    x = torch.zeros(64, 64)
+    assert product_kernel.warmup(x, x, x, 64, num_warps=4, grid=(1,)).asm["cubin"] == b""
+    assert os.environ["DISABLE_PTXAS_OPT"] == "1"  # a part of the cache's key
 
 
 def line_of(text: str) -> str:

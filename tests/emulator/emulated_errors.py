@@ -21,7 +21,7 @@ from tests.support.checks import INNERS, gradients, make_layer, norm_errors
 from tests.support.steps import step_arguments
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer, eager, kernels
 from ttt4rec.arguments import TokenStep
-from ttt4rec.kernels import launch
+from ttt4rec.kernels import launch, limits
 from ttt4rec.kernels.step import KERNELS
 from ttt4rec.operators import token_step
 
@@ -38,15 +38,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def entries(architecture: str) -> list[tuple[str, int, int, str]]:
-    """The inner loops' sizes: the longest mini-batch of every entry of either direction, which a compiler takes."""
+    """The inner loops' sizes: the longest mini-batch of every entry of either direction, and those that just fit."""
     found = []
     for dtype, kind in DTYPES.items():
         for inner in INNERS:
             ways = [f"{inner}_{way}" for way in ("forward", "backward")]
             for D in HEAD_DIMS:
-                sizes = {K for op in ways for K in launch.choices(op, D, kind, architecture)}
-                taken = (K for K in sorted(sizes) if launch.compiler_refusal(ways[1], D, K) is None)
-                found += [(inner, D, K, dtype) for K in taken]
+                tables = [
+                    table
+                    for op in ways
+                    for table in (launch.choices(op, D, kind, architecture), limits.needed(op, D, kind))
+                ]
+                sizes = sorted({K for table in tables for K in table})
+                found += [
+                    (inner, D, K, dtype)
+                    for K in sizes
+                    if all(limits.scan_refusal(op, D, K, kind) is None for op in ways)
+                ]
     return found
 
 

@@ -50,9 +50,9 @@ def test_step(inner):
 
 def fuse(monkeypatch: pytest.MonkeyPatch, package: str, width: int) -> None:
     """Up to a width."""
-    monkeypatch.setattr(
-        sys.modules[f"ttt4rec.kernels.{package}"], "FUSED_WIDTH", {"forward": width, "backward": min(width, 64)}
-    )
+    module = sys.modules[f"ttt4rec.kernels.{package}"]
+    monkeypatch.setattr(module, "FUSED_WIDTH", {"forward": width, "backward": min(width, 64)})
+    monkeypatch.setattr(module, "FUSED_WIDTH_BY_ARCHITECTURE", {}, raising=False)
 
 
 @pytest.mark.parametrize("fused", FUSED, ids=lambda choice: f"projection {choice}")

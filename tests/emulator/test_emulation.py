@@ -6,6 +6,7 @@ in this one Triton interprets. All tests of the kernels run by ``bash scripts/te
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,17 +19,14 @@ from tools.documents import ROOT
 OWN = "tests/emulator/emulated.py"  # small kernels for the emulator itself
 COMPILED = [  # the files with tests marked so
     "kernels/test_inner_loop_kernels.py",
+    "kernels/test_long_mini_batches.py",
     "kernels/test_step_kernels.py",
     "kernels/test_triton_backend.py",
     "operators/test_projection.py",
     "operators/test_output.py",
 ]
-KERNELS = {
-    "linear_forward_kernel", "linear_backward_kernel", "mlp_forward_kernel", "mlp_backward_kernel",
-    "linear_step_kernel", "mlp_step_kernel", "fused_forward_kernel", "fused_backward_kernel", "rotation_kernel",
-    "packing_kernel", "convolution_forward_kernel", "convolution_backward_kernel", "norm_forward_kernel",
-    "norm_backward_kernel",
-}  # fmt: skip
+SOURCES = (ROOT / "src" / "ttt4rec" / "kernels").glob("*.py")
+KERNELS = {name for path in SOURCES for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
 ON_SM_100 = (
     "operators/test_projection.py",
     "operators/test_output.py",

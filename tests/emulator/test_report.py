@@ -1,6 +1,9 @@
 """The tables of docs/emulation.md: what stands there reads back, and a run's figures take their places."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,3 +82,35 @@ def test_a_run_of_the_interpreter_reports_too(tmp_path: Path) -> None:
 def test_a_document_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="no markers <!-- errors:begin -->"):
         emulation.updated("# Nothing", [])
+
+
+def test_the_core_is_as_small_as_the_document_says() -> None:
+    emulator = ROOT / "tools" / "ptx_emulator"
+    files = [emulator / "decoder.py", *(emulator / "core").iterdir()]
+    lines = sum(len(path.read_text().splitlines()) for path in files)
+    assert lines <= 1500
+    assert f"these are {lines:,} lines" in DOCUMENT
+
+
+STOPPED = """
+import os, signal, time
+
+def test_first(record_property):
+    record_property("first", 1)
+
+def test_second():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+def test_third(record_property):
+    record_property("third", 3)
+"""
+
+
+def test_a_run_that_is_told_to_end_reports_what_there_was(tmp_path: Path) -> None:
+    (tmp_path / "test_stopped.py").write_text(STOPPED)
+    options = ["-q", "-p", "no:cacheprovider", "-p", "tools.ptx_emulator.plugin", "--emulate-report", "report.json"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=tmp_path, env=environment, check=False)
+    assert run.returncode == pytest.ExitCode.INTERRUPTED
+    assert json.loads((tmp_path / "report.json").read_text())["properties"] == [["first", 1]]

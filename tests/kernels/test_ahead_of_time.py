@@ -14,7 +14,7 @@ from tests.support.compiled import cost_of, environment
 from tools import resources
 from tools.aot import DTYPES, TARGETS, unlike_sums
 from tools.documents import ROOT
-from ttt4rec.kernels import launch
+from ttt4rec.kernels import launch, limits
 
 SAMPLE = [  # of the table's kernels, compiled here
     *(f"linear_{op}:{arch}:16:8:bf16" for op in ("forward", "backward") for arch in TARGETS),
@@ -135,17 +135,19 @@ def test_what_a_compiler_turns_into_a_trap_is_refused(trap: tuple[Any, ...], mon
     (r,) = (r for r in TABLE[version, architecture] if r[:3] == trap[2:])
     assert r.tensor_core == 0  # if it has become a kernel, the refusal can go
     monkeypatch.setattr(launch, "architecture", lambda: architecture)
-    launch.check_compiler(op, head_dim, mini_batch_size // 2)
+    q = torch.empty(1, 1, 1, head_dim, dtype=torch.bfloat16)
+    limits.check(op, q, mini_batch_size // 2)
     monkeypatch.setattr(triton, "__version__", version)
     with pytest.raises(ValueError, match=r"under a Triton newer than 3\.6; given 3\.6\.0"):
-        launch.check_compiler(op, head_dim, mini_batch_size)
+        limits.check(op, q, mini_batch_size)
 
 
 def test_what_does_not_compile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "architecture", lambda: "sm_100")
-    launch.check_compiler("mlp_backward", 16, 32)
+    q = torch.empty(1, 1, 1, 16)
+    limits.check("mlp_backward", q, 32)
     with pytest.raises(ValueError, match="trains TTT-MLP with a mini_batch_size of up to 32; given 33"):
-        launch.check_compiler("mlp_backward", 16, 33)
+        limits.check("mlp_backward", q, 33)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942", "interpreter"])
@@ -153,7 +155,7 @@ def test_every_kernel_has_its_blocks_or_is_refused(architecture: str, monkeypatc
     monkeypatch.setattr(launch, "architecture", lambda: architecture)
     ops = ("linear_forward", "linear_backward", "mlp_forward", "mlp_backward")
     for op, D, K, dtype in itertools.product(ops, (1, 16, 17, 64, 128), range(1, 65), (torch.float32, torch.bfloat16)):
-        if launch.compiler_refusal(op, D, K) is None:
+        if limits.scan_refusal(op, D, K, dtype) is None:
             launch.blocks(op, D, K, dtype, architecture, 4)
 
 

@@ -52,7 +52,13 @@ def test_outputs_and_gradients(inner: str, shape: tuple[int, ...]) -> None:
 
 
 @both
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.bfloat16, marks=pytest.mark.compiled),
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision_errs_no_more_than_pytorch(inner: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(inner, 1, 300, 2, 16, 128, dtype=dtype)
     gradients = make_gradients(inner, inputs)

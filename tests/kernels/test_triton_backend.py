@@ -177,13 +177,15 @@ def test_autocast_is_that_of_scaled_dot_product_attention(inner, backend):
     ],
 )
 def test_auto_takes_the_kernels_on_a_gpu_where_they_can_run(backend, cuda, dtype, chosen):
-    q = SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(1, 2, 3, 16), device="cuda:0")  # no GPU is needed to choose
+    q = SimpleNamespace(
+        is_cuda=cuda, dtype=dtype, shape=(1, 2, 3, 16), device=torch.device("cuda:0")
+    )  # no GPU is needed to choose
     assert choose_backend(backend, q, 16, 8) == chosen
 
 
 def test_auto_takes_no_kernel_whose_backward_would_be_refused(monkeypatch, caplog):
     monkeypatch.setattr(launch, "architecture", lambda: "sm_100")
-    q = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 2, 3, 16), device="cuda:0")
+    q = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 2, 3, 16), device=torch.device("cuda:0"))
     for _ in range(2):
         assert choose_backend("auto", q, 16, 64, "mlp") == "auto"
     assert caplog.text.count("trains TTT-MLP with a mini_batch_size of up to 32; given 64") == 1

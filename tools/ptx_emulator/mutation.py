@@ -46,20 +46,34 @@ def mutate(launch: Launch, orders: Sequence[int] = ORDERS) -> list[Outcome]:
     expected = launch.memory()
     outcomes = []
     for kind, number, code in _mutants(launch):
-        launch.restore(before)
         mutant = dataclasses.replace(launch, program=dataclasses.replace(launch.program, code=code))
-        findings = [finding for finding in mutant.check(orders).findings if finding.key() not in known]
-        if findings:
+        found, results = _tried(mutant, before, known, orders)
+        if found:
             result = "found"
-        elif launch.difference(expected, launch.memory()) is not None:
+        elif launch.difference(expected, results) is not None:
             result = "other results"
         else:
             launch.restore(before)
             result = "harmless" if _executed(launch, number) else "not executed"
-        text = findings[0].what if findings else ""
-        outcomes.append(Outcome(kind, launch.program.instructions[number], result, text))
+        outcomes.append(Outcome(kind, launch.program.instructions[number], result, found))
     launch.restore(before)
     return outcomes
+
+
+def _tried(
+    mutant: Launch, before: list[np.ndarray], known: set[tuple[str, ...]], orders: Sequence[int]
+) -> tuple[str, list[np.ndarray]]:
+    """What a check says in the first order in which one does, or else nothing, and the results."""
+    results: list[list[np.ndarray]] = []
+    for order in orders:
+        mutant.restore(before)
+        for finding in mutant.run(order)[0]:
+            if finding.key() not in known:
+                return finding.what, []
+        results.append(mutant.memory())
+        if mutant.difference(results[0], results[-1]) is not None:
+            return "results that depend on the order", []
+    return "", results[0]
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[str]:

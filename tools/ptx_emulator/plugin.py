@@ -8,6 +8,7 @@ import datetime
 import functools
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -51,6 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Take Triton's interpreter out and the emulator in, before any test imports kernels."""
     architecture = config.getoption("--emulate")
+    if config.getoption("--emulate-report") is not None:  # long, perhaps: who is told to end says what there was
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     if architecture is None:
         return
     if "triton" in sys.modules:

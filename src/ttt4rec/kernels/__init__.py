@@ -9,13 +9,12 @@ from .. import eager
 from ..arguments import MAX_MINI_BATCH_SIZE, Scan, TokenStep
 from . import blocks, linear_backward, linear_forward, mlp_backward, mlp_forward, step
 from .convolution import convolution, convolution_backward
-from .launch import compiler_refusal
+from .limits import scan_refusal
 from .output import output, output_backward
 from .projection_backward import projection_backward
 from .projection_forward import projection
 
 __all__ = [
-    "compiler_refusal",
     "convolution",
     "convolution_backward",
     "forgetting_token_step",
@@ -32,6 +31,7 @@ __all__ = [
     "projection",
     "projection_backward",
     "refusal",
+    "scan_refusal",
     "token_step",
 ]
 

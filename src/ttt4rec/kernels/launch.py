@@ -89,7 +89,7 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice
     "sm_100": {
         ("linear_forward", 128): {16: Blocks(8, 2), 64: Blocks(8, 1)},
         ("linear_backward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 32: Blocks(2, 1), 64: Blocks(8, 1)},
-        ("linear_backward", 32): {8: Blocks(2, 1), 16: Blocks(4, 1), 32: Blocks(2, 2), 64: Blocks(8, 2)},
+        ("linear_backward", 32): {8: Blocks(2, 1), 16: Blocks(4, 1), 32: Blocks(2, 2), 64: Blocks(8, 1)},
         ("mlp_forward", 64): {16: Blocks(8, 2, chunks=4), 64: Blocks(4, 2, chunks=8)},  # in one chunk: only a trap
         ("mlp_backward", 64): {16: Blocks(4, 1, chunks=8), 32: Blocks(8, 1, chunks=16)},
     },
@@ -110,6 +110,7 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice
 }
 
 SINGLE_BY_ARCHITECTURE = {
+    "sm_80": {("mlp_backward", 32): {32: Blocks(8, 1, chunks=2), 64: Blocks(8, 1, chunks=4)}},  # by shared memory
     "gfx942": {
         ("linear_forward", 64): {64: Blocks(4, 1)},
         ("mlp_forward", 16): {8: Blocks(4, 1, heads=2), 64: Blocks(4, 1)},
@@ -119,6 +120,9 @@ SINGLE_BY_ARCHITECTURE = {
 
 NEAREST = {"sm_8": "sm_80", "sm_10": "sm_100", "sm_12": "sm_80", "gfx9": "gfx942"}
 """By the beginnings of names; what is not here takes the cuts that are no architecture's own."""
+
+FENCED_COPIES = (3, 8)
+"""The first Triton with fences between a pipeline's copies and the products that read them."""
 
 
 P = ParamSpec("P")
@@ -188,20 +192,38 @@ def padded(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
+def triton_version() -> tuple[int, int]:
+    """``(3, 6)``, for example."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def fenced(choice: Blocks) -> Blocks:
+    """Blocks without a pipeline where the compiler leaves its copies without a fence.
+
+    What ``cp.async`` writes to shared memory the products of sm_90 and sm_100 read by another proxy. Tritons before 3.8
+    order the two for what is stored only. One stage stores.
+    """
+    unfenced = triton_version() < FENCED_COPIES and architecture() in ("sm_90", "sm_100")
+    return choice._replace(num_stages=1) if unfenced else choice
+
+
 def interpreted() -> bool:
     """Whether kernels run under Triton's interpreter."""
     return bool(triton.knobs.runtime.interpret)
 
 
-def architecture() -> str:
-    """What kernels are compiled for now: a name that tables have, of the nearest architecture that was looked at.
-
-    ``interpreter`` under the interpreter.
-    """
+def target() -> str:
+    """What kernels are compiled for now: ``sm_86``, for example; ``interpreter`` under the interpreter."""
     if interpreted():
         return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
-    return nearest(f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch))
+    current = triton.runtime.driver.active.get_current_target()
+    return f"sm_{current.arch}" if current.backend == "cuda" else str(current.arch)
+
+
+def architecture() -> str:
+    """The name that tables have for it, of the nearest architecture that was looked at."""
+    return nearest(target())
 
 
 def nearest(name: str) -> str:
@@ -264,19 +286,12 @@ def compiler_refusal(op: str, head_dim: int, mini_batch_size: int) -> str | None
         return None
     if op == "mlp_backward":
         return f"on sm_100 trains TTT-MLP with a mini_batch_size of up to 32; given {mini_batch_size}"
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if op == "linear_backward" and version <= (3, 6) and head_dim > 64:
+    if op == "linear_backward" and triton_version() <= (3, 6) and head_dim > 64:
         return (
             f"on sm_100 trains head dimension {head_dim} with mini_batch_size {mini_batch_size} under a Triton newer "
             f"than 3.6; given {triton.__version__}"
         )
     return None
-
-
-def check_compiler(op: str, head_dim: int, mini_batch_size: int) -> None:
-    """Raise ValueError where ``compiler_refusal`` has a reason."""
-    if (refusal := compiler_refusal(op, head_dim, mini_batch_size)) is not None:
-        raise ValueError(f"the kernel {refusal}")
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import Scan
-from . import copies, launch
+from . import copies, launch, limits
 from .copies import checkpoint_number, first_state, load_copy, load_steps, store_copy
 from .primitives import (
     causal,
@@ -250,7 +250,7 @@ def linear_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tens
     G and the checkpoints are kept. Errors as in ``linear_scan``. Sums over sequences are taken in a fixed order: two
     runs give the same bits.
     """
-    launch.check_compiler("linear_backward", scan.q.shape[-1], scan.token_scale.numel())
+    limits.check("linear_backward", scan.q, scan.token_scale.numel())
     gradients, prepared = prepare_linear_scan_backward(scan, kept, grads)
     prepared.run()
     return launch.all_gradients(*gradients)

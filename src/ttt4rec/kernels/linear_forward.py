@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import Scan
-from . import launch
+from . import launch, limits
 from .copies import checkpoint_number, store_copy
 from .primitives import (
     causal,
@@ -116,6 +116,7 @@ def linear_scan(scan: Scan) -> tuple[Tensor, ...]:
     Raises:
         ValueError: if the kernels do not run that dtype, head dimension or mini-batch size.
     """
+    limits.check("linear_forward", scan.q, scan.token_scale.numel())
     results, prepared = prepare_linear_scan(scan)
     prepared.run()
     return results

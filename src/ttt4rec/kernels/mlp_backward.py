@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import Scan
-from . import copies, launch
+from . import copies, launch, limits
 from .copies import first_state, load_steps
 from .hidden_layer import (
     contiguous_strides,
@@ -336,7 +336,7 @@ def mlp_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor,
     Z1, G2 and the checkpoints are kept. Errors as in ``linear_scan``. Sums over sequences are taken in a fixed order:
     two runs give the same bits.
     """
-    launch.check_compiler("mlp_backward", scan.q.shape[-1], scan.token_scale.numel())
+    limits.check("mlp_backward", scan.q, scan.token_scale.numel())
     gradients, prepared = prepare_mlp_scan_backward(scan, kept, grads)
     prepared.run()
     return launch.all_gradients(*gradients)

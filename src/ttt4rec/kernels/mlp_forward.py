@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import Scan
-from . import launch
+from . import launch, limits
 from .copies import checkpoint_number
 from .hidden_layer import (
     centred_columns,
@@ -211,6 +211,7 @@ def mlp_scan(scan: Scan) -> tuple[Tensor, ...]:
         what the backward needs: Z1 ``[B, L, H, hidden]`` and G2 ``[B, L, H, D]`` in q's dtype, and the checkpoints (see
         ``copies``).
     """
+    limits.check("mlp_forward", scan.q, scan.token_scale.numel())
     results, prepared = prepare_mlp_scan(scan)
     prepared.run()
     return results

@@ -74,6 +74,7 @@ def choose(op: str, width: int, dtype: torch.dtype) -> tuple[Width, launch.Block
     table = TABLE | TABLE_BY_ARCHITECTURE.get(launch.architecture(), {})
     if op in table:
         rows, outputs, blocks = next(choice for largest, choice in table[op].items() if width <= largest)
+        blocks = launch.fenced(blocks)
         rows = rows // 2 if dtype == torch.float32 else rows
     else:  # nothing but whole tokens, 16 features of them a thread
         rows, outputs, blocks = max(1, 2048 // features), features, launch.Blocks(min(max(4, features // 512), 16), 1)

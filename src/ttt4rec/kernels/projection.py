@@ -74,7 +74,7 @@ def choose(op: str, width: int, dtype: torch.dtype) -> Choice:
     """Rows, features and blocks of a kernel."""
     table = (TABLE | TABLE_BY_ARCHITECTURE.get(launch.architecture(), {}))[op]
     rows, features, blocks = next(choice for largest, choice in table.items() if width <= largest)
-    return (rows // 2 if dtype == torch.float32 else rows), features, blocks
+    return (rows // 2 if dtype == torch.float32 else rows), features, launch.fenced(blocks)
 
 
 def columns(op: str, given: Projection) -> tuple[Columns, launch.Blocks]:

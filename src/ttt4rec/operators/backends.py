@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import MAX_HEAD_DIM
+from ..precision import autocast_dtype
 from .transforms import transformed
 
 Backend = Literal["auto", "reference", "eager", "native", "triton"]
@@ -44,7 +45,7 @@ def choose_backend(
         x: any of the inputs; its dtype and device count.
         head_dim: D.
         mini_batch_size: K.
-        inner: name of the inner model whose backward must run, where gradients are enabled; None: there is none.
+        inner: name of the inner model that must run, its backward too where gradients are enabled; None: there is none.
 
     Raises:
         RuntimeError: ``"triton"`` was asked for and cannot run; it never falls back silently.
@@ -57,8 +58,8 @@ def choose_backend(
         return backend
     traced = torch.compiler.is_compiling()
     refusal = kernel_refusal(x, head_dim, mini_batch_size)
-    if refusal is None and inner is not None and torch.is_grad_enabled() and not traced:
-        refusal = _package("triton").compiler_refusal(f"{inner}_backward", head_dim, mini_batch_size)
+    if refusal is None and inner is not None and not traced:
+        refusal = _scan_refusal(inner, x, head_dim, mini_batch_size)
     if refusal is None:
         return "triton"
     if backend == "triton":
@@ -109,6 +110,14 @@ def _package(backend: str) -> ModuleType:
 def _tell(refusal: str) -> None:
     """Once for each reason."""
     _log.warning("a slower path than the fused kernels runs on the GPU: backend 'triton' %s", refusal)
+
+
+def _scan_refusal(inner: str, x: Tensor, head_dim: int, mini_batch_size: int) -> str | None:
+    """Why an inner loop has no kernel for tokens like x here; None if it has, or if nothing is known of it."""
+    dtype = autocast_dtype(x.dtype, x.device.type) or x.dtype
+    ways = ("forward", "backward") if torch.is_grad_enabled() else ("forward",)
+    found = (_package("triton").scan_refusal(f"{inner}_{way}", head_dim, mini_batch_size, dtype) for way in ways)
+    return next((refusal for refusal in found if refusal is not None), None)
 
 
 def kernel_refusal(x: Tensor, head_dim: int, mini_batch_size: int) -> str | None:
