@@ -194,6 +194,7 @@ def test_states_held_and_mini_batches_served():
             assert times(mini_batches, room) == least
 
 
+@pytest.mark.slow
 def test_the_walk_back_holds_little():
     """Small mini-batches of large heads have segments of hundreds, each with weights of 132 kB."""
     code = """

@@ -107,6 +107,7 @@ def test_third(record_property):
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_end_reports_what_there_was(tmp_path: Path) -> None:
     (tmp_path / "test_stopped.py").write_text(STOPPED)
     options = ["-q", "-p", "no:cacheprovider", "-p", "tools.ptx_emulator.plugin", "--emulate-report", "report.json"]

@@ -45,7 +45,7 @@ def deviations(inner: str, inputs: Inputs, spans=(None, None), segment: int = 2)
     return errors(found, run_definition(inner, inputs, gradients, spans))
 
 
-@both
+@simple_first
 @pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(s, marks=pytest.mark.slow) for s in LARGE)])
 def test_outputs_and_gradients(inner: str, shape: tuple[int, ...]) -> None:
     assert max(deviations(inner, make_inputs(inner, *shape)).values()) <= FP32_TOLERANCE
@@ -110,7 +110,7 @@ def test_what_is_kept_is_in_the_tokens_dtype_and_state_in_float32(inner: str) ->
     assert {x.dtype for x in (*weights, checkpoints)} == {torch.float32}
 
 
-@both
+@simple_first
 def test_streams_go_on_within_a_mini_batch(inner: str) -> None:
     inputs = {name: x.float().to(DEVICE) for name, x in inner_inputs(inner, 2, 170, 1, 16, 80).items()}
     whole, end = run_inner(inner, inputs, backend="triton")
@@ -125,7 +125,7 @@ def test_streams_go_on_within_a_mini_batch(inner: str) -> None:
         assert_close(ours, expected, FP32_TOLERANCE)
 
 
-@both
+@simple_first
 def test_a_layer_of_one_mini_batch_a_sequence_steps_as_it_reads(inner: str) -> None:
     layer = make_layer(inner, "transformer", mini_batch_size=80).float().to(DEVICE)
     layer.backend = "triton"

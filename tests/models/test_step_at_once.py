@@ -146,7 +146,7 @@ def test_a_model_to_which_something_was_done_goes_by_its_parts(change, taken):
     assert taken == [None] * 7
 
 
-@pytest.mark.parametrize("other", [{"inner": "linear"}, {"num_heads": 4}])
+@pytest.mark.parametrize("other", [{"inner": "linear"}, pytest.param({"num_heads": 4}, marks=pytest.mark.slow)])
 def test_blocks_of_different_heads_go_by_parts(other, taken):
     """Compiled code is made for one head dimension and one inner model."""
     layers = iter([{"inner": "mlp", "num_heads": 2}, {"inner": "mlp", "num_heads": 2} | other])

@@ -25,6 +25,8 @@ WITHOUT_KERNELS = {"full_softmax_nll", "full_softmax_total_nll"}
 
 def marks(operator, backend, number):
     """On the kernels scans are slow but for the simplest; what has the mark of a GPU also runs there."""
+    if "forgetting" in operator.name and (backend != "eager" or operator.name.startswith("mlp")):
+        return pytest.mark.slow
     if backend != "triton":
         return ()
     slow = "scan" in operator.name and (number or operator.name.startswith("mlp"))

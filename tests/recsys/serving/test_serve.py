@@ -283,6 +283,7 @@ def received(connection):
 POST = "POST /recommendations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
 
 
+@pytest.mark.slow
 def test_those_who_say_nothing_stop_nobody(client):
     """Silent, or in the midst of a header or a body, more of them than connections are kept."""
     with ExitStack() as stack:
@@ -298,6 +299,7 @@ def test_those_who_say_nothing_stop_nobody(client):
     assert client.get("/health").json() == {"status": "ok"}
 
 
+@pytest.mark.slow
 def test_those_who_do_not_read_stop_nobody(service):
     """Though their answers fill what the system keeps for them, and there are more of them than places."""
     client, process = service

@@ -186,6 +186,7 @@ def test_split_scores_are_not_rounded_by_autocast_and_unknown_items_are_refused(
         assert together(2, run) == [(torch.float32, pytest.approx(expected, rel=1e-5))] * 2
 
 
+@pytest.mark.slow
 def test_only_the_first_process_needs_the_folder(tmp_path):
     split = make_split(tmp_path, users=20)
 
@@ -216,6 +217,7 @@ def test_processes_that_differ_are_refused(tmp_path, what):
     assert together(2, run) == ["Embedding"] * 2
 
 
+@pytest.mark.slow
 def test_after_an_error_the_model_can_be_trained(tmp_path):
     split = make_split(tmp_path, users=20)
     together(2, lambda: train(split, tmp_path / "run", dataclasses.replace(OPTIONS, seed=1)))
