@@ -29,19 +29,19 @@ QUIET = ("empty", "view", "unsafe_view", "t", "transpose", "unsqueeze", "slice",
 def inner_loop(inner: str, length: int, heads: int, head_dim: int, size: int, backend: str) -> Callable[[], None]:
     """Forward and backward of one sequence with initial weights of all ones' size."""
     from ttt4rec.inner_models import INNER_MODELS
-    from ttt4rec.layers.functional import inner_loop
+    from ttt4rec.layers.functional import Rates, inner_loop
 
     torch.manual_seed(0)
     model = INNER_MODELS[inner]
     shapes = model.shapes(head_dim, model.expansion * head_dim).values()
     tokens = tuple(torch.randn(1, length, heads, head_dim, requires_grad=True) for _ in range(3))
-    rates = torch.rand(1, length, heads) / head_dim
+    lr = torch.rand(1, length, heads) / head_dim
     weights = tuple((torch.randn(heads, *shape) * 0.02).requires_grad_() for shape in shapes)
     norm = torch.ones(heads, head_dim), torch.zeros(heads, head_dim)
     scale, grad = 1 / torch.arange(1.0, size + 1), torch.randn(1, length, heads, head_dim)
 
     def run() -> None:
-        o, _ = inner_loop(model, tokens, rates, scale, weights, norm, size, None, None, None, 1e-6, backend)
+        o, _ = inner_loop(model, tokens, Rates(lr, scale), weights, norm, size, None, None, None, 1e-6, backend)
         o.backward(grad)
 
     return run

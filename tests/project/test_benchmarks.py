@@ -11,7 +11,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from benchmarks import catalogue, measure, online, report, serving, sides, small_calls
+from benchmarks import catalogue, long_mini_batches, measure, online, report, serving, sides, small_calls
 from benchmarks.best_items import BestItemsContest, best_items_contests
 from benchmarks.catalogue import LossContest, loss_contests
 from benchmarks.contests import FORWARD, PREFILL, STEP, TRAINING, MixerContest, mixer_contests
@@ -333,3 +333,8 @@ def test_another_checkout_takes_its_turns(tmp_path):
     assert all(row["here"]["there"] > 0 for row in there.values())
     with pytest.raises(RuntimeError, match="must be a checkout"):
         small_calls.caller(tmp_path, 1, "training_step-n1000", "nobody")
+
+
+@pytest.mark.parametrize("backend", ["native", "eager", "reference"])
+def test_long_mini_batches_run(backend):
+    long_mini_batches.inner_loop("linear", 70, 1, 8, 66, backend)()

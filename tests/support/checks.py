@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ttt4rec import TTTLayer, TTTState, ttt_linear, ttt_mlp
 from ttt4rec.inner_models import INNER_MODELS
-from ttt4rec.layers.functional import inner_loop
+from ttt4rec.layers.functional import Rates, inner_loop
 
 INNERS = tuple(INNER_MODELS)
 BACKBONES = ("transformer", "mamba")
@@ -110,8 +110,8 @@ def run_inner(inner: str, inputs: dict[str, Tensor], **options: Any) -> tuple[Te
     if inner in FUNCTIONS:
         return FUNCTIONS[inner](**inputs, mini_batch_size=K, **options)
     q, k, v, inner_lr, token_scale, *initial, ln_weight, ln_bias = inputs.values()
-    usual = {"state": None, "mask": None, "cu_seqlens": None, "log_decay": None, "eps": 1e-6, "backend": "auto"}
-    given = (q, k, v), inner_lr, token_scale, tuple(initial), (ln_weight, ln_bias), K
+    usual = {"state": None, "mask": None, "cu_seqlens": None, "eps": 1e-6, "backend": "auto"}
+    given = (q, k, v), Rates(inner_lr, token_scale), tuple(initial), (ln_weight, ln_bias), K
     return inner_loop(INNER_MODELS[inner], *given, **(usual | options))
 
 

@@ -4,6 +4,7 @@ Whatever way a sequence is cut into calls, packed or padded, the outputs are the
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from ..precision import autocast_dtype, without_autocast
 from .spans import Spans, dense_spans, last_tokens
 from .state import TTTState
 from .validation import check_inner_loop_arguments, check_log_decay
+
+
+class Rates(NamedTuple):
+    """How much is learned and forgotten; see ``ttt_linear``."""
+
+    inner_lr: Tensor
+    token_scale: Tensor
+    log_decay: Tensor | None = None
 
 
 def ttt_linear(
@@ -73,8 +82,8 @@ def ttt_linear(
         RuntimeError: the backend cannot run here.
     """
     return inner_loop(
-        LINEAR, (q, k, v), inner_lr, token_scale, (W1, b1), (ln_weight, ln_bias), mini_batch_size, state, mask,
-        cu_seqlens, log_decay, eps, backend,
+        LINEAR, (q, k, v), Rates(inner_lr, token_scale, log_decay), (W1, b1), (ln_weight, ln_bias), mini_batch_size,
+        state, mask, cu_seqlens, eps, backend,
     )  # fmt: skip
 
 
@@ -105,27 +114,26 @@ def ttt_mlp(
     W2 ``[H, F, D]`` and b2 ``[H, D]``; F is 4D in the paper.
     """
     return inner_loop(
-        MLP, (q, k, v), inner_lr, token_scale, (W1, b1, W2, b2), (ln_weight, ln_bias), mini_batch_size, state, mask,
-        cu_seqlens, log_decay, eps, backend,
+        MLP, (q, k, v), Rates(inner_lr, token_scale, log_decay), (W1, b1, W2, b2), (ln_weight, ln_bias),
+        mini_batch_size, state, mask, cu_seqlens, eps, backend,
     )  # fmt: skip
 
 
 def inner_loop(
     model: InnerModel,
     tokens: tuple[Tensor, Tensor, Tensor],
-    inner_lr: Tensor,
-    token_scale: Tensor,
+    rates: Rates,
     initial: tuple[Tensor, ...],
     layer_norm: tuple[Tensor, Tensor],
     K: int,
     state: TTTState | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    log_decay: Tensor | None,
     eps: float,
     backend: Backend,
 ) -> tuple[Tensor, TTTState]:
     """The inner loop of an inner model, whose weights are ``initial``; the rest as in ``ttt_linear``."""
+    inner_lr, token_scale, log_decay = rates
     check_inner_loop_arguments(model, tokens, inner_lr, token_scale, initial, layer_norm, K, state, mask, cu_seqlens)
     check_log_decay(log_decay, inner_lr, state)
     backend = choose_backend(backend, tokens[0], tokens[0].shape[-1], K, model.name)

@@ -13,7 +13,7 @@ from ..operators import Backend, check_backend, choose_backend, forgetting_token
 from ..reference import token_scale
 from .convolution import CausalConv, convolve
 from .forgetting import FIRST_BIAS, GATES, Forget, log_decay
-from .functional import autocast, inner_loop, make_spans
+from .functional import Rates, autocast, inner_loop, make_spans
 from .initialisation import STD, Device, draw
 from .layer_at_once import layer_at_once
 from .original_weights import load_release_layer
@@ -211,10 +211,8 @@ class TTTLayer(nn.Module):
         position, context = (None, None) if state is None else (state.position, state.conv)
         q, k, v, inner_lr, gate, conv = self._views(x, spans, position, context, backend)
         model, scale = INNER_MODELS[self.inner], token_scale(self.token_offset.to(inner_lr.dtype))
-        parameters = scale, *self.initial_state(), self.mini_batch_size
-        o, new_state = inner_loop(
-            model, (q, k, v), inner_lr, *parameters, state, mask, cu_seqlens, log_decay(self, x), 1e-6, backend
-        )
+        rates, weights = Rates(inner_lr, scale, log_decay(self, x)), (*self.initial_state(), self.mini_batch_size)
+        o, new_state = inner_loop(model, (q, k, v), rates, *weights, state, mask, cu_seqlens, 1e-6, backend)
         y = finish(o, gate, mask, self.norm, self.output, backend)
         return (y, dataclasses.replace(new_state, conv=conv)) if return_state else y
 

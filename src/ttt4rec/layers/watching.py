@@ -12,7 +12,7 @@ from ..inner_models import INNER_MODELS
 from ..precision import without_autocast
 from ..reference import MODELS, layer_norm, token_scale
 from .forgetting import log_decay
-from .functional import inner_loop
+from .functional import Rates, inner_loop
 from .state import TTTState
 
 
@@ -43,22 +43,9 @@ def surprise(layer: Any, x: Tensor) -> Tensor:
             part = slice(start, start + K)
             tokens = q[:, part], k[:, part], v[:, part]
             own.append(_losses(layer, first if state is None else state.weights, *tokens[1:]))
-            decay = None if decays is None else decays[:, part]
-            _, state = inner_loop(
-                INNER_MODELS[layer.inner],
-                tokens,
-                lr[:, part],
-                scale,
-                initial,
-                norm,
-                K,
-                state,
-                None,
-                None,
-                decay,
-                1e-6,
-                "auto",
-            )
+            rates = Rates(lr[:, part], scale, None if decays is None else decays[:, part])
+            model = INNER_MODELS[layer.inner]
+            _, state = inner_loop(model, tokens, rates, initial, norm, K, state, None, None, 1e-6, "auto")
         return torch.cat(own, 1) / _losses(layer, first, k, v).clamp_min(torch.finfo(wide).tiny)
 
 
