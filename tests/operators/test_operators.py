@@ -134,8 +134,8 @@ def test_arguments_survive_the_flat_schema(operator):
         assert a is b
     constants = [field for field in given._fields if field not in {slot.field for slot in operator.slots}]
     of_scans = ["inner"] if operator.name.endswith("_scan") else []
-    decays = ["log_decay", "initial"] if operator.name in ("linear_scan", "mlp_scan", "token_step") else []
-    assert constants == of_scans + decays
+    keeps_all = operator.name == "token_step" or (of_scans and "forgetting" not in operator.name)
+    assert constants == of_scans + (["log_decay", "initial"] if keeps_all else [])
     assert all(getattr(packed, field) == getattr(given, field) for field in constants)
 
 

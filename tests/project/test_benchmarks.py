@@ -89,7 +89,9 @@ def test_every_operation_can_be_called():
         assert info["bytes"] > 0
 
 
-@pytest.mark.parametrize("side", MODELS)
+@pytest.mark.parametrize(
+    "side", [pytest.param(name, marks=pytest.mark.slow if "MLP" in name else ()) for name in MODELS]
+)
 def test_recommenders_train_and_rank(side):
     info = {}
     loss = RecommenderContest(TRAINING_STEP, 20, 2).prepare(side, "cpu", info)()

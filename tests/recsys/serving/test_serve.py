@@ -374,6 +374,7 @@ def test_times_of_the_far_future_are_refused(client, other):
     assert observe(other, ("jan", "i1", None, int(1000 * now) + 200_000)).status_code == 409
 
 
+@pytest.mark.slow
 def test_two_services_begun_at_once_are_one(folder, tmp_path):
     """The other says why it ends; the data are logged once, and are nobody else's to read."""
     copied(folder, tmp_path)
