@@ -82,7 +82,8 @@ def test_gradcheck_from_state_to_state(inner):
 
 
 @pytest.mark.parametrize("inner", INNERS)
-@pytest.mark.parametrize("head_dim", [16, *(pytest.param(D, marks=pytest.mark.slow) for D in (32, 64, 128))])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.slow
 def test_large_heads_in_float32(inner, head_dim):
     inputs = {n: x.float() for n, x in inner_inputs(inner, B=2, L=19, H=1, D=head_dim, K=16).items()}
     exact = flat(inner_results(inner, {n: x.double() for n, x in inputs.items()}, backend="reference"))
@@ -282,7 +283,7 @@ def test_not_a_number_stays_in_its_stream_and_behind_its_mini_batch(inner):
 
 
 @pytest.mark.parametrize("inner", INNERS)
-@pytest.mark.parametrize("head_dim", [8, 16, 64])
+@pytest.mark.parametrize("head_dim", [8, 16, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mini_batch_size", [1, 2, 8])
 def test_the_step_equals_the_eager_path(inner, head_dim, mini_batch_size):
     """Outputs, and all of the records that is ever read, also of streams that were not stepped."""

@@ -361,6 +361,7 @@ def test_nobody_has_two_turns_while_somebody_waits():
     assert sum(one == other for one, other in itertools.pairwise(order)) < 10
 
 
+@pytest.mark.slow
 def test_users_who_evict_each_other_come_to_an_end(monkeypatch):
     in_short_pieces(monkeypatch)
     online = make_online(slots=1)
