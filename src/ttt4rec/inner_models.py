@@ -8,6 +8,7 @@ from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 _MULTIPLE = 8  # numbers to which a record and its rows are filled up: the lanes of a vector
@@ -93,6 +94,11 @@ class InnerModel(NamedTuple):
 LINEAR = InnerModel("linear", ("W1", "b1"), ("G",), expansion=0)
 MLP = InnerModel("mlp", ("W1", "b1", "W2", "b2"), ("Z1", "G2"), expansion=4)
 INNER_MODELS = {model.name: model for model in (LINEAR, MLP)}
+
+
+def matrices(weights: Sequence[Tensor]) -> list[Tensor]:
+    """``[W; b]`` of every layer, ``[..., in + 1, out]``, from W1, b1, ..."""
+    return [torch.cat((W, b.unsqueeze(-2)), -2) for W, b in zip(weights[::2], weights[1::2], strict=True)]
 
 
 def _views(x: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

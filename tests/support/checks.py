@@ -57,9 +57,11 @@ def assert_states_close(actual: TTTState, expected: TTTState, tolerance: float =
         assert_close(a, b, tolerance, f"weights.{i}")
     for name in ("pending_k", "pending_v", "pending_lr"):
         assert_close(getattr(actual, name), getattr(expected, name), tolerance, name)
-    assert (actual.conv is None) == (expected.conv is None)
-    if actual.conv is not None and expected.conv is not None:
-        assert_close(actual.conv, expected.conv, tolerance, "conv")
+    for name in ("conv", "pending_log_decay"):
+        own, other = getattr(actual, name), getattr(expected, name)
+        assert (own is None) == (other is None)
+        if own is not None:
+            assert_close(own, other, tolerance, name)
 
 
 def assert_states_identical(actual: TTTState, expected: TTTState) -> None:

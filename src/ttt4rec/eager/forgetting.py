@@ -4,11 +4,13 @@ Numbers in brackets are equations of docs/mathematics.md.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..arguments import Scan
+from ..inner_models import matrices
 from .layout import MiniBatch, by_token
 
 
@@ -19,7 +21,7 @@ class Forgetting:
         self._initial: list[Tensor] = []
         if scan.log_decay is not None:
             self._log_decay = by_token(scan.log_decay, scan.starts)
-            self._initial = joined(scan.initial, scan.weights[0].dtype)
+            self._initial = [W.to(scan.weights[0].dtype) for W in matrices(scan.initial)]
         self._d_initial = [torch.zeros_like(W) for W in self._initial]
 
     def lost(self, part: MiniBatch, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -52,20 +54,11 @@ class Forgetting:
         return log_decay[: part.complete].sum(1).view(-1, 1, 1)
 
 
-class Gradients:
+class Gradients(NamedTuple):
     """Those of one mini-batch, (41)."""
 
-    def __init__(self, to_initial: Sequence[Tensor], log_decay: Tensor) -> None:
-        self._to_initial, self.log_decay = to_initial, log_decay
-
-    def take(self, d_weights: Sequence[Tensor]) -> None:
-        """From the gradients of the weights, in place, the share that goes to the initial ones."""
-        forget(d_weights, self._to_initial)
-
-
-def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """``[W; b]`` of every layer, ``[H, in + 1, out]``."""
-    return [torch.cat((W, b.unsqueeze(1)), 1).to(dtype) for W, b in zip(weights[::2], weights[1::2], strict=True)]
+    to_initial: list[Tensor]  # the share of the weights' that goes to the initial ones
+    log_decay: Tensor  # of every token
 
 
 def lost(total: Tensor, weights: Sequence[Tensor], initial: Sequence[Tensor]) -> list[Tensor]:

@@ -105,7 +105,7 @@ def walk_backward(
             lost = forgetting.backward(part, rows, d_own)
             *d_qkv, dgamma, dbeta = step(pieces, *own, gamma[:n], beta[:n], rows, d_own, rates, scan.eps)
             if lost is not None:
-                lost.take(d_own)
+                forget(d_own, lost.to_initial)
                 part.write(lost.log_decay, by_token(d_log_decay[0], scan.starts))
             d_lr, d_scale_part = rates.backward()
             for source, out in zip((*d_qkv, d_lr), results, strict=True):

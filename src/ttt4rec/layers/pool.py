@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..inner_models import INNER_MODELS
+from ..inner_models import INNER_MODELS, matrices
 from ..operators.step import write_rows
 from ..precision import without_autocast
 from .state import TTTState
@@ -131,9 +131,7 @@ class StatePool:
         decays = torch.zeros_like(state.pending_lr) if state.pending_log_decay is None else state.pending_log_decay
         pending = (state.pending_k, state.pending_v, state.pending_lr.unsqueeze(-1), decays.unsqueeze(-1))
         k, v, lr, log_decay = (_moved(x.transpose(1, 2), lack) for x in pending)
-        weights = [
-            torch.cat((W, b.unsqueeze(2)), 2) for W, b in zip(state.weights[::2], state.weights[1::2], strict=True)
-        ]
+        weights = matrices(state.weights)
         gamma, beta = (p.to(k.dtype).repeat(slots.numel(), 1).unsqueeze(1) for p in layer_norm)
         records = torch.zeros_like(self.records[slots])
         targets, rows = self._record.parts(records.flatten(0, 1))
@@ -159,9 +157,8 @@ class StatePool:
         for x in (self.records, self.position, *([] if self.conv is None else [self.conv])):
             x.index_fill_(0, slots, 0)
         initial, _ = self.layer.initial_state()
-        for target, W, b in zip(self._record.parts(self.records)[0], initial[::2], initial[1::2], strict=True):
-            matrix = torch.cat((W, b.unsqueeze(1)), 1).to(target.dtype)
-            target.index_copy_(0, slots, matrix.expand(slots.numel(), *matrix.shape))
+        for target, W in zip(self._record.parts(self.records)[0], matrices(initial), strict=True):
+            target.index_copy_(0, slots, W.to(target.dtype).expand(slots.numel(), *W.shape))
 
 
 def _moved(x: Tensor, by: Tensor) -> Tensor:

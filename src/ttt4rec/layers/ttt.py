@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import TokenStep
-from ..inner_models import INNER_MODELS
+from ..inner_models import INNER_MODELS, matrices
 from ..operators import Backend, check_backend, choose_backend, forgetting_token_step, token_step
 from ..reference import token_scale
 from .convolution import CausalConv, convolve
@@ -274,7 +274,7 @@ class TTTLayer(nn.Module):
         if decay is None:
             (o,) = token_step(token, backend)
         else:
-            initial = _joined(self.initial_state()[0]).to(pool.records.dtype)
+            initial = torch.cat([W.flatten(1) for W in matrices(self.initial_state()[0])], 1).to(pool.records.dtype)
             (o,) = forgetting_token_step(token._replace(log_decay=decay.squeeze(1), initial=initial), backend)
         pool.position.index_copy_(0, slots, position + 1)
         if pool.conv is not None and conv is not None:
@@ -361,9 +361,3 @@ class TTTLayer(nn.Module):
             f"width={self.width}, num_heads={self.num_heads}, inner={self.inner!r}, backbone={self.backbone!r}, "
             f"mini_batch_size={self.mini_batch_size}" + (f", forget={self.forget!r}" if self.forgets else "")
         )
-
-
-def _joined(initial: tuple[Tensor, ...]) -> Tensor:
-    """Weights as they lie in a record, ``[H, numbers]``."""
-    matrices = (torch.cat((W, b.unsqueeze(1)), 1) for W, b in zip(initial[::2], initial[1::2], strict=True))
-    return torch.cat([W.flatten(1) for W in matrices], 1)

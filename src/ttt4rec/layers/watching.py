@@ -11,6 +11,7 @@ from torch import Tensor
 from ..inner_models import INNER_MODELS
 from ..precision import without_autocast
 from ..reference import MODELS, layer_norm, token_scale
+from ..reference.inner_models import InnerModel
 from .forgetting import log_decay
 from .functional import Rates, inner_loop
 from .state import TTTState
@@ -38,20 +39,23 @@ def surprise(layer: Any, x: Tensor) -> Tensor:
         first = tuple(w.to(wide).expand(x.shape[0], *w.shape) for w in initial)
         scale, K = token_scale(layer.token_offset.to(wide)), layer.mini_batch_size
         decays = log_decay(layer, x)
-        state, own = None, []
+        state, own, model = None, [], MODELS[layer.inner]
         for start in range(0, x.shape[1], K):
             part = slice(start, start + K)
             tokens = q[:, part], k[:, part], v[:, part]
-            own.append(_losses(layer, first if state is None else state.weights, *tokens[1:]))
+            own.append(_losses(model, norm, first if state is None else state.weights, *tokens[1:]))
             rates = Rates(lr[:, part], scale, None if decays is None else decays[:, part])
-            model = INNER_MODELS[layer.inner]
-            _, state = inner_loop(model, tokens, rates, initial, norm, K, state, None, None, 1e-6, "auto")
-        return torch.cat(own, 1) / _losses(layer, first, k, v).clamp_min(torch.finfo(wide).tiny)
+            _, state = inner_loop(
+                INNER_MODELS[layer.inner], tokens, rates, initial, norm, K, state, None, None, 1e-6, "auto"
+            )
+        return torch.cat(own, 1) / _losses(model, norm, first, k, v).clamp_min(torch.finfo(wide).tiny)
 
 
-def _losses(layer: Any, weights: tuple[Tensor, ...], k: Tensor, v: Tensor) -> Tensor:
+def _losses(
+    model: InnerModel, norm: tuple[Tensor, Tensor], weights: tuple[Tensor, ...], k: Tensor, v: Tensor
+) -> Tensor:
     """The inner loss (2) of every token at weights, summed over the heads, ``[B, L]``."""
     k, v = (x.transpose(1, 2).to(weights[0].dtype) for x in (k, v))
-    _, (gamma, beta) = layer.initial_state()
-    error = layer_norm(MODELS[layer.inner](k, weights), gamma.to(k.dtype), beta.to(k.dtype), 1e-6) - (v - k)
+    gamma, beta = (p.to(k.dtype) for p in norm)
+    error = layer_norm(model(k, weights), gamma, beta, 1e-6) - (v - k)
     return 0.5 * error.square().sum((1, 3))

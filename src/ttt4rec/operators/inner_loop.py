@@ -4,8 +4,6 @@ They always start at a mini-batch boundary; a stream that goes on inside a mini-
 ``layers.functional``.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -41,10 +39,6 @@ def declare_scan(model: InnerModel, forgets: bool = False) -> Operator[Scan]:
         """One sequence's and head's zeros for all: a kernel makes whole what it reads by tokens."""
         return tuple(x.new_zeros(1, 1, *x.shape[2:]).expand(x.shape) for x in (scan.q, *scan.weights))
 
-    def decays(sizes: Sizes, draw: Draw, shapes: Iterable[tuple[int, ...]]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        B, L, H, _, _ = sizes
-        return -draw.wide.rate(B, L, H), tuple(draw.wide.weight(H, *shape, fan=shape[0]) for shape in shapes)
-
     def sample(sizes: Sizes, draw: Draw, *, packed: bool = False, segment: int = 1, expansion: int = 0) -> Scan:
         """A row is a sequence; packed: three sequences in one row, one of them empty, and tokens of none."""
         B, L, H, D, K = sizes
@@ -58,7 +52,10 @@ def declare_scan(model: InnerModel, forgets: bool = False) -> Operator[Scan]:
         norm = wide.normal(H, D), wide.normal(H, D)
         rates = wide.rate(B, L, H) / D, wide.rate(K)
         scan = Scan(q, k, v, *rates, weights, *norm, starts, lengths, 1e-6, segment, model.name)
-        return Scan(*scan[:-2], *decays(Sizes(B, L, H, D, K), draw, shapes.values())) if forgets else scan
+        if not forgets:
+            return scan
+        log_decay = -wide.rate(B, L, H)
+        return scan._replace(log_decay=log_decay, initial=tuple(wide.weight(H, *s, fan=s[0]) for s in shapes.values()))
 
     return Operator(
         f"{model.name}_forgetting_scan" if forgets else f"{model.name}_scan",
