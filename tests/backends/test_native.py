@@ -62,7 +62,7 @@ def check_equals_the_reference(inner, batch, seed, hidden):
 
 @pytest.mark.parametrize("inner", INNERS)
 def test_gradcheck_from_state_to_state(inner):
-    inputs = inner_inputs(inner, B=1, L=5, H=1, D=8, K=3, hidden=16)
+    inputs = inner_inputs(inner, B=1, L=5, H=1, D=8, K=3)
     tokens = ("q", "k", "v", "inner_lr")
     state = TTTState(
         tuple(torch.randn(1, *x.shape, dtype=torch.float64) * 0.1 for n, x in inputs.items() if n[0] in "Wb"),
@@ -132,7 +132,7 @@ def test_structures_are_as_large_in_both_languages():
     assert ours == CALLS.keys()
     for structure, (sources, function) in CALLS.items():
         for scalar in ("float",) if sources == build.SOFTMAX else ("float", "double"):
-            size = getattr(build.library("linear", 16, 0, scalar, sources), function)
+            size = getattr(build.library("linear", 8, 0, scalar, sources), function)
             size.restype = ctypes.c_int64
             assert size() == ctypes.sizeof(structure), structure
 
