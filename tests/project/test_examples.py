@@ -52,6 +52,17 @@ def test_streamed_scores_equal_the_batch_call(capsys: pytest.CaptureFixture[str]
     assert "bytes of state a user" in capsys.readouterr().out
 
 
+def test_a_shift_of_interests_surprises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moved, surprise = load("interest_shift").main(["--users", "100", "--out", str(tmp_path / "shift.png")])
+    assert len(moved) == len(surprise) == 64
+    assert moved[:3] == [0, 0, 0]  # the first mini-batch is not complete
+    assert min(moved[3:]) > 0
+    assert min(surprise[32:36]) > max(surprise[24:32])
+    assert max(surprise[56:]) < min(surprise[32:36])  # the second interest has become the usual one
+    assert (tmp_path / "shift.png").read_bytes().startswith(b"\x89PNG")
+    assert "after the shift: surprise" in capsys.readouterr().out
+
+
 def test_train_and_recommend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "events.csv"
     rows = [f"u{user},i{(user + step) % 7},{step}" for user in range(12) for step in range(10)]
