@@ -12,7 +12,16 @@ RUNS_FILE = ROOT / "studies" / "results" / "adaptation" / "runs.jsonl"
 DOCUMENT = ROOT / "docs" / "adaptation.md"
 METRICS = ("NDCG@10", "HR@10")
 SWITCHES = ("made-up", "joined")
-FORGETTING = {"": "-", "decay constant": ":", "decay by token": "--"}  # kinds of line
+LINES = {
+    "": "-",
+    "decay constant": ":",
+    "decay by token": "--",
+    "decay by surprise": (0, (6, 4)),
+    "K = 1": (0, (1, 4)),
+    "K = 2": "-.",
+    "K = 2, decay by token": (0, (3, 1, 1, 1, 1, 1)),
+}
+"""How a kind of model is drawn."""
 AFTER = ((1, 1), (2, 2), (3, 5), (6, 10), (11, 20), (21, 29))  # columns: events known since the switch, first and last
 
 
@@ -74,11 +83,11 @@ def plot(results: Sequence[Result], study: str) -> None:
     switch = own[0]["switch"]
     colours: dict[str, str] = {}
     for mixer, seeds in curves(own, study).items():
-        model, _, forgets = mixer.partition(", ")
+        model, _, kind = mixer.partition(", ")
         colour = colours.setdefault(model, f"C{len(colours)}")
         x = [n + 1 - switch for n in range(len(seeds[0]))]
         means = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
-        axes.plot(x, means, FORGETTING[forgets], color=colour, label=mixer)
+        axes.plot(x, means, linestyle=LINES[kind], color=colour, label=mixer)
         low, high = zip(*((min(values), max(values)) for values in zip(*seeds, strict=True)), strict=True)
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     if "best possible" in own[0]:

@@ -10,7 +10,7 @@ from studies.adaptation import __main__ as runner
 from studies.adaptation import report
 from studies.adaptation.ablation import ablated, read
 from studies.adaptation.switches import Population, best_possible, discounted, gains, joined
-from studies.adaptation.training import adapting
+from studies.adaptation.training import MIXERS, adapting
 from tests.support.checks import assert_close
 from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.recsys.data import Histories
@@ -106,7 +106,7 @@ def test_every_study_makes_its_results(study, tmp_path, monkeypatch):
     for name, value in {"TESTED_ON": 4, "TRAINED_ON": 4, "SWITCH": 6, "MAX_LEN": 10, "BEFORE": 5}.items():
         monkeypatch.setattr(runner, name, value)
     runs = list(runner.STUDIES[study](tmp_path, tmp_path))
-    assert len({str(key) for key, _ in runs}) == len(runs) == (12 if study == "ablation" else 24)
+    assert len({str(key) for key, _ in runs}) == len(runs) == (12 if study == "ablation" else 3 * len(MIXERS))
     result = runs[0][1]()
     if study == "ablation":
         assert result["test"].keys() == {"live", "frozen", "off", "live, windows of 50"}
