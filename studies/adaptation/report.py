@@ -45,6 +45,18 @@ def ablation_table(results: Iterable[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def accuracy_table(results: Iterable[Result]) -> str:
+    """Metrics by mixer."""
+    cells = defaultdict(list)
+    for result in results:
+        if result["study"] == "accuracy":
+            cells[result["mixer"]].append(result["test"])
+    lines = [f"| | {' | '.join(METRICS)} |", "|" + " --- |" * (1 + len(METRICS))]
+    for mixer, runs in cells.items():
+        lines.append(f"| {mixer} | {' | '.join(spread([run[name] for run in runs]) for name in METRICS)} |")
+    return "\n".join(lines) + "\n"
+
+
 def curves(results: Iterable[Result], study: str, name: str = "curve") -> dict[str, list[list[float]]]:
     """By mixer, the curves of its seeds."""
     found = defaultdict(list)
@@ -101,7 +113,7 @@ def plot(results: Sequence[Result], study: str) -> None:
 def write() -> None:
     """Bring tables and plots up to date."""
     results, document = read(), DOCUMENT.read_text()
-    texts = {"ablation": ablation_table(results)}
+    texts = {"ablation": ablation_table(results), "accuracy": accuracy_table(results)}
     for study in SWITCHES:
         texts[study] = recovery_table(results, study)
         if any(result["study"] == study for result in results):
