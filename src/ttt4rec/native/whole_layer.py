@@ -115,7 +115,6 @@ class _Around:
         tokens: _Tokens,
         gradients: _Tokens | None,
         d_weights: Sequence[Tensor] = (),
-        d_initial: Sequence[Tensor] = (),
         /,
         **tensors: Tensor,
     ) -> None:
@@ -136,9 +135,8 @@ class _Around:
             setattr(call, name, x.data_ptr())
         for i, w in enumerate(given.weights):  # shared by all sequences, which their strides of zero say
             call.weights[i] = call.initial[i] = w.data_ptr()
-        for own, gradients_of in ((call.d_weights, d_weights), (call.d_initial, d_initial)):
-            for i, w in enumerate(gradients_of):
-                own[i] = w.data_ptr()
+        for i, w in enumerate(d_weights):
+            call.d_weights[i] = w.data_ptr()
         library = build.library(around.inner, D, hidden, build.SCALARS[given.x.dtype], build.INNER_LOOP)
         run(getattr(library, part), call, self.sequences * H, self._numbers)
 
@@ -203,10 +201,9 @@ def inside_backward(
     d_tokens = _Tokens(given, d_views, tokens.apart)
     d_scale, d_gamma, d_beta = (x.new_zeros(N, H, width) for width in (K, C // H, C // H))
     d_weights = [w.new_empty(N, *w.shape) for w in given.weights]
-    d_initial = [w.new_zeros(N, *w.shape) for w in given.weights if decays]
     d_decays = {"log_decay": decays[0], "d_log_decay": torch.zeros_like(lr)} if decays else {}
     around.scan(
-        given, "ttt_backward", tokens, d_tokens, d_weights, d_initial, lr=lr, scale=scale, kept=inner,
+        given, "ttt_backward", tokens, d_tokens, d_weights, lr=lr, scale=scale, kept=inner,
         checkpoints=checkpoints, grad_o=d_o, d_lr=d_lr, d_scale=d_scale, d_gamma=d_gamma, d_beta=d_beta, **d_decays,
     )  # fmt: skip
     # What every sequence adds to the gradients of parameters.
@@ -222,12 +219,9 @@ def inside_backward(
     weights = torch.cat((*layer.projections, layer.lr_weight))
     d_x = around.product(d_views, weights, d_o)
     d_forgetting = _log_decay_backward(given, x, d_x, **d_decays)
-    d_inner = map(_total, d_weights)
-    if decays:
-        d_inner = map(torch.add, d_inner, map(_total, d_initial))
     return (
         d_lr_weight, d_lr_bias, d_scale.sum((0, 1)).mul_(scale > 0), _total(d_gamma), _total(d_beta),
-        d_x.view(given.x.shape), *d_projections, *d_convolutions, *d_forgetting, *d_inner,
+        d_x.view(given.x.shape), *d_projections, *d_convolutions, *d_forgetting, *map(_total, d_weights),
     )  # fmt: skip
 
 
