@@ -1,7 +1,7 @@
 """Our own rules for English that is read once: ``python -m tools.prose [FILE...]``.
 
-A sentence has at most ``LONGEST`` words, at most ``MOST_RELATIVES`` relative pronouns, and nothing of ``AVOID``. Code, tables, formulas and generated parts are passed
-over. Without files, all documents are looked at, but for ``UNREVISED``.
+A sentence has at most ``LONGEST`` words, at most ``MOST_RELATIVES`` relative pronouns, and nothing of ``AVOID``. Code,
+tables, formulas and generated parts are passed over. Without files, all documents are looked at, except ``UNREVISED``.
 """
 
 import argparse
