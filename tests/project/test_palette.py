@@ -1,12 +1,14 @@
 """Pictures: a method has one colour, whatever a study or a contest calls it."""
 
 from itertools import chain
+from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks import sides
 from studies.grid import STUDIES
-from tools import palette
+from tools import drawings, palette
+from tools.documents import ROOT
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,11 @@ def test_labels_of_one_colour_differ_in_their_markers() -> None:
     assert markers["TTT-MLP, 0.001"] == markers["GRU, 0.001"] != markers["TTT-MLP, 0.003"]
     assert palette.has_mamba_backbone("Mamba + MLP")
     assert not palette.has_mamba_backbone("Mamba4Rec (Mamba)")
+
+
+@pytest.mark.parametrize("name", drawings.DRAWINGS)
+def test_drawings_are_what_the_documents_show(name: str) -> None:
+    drawn = str(drawings.DRAWINGS[name]())
+    ElementTree.fromstring(drawn)
+    assert (ROOT / "docs" / f"{name}.svg").read_text() == drawn, "stale: run `python -m tools.drawings`"
+    assert any(f"{name}.svg)" in path.read_text() for path in ROOT.glob("docs/*.md"))
