@@ -1,5 +1,6 @@
 """The site, but for its building: every page is in its navigation, links lead to pages, and formulas are typeset."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 
 from tools import resources
 from tools.documents import ROOT
-from tools.site import formulas, hooks
+from tools.site import formulas, hooks, notebooks
 
 EQUATIONS = (ROOT / "docs" / "mathematics.md").read_text()
 
@@ -46,6 +47,15 @@ def test_what_pages_link_to_is_part_of_the_site() -> None:
     added = {path.relative_to(ROOT).as_posix() for path in hooks.outside()}
     assert {"README.md", "CHANGELOG.md", "examples/serve_http.py"} <= added
     assert "benchmarks/results/cpu-epyc-2-cores/time.png" in added  # by way of a report
+
+
+def test_a_notebook_is_a_page_with_its_outputs() -> None:
+    markdown = {"cell_type": "markdown", "source": ["# Title\n", "Text."]}
+    outputs = [{"text": ["4\n"]}, {"data": {"image/png": "QUJD\n", "text/plain": "<Figure>"}}]
+    code = {"cell_type": "code", "source": ["2 + 2"], "outputs": outputs}
+    page = notebooks.page_of(json.dumps({"cells": [markdown, code]}))
+    assert page.startswith("# Title\nText.\n\n```python\n2 + 2\n```\n\n```text\n4\n```\n\n![")
+    assert page.endswith("](data:image/png;base64,QUJD)\n")
 
 
 @pytest.mark.parametrize(

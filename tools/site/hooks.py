@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.documents import ROOT
 from tools.site.formulas import typeset
+from tools.site.notebooks import NOTEBOOK, page_of
 
 if TYPE_CHECKING:  # the tests of this file need no MkDocs
     from mkdocs.structure.files import File, Files
@@ -38,7 +39,7 @@ def outside() -> list[Path]:
     """The README, the changes, and what pages link to outside of ``docs/``, and what these link to."""
     waiting = [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md"]
     for path in waiting:  # which grows
-        if path.suffix == ".md":
+        if path.suffix in (".md", NOTEBOOK):
             new = dict.fromkeys(target for target in _targets(path) if target.is_file())
             waiting += [target for target in new if target not in waiting]
     return [path for path in waiting if not path.is_relative_to(ROOT / "docs")]
@@ -47,7 +48,7 @@ def outside() -> list[Path]:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Point links to pages of the site; typeset the mathematics, and fill in the table of resources."""
     source = _source(page.file.src_uri)
-    if source.suffix == ".md":
+    if source.suffix in (".md", NOTEBOOK):
         markdown = "".join(
             part if part.startswith("```") else LINK.sub(lambda found: _link(found, source, page), part)
             for part in FENCED.split(markdown)
@@ -72,7 +73,7 @@ def site_path(path: Path) -> str:
     if path.is_relative_to(ROOT / "docs"):
         return path.relative_to(ROOT / "docs").as_posix()
     inside = f"repository/{path.relative_to(ROOT).as_posix()}"
-    return f"{inside}.md" if path.suffix in TEXT else inside
+    return f"{inside}.md" if path.suffix in (*TEXT, NOTEBOOK) else inside
 
 
 def _source(src_uri: str) -> Path:
@@ -88,6 +89,8 @@ def _source(src_uri: str) -> Path:
 def _file(path: Path, config: Any) -> File:
     from mkdocs.structure.files import File
 
+    if path.suffix == NOTEBOOK:
+        return File.generated(config, site_path(path), content=page_of(path.read_text()))
     if path.suffix not in TEXT:
         return File.generated(config, site_path(path), abs_src_path=str(path))
     shown = f"# {path.relative_to(ROOT).as_posix()}\n\n````{TEXT[path.suffix]}\n{path.read_text()}\n````\n"
@@ -96,7 +99,8 @@ def _file(path: Path, config: Any) -> File:
 
 def _targets(path: Path) -> list[Path]:
     """What a document links to, a folder's README in the folder's place."""
-    found = [_resolved(path, link) for link, _ in LINK.findall(FENCED.sub("", path.read_text())) if link]
+    text = path.read_text() if path.suffix == ".md" else page_of(path.read_text())
+    found = [_resolved(path, link) for link, _ in LINK.findall(FENCED.sub("", text)) if link]
     return [target for target in found if target.is_relative_to(ROOT)]
 
 
