@@ -148,6 +148,7 @@ class IndexedItems(NamedTuple):
     table: Tensor  # as it was given, no copy
     codes: Tensor  # in groups of items, the last one filled up
     scale: Tensor  # of each item: a code times this is about a number of the table
+    size: Tensor  # of each item: its codes times its scale have no larger norm
     error: Tensor  # of each item: times the norm of a hidden state, how far its score may be above that of the codes
     largest: float  # no item has a larger norm
 
