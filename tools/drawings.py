@@ -213,11 +213,35 @@ def service() -> Canvas:
     return canvas
 
 
+def replay() -> Canvas:
+    """Three segments forwards, and the way back over them."""
+    canvas = Canvas(970, 262, "Forwards a checkpoint before each segment; backwards each segment is replayed from it")
+    canvas.text(20, 38, "Forward", size=15, bold=True, colour=INNER)
+    canvas.circle(131, 62, "W₀", INNER)
+    canvas.path("M152 62H178", INNER)
+    for i, x in enumerate((180, 470, 760)):
+        canvas.box(x, 36, 180, 52, f"segment {i + 1}", "M mini-batches", edge=INNER)
+        if i < 2:
+            canvas.path(f"M{x + 180} 62H{x + 288}", INNER)
+            canvas.text(x + 234, 54, "checkpoint", anchor="middle", colour=INNER)
+            canvas.path(f"M{x + 234} 68V184H{x + 288}", dashed=True)
+        canvas.box(x, 166, 180, 60, f"replay {i + 1}, forwards", "holds each state,", "then walks back", edge=OUTER)
+    canvas.path("M131 83V184H178", dashed=True)
+    canvas.text(20, 252, "Backward, from right to left: only dW goes from one segment to the one before", colour=OUTER)
+    canvas.path("M850 88V164", OUTER)
+    canvas.path("M760 210H652", OUTER)
+    canvas.path("M470 210H362", OUTER)
+    canvas.text(706, 226, "dW", anchor="middle", colour=OUTER)
+    canvas.text(416, 226, "dW", anchor="middle", colour=OUTER)
+    return canvas
+
+
 DRAWINGS: dict[str, Callable[[], Canvas]] = {
     "two-loops": two_loops,
     "way-of-the-data": way_of_the_data,
     "step-record": step_record,
     "service": service,
+    "replay": replay,
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 from tools import resources
 from tools.documents import ROOT
 from tools.site import formulas, hooks, notebooks
+from ttt4rec.cli import make_parser
 
 EQUATIONS = (ROOT / "docs" / "mathematics.md").read_text()
 
@@ -84,6 +85,15 @@ def test_every_equation_is_typeset(monkeypatch: pytest.MonkeyPatch) -> None:
         assert text.isascii(), text
         letters = re.sub(r"\\mathrm\{[^}]*\}|\\[A-Za-z]+", " ", text)
         assert not re.search("[a-z]{3,}", letters), f"a word among the letters of {text}"
+
+
+def test_every_command_has_its_help() -> None:
+    text = (ROOT / "docs" / "reference" / "commands.md").read_text()
+    commands = next(action.choices for action in make_parser()._actions if isinstance(action.choices, dict))
+    assert sorted(hooks.HELP.findall(text)) == sorted(commands)
+    page = hooks.on_page_markdown(text, SimpleNamespace(file=SimpleNamespace(src_uri="reference/commands.md")))
+    assert page.count("usage: ttt4rec") == len(commands)
+    assert "<!--" not in page
 
 
 def test_the_table_to_filter_has_every_row() -> None:

@@ -7,8 +7,11 @@ site the README is the start page, and a file outside ``docs/`` that some page l
 from __future__ import annotations
 
 import csv
+import os
 import posixpath
 import re
+import subprocess
+import sys
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,7 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]*)(#[^)\s]*)?(?=\))")
 FENCED = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 TEXT = {".py": "python", ".sh": "bash", ".cpp": "cpp", ".h": "cpp", ".toml": "toml", "": "text"}
 """Files that are shown as code, by suffix, and the language of which."""
+HELP = re.compile(r"<!-- help: (\w+) -->")
 RESOURCES = '<div id="resources"></div>'
 
 
@@ -55,7 +59,15 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         )
     if page.file.src_uri == "mathematics.md":
         return typeset(markdown)
+    if page.file.src_uri == "reference/commands.md":
+        return HELP.sub(lambda found: f"```text\n{help_of(found[1])}```", markdown)
     return markdown.replace(RESOURCES, table((ROOT / "docs" / "resources.csv").read_text()))
+
+
+def help_of(command: str) -> str:
+    """What ``ttt4rec COMMAND --help`` prints on a terminal of some width."""
+    run = [sys.executable, "-m", "ttt4rec.cli", command, "--help"]
+    return subprocess.run(run, env={**os.environ, "COLUMNS": "88"}, capture_output=True, text=True, check=True).stdout
 
 
 def table(text: str) -> str:
