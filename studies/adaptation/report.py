@@ -4,6 +4,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from tools import palette
 from tools.documents import ROOT, section, spread
 
 from ..runner import Result, read_results
@@ -93,10 +94,9 @@ def plot(results: Sequence[Result], study: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     switch = own[0]["switch"]
-    colours: dict[str, str] = {}
     for mixer, seeds in curves(own, study).items():
-        model, _, kind = mixer.partition(", ")
-        colour = colours.setdefault(model, f"C{len(colours)}")
+        kind = mixer.partition(", ")[2]
+        colour = palette.colour(mixer)
         x = [n + 1 - switch for n in range(len(seeds[0]))]
         means = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
         axes.plot(x, means, linestyle=LINES[kind], color=colour, label=mixer)
@@ -107,7 +107,7 @@ def plot(results: Sequence[Result], study: str) -> None:
     axes.axvline(0, color="gray", linewidth=0.8)
     axes.set(xlabel="events since the switch", ylabel="NDCG@10", ylim=(0, None))
     figure.legend(loc="outside right upper")
-    figure.savefig(DOCUMENT.with_name(f"adaptation-{study}.png"), dpi=110)
+    figure.savefig(DOCUMENT.with_name(f"adaptation-{study}.png"), dpi=palette.DPI)
 
 
 def write() -> None:

@@ -1,6 +1,7 @@
 """Every example runs, at a tiny size, and does what it says."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -9,6 +10,7 @@ from starlette.testclient import TestClient
 
 from tests.support.recsys_data import make_model, make_split
 from tools.documents import ROOT
+from tools.site.notebooks import sources
 from ttt4rec import TTT4Rec
 from ttt4rec.recsys import Recommender
 
@@ -107,3 +109,16 @@ def test_accelerate_trains(tmp_path: Path) -> None:
     losses = load("train_with_accelerate").main(sizes)
     assert losses[-1] < losses[0] - 0.5
     assert TTT4Rec.load(tmp_path).config.num_items == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_run_and_were_saved_with_what_they_show(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = path.read_text()
+    names: dict[str, object] = {"__name__": path.stem}
+    for i, source in enumerate(sources(text)):
+        exec(compile(source, f"{path.name}, cell {i}", "exec"), names)
+    assert capsys.readouterr().out.count("\n") >= 2
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), "saved after another order"
+    assert cells[-1]["outputs"]
