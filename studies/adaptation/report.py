@@ -23,7 +23,8 @@ LINES = {
     "K = 2, decay by token": (0, (3, 1, 1, 1, 1, 1)),
 }
 """How a kind of model is drawn."""
-AFTER = ((1, 1), (2, 2), (3, 5), (6, 10), (11, 20), (21, 29), (1, 29))  # columns: events known since the switch, first and last
+AFTER = ((1, 1), (2, 2), (3, 5), (6, 10), (11, 20), (21, 29), (1, 29))
+"""Columns: events known since the switch, first and last."""
 
 
 def read() -> list[Result]:
