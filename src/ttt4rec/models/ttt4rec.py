@@ -27,6 +27,7 @@ from .blocks import FEED_FORWARDS, NORMS, Block, BlockPool, BlockState, make_nor
 from .cloze import hide_next, hide_some
 from .item_index import ItemIndex
 from .mixers import MIXERS, Mixer
+from .presets import preset
 from .step_at_once import step_at_once
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -116,6 +117,15 @@ class TTT4RecConfig:
             raise ValueError(f"dropout must be at least 0 and below 1; given {self.dropout!r}")
         if not is_number(self.hide_rate) or not 0 <= self.hide_rate <= 1:
             raise ValueError(f"hide_rate must be from 0 to 1; given {self.hide_rate!r}")
+
+    @staticmethod
+    def from_preset(name: str, num_items: int, **given: Any) -> "TTT4RecConfig":
+        """The shape of a preset, ``"best"``, ``"paper"`` or ``"fast"``; given fields have the values given.
+
+        Raises:
+            ValueError: there is no such preset, or a field is out of range.
+        """
+        return TTT4RecConfig(num_items, **{**preset(name).model, **given})
 
 
 def make_mixer(config: TTT4RecConfig, device: Device = None, dtype: torch.dtype | None = None) -> nn.Module:
