@@ -79,7 +79,7 @@ def test_hstu_is_its_definition(x, monkeypatch, at_once):
             attended = torch.zeros(6, dtype=torch.float64)
             for j in range(t + 1):
                 for head in (slice(0, 3), slice(3, 6)):
-                    score = q[t, head] @ k[j, head] + mixer.distance_bias[min(t - j, 3)]
+                    score = q[t, head] @ k[j, head] + mixer.distance_table[min(t - j, 3)]
                     attended[head] += score * torch.sigmoid(score) * v[j, head] / 4
             centred = attended - attended.mean()
             normalised = centred / (centred.square().mean() + 1e-6).sqrt()
@@ -91,7 +91,7 @@ def test_hstu_knows_how_far_back_an_item_is():
     there, earlier = model(torch.tensor([[5, 1, 2, 3], [1, 5, 2, 3]]))[:, -1]
     assert not torch.allclose(there, earlier)
     with torch.no_grad():
-        model.blocks[0].mixer.distance_bias.zero_()
+        model.blocks[0].mixer.distance_table.zero_()
     there, earlier = model(torch.tensor([[5, 1, 2, 3], [1, 5, 2, 3]]))[:, -1]
     torch.testing.assert_close(there, earlier)
 

@@ -206,13 +206,13 @@ class HSTUMixer(HistoryMixer):
         factory: Any = {"device": device, "dtype": dtype}
         self.num_heads, self.max_len = num_heads, max_len
         self.input = nn.Linear(width, 4 * width, bias=False, **factory)
-        self.distance_bias = nn.Parameter(torch.empty(max_len, **factory))
+        self.distance_table = nn.Parameter(torch.empty(max_len, **factory))
         self.reset_parameters()
         self.output = nn.Linear(width, width, bias=False, **factory)
 
     def reset_parameters(self) -> None:
         """Biases of distances from N(0, 0.02)."""
-        nn.init.normal_(self.distance_bias, std=STD)
+        nn.init.normal_(self.distance_table, std=STD)
 
     def read(self, x: Tensor, real: Tensor | None) -> Tensor:
         """x ``[N, L, width]`` to the same shape."""
@@ -223,7 +223,7 @@ class HSTUMixer(HistoryMixer):
         for begin in range(0, L, rows):
             end = min(begin + rows, L)
             distance = torch.arange(begin, end, device=x.device)[:, None] - torch.arange(end, device=x.device)
-            bias = self.distance_bias[distance.clamp(0, self.max_len - 1)]
+            bias = self.distance_table[distance.clamp(0, self.max_len - 1)]
             pairs = F.silu(q[:, :, begin:end] @ k[:, :, :end].mT + bias).masked_fill(distance < 0, 0)
             attended.append(pairs @ v[:, :, :end] / self.max_len)
         together = torch.cat(attended, 2).transpose(1, 2).flatten(2)

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+from tests.project.test_readme import python_blocks
 from tests.support.recsys_data import SMALL, make_split, write_events
+from tools.documents import ROOT
 from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.cli import main, make_parser
 from ttt4rec.models.presets import PRESETS
@@ -49,6 +51,34 @@ def test_an_unknown_preset_is_refused():
             make("quick", 9)
     with pytest.raises(ValueError, match="dropout must be"):
         TTT4RecConfig.from_preset("best", 9, dropout=2)
+
+
+def test_the_page_tells_what_the_presets_are():
+    page = (ROOT / "docs" / "presets.md").read_text()
+    for line, source in python_blocks(page):
+        exec(compile("\n" * line + source, "presets.md", "exec"), {})
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    told = {name: dict(zip((row[0] for row in rows[1:]), column, strict=True)) for name, *column in zip(*rows, strict=True)}
+    assert list(told)[1:] == [f"`{name}`" for name in PRESETS]
+    for name, preset in PRESETS.items():
+        config, options = TTT4RecConfig.from_preset(name, 9), TrainOptions.from_preset(name)
+        warmup = options.learning_rate_warmup
+        expected = {
+            "inner model": {"mlp": "TTT-MLP", "linear": "TTT-Linear"}[config.inner],
+            "width, blocks, heads, mini-batch":
+                f"{config.width}, {config.num_blocks}, {config.num_heads}, {config.mini_batch_size}",
+            "items of history": f"{config.max_len}",
+            "dropout": f"{config.dropout}",
+            "loss": "softmax over all" if options.loss == "softmax" else f"softmax over {options.num_negatives}",
+            "learning rate": f"{preset.training['learning_rate']}",
+            "its warm-up": f"{warmup} steps" if warmup else "none",
+            "targets in a step": "2,048, less" if preset.smaller_steps else "2,048",
+            "weight decay, forgetting": "none" if not options.weight_decay and config.forget == "none" else "some",
+            "epochs, patience": f"{options.epochs}, {options.patience}",
+            "users kept": "of 5 or more; 20" if preset.as_published else "of 5 or more",
+        }  # fmt: skip
+        assert {row: told[f"`{name}`"][row][: len(text)] for row, text in expected.items()} == expected
+        assert len(expected) == len(rows) - 2
 
 
 @pytest.mark.parametrize("name", ["best", "fast"])
