@@ -9,7 +9,7 @@ from tools.documents import ROOT
 
 PAGES = [
     "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/extending.md", "docs/serving.md", "docs/online.md",
-    "docs/presets.md", "benchmarks/README.md", "studies/README.md",
+    "docs/presets.md", "docs/benchmarks.md", "benchmarks/README.md", "studies/README.md",
 ]  # fmt: skip
 
 

@@ -58,7 +58,9 @@ def test_the_page_tells_what_the_presets_are():
     for line, source in python_blocks(page):
         exec(compile("\n" * line + source, "presets.md", "exec"), {})
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in page.splitlines() if line[:1] == "|"]
-    told = {name: dict(zip((row[0] for row in rows[1:]), column, strict=True)) for name, *column in zip(*rows, strict=True)}
+    told = {
+        name: dict(zip((row[0] for row in rows[1:]), column, strict=True)) for name, *column in zip(*rows, strict=True)
+    }
     assert list(told)[1:] == [f"`{name}`" for name in PRESETS]
     for name, preset in PRESETS.items():
         config, options = TTT4RecConfig.from_preset(name, 9), TrainOptions.from_preset(name)
