@@ -31,6 +31,7 @@ from ttt4rec.recsys.training.report import RUN_FILE, describe_data, write_card, 
 from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, fit
 
 _MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
+_FEW_STEPS = 50  # in an epoch
 _NO_SETTINGS = ("command", "device", "threads", "given")  # arguments that say nothing of what was trained
 
 
@@ -61,6 +62,7 @@ def _train(args: Namespace, device: str) -> None:
     options = _of_preset(args, options, split.num_targets("train"))
     config = _model_config(args, histories.num_items, trained)
     _describe(histories, split)
+    _advise(args, options, split.num_targets("train"))
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         model = trained.model.with_items(histories.num_items) if trained else TTT4Rec(config).to(device)
@@ -271,6 +273,14 @@ def _describe(histories: Histories, split: Split) -> None:
     parts = " / ".join(f"{split.num_targets(part):,}" for part in ("train", "valid", "test"))
     print(f"{histories.num_users:,} users, {histories.num_items:,} items, {len(histories.items):,} interactions")
     print(f"{parts} train / valid / test targets", flush=True)
+
+
+def _advise(args: Namespace, options: TrainOptions, num_targets: int) -> None:
+    """Say so if an epoch has few steps, which nobody asked for: three such epochs show next to nothing."""
+    steps = -(-num_targets // options.targets_per_batch)
+    if args.preset is None and "targets_per_batch" not in args.given and steps < _FEW_STEPS:
+        advice = "--preset best or --targets-per-batch N makes smaller ones, which learn in fewer epochs"
+        print(f"an epoch has about {steps} {'step' if steps == 1 else 'steps'}: {advice}", file=sys.stderr)
 
 
 def _print_epoch(report: EpochReport) -> None:

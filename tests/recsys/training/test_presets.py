@@ -167,6 +167,23 @@ def test_a_preset_on_the_command_line(tmp_path, capsys):
     assert "invalid choice: 'slow'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "advised"),
+    [
+        ([], True),
+        (["--targets-per-batch", "2048"], False),
+        (["--preset", "paper"], False),
+        (["--preset", "best"], False),
+    ],
+    ids=str,
+)
+def test_few_steps_in_an_epoch_are_pointed_out(tmp_path, capsys, given, advised):
+    data = write_events(tmp_path / "ring.inter")
+    assert main(["train", str(data), "--out", str(tmp_path / "run"), "--epochs", "1", *given]) == 0
+    said = "an epoch has about 1 step: --preset best or --targets-per-batch N makes smaller ones"
+    assert (said in capsys.readouterr().err) == advised
+
+
 @pytest.mark.parametrize(("given", "expected"), [([], (20, 100)), (["--min-user", "7", "--max-len", "30"], (7, 30))])
 def test_the_papers_preset_has_the_papers_filter_on_its_data(given, expected):
     args = make_parser().parse_args(["train", "gowalla", "--out", "x", "--preset", "paper", *given])
