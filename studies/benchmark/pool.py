@@ -125,5 +125,7 @@ def time_left(plan: Plan, results: Sequence[Result], processes: int) -> str:
             unknown += 0 if took else left
             seconds += left * sum(took) / max(1, len(took))
     rest = f", and {unknown} more of which nothing is known yet" if unknown else ""
-    hours = f"{to_come - unknown} may take {seconds / processes / 3600:.1f} h with {processes} at once"
-    return f"{plan.total - to_come} of {plan.total} are done, {hours}{rest}"
+    hours = seconds / processes / 3600
+    long = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+    known = f"{to_come - unknown} may take {long} with {processes} at once"
+    return f"{plan.total - to_come} of {plan.total} are done, {known}{rest}"

@@ -168,10 +168,11 @@ def test_the_rest_is_estimated_by_like_trainings() -> None:
     trials = list(PLAN.missing([]))
     assert (
         time_left(PLAN, [], 2)
-        == "0 of 6 are done, 0 may take 0.0 h with 2 at once, and 6 more of which nothing is known yet"
+        == "0 of 6 are done, 0 may take 0 min with 2 at once, and 6 more of which nothing is known yet"
     )
     results = [result(trials[0], 0.1, 3600)]  # 2 more of its kind, and 3 of another like it
     assert time_left(PLAN, results, 2) == "1 of 6 are done, 5 may take 2.5 h with 2 at once"
+    assert time_left(PLAN, results, 8).endswith("5 may take 38 min with 8 at once")
     results.append(result(trials[2], 0.1, 7200))  # 2 of an hour, 2 of two
     assert time_left(PLAN, results, 2) == "2 of 6 are done, 4 may take 3.0 h with 2 at once"
 
