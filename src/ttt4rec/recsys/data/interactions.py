@@ -97,7 +97,7 @@ class Histories:
         return places
 
     def user_code(self, user_id: str) -> int:
-        """Code of an original user id; DataError when the data has no such user."""
+        """Code of an original user id; DataError when the data has no user of that id."""
         code = self._user_codes.get(user_id)
         if code is None:
             raise DataError(f"user_id must be one of the data's {self.num_users} users; given {user_id!r}")
