@@ -119,7 +119,11 @@ def run_all(runs: Iterable[Run], folder: Path, path: Path, say: Callable[[str], 
 
 def check_same_data(done: Iterable[Result], run: Run, split: Split) -> None:
     """Refuse to add to a table what was trained on other data than its rows: ValueError."""
-    given = describe_data(split)
+    check_same_description(done, run, describe_data(split))
+
+
+def check_same_description(done: Iterable[Result], run: Run, given: dict[str, Any]) -> None:
+    """The same, of the data's description."""
     for result in done:
         if run.data.key.items() <= result.items() and not result["data"].items() <= given.items():
             raise ValueError(

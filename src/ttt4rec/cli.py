@@ -12,12 +12,14 @@ from typing import Any, NoReturn, get_type_hints
 from ttt4rec.checks import printable
 from ttt4rec.extras import MissingPackageError
 from ttt4rec.fields import choices, descriptions
+from ttt4rec.models.presets import PRESETS
 from ttt4rec.models.ttt4rec import TTT4RecConfig
 from ttt4rec.options import ServeOptions, TrainOptions
 
 _EPILOG = """\
 examples:
   ttt4rec train ml-100k --out runs/ml-100k
+  ttt4rec train ml-100k --preset best --out runs/best
   ttt4rec train events.csv --user-field customer --item-field product --time-field at --out runs/shop
   ttt4rec evaluate runs/ml-100k --part valid
   ttt4rec recommend runs/ml-100k --user 196 --exclude-seen
@@ -140,11 +142,15 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--warm-start", metavar="DIR", help="begin with this model, its shape and the codes of its items"
     )
+    each = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
+    about = f"defaults of model and training that go together ({each}; default: none)"
+    command.add_argument("--preset", choices=tuple(PRESETS), help=about)
     data = command.add_argument_group("data")
     data.add_argument("--user-field", default="user_id", metavar="NAME", help="column of user ids")
     data.add_argument("--item-field", default="item_id", metavar="NAME", help="column of item ids")
     data.add_argument("--time-field", default="timestamp", metavar="NAME", help="column of times, numbers or dates")
-    data.add_argument("--min-user", type=_whole, default=5, metavar="N", help="drop users with fewer interactions")
+    about = "drop users with fewer interactions"
+    data.add_argument("--min-user", action=_Given, type=_whole, default=5, metavar="N", help=about)
     data.add_argument("--min-item", type=_whole, default=5, metavar="N", help="drop items with fewer interactions")
     ways = ["ratio", "last", "time"]
     about = (

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from .checks import check_integer, check_positive, is_number
 from .fields import check_choices, choice
 from .models.losses import LOSSES
+from .models.presets import preset
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class TrainOptions:
         epochs: at most so many passes over the training targets.
         patience: stop after so many epochs without a better validation NDCG@10.
         learning_rate: of Adam.
+        learning_rate_warmup: steps over which the learning rate rises to its full size; 0: none.
+        weight_decay: share, times the learning rate, that each step takes off weights of linear maps and items.
         targets_per_batch: scored targets in one step.
         clip_norm: largest norm of all gradients together.
         inner_lr_warmup: steps over which TTT layers' inner rates rise from 0 to their full size; 0: none.
@@ -38,6 +42,8 @@ class TrainOptions:
     epochs: int = 300
     patience: int = 5
     learning_rate: float = 1e-3
+    learning_rate_warmup: int = 0
+    weight_decay: float = 0.0
     targets_per_batch: int = 2048
     clip_norm: float = 5.0
     inner_lr_warmup: int = 0
@@ -59,7 +65,7 @@ class TrainOptions:
         """
         for name in ("epochs", "patience", "targets_per_batch", "num_negatives", "accumulate"):
             check_integer(name, getattr(self, name))
-        for name in ("inner_lr_warmup", "seed"):
+        for name in ("learning_rate_warmup", "inner_lr_warmup", "seed"):
             check_integer(name, getattr(self, name), least=0)
         for name in ("exclude_seen", "autocast", "deterministic"):
             if not isinstance(getattr(self, name), bool):
@@ -67,10 +73,26 @@ class TrainOptions:
         check_positive("learning_rate", self.learning_rate)
         check_positive("clip_norm", self.clip_norm)
         check_choices(self)
-        if not is_number(self.popularity) or not 0 <= self.popularity < math.inf:
-            raise ValueError(f"popularity must be finite and at least 0; given {self.popularity!r}")
+        for name in ("popularity", "weight_decay"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0; given {value!r}")
         if not is_number(self.calibration) or not 0 <= self.calibration <= 1:
             raise ValueError(f"calibration must be from 0 to 1; given {self.calibration!r}")
+
+    @staticmethod
+    def from_preset(name: str, num_targets: int | None = None, **given: Any) -> TrainOptions:
+        """The options of a preset, ``"best"``, ``"paper"`` or ``"fast"``.
+
+        Args:
+            name: one of ``models.presets.PRESETS``.
+            num_targets: training targets, ``split.num_targets("train")``: small data get smaller steps; None: many.
+            given: fields that are to have these values.
+
+        Raises:
+            ValueError: there is no such preset, or a field is out of range.
+        """
+        return TrainOptions(**preset(name).options(num_targets, given))
 
 
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}

@@ -1,4 +1,4 @@
-"""Baselines against their definitions: NARM's and Mamba's mixers, BERT4Rec's hidden items."""
+"""Baselines against their definitions: NARM's, Mamba's and HSTU's mixers, BERT4Rec's hidden items."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from ttt4rec import TTT4Rec, TTT4RecConfig, register_mixer
 from ttt4rec.models import mixers
 from ttt4rec.models.blocks import AttentionMixer, HistoryMixer
 from ttt4rec.models.cloze import hide_next, hide_some
-from ttt4rec.models.mixers import MIXERS, MambaMixer, NARMMixer
+from ttt4rec.models.mixers import MIXERS, HSTUMixer, MambaMixer, NARMMixer
 from ttt4rec.models.ttt4rec import make_mixer
 from ttt4rec.recsys.data.windows import evaluation_prefixes
 from ttt4rec.recsys.recommend import Recommender
@@ -66,6 +66,34 @@ def test_mamba_is_its_definition(x):
             state = torch.exp(-delta * mixer.log_decay.exp()) * state + delta * u[:, None] * B
             gated = (state @ C + mixer.skip * u) * F.silu(z[t])
             torch.testing.assert_close(y[row, t], mixer.output.weight @ gated)
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * 2 * 7 * 3, 1 << 20])  # one row of queries, three, all
+def test_hstu_is_its_definition(x, monkeypatch, at_once):
+    monkeypatch.setattr(mixers, "ELEMENTS_AT_ONCE", at_once)
+    mixer = randomised(HSTUMixer(6, 2, max_len=4))  # fewer distances than the seven items have
+    y = mixer(x)
+    for row in range(2):
+        u, v, q, k = F.silu(x[row] @ mixer.input.weight.T).split(6, -1)
+        for t in range(7):
+            attended = torch.zeros(6, dtype=torch.float64)
+            for j in range(t + 1):
+                for head in (slice(0, 3), slice(3, 6)):
+                    score = q[t, head] @ k[j, head] + mixer.distance_table[min(t - j, 3)]
+                    attended[head] += score * torch.sigmoid(score) * v[j, head] / 4
+            centred = attended - attended.mean()
+            normalised = centred / (centred.square().mean() + 1e-6).sqrt()
+            torch.testing.assert_close(y[row, t], mixer.output.weight @ (normalised * u[t]))
+
+
+def test_hstu_knows_how_far_back_an_item_is():
+    model = randomised(TTT4Rec(TTT4RecConfig(9, 8, 1, 2, "hstu", max_len=4))).eval()
+    there, earlier = model(torch.tensor([[5, 1, 2, 3], [1, 5, 2, 3]]))[:, -1]
+    assert not torch.allclose(there, earlier)
+    with torch.no_grad():
+        model.blocks[0].mixer.distance_table.zero_()
+    there, earlier = model(torch.tensor([[5, 1, 2, 3], [1, 5, 2, 3]]))[:, -1]
+    torch.testing.assert_close(there, earlier)
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -202,7 +230,7 @@ def test_bert4rec_sees_nothing_of_what_it_predicts():
     assert not torch.allclose(both, other)  # it does read in both directions
 
 
-@pytest.mark.parametrize("mixer", ["narm", "mamba", "bidirectional"])
+@pytest.mark.parametrize("mixer", ["narm", "mamba", "bidirectional", "hstu"])
 def test_a_baseline_learns_the_pattern(tmp_path, mixer):
     split = make_split(tmp_path)
     options = TrainOptions(epochs=30, patience=30, targets_per_batch=64, learning_rate=1e-2)
@@ -226,7 +254,7 @@ def test_hidden_items_stand_for_all_targets(tmp_path):
         assert report.loss == pytest.approx(math.log(24), rel=0.1)
 
 
-@pytest.mark.parametrize("mixer", ["narm", "mamba", "bidirectional"])
+@pytest.mark.parametrize("mixer", ["narm", "mamba", "bidirectional", "hstu"])
 def test_a_baseline_goes_on_after_an_interruption(tmp_path, mixer):
     split = make_split(tmp_path)
     options = TrainOptions(epochs=2, targets_per_batch=256)

@@ -19,6 +19,7 @@ KINDS = [
     *({"mixer": name} for name, mixer in MIXERS.items() if name != "ttt" and mixer.causal),
     *({"inner": i, "backbone": b} for i, b in itertools.product(INNERS, BACKBONES)),
     {"backbone": "mamba", "block_conv": True},
+    {"gates": True},
 ]
 
 
@@ -113,7 +114,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_whole():
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
-@pytest.mark.parametrize(("norm", "ffn"), [("rms", "swiglu"), ("layer", "gelu")])
+@pytest.mark.parametrize(("norm", "ffn"), [("rms", "swiglu"), ("layer", "gelu"), ("rms", "none")])
 def test_padding_packing_and_causality(options, norm, ffn):
     model = make(norm=norm, ffn=ffn, **options)
     ids = torch.randint(1, 31, (3, 11))
@@ -185,6 +186,35 @@ def test_a_row_of_padding_leaves_a_grus_stream_where_it_was():
     for old, new in zip(states, after, strict=True):
         assert torch.equal(old.mixer[0], new.mixer[0])
         assert not torch.equal(old.mixer[1], new.mixer[1])
+
+
+def test_gates_are_those_of_ligr():
+    torch.manual_seed(0)
+    block = Block(8, AttentionMixer(8, 2), gates=True, ffn_width=12).double()
+    h = torch.randn(2, 5, 8, dtype=torch.float64)
+    gate = torch.sigmoid(h @ block.mixer_gate.weight.T + block.mixer_gate.bias)
+    between = h + gate * block.mixer(block.mixer_norm(h))
+    gate = torch.sigmoid(between @ block.ffn_gate.weight.T + block.ffn_gate.bias)
+    torch.testing.assert_close(block(h), between + gate * block.ffn(block.ffn_norm(between)))
+
+
+@pytest.mark.parametrize("gates", [False, True])
+def test_a_block_without_a_network_is_its_mixer(gates):
+    torch.manual_seed(0)
+    block = Block(8, AttentionMixer(8, 2), ffn="none", gates=gates).double()
+    h = torch.randn(2, 5, 8, dtype=torch.float64)
+    gate = torch.sigmoid(block.mixer_gate(h)) if gates else 1
+    torch.testing.assert_close(block(h), h + gate * block.mixer(block.mixer_norm(h)))
+    assert not any(name.startswith("ffn") for name, _ in block.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{"gates": True}, {"ffn": "none"}, {"gates": True, "ffn": "none"}], ids=str)
+def test_steps_of_other_blocks_are_those_of_whole_histories(options):
+    model = make(**options)
+    pools, slots = model.make_pools(2), torch.tensor([1, 0])
+    ids = torch.randint(1, 31, (2, 6))
+    steps = torch.stack([model.step(item, pools, slots) for item in ids.T], 1)
+    torch.testing.assert_close(steps, model(ids), rtol=0, atol=1e-10)
 
 
 def test_attention_refuses_a_state():
@@ -275,6 +305,8 @@ def test_loading_nothing_or_something_damaged(tmp_path):
         ({"dropout": float("nan")}, "nan"),
         ({"rope_theta": None}, "None"),
         ({"hide_rate": 1.5}, "1.5"),
+        ({"gates": 1}, "1"),
+        ({"block_conv": "no"}, "no"),
     ],
     ids=str,
 )

@@ -438,7 +438,7 @@ OPTIONS_OF_TRAIN = {
 }  # fmt: skip
 CHOICES_OF_TRAIN = {
     "split_by": ["ratio", "last", "time"],
-    "mixer": ["ttt", "attention", "gru", "narm", "mamba", "bidirectional"],
+    "mixer": ["ttt", "attention", "gru", "narm", "mamba", "bidirectional", "hstu"],
     "inner": ["linear", "mlp"],
     "backbone": ["transformer", "mamba"],
     "norm": ["rms", "layer"],

@@ -212,11 +212,14 @@ class GELUFeedForward(nn.Module):
 
 
 NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
-FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {"swiglu": SwiGLU, "gelu": GELUFeedForward}
+FEED_FORWARDS: dict[str, Callable[..., nn.Module] | None] = {"swiglu": SwiGLU, "gelu": GELUFeedForward, "none": None}
+"""By the names that ``TTT4RecConfig.ffn`` takes; HSTU's published blocks have none."""
 
 
 class Block(nn.Module):
     """``h + mixer(norm(h))``, then ``h + ffn(norm(h))``; before both, optionally ``h + conv(norm(h))``.
+
+    With gates, what mixer and network add is multiplied by ``sigmoid(W h + b)``, each with a W and b of its own.
 
     Args:
         width: feature size.
@@ -225,6 +228,7 @@ class Block(nn.Module):
         ffn: one of ``FEED_FORWARDS``.
         ffn_width: its hidden size.
         conv_kernel: taps of the block's own convolution; None: it has none.
+        gates: whether there are gates, those of LiGR's blocks.
     """
 
     def __init__(
@@ -236,6 +240,7 @@ class Block(nn.Module):
         ffn: str = "swiglu",
         ffn_width: int = 256,
         conv_kernel: int | None = None,
+        gates: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -247,8 +252,11 @@ class Block(nn.Module):
             self.conv = CausalConv(width, conv_kernel, **factory)
         self.mixer_norm = make_norm(norm, width, **factory)
         self.mixer = mixer
-        self.ffn_norm = make_norm(norm, width, **factory)
-        self.ffn = FEED_FORWARDS[ffn](width, ffn_width, **factory)
+        make_ffn = FEED_FORWARDS[ffn]
+        self.ffn_norm = None if make_ffn is None else make_norm(norm, width, **factory)
+        self.ffn = None if make_ffn is None else make_ffn(width, ffn_width, **factory)
+        self.mixer_gate = nn.Linear(width, width, **factory) if gates else None
+        self.ffn_gate = nn.Linear(width, width, **factory) if gates and make_ffn is not None else None
 
     def forward(
         self,
@@ -274,9 +282,14 @@ class Block(nn.Module):
         )
         if return_state:
             mixed, mixer_state = mixed
-        h = h + mixed
-        h = h + self.ffn(self.ffn_norm(h))
+        h = self._feed(_add(h, mixed, self.mixer_gate))
         return (h, BlockState(mixer_state, conv_state)) if return_state else h
+
+    def _feed(self, h: Tensor) -> Tensor:
+        """``h + ffn(norm(h))``, if there is a feed-forward network."""
+        if self.ffn is None or self.ffn_norm is None:
+            return h
+        return _add(h, self.ffn(self.ffn_norm(h)), self.ffn_gate)
 
     def surprise(self, h: Tensor) -> Tensor:
         """``TTTLayer.surprise`` of what the mixer reads of h ``[B, L, width]``."""
@@ -323,11 +336,15 @@ class Block(nn.Module):
             with_context, context = self._convolve(h[:, None], None, pool.conv[slots])
             h = with_context.squeeze(1)
         step: Callable[..., Tensor] = self.mixer.step  # type: ignore[assignment]
-        h = h + step(self.mixer_norm(h), pool.mixer, slots)
+        h = _add(h, step(self.mixer_norm(h), pool.mixer, slots), self.mixer_gate)
         if pool.conv is not None and context is not None:  # not before the mixer has accepted what it was given
             pool.conv.index_copy_(0, slots, context)
-        result: Tensor = h + self.ffn(self.ffn_norm(h))
-        return result
+        return self._feed(h)
+
+
+def _add(h: Tensor, update: Tensor, gate: nn.Module | None) -> Tensor:
+    """``h + update``, the update multiplied by ``sigmoid(gate(h))`` if there is a gate."""
+    return h + (update if gate is None else torch.sigmoid(gate(h)) * update)
 
 
 def check_block_state(state: BlockState, N: int, context: Sequence[int] | None) -> None:

@@ -1,4 +1,4 @@
-"""The registry of sequence mixers, and two of them: NARM's and Mamba4Rec's.
+"""The registry of sequence mixers, and three of them: NARM's, Mamba4Rec's and HSTU's.
 
 SASRec's, BERT4Rec's and GRU4Rec's are ``AttentionMixer`` and ``GRUMixer`` in ``blocks``. All of them stand in the same
 frame as TTT: embedding, norms, residual connections, feed-forward network and scores are TTT4Rec's.
@@ -22,7 +22,7 @@ from ..operators import choose_backend
 from .blocks import AttentionMixer, GRUMixer, HistoryMixer
 
 ELEMENTS_AT_ONCE = 1 << 24
-"""NARM's pairs of positions times features held at once when no gradient is wanted: 64 MiB of float32."""
+"""NARM's pairs of positions times features, or HSTU's times heads, held at once where no gradient is wanted: 64 MiB."""
 
 
 class NARMMixer(HistoryMixer):
@@ -182,6 +182,55 @@ def fused_scan(
     return y.transpose(1, 2)
 
 
+class HSTUMixer(HistoryMixer):
+    """HSTU's unit (Zhai et al. 2024): pointwise attention by SiLU in place of the softmax, gated by the input.
+
+    With U, V, Q, K = silu(x W) and a learned bias r for each distance, a head's output at t is
+    Σ_{j ≤ t} silu(q_t · k_j + r_{t-j}) v_j / max_len. The heads' outputs are normalised together, without a learned
+    scale, multiplied by U and projected. Heads share r; distances beyond max_len - 1 have its last entry.
+
+    The published unit has a bias for differences in time as well. Here the model is told the order of items alone.
+
+    Args:
+        width: feature size.
+        num_heads: number of heads.
+        max_len: how many distances have a bias of their own, and what sums over a history are divided by.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, max_len: int, device: Device = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        factory: Any = {"device": device, "dtype": dtype}
+        self.num_heads, self.max_len = num_heads, max_len
+        self.input = nn.Linear(width, 4 * width, bias=False, **factory)
+        self.distance_table = nn.Parameter(torch.empty(max_len, **factory))
+        self.reset_parameters()
+        self.output = nn.Linear(width, width, bias=False, **factory)
+
+    def reset_parameters(self) -> None:
+        """Biases of distances from N(0, 0.02)."""
+        nn.init.normal_(self.distance_table, std=STD)
+
+    def read(self, x: Tensor, real: Tensor | None) -> Tensor:
+        """x ``[N, L, width]`` to the same shape."""
+        u, *heads = F.silu(self.input(x)).chunk(4, -1)
+        v, q, k = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in heads)  # [N, H, L, D]
+        N, H, L, _ = q.shape
+        rows, attended = max(1, ELEMENTS_AT_ONCE // max(1, N * H * L)), []
+        for begin in range(0, L, rows):
+            end = min(begin + rows, L)
+            distance = torch.arange(begin, end, device=x.device)[:, None] - torch.arange(end, device=x.device)
+            bias = self.distance_table[distance.clamp(0, self.max_len - 1)]
+            pairs = F.silu(q[:, :, begin:end] @ k[:, :, :end].mT + bias).masked_fill(distance < 0, 0)
+            attended.append(pairs @ v[:, :, :end] / self.max_len)
+        together = torch.cat(attended, 2).transpose(1, 2).flatten(2)
+        y: Tensor = self.output(F.layer_norm(together, together.shape[-1:], eps=1e-6) * u)
+        return y
+
+
 class Mixer(NamedTuple):
     """A row of the registry: what may read the history, how it is made, and what it can do.
 
@@ -214,5 +263,6 @@ MIXERS = {
     "bidirectional": Mixer(
         partial(AttentionMixer, causal=False), _ATTENTION, "bidirectional", "BERT4Rec", causal=False
     ),
+    "hstu": Mixer(HSTUMixer, ("width", "num_heads", "max_len"), "pointwise attention", "HSTU"),
 }
 """By the names that ``TTT4RecConfig.mixer`` and the command line take. ``ttt4rec.register_mixer`` adds one."""

@@ -61,7 +61,7 @@ def _block(block: Any, pool: BlockPool) -> BlockParts | None:
     """What a block has, as it is now; None if something was done to a part of it."""
     modules = block._modules
     mixer = modules["mixer"]
-    if type(block) is not Block or type(mixer) is not TTTLayer:
+    if type(block) is not Block or type(mixer) is not TTTLayer or block.ffn is None or block.mixer_gate is not None:
         return None
     layer, mixer_norm, ffn_norm = (
         layer_parts(mixer, pool.mixer),

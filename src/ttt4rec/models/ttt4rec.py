@@ -27,6 +27,7 @@ from .blocks import FEED_FORWARDS, NORMS, Block, BlockPool, BlockState, make_nor
 from .cloze import hide_next, hide_some
 from .item_index import ItemIndex
 from .mixers import MIXERS, Mixer
+from .presets import preset
 from .step_at_once import step_at_once
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -52,8 +53,9 @@ class TTT4RecConfig:
         max_inner_step: bound on TTT's inner steps, if there is to be one; see ``TTTLayer``.
         forget: by what share TTT's weights decay towards the initial ones.
         norm: normalisation before each sub-layer and at the end.
-        ffn: feed-forward network.
+        ffn: feed-forward network, if there is to be one.
         ffn_width: its hidden size.
+        gates: multiply what mixer and feed-forward network add to a hidden state by gates of that state; LiGR's blocks.
         dropout: share of the embedded history's features that is dropped.
         max_len: items of history that the model is trained and evaluated for.
         hide_rate: share of the targets that BERT4Rec hides in a training step; the last of a history always is.
@@ -76,6 +78,7 @@ class TTT4RecConfig:
     norm: str = choice("rms", NORMS)
     ffn: str = choice("swiglu", FEED_FORWARDS)
     ffn_width: int = 256
+    gates: bool = False
     dropout: float = 0.2
     max_len: int = 50
     hide_rate: float = 0.2
@@ -103,6 +106,9 @@ class TTT4RecConfig:
                 f"width must be num_heads times an even head dimension; given {self.width} and {self.num_heads}"
             )
         check_choices(self)
+        for name in ("block_conv", "gates"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False; given {getattr(self, name)!r}")
         check_positive("rope_theta", self.rope_theta)
         check_positive("base_lr", self.base_lr)
         if self.max_inner_step is not None:
@@ -111,6 +117,15 @@ class TTT4RecConfig:
             raise ValueError(f"dropout must be at least 0 and below 1; given {self.dropout!r}")
         if not is_number(self.hide_rate) or not 0 <= self.hide_rate <= 1:
             raise ValueError(f"hide_rate must be from 0 to 1; given {self.hide_rate!r}")
+
+    @staticmethod
+    def from_preset(name: str, num_items: int, **given: Any) -> "TTT4RecConfig":
+        """The shape of a preset, ``"best"``, ``"paper"`` or ``"fast"``; given fields have the values given.
+
+        Raises:
+            ValueError: there is no such preset, or a field is out of range.
+        """
+        return TTT4RecConfig(num_items, **{**preset(name).model, **given})
 
 
 def make_mixer(config: TTT4RecConfig, device: Device = None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -166,6 +181,7 @@ class TTT4Rec(nn.Module):
                 ffn=config.ffn,
                 ffn_width=config.ffn_width,
                 conv_kernel=config.conv_kernel if config.block_conv else None,
+                gates=config.gates,
                 **factory,
             )
             for _ in range(config.num_blocks)

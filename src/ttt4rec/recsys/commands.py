@@ -15,10 +15,12 @@ from ttt4rec.atomic_files import read_json, write_json
 from ttt4rec.checks import printable
 from ttt4rec.extras import require
 from ttt4rec.malloc import keep_freed_memory
+from ttt4rec.models.presets import PRESETS
 from ttt4rec.models.ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.options import ServeOptions, TrainOptions
 from ttt4rec.recsys.data import Histories, Interactions, build_histories, filter_k_core, keep_item_codes
 from ttt4rec.recsys.data.datasets import load_interactions
+from ttt4rec.recsys.data.public import PUBLIC
 from ttt4rec.recsys.data.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.data.text import DataError, TextFile
 from ttt4rec.recsys.data.windows import evaluation_prefixes
@@ -29,6 +31,7 @@ from ttt4rec.recsys.training.report import RUN_FILE, describe_data, write_card, 
 from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, fit
 
 _MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
+_FEW_STEPS = 50  # in an epoch
 _NO_SETTINGS = ("command", "device", "threads", "given")  # arguments that say nothing of what was trained
 
 
@@ -40,6 +43,7 @@ def train(args: Namespace) -> None:
 
 def _train(args: Namespace, device: str) -> None:
     ratios = _ratios(args.split)
+    _take_preset(args)
     options = TrainOptions(**_chosen(args, TrainOptions))
     interactions = load_interactions(
         args.data, user_field=args.user_field, item_field=args.item_field, time_field=args.time_field
@@ -55,8 +59,10 @@ def _train(args: Namespace, device: str) -> None:
                 f"--split-by {args.split_by} --split {args.split} must leave targets for each of the three parts; "
                 f"given no {part} targets"
             )
+    options = _of_preset(args, options, split.num_targets("train"))
     config = _model_config(args, histories.num_items, trained)
     _describe(histories, split)
+    _advise(args, options, split.num_targets("train"))
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         model = trained.model.with_items(histories.num_items) if trained else TTT4Rec(config).to(device)
@@ -170,6 +176,28 @@ def _chosen(args: Namespace, target: type[Any]) -> dict[str, Any]:
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(target) if hasattr(args, f.name)}
 
 
+def _take_preset(args: Namespace) -> None:
+    """Give arguments that were left out the values of the preset, if there is one: of the model and of the data."""
+    if args.preset is None:
+        return
+    preset = PRESETS[args.preset]
+    values = dict(preset.model)
+    if preset.as_published and args.data in PUBLIC:
+        values |= {"min_user": PUBLIC[args.data].min_user, "max_len": PUBLIC[args.data].max_len}
+    for name in values.keys() - set(args.given):
+        setattr(args, name, values[name])
+
+
+def _of_preset(args: Namespace, options: TrainOptions, num_targets: int) -> TrainOptions:
+    """The options, those that were left out of the preset, if there is one; the arguments then say them too."""
+    if args.preset is None:
+        return options
+    given = {name: value for name, value in dataclasses.asdict(options).items() if name in args.given}
+    options = TrainOptions.from_preset(args.preset, num_targets, **given)
+    vars(args).update(dataclasses.asdict(options))
+    return options
+
+
 def _model_config(args: Namespace, num_items: int, trained: Recommender | None) -> TTT4RecConfig:
     """The shape that the arguments name or, after a warm start, the trained model's, which they may not contradict."""
     shape = _chosen(args, TTT4RecConfig)
@@ -245,6 +273,14 @@ def _describe(histories: Histories, split: Split) -> None:
     parts = " / ".join(f"{split.num_targets(part):,}" for part in ("train", "valid", "test"))
     print(f"{histories.num_users:,} users, {histories.num_items:,} items, {len(histories.items):,} interactions")
     print(f"{parts} train / valid / test targets", flush=True)
+
+
+def _advise(args: Namespace, options: TrainOptions, num_targets: int) -> None:
+    """Say so if an epoch has few steps, which nobody asked for: three such epochs show next to nothing."""
+    steps = -(-num_targets // options.targets_per_batch)
+    if args.preset is None and "targets_per_batch" not in args.given and steps < _FEW_STEPS:
+        advice = "--preset best or --targets-per-batch N makes smaller ones, which learn in fewer epochs"
+        print(f"an epoch has about {steps} {'step' if steps == 1 else 'steps'}: {advice}", file=sys.stderr)
 
 
 def _print_epoch(report: EpochReport) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttt4rec.atomic_files import checksum, locked, remove_partials, replacing
 from ttt4rec.layers.ttt import TTTLayer
@@ -185,10 +185,13 @@ class _Run:
         progress, tensors = self._read()  # while the model is as it was, in case the checkpoint is another run's
         parallel.distribute(model)
         # the item table, of several processes a DTensor, in a group of its own: no fused operator mixes it with others
-        items = model.embedding.weight
-        self.parameters = {"embedding.weight": items} | dict(model.named_parameters())
-        groups = [{"params": [items]}, {"params": [p for p in self.parameters.values() if p is not items]}]
-        self.optimizer = torch.optim.Adam(groups, lr=options.learning_rate, fused=True)
+        parts = _parts(model)
+        self.parameters = {name: p for part in parts for name, p in part.items()}
+        decays = (options.weight_decay, options.weight_decay, 0.0)
+        groups = [
+            {"params": [*part.values()], "weight_decay": decay} for part, decay in zip(parts, decays, strict=True)
+        ]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=options.learning_rate, fused=True)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.reports: list[EpochReport] = []
         self.steps = 0
@@ -263,6 +266,9 @@ class _Run:
             total += loss.detach()
         parallel.add_up_gradients(self.model)
         parallel.clip_gradients(self.model, self.options.clip_norm)
+        rising = min(1.0, (self.steps + 1) / max(1, self.options.learning_rate_warmup))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * rising
         self.optimizer.step()
         self.steps += 1
         return parallel.add_up(total)
@@ -411,6 +417,17 @@ def _denormals_flushed() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(before)
+
+
+def _parts(model: TTT4Rec) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters by name: the items; weights of linear maps; all others, which do not decay."""
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    others = {name: p for name, p in model.named_parameters() if name != "embedding.weight"}
+    return (
+        {"embedding.weight": model.embedding.weight},
+        {name: p for name, p in others.items() if id(p) in linear},
+        {name: p for name, p in others.items() if id(p) not in linear},
+    )
 
 
 def _copy(model: TTT4Rec) -> dict[str, Tensor]:

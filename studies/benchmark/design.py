@@ -1,0 +1,128 @@
+"""What is compared, on which data, with what others have published."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from ttt4rec.models.presets import PRESETS
+
+from ..models import RATES, baseline
+from ..runner import Result, find
+from ..study import LEAVE_ONE_OUT, TEMPORAL, Data, Run, Settings
+
+FRAME: Settings = {
+    **PRESETS["best"].model, **PRESETS["best"].training, "epochs": 100, "targets_per_batch": 2048
+}  # fmt: skip
+"""Of every method, where it does not say otherwise; learning rates are tried."""
+_SMALLER: Settings = {"targets_per_batch": 1024}  # about a hundred steps in an epoch
+
+METHODS: dict[str, Settings] = {
+    "TTT4Rec (TTT-MLP)": {"inner": "mlp"},
+    **baseline("attention"),
+    "eSASRec (2 blocks with gates, 256 negatives)": {
+        "mixer": "attention", "num_blocks": 2, "gates": True, "norm": "layer", "loss": "sampled", "num_negatives": 256
+    },
+    "HSTU (2 blocks, without times)": {"mixer": "hstu", "num_blocks": 2, "ffn": "none"},
+    **baseline("gru"),
+    **baseline("mamba"),
+    **baseline("bidirectional"),
+    **baseline("narm"),
+}  # fmt: skip
+
+ML_1M = Data("ml-1m", LEAVE_ONE_OUT)
+_GOWALLA = Data("gowalla-1k", LEAVE_ONE_OUT, settings=_SMALLER)
+_ML_100K = Data("ml-100k", LEAVE_ONE_OUT, settings=_SMALLER)
+DATASETS = (
+    ML_1M,
+    Data("amazon-video-games", LEAVE_ONE_OUT, settings=_SMALLER),
+    _GOWALLA,
+    replace(_GOWALLA, split=TEMPORAL),
+    _ML_100K,
+    replace(_ML_100K, split=TEMPORAL),
+)
+"""The files of ml-1m and amazon-video-games have the order of ratings alone, and cannot be cut in time."""
+
+
+class Published(NamedTuple):
+    """What somebody printed of all items ranked."""
+
+    hr: float  # HR@10
+    ndcg: float  # NDCG@10
+    seen: str  # whether items that a user had were ranked
+    source: str
+
+
+_HSTU_PAGE = "github.com/facebookresearch/generative-recommenders, README"
+_ESASREC_PAGE = "github.com/blondered/transformer_benchmark, README"
+PUBLISHED: dict[Data, dict[str, Published]] = {
+    ML_1M: {
+        "SASRec (attention)": Published(0.2853, 0.1603, "out", _HSTU_PAGE),
+        "eSASRec (2 blocks with gates, 256 negatives)": Published(0.3133, 0.1772, "not told", _ESASREC_PAGE),
+        "HSTU, with times": Published(0.3097, 0.1720, "out", _HSTU_PAGE),
+        "HSTU-large, with times": Published(0.3294, 0.1893, "out", _HSTU_PAGE),
+        "FuXi-α, with times": Published(0.3164, 0.1813, "not told", _ESASREC_PAGE),
+    }
+}
+"""By data and method; methods that are not ours have rows of their own."""
+AIM = {"HR@10": 0.335, "NDCG@10": 0.195}
+"""Of the first method on ml-1m, seen items left out: above every published figure."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every method on all data with every seed; the learning rate is each method's best in validation with the first.
+
+    Attributes:
+        datasets: what to train on.
+        methods: what each changes in the frame, by its label.
+        rates: learning rates, of which each method tries all on all data.
+        seeds: of weights, shuffling and dropout.
+        frame: settings of all methods.
+    """
+
+    datasets: Sequence[Data] = DATASETS
+    methods: dict[str, Settings] = field(default_factory=lambda: METHODS)
+    rates: Sequence[float] = RATES
+    seeds: Sequence[int] = (0, 1, 2)
+    frame: Settings = field(default_factory=lambda: FRAME)
+
+    @property
+    def total(self) -> int:
+        """Number of trainings."""
+        return len(self.datasets) * len(self.methods) * (len(self.rates) + len(self.seeds) - 1)
+
+    def trials(self, data: Data, method: str) -> list[Run]:
+        """With each learning rate, the first seed."""
+        return [self._run(data, method, rate, self.seeds[0]) for rate in self.rates]
+
+    def best_rate(self, data: Data, method: str, results: Iterable[Result]) -> float | None:
+        """By the validation of the trials; None if some are to come."""
+        results = list(results)
+        found = [find(results, run) for run in self.trials(data, method)]
+        known = [result for result in found if result is not None]
+        if len(known) < len(found):
+            return None
+        best: dict[str, Any] = max(known, key=lambda result: max(result["validation"]))["settings"]
+        return float(best["learning_rate"])
+
+    def seeded(self, data: Data, method: str, results: Iterable[Result]) -> list[Run]:
+        """With the best rate, every seed; none before that rate is known."""
+        rate = self.best_rate(data, method, results)
+        return [] if rate is None else [self._run(data, method, rate, seed) for seed in self.seeds]
+
+    def done(self, data: Data, method: str, results: Sequence[Result]) -> list[Result]:
+        """The results there are: of the trials, and of the other seeds at the best rate."""
+        runs = [*self.trials(data, method), *self.seeded(data, method, results)[1:]]
+        return [result for run in runs if (result := find(results, run)) is not None]
+
+    def missing(self, results: Sequence[Result]) -> Iterator[Run]:
+        """What can be run now and has no result, trials first."""
+        cells = [(data, method) for data in self.datasets for method in self.methods]
+        parts = ([self.trials(*cell) for cell in cells], [self.seeded(*cell, results) for cell in cells])
+        for part in parts:
+            for runs in part:
+                yield from (run for run in runs if find(results, run) is None)
+
+    def _run(self, data: Data, method: str, rate: float, seed: int) -> Run:
+        settings = {**self.frame, **data.settings, **self.methods[method], "learning_rate": rate}
+        return Run(data, method, seed, settings)

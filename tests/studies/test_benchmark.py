@@ -1,0 +1,227 @@
+"""The benchmark of the field's protocols: what is run, resumed and written of it."""
+
+import gzip
+import sys
+from dataclasses import replace
+from multiprocessing import Pipe
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from studies.benchmark import __main__ as command
+from studies.benchmark import design, report
+from studies.benchmark.design import DATASETS, METHODS, ML_1M, Plan, Published
+from studies.benchmark.pool import Pool, time_left
+from studies.benchmark.training import name, train, work
+from studies.runner import keep, load_split, read_results
+from studies.study import LEAVE_ONE_OUT, TEMPORAL, Data
+from ttt4rec.recsys.data import DataError
+
+TINY = {"width": 8, "num_heads": 2, "ffn_width": 8, "max_len": 6, "epochs": 2, "targets_per_batch": 64}
+TOY = Data("toy", LEAVE_ONE_OUT)
+PLAN = Plan((TOY,), {"GRU": {"mixer": "gru"}, "HSTU": {"mixer": "hstu"}}, rates=(1e-3, 1e-2), seeds=(0, 1), frame=TINY)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    rows = [f"{user}\t{rng.integers(12)}\t{time}" for user in range(20) for time in range(15)]
+    (tmp_path / "toy").mkdir()
+    with gzip.open(tmp_path / "toy" / "toy.inter.gz", "wt") as file:
+        file.write("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows]))
+    return tmp_path
+
+
+class Listener:
+    """Hears what a training tells; it may stop listening at an epoch."""
+
+    def __init__(self, until: int | None = None) -> None:
+        self.heard: list[tuple[str, object]] = []
+        self.until = until
+
+    def send(self, told: tuple[str, object]) -> None:
+        if told[0] == "epoch" and told[1][0] == self.until:  # type: ignore[index]
+            raise BrokenPipeError
+        self.heard.append(told)
+
+
+def result(run, validation: float, seconds: float = 3600.0, new: float | None = 0.5) -> dict:
+    test = {"HR@10": 0.3, "NDCG@10": 0.2}
+    return run.key | {
+        "data": {"users": 3, "items": 1_234}, "validation": [0.01, validation], "cpu_seconds": seconds,
+        "wall_seconds": seconds, "peak_mib": 1_234, "test": test,
+        "test, new items": None if new is None else dict.fromkeys(test, new),
+    }  # fmt: skip
+
+
+def test_every_method_tries_all_rates_and_runs_its_best_with_all_seeds() -> None:
+    assert PLAN.total == 2 * (2 + 1)
+    trials = list(PLAN.missing([]))
+    assert [(run.variant, run.settings["learning_rate"], run.seed) for run in trials] == [
+        ("GRU", 1e-3, 0), ("GRU", 1e-2, 0), ("HSTU", 1e-3, 0), ("HSTU", 1e-2, 0)
+    ]  # fmt: skip
+    results = [result(trials[0], 0.1)]
+    assert list(PLAN.missing(results)) == trials[1:]
+    assert PLAN.best_rate(TOY, "GRU", results) is None
+    results.append(result(trials[1], 0.2))
+    *others, last = PLAN.missing(results)
+    assert others == trials[2:]
+    assert (last.variant, last.settings["learning_rate"], last.seed) == ("GRU", 1e-2, 1)
+    results += [result(run, 0.1) for run in (*others, last)]
+    (final,) = PLAN.missing(results)
+    assert (final.variant, final.settings["learning_rate"], final.seed) == ("HSTU", 1e-3, 1)
+    assert not list(PLAN.missing([*results, result(final, 0.1)]))
+
+
+def test_the_benchmark_is_of_runs_that_can_be_made() -> None:
+    runs = list(Plan().missing([]))
+    assert len({(run.data, run.variant) for run in runs}) == len(DATASETS) * len(METHODS)
+    assert len({name(run) for run in runs}) == len(runs)
+    for run in runs:
+        config, options = run.config(100), run.options()
+        assert run.settings.keys() <= vars(config).keys() | vars(options).keys()
+        assert (config.max_len, config.width, options.learning_rate_warmup) == (200, 64, 50)
+    assert {data.split for data in DATASETS} == {LEAVE_ONE_OUT, TEMPORAL}
+    assert set(design.PUBLISHED) <= set(DATASETS)
+
+
+def test_a_training_goes_on_where_it_was_stopped(data: Path, tmp_path: Path) -> None:
+    run, split = next(PLAN.missing([])), load_split(data, TOY)
+    whole = train(run, split, tmp_path / "whole", Listener())
+    stopped, again = Listener(until=0), Listener()
+    with pytest.raises(BrokenPipeError):
+        train(run, split, tmp_path / "parts", stopped)
+    parts = train(run, split, tmp_path / "parts", again)
+    assert [told[1][0] for told in again.heard] == [1]
+    assert [parts[key] for key in ("validation", "test", "test, new items")] == [
+        whole[key] for key in ("validation", "test", "test, new items")
+    ]
+    assert whole["test"] != whole["test, new items"]
+    assert parts["cpu_seconds"] > 0
+    assert parts["peak_mib"] > 50
+
+
+def test_what_comes_of_a_training_is_told(data: Path, tmp_path: Path) -> None:
+    run = next(PLAN.missing([]))
+    told = Listener()
+    work(run, data, tmp_path / "models", told)
+    assert [kind for kind, _ in told.heard] == ["data", "epoch", "epoch", "done"]
+    told = Listener()
+    work(replace(run, data=Data("absent")), data, tmp_path / "models", told)
+    assert [kind for kind, _ in told.heard] == ["absent"]
+    told = Listener()
+    work(replace(run, settings=run.settings | {"mixer": "none"}), data, tmp_path / "models", told)
+    assert told.heard[-1][0] == "failed"
+    assert "mixer must be one of" in told.heard[-1][1]
+
+
+def test_a_training_ends_when_nobody_listens(data: Path, tmp_path: Path) -> None:
+    ours, theirs = Pipe(duplex=False)
+    ours.close()
+    with pytest.raises(SystemExit):
+        work(next(PLAN.missing([])), data, tmp_path / "models", theirs)
+
+
+@pytest.mark.slow
+def test_a_killed_benchmark_goes_on(data: Path, tmp_path: Path) -> None:
+    plan = replace(PLAN, datasets=(Data("absent"), TOY), methods={"GRU": {"mixer": "gru"}})
+    path, models, said = tmp_path / "results" / "runs.jsonl", tmp_path / "models", list[str]()
+
+    def killed(line: str) -> None:
+        said.append(line)
+        if ": done; 1 of 6 are done" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Pool(plan, data, models, path, 2, killed).run_all()
+    before = path.read_text()
+    assert before.count("\n") == 1
+    assert not Pool(plan, data, models, path, 2, said.append).run_all()
+    assert path.read_text().startswith(before)
+    assert len(read_results(path)) == 3
+    assert any(line.startswith("passed over: ") and "absent" in line for line in said)
+    assert not list(models.iterdir())
+    with pytest.raises(DataError):
+        load_split(data, Data("absent"))
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_is_told_and_the_others_go_on(data: Path, tmp_path: Path) -> None:
+    methods = {"broken": {"dropout": 2.0}, "GRU": {"mixer": "gru"}}
+    plan, said = replace(PLAN, methods=methods, rates=(1e-3,), seeds=(0,)), list[str]()
+    (failed,) = Pool(plan, data, tmp_path / "models", tmp_path / "runs.jsonl", 2, said.append).run_all()
+    assert failed.variant == "broken"
+    assert any("broken" in line and "failed: ValueError: dropout must be" in line for line in said)
+    assert len(read_results(tmp_path / "runs.jsonl")) == 1
+
+
+def test_other_data_are_refused(data: Path, tmp_path: Path) -> None:
+    run, path = next(PLAN.missing([])), tmp_path / "runs.jsonl"
+    keep(path, result(run, 0.1))
+    pool = Pool(PLAN, data, tmp_path, path, 1, print)
+    with pytest.raises(ValueError, match="data must be those of the results so far"):
+        pool._take("data", {"users": 4, "items": 1_234}, run)
+
+
+def test_the_rest_is_estimated_by_like_trainings() -> None:
+    trials = list(PLAN.missing([]))
+    assert (
+        time_left(PLAN, [], 2)
+        == "0 of 6 are done, 0 may take 0 min with 2 at once, and 6 more of which nothing is known yet"
+    )
+    results = [result(trials[0], 0.1, 3600)]  # 2 more of its kind, and 3 of another like it
+    assert time_left(PLAN, results, 2) == "1 of 6 are done, 5 may take 2.5 h with 2 at once"
+    assert time_left(PLAN, results, 8).endswith("5 may take 38 min with 8 at once")
+    results.append(result(trials[2], 0.1, 7200))  # 2 of an hour, 2 of two
+    assert time_left(PLAN, results, 2) == "2 of 6 are done, 4 may take 3.0 h with 2 at once"
+
+
+def test_tables_have_published_values_beside_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    published = {TOY: {"GRU": Published(0.25, 0.125, "out", "a page"), "Other": Published(0.5, 0.25, "in", "another")}}
+    monkeypatch.setattr(report, "PUBLISHED", published)
+    empty = report.tables(PLAN, [])
+    assert empty.startswith("### toy, leave-one-out\n")
+    assert "| GRU | not run yet |  |  |  |  | 0.2500, 0.1250 (a page) |" in empty
+    assert "| Other |  |  |  |  |  | 0.5000, 0.2500 (another; seen items: in) |" in empty
+    results: list[dict] = []
+    for _ in range(5):
+        run = next(PLAN.missing(results))
+        results.append(result(run, 0.4, 60.0, new=0.5 if run.variant == "GRU" else None))
+    text = report.tables(PLAN, results)
+    assert "3 users, 1,234 items" in text
+    gru = "| **0.3000** ± 0.0000 | **0.2000** ± 0.0000 | **0.5000** ± 0.0000 | **0.5000** ± 0.0000 |"
+    assert f"| GRU | 0.4000 ± 0.0000 {gru} 0.2500, 0.1250 (a page) | 0.001 | 2 | 1.0 | 1,234 |" in text
+    assert "| HSTU (1 of 2 seeds) | 0.4000 | **0.3000** | **0.2000** | - | - |  | 0.001 | 2 | 1.0 | 1,234 |" in text
+    assert report.state(PLAN, results).startswith("5 of 6 trainings have been run, in 0.1 hours")
+
+
+def test_the_aim_is_set_beside_what_was_reached() -> None:
+    plan = replace(PLAN, datasets=(ML_1M,))
+    assert report.state(plan, []).endswith("GRU: not run yet.\n")
+    results: list[dict] = []
+    for _ in range(6):
+        results.append(result(next(plan.missing(results)), 0.4, new=0.335))
+    assert "GRU: HR@10 0.3350 (+0%), NDCG@10 0.3350 (+72%)." in report.state(plan, results)
+
+
+def test_a_part_of_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plans = []
+    monkeypatch.setattr(Pool, "run_all", lambda self: plans.append(self.plan) or [])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["benchmark", "run", "--data", "x", "--models", "y", "--results", str(tmp_path / "r"), "--datasets", "ml-100k",
+         "--methods", "TTT4Rec", "HSTU", "--splits", TEMPORAL, "--rates", "0.01", "--seeds", "5", "--epochs", "3"],
+    )  # fmt: skip
+    assert command.main() == 0
+    (plan,) = plans
+    assert plan.total == 2
+    assert {run.data.title for run in plan.missing([])} == {f"ml-100k, {TEMPORAL}"}
+    assert all(run.settings["epochs"] == 3 and run.seed == 5 for run in plan.missing([]))
+
+
+def test_the_page_is_up_to_date() -> None:
+    document = report.DOCUMENT.read_text()
+    written = report.written(document, Plan(), read_results(report.RUNS_FILE))
+    assert written == document, "stale: run `python -m studies.benchmark page`"
