@@ -13,7 +13,7 @@ from ttt4rec.checks import printable
 from ttt4rec.extras import MissingPackageError
 from ttt4rec.fields import choices, descriptions
 from ttt4rec.models.ttt4rec import TTT4RecConfig
-from ttt4rec.options import ServeOptions, TrainOptions
+from ttt4rec.options import DataOptions, ServeOptions, TrainOptions
 
 _EPILOG = """\
 examples:
@@ -93,6 +93,7 @@ _KINDS: dict[Any, dict[str, Any]] = {
     float: {"type": float, "metavar": "X"},
     float | None: {"type": float, "metavar": "X"},
     str: {"metavar": "NAME"},
+    str | None: {"metavar": "TEXT"},
     tuple[str, ...]: {"nargs": "+", "metavar": "NAME"},
 }
 """What an option takes by the annotation of its field."""
@@ -141,9 +142,8 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         "--warm-start", metavar="DIR", help="begin with this model, its shape and the codes of its items"
     )
     data = command.add_argument_group("data")
-    data.add_argument("--user-field", default="user_id", metavar="NAME", help="column of user ids")
-    data.add_argument("--item-field", default="item_id", metavar="NAME", help="column of item ids")
-    data.add_argument("--time-field", default="timestamp", metavar="NAME", help="column of times, numbers or dates")
+    command.set_defaults(given=[])
+    _add_fields(data, DataOptions)
     data.add_argument("--min-user", type=_whole, default=5, metavar="N", help="drop users with fewer interactions")
     data.add_argument("--min-item", type=_whole, default=5, metavar="N", help="drop items with fewer interactions")
     ways = ["ratio", "last", "time"]
@@ -152,7 +152,6 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--split-by", default="ratio", choices=ways, help=about)
     data.add_argument("--split", default="3:2:5", metavar="A:B:C", help="shares of train, validation and test")
-    command.set_defaults(given=[])
     _add_fields(command.add_argument_group("model"), TTT4RecConfig, leave_out=_ONLY_FROM_PYTHON)
     _add_fields(command.add_argument_group("training"), TrainOptions)
     _add_machine(command)

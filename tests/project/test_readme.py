@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, in order, each with the names of those before it."""
+"""Every Python block of the README and of other pages runs, in order, each with the names of those before it."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from tools.documents import ROOT
 
 PAGES = [
-    "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/extending.md", "docs/serving.md", "docs/online.md",
+    "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/extending.md", "docs/serving.md", "docs/data.md", "docs/online.md",
     "benchmarks/README.md", "studies/README.md",
 ]  # fmt: skip
 
@@ -19,13 +19,14 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     return [(text[: match.start(1)].count("\n"), match.group(1)) for match in found]
 
 
-def test_readme_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = python_blocks((ROOT / "README.md").read_text())
-    assert len(blocks) >= 5
+@pytest.mark.parametrize(("page", "least"), {"README.md": 5, "docs/data.md": 3}.items())
+def test_blocks_run(page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = python_blocks((ROOT / page).read_text())
+    assert len(blocks) >= least
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "readme"}
     for line, source in blocks:
-        code = compile("\n" * line + source, "README.md", "exec")  # a traceback then names the README's line
+        code = compile("\n" * line + source, page, "exec")  # a traceback then names the page's line
         exec(code, names)
 
 

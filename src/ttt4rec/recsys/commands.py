@@ -16,8 +16,8 @@ from ttt4rec.checks import printable
 from ttt4rec.extras import require
 from ttt4rec.malloc import keep_freed_memory
 from ttt4rec.models.ttt4rec import TTT4Rec, TTT4RecConfig
-from ttt4rec.options import ServeOptions, TrainOptions
-from ttt4rec.recsys.data import Histories, Interactions, build_histories, filter_k_core, keep_item_codes
+from ttt4rec.options import DataOptions, ServeOptions, TrainOptions
+from ttt4rec.recsys.data import Histories, Id, Interactions, build_histories, filter_k_core, keep_item_codes
 from ttt4rec.recsys.data.datasets import load_interactions
 from ttt4rec.recsys.data.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.data.text import DataError, TextFile
@@ -41,9 +41,7 @@ def train(args: Namespace) -> None:
 def _train(args: Namespace, device: str) -> None:
     ratios = _ratios(args.split)
     options = TrainOptions(**_chosen(args, TrainOptions))
-    interactions = load_interactions(
-        args.data, user_field=args.user_field, item_field=args.item_field, time_field=args.time_field
-    )
+    interactions = load_interactions(args.data, **_chosen(args, DataOptions))
     split, cuts = _split(interactions, args, ratios)
     trained = Recommender.load(args.warm_start, device) if args.warm_start else None
     if trained is not None:
@@ -117,9 +115,9 @@ def recommend(args: Namespace) -> None:
         print(json.dumps(_as_json(result), indent=2))
     else:
         for rank, (item, score) in enumerate(result.items, start=1):
-            print(f"{rank:3d}  {printable(item)}  {score:.4f}")
+            print(f"{rank:3d}  {printable(str(item))}  {score:.4f}")
     if result.unknown:
-        print(f"not in the catalogue, left out: {', '.join(map(printable, result.unknown))}", file=sys.stderr)
+        print(f"not in the catalogue, left out: {', '.join(map(printable, map(str, result.unknown)))}", file=sys.stderr)
 
 
 def report(args: Namespace) -> None:
@@ -162,7 +160,15 @@ def _history(line: str) -> list[str]:
 
 
 def _as_json(result: Recommendations) -> dict[str, Any]:
-    return {"items": [{"item": item, "score": score} for item, score in result.items], "unknown": result.unknown}
+    return {
+        "items": [{"item": _plain(item), "score": score} for item, score in result.items],
+        "unknown": [_plain(item) for item in result.unknown],
+    }
+
+
+def _plain(item: Id) -> str | int:
+    """An id as JSON has it."""
+    return item if isinstance(item, str | int) else str(item)
 
 
 def _chosen(args: Namespace, target: type[Any]) -> dict[str, Any]:
@@ -256,9 +262,9 @@ def _print_epoch(report: EpochReport) -> None:
 def _show_example(recommender: Recommender) -> None:
     histories = recommender.histories
     user = histories.user_ids[0]
-    last = ", ".join(printable(histories.item_ids[code - 1]) for code in histories.history(0)[-5:])
-    best = ", ".join(printable(item) for item, _ in recommender.recommend(user, k=5, exclude_seen=True).items)
-    print(f"user {printable(user)}, whose last items are {last}: next {best}")
+    last = ", ".join(printable(str(histories.item_ids[code - 1])) for code in histories.history(0)[-5:])
+    best = ", ".join(printable(str(item)) for item, _ in recommender.recommend(user, k=5, exclude_seen=True).items)
+    print(f"user {printable(str(user))}, whose last items are {last}: next {best}")
 
 
 def _format(metrics: dict[str, float]) -> str:

@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
 
 import numpy as np
 import torch
@@ -18,9 +20,12 @@ from torch import Tensor
 from ttt4rec.atomic_files import check_together, write_together
 from ttt4rec.models.item_index import ItemIndex
 from ttt4rec.models.ttt4rec import CONFIG_FILE, WEIGHTS_FILE, TTT4Rec
-from ttt4rec.recsys.data import DataError, Histories, IntArray
+from ttt4rec.recsys.data import DataError, Histories, Id, IntArray
+from ttt4rec.recsys.data.ids import KINDS, kind_of, name_of
 
 _HISTORIES_AT_ONCE = 512
+
+Name = TypeVar("Name", bound=Id)
 
 IDS_FILE, HISTORIES_FILE = "ids.json", "histories.safetensors"
 
@@ -35,8 +40,8 @@ class Recommendations:
         unknown: ids of the given history that the catalogue does not know; they were left out.
     """
 
-    items: list[tuple[str, float]]
-    unknown: tuple[str, ...] = ()
+    items: list[tuple[Id, float]]
+    unknown: tuple[Id, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,8 @@ class Recommender:
 
     def recommend(
         self,
-        user_id: str | None = None,
-        history: Sequence[str] | None = None,
+        user_id: Id | None = None,
+        history: Sequence[Id] | None = None,
         *,
         k: int = 10,
         exclude_seen: bool = False,
@@ -88,13 +93,13 @@ class Recommender:
             if not len(found[0]):
                 raise DataError(f"history must have at least one known item; given {list(history)[:5]}")
             return self._best([found], k, exclude_seen)[0]
-        codes = self.histories.history(self.histories.user_code(user_id or ""))
+        codes = self.histories.history(self.histories.user_code("" if user_id is None else user_id))
         if not len(codes):
             raise DataError(f"the history of user {user_id!r} must have at least one item to go on from; given none")
         return self._best([(codes, ())], k, exclude_seen)[0]
 
     def recommend_batch(
-        self, histories: Sequence[Sequence[str]], *, k: int = 10, exclude_seen: bool = False
+        self, histories: Sequence[Sequence[Id]], *, k: int = 10, exclude_seen: bool = False
     ) -> list[Recommendations]:
         """The k best items for each of several histories of original item ids, in their order.
 
@@ -107,13 +112,13 @@ class Recommender:
         best = iter(self._best([(codes, unknown) for codes, unknown in found if len(codes)], k, exclude_seen))
         return [next(best) if len(codes) else Recommendations([], unknown) for codes, unknown in found]
 
-    def _find(self, history: Sequence[str]) -> tuple[IntArray, tuple[str, ...]]:
+    def _find(self, history: Sequence[Id]) -> tuple[IntArray, tuple[Id, ...]]:
         if isinstance(history, str):
             raise DataError(f"history must be a sequence of item ids; given the string {history!r}")
         return self.histories.item_codes(history)
 
     def _best(
-        self, found: Sequence[tuple[IntArray, tuple[str, ...]]], k: int, exclude_seen: bool
+        self, found: Sequence[tuple[IntArray, tuple[Id, ...]]], k: int, exclude_seen: bool
     ) -> list[Recommendations]:
         """Recommendations for item codes, each with the unknown ids that stood among them."""
         if k < 1:
@@ -153,7 +158,7 @@ class Recommender:
         arrays = {name: getattr(self.histories, name) for name in ("items", "offsets", "times")}
         others = {
             CONFIG_FILE: asdict(self.model.config),
-            IDS_FILE: {"users": self.histories.user_ids, "items": self.histories.item_ids},
+            IDS_FILE: _ids_as_json(self.histories),
             HISTORIES_FILE: {name: torch.from_numpy(array) for name, array in arrays.items()},
         }
         write_together(Path(folder), WEIGHTS_FILE, self.model.state_dict(), others)
@@ -175,7 +180,9 @@ class Recommender:
         try:
             ids = json.loads((folder / IDS_FILE).read_text(encoding="utf-8"))
             arrays = {name: x.numpy() for name, x in load_file(folder / HISTORIES_FILE).items()}
-            histories = Histories(**arrays, user_ids=tuple(ids["users"]), item_ids=tuple(ids["items"]))
+            histories = Histories(
+                **arrays, user_ids=_ids_from_json(ids, "users"), item_ids=_ids_from_json(ids, "items")
+            )
             consistent = _is_consistent(histories)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -189,11 +196,11 @@ class Recommender:
 def best_items(
     model: TTT4Rec,
     index: ItemIndex,
-    item_ids: Sequence[str],
+    item_ids: Sequence[Name],
     hidden: Tensor,
     k: int,
     seen: Sequence[IntArray] | None = None,
-) -> list[list[tuple[str, float]]]:
+) -> list[list[tuple[Name, float]]]:
     """The k best items, by their original ids, and their scores, for each of N hidden states.
 
     Args:
@@ -218,12 +225,25 @@ def best_items(
     return best
 
 
+def _ids_as_json(histories: Histories) -> dict[str, Any]:
+    """What ``ids.json`` holds: the ids, and of which types they are."""
+    ids = {"users": histories.user_ids, "items": histories.item_ids}
+    plain = {what: list(map(str, some)) if kind_of(some) is UUID else some for what, some in ids.items()}
+    return plain | {"types": {what: name_of(kind_of(some)) for what, some in ids.items()}}
+
+
+def _ids_from_json(ids: dict[str, Any], what: str) -> tuple[Id, ...]:
+    kind = KINDS[ids.get("types", {}).get(what, "str")]
+    if not all(type(x) is (int if kind is int else str) for x in ids[what]):
+        raise TypeError(f"{what} must be of one type")
+    return tuple(map(UUID, ids[what])) if kind is UUID else tuple(ids[what])
+
+
 def _is_consistent(histories: Histories) -> bool:
     """Whether the arrays and ids that were read have the sizes and values of one another."""
     items, offsets = histories.items, histories.offsets
     return (
-        all(isinstance(name, str) for name in (*histories.user_ids, *histories.item_ids))
-        and items.dtype == offsets.dtype == np.int64
+        items.dtype == offsets.dtype == np.int64
         and items.shape == histories.times.shape == (len(items),)
         and offsets.shape == (histories.num_users + 1,)
         and bool(offsets[0] == 0 and offsets[-1] == len(items) and (np.diff(offsets) >= 0).all())

@@ -18,8 +18,8 @@ from tests.support.crash import fork, wait
 from tests.support.recsys_data import make_model, make_split, rows_of
 from ttt4rec.cli import main
 from ttt4rec.recsys.data import DataError, datasets, read_interactions, text
+from ttt4rec.recsys.data import arrow as arrow_reading
 from ttt4rec.recsys.data import parquet as parquet_reading
-from ttt4rec.recsys.data import reading as reading
 from ttt4rec.recsys.data.public import load_public
 from ttt4rec.recsys.recommend import Recommender
 
@@ -74,6 +74,7 @@ def test_a_line_without_an_end(name, tmp_path):
 def test_of_many_bad_rows_a_few_are_kept(tmp_path):
     path = write(tmp_path / "a.csv.gz", [header("a.csv"), *[b"x\n" * 1000] * 100])
     message = f"{path} line 2: a row must have 4 fields; given 1 (the first of 100000 bad lines: 2, 3, 4, 5, 6, ...)"
+    message += "; to leave them out: skip_bad_rows=100000 (--skip-bad-rows)"
 
     def refused():
         with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
@@ -207,10 +208,13 @@ def test_a_parquet_file_of_one_long_id(tmp_path):
 
 def test_parquet_batches_of_long_ids_are_short(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_reading, "_BYTES_PER_BATCH", 10_000)
-    seen, encode = [], parquet_reading._encode
-    monkeypatch.setattr(
-        parquet_reading, "_encode", lambda column, codes: (seen.append(len(column)), encode(column, codes))[1]
-    )
+    seen, named = [], arrow_reading._named
+
+    def watched(name, place, begin, batch, field):
+        seen.append(batch.num_rows)
+        return named(name, place, begin, batch, field)
+
+    monkeypatch.setattr(arrow_reading, "_named", watched)
     ids = [f"{number:01000}" for number in range(100)]
     table = arrow.table({"user_id": ids, "item_id": ids, "timestamp": list(range(100))})
     parquet.write_table(table, tmp_path / "a.parquet")
@@ -230,7 +234,7 @@ def test_parquet_dictionaries_with_more_than_is_used(tmp_path):
     parquet.write_table(table.slice(0, 4), tmp_path / "a.parquet")
     assert read_interactions(tmp_path / "a.parquet").user_ids == ("a", "b")
     column = arrow.DictionaryArray.from_arrays(arrow.array([1, 0, None]), arrow.array(["a", None]))
-    assert parquet_reading._encode(column, reading.Codes())[1].tolist() == [True, False, True]
+    assert arrow_reading._Ids(column).blank.tolist() == [True, False, True]
 
 
 def test_an_archive_that_unpacks_to_too_much():

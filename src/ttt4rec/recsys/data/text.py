@@ -25,21 +25,22 @@ class DataError(ValueError):
 
 
 class TextFile:
-    """A text file, unpacked if it is packed, in UTF-8.
+    """A text file, unpacked if it is packed.
 
     Args:
         path: the file; one that ends in ``.gz`` is packed.
-        errors: what becomes of bytes that are not UTF-8, as for ``open``.
+        errors: what becomes of bytes that are no text, as for ``open``.
+        encoding: of the text; UTF-8 may begin with a mark of its byte order.
 
     Attributes:
         lines: the open file. Reading raises DataError when a row is longer than ``LONGEST_ROW``.
     """
 
-    def __init__(self, path: Path, errors: str = "strict") -> None:
+    def __init__(self, path: Path, errors: str = "strict", encoding: str = "utf-8") -> None:
         self._bytes = _Metered(path)
         self.lines: TextIO = io.TextIOWrapper(
             self._bytes,  # type: ignore[type-var]
-            encoding="utf-8-sig",
+            encoding="utf-8-sig" if encoding == "utf-8" else encoding,
             errors=errors,
             newline="",
         )
