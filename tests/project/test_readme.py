@@ -8,8 +8,8 @@ import pytest
 from tools.documents import ROOT
 
 PAGES = [
-    "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/extending.md", "docs/serving.md", "docs/data.md", "docs/online.md",
-    "benchmarks/README.md", "studies/README.md",
+    "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/extending.md", "docs/serving.md", "docs/data.md",
+    "docs/online.md", "benchmarks/README.md", "studies/README.md",
 ]  # fmt: skip
 
 

@@ -191,7 +191,10 @@ def _read_times(
         column = column.dictionary_decode()
     blank = blank | column.is_null().to_numpy(zero_copy_only=False)
     if _is_text(column.type):
-        return _texts(column.to_pylist(), blank, times)
+        whole = _whole(column)
+        if whole is None:
+            return _texts(column.to_pylist(), blank, times)
+        column = whole
     values, per_second = _numbers(column)
     if per_second is None and values.dtype == np.float64:
         blank |= ~((values >= -(2.0**63)) & (values < 2.0**63))
@@ -220,6 +223,20 @@ def _numbers(column: Any) -> tuple[NDArray[Any], int | None]:
     if types.is_date32(kind):
         return column.cast(int32()).cast(int64()).fill_null(0).to_numpy(zero_copy_only=False) * 86400, per_second
     return column.cast(int64()).fill_null(0).to_numpy(zero_copy_only=False), per_second
+
+
+def _whole(column: Any) -> Any | None:
+    """A column of texts as int64; None if one is no whole number, or if Python would not take it for one."""
+    import pyarrow as arrow
+
+    plain = column.cast(arrow.string())
+    content = plain.buffers()[2]
+    if content is not None and b"x" in content.to_pybytes().lower():  # 0x10 is sixteen in Arrow alone
+        return None
+    try:
+        return plain.cast(arrow.int64())
+    except arrow.ArrowInvalid:
+        return None
 
 
 def _texts(texts: list[str | None], blank: Mask, times: Times) -> tuple[TimeChunk, dict[int, str]]:

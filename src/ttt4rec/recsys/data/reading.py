@@ -16,6 +16,7 @@ import numpy as np
 from ttt4rec.options import DataOptions
 from ttt4rec.recsys.data.interactions import Interactions
 from ttt4rec.recsys.data.layout import SHOWN, Columns, Reader, find_columns, find_separator, read_rows
+from ttt4rec.recsys.data.quick import read_quickly
 from ttt4rec.recsys.data.rows import Problems, Rows
 from ttt4rec.recsys.data.text import DataError, TextFile, long_fields
 from ttt4rec.recsys.data.times import TimeChunk, Times
@@ -98,7 +99,8 @@ def _read_text(path: Path, options: DataOptions) -> Interactions:
     with TextFile(path, encoding=options.encoding) as text, long_fields:
         try:
             first = text.lines.readline()
-            reader = read_rows(chain([first] if first else [], text.lines), find_separator(path, first, options))
+            separator = find_separator(path, first, options)
+            reader = read_rows(chain([first] if first else [], text.lines), separator)
             header = list(options.columns)
             if not header:
                 if not first.strip("\r\n"):
@@ -106,7 +108,9 @@ def _read_text(path: Path, options: DataOptions) -> Interactions:
                         f"{path} line 1 must be a header line; given an empty {'line' if first else 'file'}"
                     )
                 header = next(reader)
-            return _read_rows(path, text, reader, find_columns(path, header, options), options)
+            columns = find_columns(path, header, options)
+            found = read_quickly(path, separator, columns, options)
+            return _read_rows(path, text, reader, columns, options) if found is None else found
         except UnicodeError as error:
             raise _undecodable(path, options.encoding, error) from error
         except csv.Error as error:
