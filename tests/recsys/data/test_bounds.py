@@ -11,6 +11,7 @@ import tracemalloc
 import zipfile
 
 import pyarrow as arrow
+import pyarrow.csv  # whose import takes memory, once
 import pytest
 from pyarrow import parquet
 
@@ -80,7 +81,7 @@ def test_of_many_bad_rows_a_few_are_kept(tmp_path):
         with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
             read_interactions(path)
 
-    assert peak(refused) < 2 * MIB
+    assert peak(refused) < 5 * MIB  # of which two are a block of the file
 
 
 ENDLESS = {
@@ -208,13 +209,11 @@ def test_a_parquet_file_of_one_long_id(tmp_path):
 
 def test_parquet_batches_of_long_ids_are_short(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_reading, "_BYTES_PER_BATCH", 10_000)
-    seen, named = [], arrow_reading._named
-
-    def watched(name, place, begin, batch, field):
-        seen.append(batch.num_rows)
-        return named(name, place, begin, batch, field)
-
-    monkeypatch.setattr(arrow_reading, "_named", watched)
+    monkeypatch.setattr(arrow_reading, "_BYTES_PER_TABLE", 10_000)
+    seen, encode = [], arrow_reading._Encoder.encode
+    monkeypatch.setattr(
+        arrow_reading._Encoder, "encode", lambda self, column: (seen.append(len(column)), encode(self, column))[1]
+    )
     ids = [f"{number:01000}" for number in range(100)]
     table = arrow.table({"user_id": ids, "item_id": ids, "timestamp": list(range(100))})
     parquet.write_table(table, tmp_path / "a.parquet")
@@ -234,7 +233,7 @@ def test_parquet_dictionaries_with_more_than_is_used(tmp_path):
     parquet.write_table(table.slice(0, 4), tmp_path / "a.parquet")
     assert read_interactions(tmp_path / "a.parquet").user_ids == ("a", "b")
     column = arrow.DictionaryArray.from_arrays(arrow.array([1, 0, None]), arrow.array(["a", None]))
-    assert arrow_reading._Ids(column).blank.tolist() == [True, False, True]
+    assert arrow_reading._Encoder().encode(arrow.chunked_array([column])).codes.tolist() == [-1, 0, -1]
 
 
 def test_an_archive_that_unpacks_to_too_much():

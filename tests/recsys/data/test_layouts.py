@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.recsys_data import rows_of
-from ttt4rec.recsys.data import DataError, read_interactions
+from ttt4rec.recsys.data import DataError, quick, read_interactions, reading
 
 ROWS = [("u1", "i é", 30), ("u2", "i é", 20), ("u1", "j", 10)]
 
@@ -151,6 +151,58 @@ def test_row_order_counts_what_is_left(tmp_path):
     assert rows_of(read_interactions(path, row_order=True, skip_bad_rows=1)) == [("a", "b", 0), ("c", "d", 1)]
     path.write_text("user_id,item_id\nbad\n")
     assert "must have rows after the header; given none" in refusal(path, row_order=True, skip_bad_rows=1)
+
+
+def outcome(path, **options):
+    try:
+        data = read_interactions(path, **options)
+    except DataError as error:
+        return str(error)
+    return rows_of(data), data.times.dtype, data.user_ids, data.item_ids
+
+
+PIECES = st.sampled_from(
+    ["a", " ", "é", "5", "-7", "0x1f", "1e3", "+4", "007", "2.5", '"', '""', ",", ",", ",", "\n", "\n", "\r\n", "\r",
+     "\0", "\ufeff", "\x85", "\u2028", "2024-01-01", "nan", str(2**63), str(-(2**63)), "\ud800"]
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.just("u,i,1\n"),
+            st.tuples(PIECES, PIECES, PIECES).map(lambda row: ",".join(row) + "\n"),
+            st.lists(PIECES, max_size=6).map("".join),
+        ),
+        max_size=8,
+    ).map("".join),
+    st.sampled_from([".csv", ".tsv", ".csv.gz"]),
+    st.integers(0, 2),
+)
+def test_both_parsers_read_alike(tmp_path, text, suffix, skip):
+    path = tmp_path / f"a{suffix}"
+    content = ("user_id,item_id,timestamp\n" + text).replace(",", "," if "csv" in suffix else "\t")
+    raw = content.encode("utf-8", "surrogatepass")
+    path.write_bytes(gzip.compress(raw) if suffix.endswith("gz") else raw)
+    quick = outcome(path, skip_bad_rows=skip)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "read_quickly", lambda *_: None)
+        assert outcome(path, skip_bad_rows=skip) == quick
+
+
+def test_plain_files_are_read_quickly(tmp_path, monkeypatch):
+    """Not by Python's reader, in batches smaller than the file."""
+    rows = [(f"u{number % 700}", f"i {number % 900}", number) for number in range(5000)]
+    monkeypatch.setattr(reading, "_read_rows", None)
+    for name, size in (("a.csv", 1 << 21), ("a.tsv", 4096), ("a.csv.gz", 4096)):
+        monkeypatch.setattr(quick, "_BLOCK", size)
+        assert rows_of(read_interactions(write(tmp_path / name, "\t" if "tsv" in name else ",", rows=rows))) == rows
+    no_header = write(tmp_path / "b.csv", header="", rows=rows)
+    names = ["user_id", "item_id", "more", "timestamp"]
+    assert rows_of(read_interactions(no_header, columns=names)) == rows
+    dates = [(user, item, f"2024-01-{1 + number % 28:02}") for user, item, number in rows]
+    assert read_interactions(write(tmp_path / "c.csv", rows=dates)).times[1] == 1_704_153_600
 
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)

@@ -25,6 +25,7 @@ def write(path, users, items, times, **types):
 
 def test_parquet_reads_as_text_does(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "ROWS_PER_BATCH", 7)
+    monkeypatch.setattr(reader, "_ROWS_PER_TABLE", 7)
     rows = [(f"u{i * 7 % 5}", f"i{i % 9}", 10**15 - i) for i in range(40)]
     (tmp_path / "a.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(f"{u},{i},{t}" for u, i, t in rows))
     text = read_interactions(tmp_path / "a.csv")
@@ -79,6 +80,7 @@ def test_parquet_types(tmp_path, times, kind, expected):
 )
 def test_bad_parquet_rows(tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(reader, "ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(reader, "_ROWS_PER_TABLE", 2)
     columns = {"users": ["a", "b", "c"], "items": ["x", "y", "z"], "times": [1, 2, 3]} | change
     with pytest.raises(DataError, match=message) as error:
         read_interactions(write(tmp_path / "a.parquet", *columns.values()))
@@ -102,6 +104,7 @@ def test_parquet_strings_of_every_type(tmp_path, kind):
 @pytest.mark.parametrize("kind", [arrow.string(), arrow.large_string()], ids=str)
 def test_parquet_strings_that_are_not_utf8(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(reader, "ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(reader, "_ROWS_PER_TABLE", 3)
     raw = [b"a", b"b", b"a", b"b", b"\xff\xfe", b"\xfd"]
     binary = arrow.large_binary() if kind == arrow.large_string() else arrow.binary()
     items = arrow.array(raw, type=binary).view(kind)
@@ -116,6 +119,7 @@ def test_parquet_strings_that_are_not_utf8(tmp_path, monkeypatch, kind):
 def test_parquet_times_keep_what_the_column_holds(tmp_path, monkeypatch):
     """A column of floats was rounded by whoever wrote it; beside fractions, its whole times lose nothing more."""
     monkeypatch.setattr(reader, "ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(reader, "_ROWS_PER_TABLE", 2)
     large = [float(1_700_000_000_123_456_789), 2.0**62]
     for times in (large, [*large, 0.5]):
         data = read_interactions(write(tmp_path / "a.parquet", *[["a"] * len(times)] * 2, times))
@@ -129,13 +133,14 @@ def test_parquet_times_keep_what_the_column_holds(tmp_path, monkeypatch):
 def test_a_parquet_file_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
     seen = []
 
-    class Watched(reader._Ids):
-        def __init__(self, column):
+    class Watched(reader._Encoder):
+        def encode(self, column):
             seen.append(arrow.total_allocated_bytes() - before)
-            super().__init__(column)
+            return super().encode(column)
 
     monkeypatch.setattr(reader, "ROWS_PER_BATCH", 1000)
-    monkeypatch.setattr(reader, "_Ids", Watched)
+    monkeypatch.setattr(reader, "_ROWS_PER_TABLE", 1000)
+    monkeypatch.setattr(reader, "_Encoder", Watched)
     ids = [f"{i % 100:0100}" for i in range(50_000)]  # long and few, so that codes are small beside the columns
     path = write(tmp_path / "a.parquet", ids, ids, list(range(50_000)))
     whole = 2 * len(ids) * 100  # read to be measured, the table would be freed by pyarrow's threads some time later

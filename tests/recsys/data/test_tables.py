@@ -96,6 +96,7 @@ def with_arrow(request, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 def test_ids_come_back_as_they_came(monkeypatch, form, kind):
     monkeypatch.setattr(batches, "ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(batches, "_ROWS_PER_TABLE", 3)
     if kind == "uuid" and "dataset" in form and form != "dataset":
         pytest.skip("Hugging Face datasets hold no UUIDs")
     data = load_interactions(FORMS[form](columns(kind)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import numpy as np
@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from ttt4rec.checks import printable
 from ttt4rec.options import PER_SECOND, DataOptions
+from ttt4rec.recsys.data.ids import Id
 from ttt4rec.recsys.data.interactions import Interactions
 from ttt4rec.recsys.data.layout import advice_on_names
-from ttt4rec.recsys.data.rows import Codes, Codes32, Problems, Rows
+from ttt4rec.recsys.data.rows import Codes32, Problems, Rows
 from ttt4rec.recsys.data.text import DataError
 from ttt4rec.recsys.data.times import TimeChunk, Times
 
 ROWS_PER_BATCH = 1 << 17
+_ROWS_PER_TABLE, _BYTES_PER_TABLE = 1 << 19, 1 << 26  # of batches that are encoded together
 
 Mask = NDArray[np.bool_]
 
@@ -67,78 +69,126 @@ def read_batches(
         DataError: there are no rows, or some cannot be understood. pyarrow's errors pass through.
     """
     rows, times = Rows(), Times(options.date_format)
+    fields = (options.user_field, options.item_field)
+    encoders = [_Encoder(), _Encoder()]
     problems = Problems(name, place, options.skip_bad_rows)
     begin, read = first, 0
-    for batch in _short(batches):
-        users, items = (_named(name, place, begin, batch, field) for field in (options.user_field, options.item_field))
-        found, bad = _read_times(batch, users.blank | items.blank, options, times, read)
+    for table in _tables(batches, lambda: max(len(encoder.ids) for encoder in encoders)):
+        coded = []
+        for encoder, field in zip(encoders, fields, strict=True):
+            try:
+                coded.append(encoder.encode(table.column(field)))
+            except UnicodeDecodeError as error:
+                row = begin + _first_undecodable(table.column(field))
+                given = f"in column {field!r}; given byte {error.object[error.start]:#04x}"
+                raise DataError(f"{name} {place} {row} must be UTF-8 text {given}") from error
+        found, bad = _read_times(table, (coded[0].codes < 0) | (coded[1].codes < 0), options, times, read)
         problems.add((begin + row, what) for row, what in sorted(bad.items()))
+        begin += table.num_rows
+        if not len(found):
+            continue
         if bad:
-            good = _without(batch, list(bad))
-            users, items = (_Ids(good.column(field)) for field in (options.user_field, options.item_field))
-        rows.add(users.encode(rows.users), items.encode(rows.items), found)
-        begin += batch.num_rows
+            good = _without(table, list(bad))
+            coded = [encoder.encode(good.column(field)) for encoder, field in zip(encoders, fields, strict=True)]
+        for encoder, column in zip(encoders, coded, strict=True):
+            encoder.take(column)
+        rows.add(coded[0].codes, coded[1].codes, found)
         read += len(found)
     problems.report()
     if not read:
         raise DataError(f"{name} must have rows; given none")
-    return rows.interactions(name)
+    return rows.interactions(name, *(tuple(encoder.ids) for encoder in encoders))
 
 
-def _short(batches: Iterable[Any]) -> Iterator[Any]:
-    """The same rows in batches of a bounded number."""
-    for batch in batches:
-        for start in range(0, batch.num_rows, ROWS_PER_BATCH):
-            yield batch.slice(start, ROWS_PER_BATCH)
-
-
-def _without(batch: Any, rows: Sequence[int]) -> Any:
+def _tables(batches: Iterable[Any], known: Callable[[], int]) -> Iterator[Any]:
+    """The same rows in tables of a bounded number of rows and bytes, or of as many rows as there are known ids."""
     import pyarrow as arrow
 
-    keep = np.ones(batch.num_rows, dtype=bool)
+    group: list[Any] = []
+    rows = size = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS_PER_BATCH):
+            group.append(batch.slice(start, ROWS_PER_BATCH))
+            rows, size = rows + group[-1].num_rows, size + group[-1].nbytes
+            if rows >= max(_ROWS_PER_TABLE, known()) or size >= _BYTES_PER_TABLE:
+                yield arrow.Table.from_batches(group)
+                group, rows, size = [], 0, 0
+    if group:
+        yield arrow.Table.from_batches(group)
+
+
+def _without(table: Any, rows: Sequence[int]) -> Any:
+    import pyarrow as arrow
+
+    keep = np.ones(table.num_rows, dtype=bool)
     keep[rows] = False
-    return batch.filter(arrow.array(keep))
+    return table.filter(arrow.array(keep))
 
 
-class _Ids:
-    """A column of ids: those that occur, in the order of their first appearance, and which each row has.
+class _Coded(NamedTuple):
+    """A column of ids as codes, -1 where one is missing or blank.
 
     Attributes:
-        blank: rows whose id is missing or blank.
+        codes: of the rows.
+        names: Arrow's array of the ids of all codes.
+        new: those of them, as Python's objects, that were not there before.
     """
 
-    def __init__(self, column: Any) -> None:
-        """UnicodeDecodeError if an id is not UTF-8."""
+    codes: Codes32
+    names: Any
+    new: list[Any]
+
+
+class _Encoder:
+    """Codes 0, 1, 2, ... for the ids of a column, in the order of their first appearance.
+
+    pyarrow gives them out: what it encodes is the ids that are known, and behind them a table's.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[Id] = []
+        self._names: Any = None
+
+    def encode(self, column: Any) -> _Coded:
+        """Codes of a table's column; UnicodeDecodeError if an id that is new is not UTF-8."""
+        import pyarrow as arrow
         from pyarrow import types
 
         if not types.is_dictionary(column.type):
-            column = _plain(column).dictionary_encode()
-        used = column.indices.drop_null().unique()
-        self._names = _listed(column.dictionary.take(used))
-        lookup = np.full(len(column.dictionary) + 1, len(self._names))  # the last stands for a missing id
-        lookup[used.to_numpy(zero_copy_only=False)] = np.arange(len(self._names))
-        indices = column.indices.fill_null(len(column.dictionary))
-        self._places = lookup[indices.to_numpy(zero_copy_only=False).astype(np.int64)]
-        empty = [name is None or (isinstance(name, str) and not name.strip()) for name in self._names]
-        self.blank: Mask = np.array([*empty, True])[self._places]
+            return self._encode([_plain(chunk) for chunk in column.chunks])
+        column = column.unify_dictionaries()
+        dictionary = column.chunk(0).dictionary
+        indices = arrow.chunked_array([chunk.indices for chunk in column.chunks])
+        used = indices.drop_null().unique()
+        names = self._encode([_plain(dictionary.take(used))])
+        codes = np.full(len(dictionary) + 1, -1, dtype=np.int32)
+        codes[used.to_numpy(zero_copy_only=False)] = names.codes
+        return names._replace(codes=codes[indices.fill_null(len(dictionary)).to_numpy().astype(np.int64)])
 
-    def encode(self, codes: Codes) -> Codes32:
-        """Codes of all rows, none of which is blank."""
-        found: Codes32 = codes.encode(self._names)[self._places]
-        return found
+    def take(self, coded: _Coded) -> None:
+        """Know the ids of a column from now on."""
+        self.ids += coded.new
+        self._names = coded.names
 
+    def _encode(self, chunks: list[Any]) -> _Coded:
+        import pyarrow as arrow
 
-def _named(name: str, place: str, begin: int, batch: Any, field: str) -> _Ids:
-    column = batch.column(field)
-    try:
-        return _Ids(column)
-    except UnicodeDecodeError as error:
-        row, given = begin + _first_undecodable(column), f"byte {error.object[error.start]:#04x}"
-        raise DataError(f"{name} {place} {row} must be UTF-8 text in column {field!r}; given {given}") from error
+        known = [] if self._names is None else [self._names]
+        encoded = arrow.chunked_array(known + chunks).dictionary_encode()
+        names = encoded.chunk(0).dictionary if encoded.num_chunks else chunks[0]
+        new = _listed(names.slice(len(self.ids)))
+        codes = [chunk.indices for chunk in encoded.chunks[len(known) :]]
+        plain = [(x.fill_null(-1) if x.null_count else x).to_numpy() for x in codes]
+        found: Codes32 = plain[0] if len(plain) == 1 else np.concatenate([np.empty(0, dtype=np.int32), *plain])
+        texts = new and isinstance(new[0], str)
+        blank = [len(self.ids) + place for place, x in enumerate(new) if not x.strip()] if texts else []
+        if blank:
+            found = np.where(np.isin(found, blank), np.int32(-1), found)
+        return _Coded(found, names, new)
 
 
 def _plain(column: Any) -> Any:
-    """A column of a type that pyarrow can encode as a dictionary."""
+    """An array of a type that pyarrow can encode as a dictionary."""
     from pyarrow import string
 
     if _is_uuid(column.type):
@@ -147,12 +197,11 @@ def _plain(column: Any) -> Any:
 
 
 def _listed(names: Any) -> list[Any]:
-    from pyarrow import string, types
+    from pyarrow import types
 
-    if types.is_fixed_size_binary(names.type) or _is_uuid(names.type):
-        raw = names.storage if _is_uuid(names.type) else names
-        return [UUID(bytes=value) for value in raw.to_pylist()]
-    listed: list[Any] = (names.cast(string()) if _is_text(names.type) else names).to_pylist()
+    if types.is_fixed_size_binary(names.type):
+        return [UUID(bytes=value) for value in names.to_pylist()]
+    listed: list[Any] = names.to_pylist()
     return listed
 
 
@@ -178,17 +227,18 @@ _BLANK = "a row must have two ids and a finite time; given a blank"
 
 
 def _read_times(
-    batch: Any, blank: Mask, options: DataOptions, times: Times, read: int
+    table: Any, blank: Mask, options: DataOptions, times: Times, read: int
 ) -> tuple[TimeChunk, dict[int, str]]:
     """Times of the rows that are good in every respect, and what is wrong with the others."""
     from pyarrow import types
 
     if options.row_order:
         bad = {int(row): _BLANK for row in np.flatnonzero(blank)}
-        return times.integers(np.arange(read, read + batch.num_rows - len(bad))), bad
-    column = batch.column(options.time_field)
+        return times.integers(np.arange(read, read + table.num_rows - len(bad))), bad
+    column = table.column(options.time_field)
     if types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+        column = column.cast(column.type.value_type)
+    column = column.combine_chunks()
     blank = blank | column.is_null().to_numpy(zero_copy_only=False)
     if _is_text(column.type):
         whole = _whole(column)

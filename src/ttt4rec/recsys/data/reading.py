@@ -17,7 +17,7 @@ from ttt4rec.options import DataOptions
 from ttt4rec.recsys.data.interactions import Interactions
 from ttt4rec.recsys.data.layout import SHOWN, Columns, Reader, find_columns, find_separator, read_rows
 from ttt4rec.recsys.data.quick import read_quickly
-from ttt4rec.recsys.data.rows import Problems, Rows
+from ttt4rec.recsys.data.rows import Codes, Problems, Rows
 from ttt4rec.recsys.data.text import DataError, TextFile, long_fields
 from ttt4rec.recsys.data.times import TimeChunk, Times
 
@@ -157,8 +157,14 @@ def _lines(reader: Reader) -> Iterator[_Line]:
                 yield reader.line_num, row
 
 
+class _TextRows(Rows):
+    def __init__(self) -> None:
+        super().__init__()
+        self.user_codes, self.item_codes = Codes(), Codes()
+
+
 def _read_rows(path: Path, text: TextFile, reader: Reader, columns: Columns, options: DataOptions) -> Interactions:
-    rows, times = Rows(), Times(options.date_format)
+    rows, times = _TextRows(), Times(options.date_format)
     problems = Problems(path, "line", options.skip_bad_rows)
     lines = _lines(reader)
     read = 0
@@ -182,10 +188,10 @@ def _read_rows(path: Path, text: TextFile, reader: Reader, columns: Columns, opt
     problems.report()
     if not read:
         raise DataError(f"{path} must have rows{'' if options.columns else ' after the header'}; given none")
-    return rows.interactions(str(path))
+    return rows.interactions(str(path), tuple(rows.user_codes), tuple(rows.item_codes))
 
 
-def _add(rows: Rows, times: Times, chunk: list[list[str]], columns: Columns, read: int) -> None:
+def _add(rows: _TextRows, times: Times, chunk: list[list[str]], columns: Columns, read: int) -> None:
     """Add rows behind those that were read; ValueError when any of them is malformed."""
     by_column = list(zip(*chunk, strict=True))
     if len(by_column) != columns.width:
@@ -197,7 +203,7 @@ def _add(rows: Rows, times: Times, chunk: list[list[str]], columns: Columns, rea
         found: TimeChunk = times.integers(np.arange(read, read + len(chunk)))
     else:
         found = times.texts(by_column[columns.time])
-    rows.add(rows.users.encode(users), rows.items.encode(items), found)
+    rows.add(rows.user_codes.encode(users), rows.item_codes.encode(items), found)
 
 
 def _problem(row: list[str] | csv.Error, columns: Columns, times: Times) -> str | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ttt4rec.checks import printable
 from ttt4rec.recsys.data.ids import Id
-from ttt4rec.recsys.data.interactions import IntArray, Interactions
+from ttt4rec.recsys.data.interactions import IntArray, Interactions, TimeArray
 from ttt4rec.recsys.data.text import DataError
 from ttt4rec.recsys.data.times import TimeChunk, join_times
 
@@ -33,15 +34,9 @@ class Codes(dict[Id, int]):
 
 
 class Rows:
-    """Rows whose ids are coded, chunk by chunk.
-
-    Attributes:
-        users: codes of the users' ids.
-        items: codes of the items' ids.
-    """
+    """Rows whose ids are coded, chunk by chunk."""
 
     def __init__(self) -> None:
-        self.users, self.items = Codes(), Codes()
         self._users, self._items, self._times = list[Codes32](), list[Codes32](), list[TimeChunk]()
 
     def add(self, users: Codes32, items: Codes32, times: TimeChunk) -> None:
@@ -50,18 +45,22 @@ class Rows:
         self._items.append(items)
         self._times.append(times)
 
-    def interactions(self, name: str) -> Interactions:
+    def interactions(self, name: str, user_ids: tuple[Id, ...], item_ids: tuple[Id, ...]) -> Interactions:
         """All rows, which are gone here; DataError, with the source's name, if times would be rounded."""
         users, items = _joined(self._users), _joined(self._items)
-        times = join_times(name, self._times)
-        self._times.clear()
-        return Interactions(users, items, times, tuple(self.users), tuple(self.items))
+        whole = all(chunk.dtype == np.int64 for chunk in self._times)
+        times: TimeArray = _joined(self._times) if whole else join_times(name, self._times)
+        return Interactions(users, items, times, user_ids, item_ids)
 
 
-def _joined(chunks: list[Codes32]) -> IntArray:
-    """One array of chunks, of which none is left."""
-    whole: IntArray = np.concatenate([np.empty(0, dtype=np.int32), *chunks], dtype=np.int64)
-    chunks.clear()
+def _joined(chunks: list[Any]) -> IntArray:
+    """One array of int64 of chunks of whole numbers, each of which is gone when it is copied."""
+    whole, place = np.empty(sum(map(len, chunks)), dtype=np.int64), 0
+    chunks.reverse()
+    while chunks:
+        chunk = chunks.pop()
+        whole[place : place + len(chunk)] = chunk
+        place += len(chunk)
     return whole
 
 

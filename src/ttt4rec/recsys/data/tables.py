@@ -18,7 +18,7 @@ from ttt4rec.options import DataOptions
 from ttt4rec.recsys.data.ids import Id, name_of
 from ttt4rec.recsys.data.interactions import Interactions
 from ttt4rec.recsys.data.layout import advice_on_names
-from ttt4rec.recsys.data.rows import Problems, Rows
+from ttt4rec.recsys.data.rows import Codes, Codes32, Problems, Rows
 from ttt4rec.recsys.data.text import DataError
 from ttt4rec.recsys.data.times import TimeChunk, Times
 
@@ -156,19 +156,24 @@ def _read(name: str, chunks: Iterable[_Columns], options: DataOptions) -> Intera
             good = [row for row in good if row not in bad] if wrong else good
         problems.add((begin + row, bad[row]) for row in sorted(bad))
         taken = [[column[row] for row in good] if bad else column for column in columns[:2]]
-        rows.add(rows.users.encode(users.plain(taken[0])), rows.items.encode(items.plain(taken[1])), found)
+        rows.add(users.encode(taken[0]), items.encode(taken[1]), found)
         begin += length
         read += len(found)
     problems.report()
     if not read:
         raise DataError(f"{name} must have rows; given none")
-    return rows.interactions(name)
+    return rows.interactions(name, *(tuple(column.codes) for column in (users, items)))
 
 
 class _Ids:
-    """The ids of a column, all of the type of the first."""
+    """The ids of a column, all of the type of the first.
+
+    Attributes:
+        codes: of the ids.
+    """
 
     def __init__(self, field: str) -> None:
+        self.codes = Codes()
         self._field = field
         self._kind: type[Id] | None = None
 
@@ -179,12 +184,12 @@ class _Ids:
             return {}
         return {row: what for row, value in enumerate(column) if (what := self._problem(value)) is not None}
 
-    def plain(self, column: Sequence[Any]) -> Sequence[Id]:
-        """Ids as Python's own types have them."""
+    def encode(self, column: Sequence[Any]) -> Codes32:
+        """Codes of ids."""
         kind = self._kind
         if kind is None or kind is UUID or set(map(type, column)) == {kind}:
-            return column
-        return [kind(value) for value in column]  # NumPy's numbers and texts
+            return self.codes.encode(column)
+        return self.codes.encode([kind(value) for value in column])  # NumPy's numbers and texts
 
     def _problem(self, value: Any) -> str | None:
         kind = _kind(value)

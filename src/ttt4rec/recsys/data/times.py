@@ -136,9 +136,7 @@ class Times:
 
 
 def join_times(name: str, chunks: Sequence[TimeChunk]) -> TimeArray:
-    """One array, int64 if all chunks are; DataError for a whole time that float64, beside fractions, would round."""
-    if all(chunk.dtype == np.int64 for chunk in chunks):
-        return np.concatenate([np.empty(0, dtype=np.int64), *chunks], dtype=np.int64)
+    """One array of float64; DataError for a whole time that float64, beside fractions, would round."""
     times: NDArray[np.float64] = np.concatenate(chunks, dtype=np.float64, casting="unsafe")
     for chunk in chunks:
         if chunk.dtype == np.int64 and bool((np.abs(chunk.astype(np.float64)) <= _EXACT).all()):
