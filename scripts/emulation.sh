@@ -52,10 +52,12 @@ for architecture in sm_90 sm_80; do
   executed "$architecture" float32 $errors -k "float32 and not 128"
 done
 for architecture in sm_90 sm_80; do
-  executed "$architecture" tests "--deselect=$errors"
-  lost mlp "inner_loop and mlp"
   executed "$architecture" float16 $errors -k "float16 and not bfloat16"
+  lost mlp "inner_loop and mlp"
+done
+for architecture in sm_90 sm_80; do
   executed "$architecture" float32-128 $errors -k "float32 and 128"
+  executed "$architecture" tests "--deselect=$errors"
 done
 report "" interpreter.bfloat16 $errors -k bfloat16
 report "" interpreter.float32 $errors -k float32

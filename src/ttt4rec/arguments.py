@@ -6,6 +6,7 @@ features of TTT-MLP, N sequences in all.
 Numbers in brackets are equations of docs/mathematics.md.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -147,6 +148,7 @@ class IndexedItems(NamedTuple):
     table: Tensor  # as it was given, no copy
     codes: Tensor  # in groups of items, the last one filled up
     scale: Tensor  # of each item: a code times this is about a number of the table
+    size: Tensor  # of each item: its codes times its scale have no larger norm
     error: Tensor  # of each item: times the norm of a hidden state, how far its score may be above that of the codes
     largest: float  # no item has a larger norm
 
@@ -206,8 +208,12 @@ class Forget(NamedTuple):
     initial: tuple[Tensor, ...]  # W1, b1[, W2, b2] [H, ...]
 
 
+Step = Callable[[Tensor, Tensor], Tensor | None]
+"""Advances streams: of inputs [B, C], or items [B], and slots, int64 [B], outputs [B, C]; None if they are wrong."""
+
+
 class LayerParts(NamedTuple):
-    """A whole layer and its pool, for a step of some streams at once."""
+    """A whole layer and its pool, whose streams are advanced in place by one token each."""
 
     around: Around
     records: Tensor  # of the pool [N, H, R]; as in TokenStep
@@ -217,14 +223,6 @@ class LayerParts(NamedTuple):
     adapt: bool  # whether there are inner rates at all
     max_inner_step: float  # infinite if there is no bound
     forget: Forget | None = None  # None: it does not
-
-
-class LayerStep(NamedTuple):
-    """One token of each of B streams through a whole layer, whose states in a pool are advanced in place."""
-
-    layer: LayerParts
-    x: Tensor  # [B, C]
-    slots: Tensor  # the streams' places in the pool, int64 [B]
 
 
 class NormParts(NamedTuple):
@@ -247,12 +245,10 @@ class BlockParts(NamedTuple):
     conv: tuple[NormParts, Tensor, Tensor, Tensor] | None  # norm, weight [C, taps], bias, and the streams' contexts
 
 
-class ModelStep(NamedTuple):
-    """One item of each of B streams through a whole model, whose states in pools are advanced in place."""
+class ModelParts(NamedTuple):
+    """A whole model and its pools, whose streams are advanced in place by one item each."""
 
     table: Tensor  # embeddings [num_items + 1, C]
     embedding_norm: NormParts
     blocks: tuple[BlockParts, ...]
     norm: NormParts
-    ids: Tensor  # int64 [B], from 1
-    slots: Tensor  # int64 [B]

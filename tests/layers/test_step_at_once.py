@@ -1,6 +1,8 @@
 """A layer's step in one compiled call: the numbers of its parts, and taken only where nobody could tell."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.support.at_once import WIDTH, make_layer, note
 from tests.support.checks import BACKBONES, INNERS, assert_close
 from ttt4rec import TTTLayer
+from ttt4rec.layers import step_at_once
 from ttt4rec.operators import backends
 
 SLOTS = 40
@@ -176,6 +179,64 @@ def test_a_layer_to_which_something_was_done_goes_by_its_parts(change, taken):
     y = torch.stack([layer.step(x[:, t], pool, torch.tensor([1])) for t in range(6)], 1)
     assert_close(y, layer(x))
     assert not taken
+
+
+def drawn(layer):
+    return torch.randn_like(layer.query.weight)
+
+
+def replaced(layer):
+    layer.value = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64)
+
+
+def turned(layer):
+    """The same memory, in another order."""
+    layer.query.weight.data = layer.query.weight.data.t()
+
+
+LATER = CHANGES | {
+    "in place": lambda layer: layer.query.weight.data.copy_(drawn(layer)),
+    "data": lambda layer: setattr(layer.query.weight, "data", drawn(layer)),
+    "parameter": lambda layer: setattr(layer.output, "weight", nn.Parameter(drawn(layer))),
+    "turned": turned,
+    "module": replaced,
+    "still": lambda layer: setattr(layer, "adapt", False),
+    "bounded": lambda layer: setattr(layer, "max_inner_step", 0.1),
+    "scaled": lambda layer: layer.set_inner_lr_scale(0.3),
+    "rate": lambda layer: setattr(layer, "base_lr", 0.2),
+    "theta": lambda layer: setattr(layer, "rope_theta", 10.0),
+    "eps": lambda layer: setattr(layer.norm, "eps", 1.0),
+    "own forward": lambda layer: setattr(layer.value, "forward", lambda x: 3 * x),
+}
+
+
+@pytest.mark.parametrize("change", LATER)
+def test_what_is_done_between_two_steps_counts(change):
+    """A call that was prepared before it serves no longer."""
+    layer, x, slots = make_layer(backbone="transformer"), torch.randn(9, 1, WIDTH).double(), torch.tensor([1])
+    own, parts = layer.make_pool(2), layer.make_pool(2)
+    for pool in (own, parts):
+        for t in range(4):
+            layer.step(x[t], pool, slots)
+    LATER[change](layer)
+    for t in range(4, 9):
+        assert_close(layer.step(x[t], own, slots), layer._step_by_parts(x[t], parts, slots))
+
+
+def test_a_call_is_prepared_once(monkeypatch):
+    layer, other, calls = make_layer(), make_layer(), []
+    found = step_at_once.layer_parts
+    monkeypatch.setattr(step_at_once, "layer_parts", lambda *args: calls.append(args) or found(*args))
+    pools = [layer.make_pool(2), layer.make_pool(2), other.make_pool(2)]
+    for x, _ in steps(6):
+        for pool in pools:
+            pool.layer.step(x[:1], pool, torch.tensor([1]))
+            pool.layer.requires_grad_(False)  # changes nothing that counts
+    assert len(calls) == len(pools)
+    gone = weakref.ref(pools[0].records)
+    del pools[0], pool, calls[:]
+    gc.collect()
+    assert gone() is None
 
 
 def test_who_looks_on_sees_the_parts(taken):

@@ -2,7 +2,10 @@
 
 import copy
 import math
+import os
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tools.documents import ROOT
 from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.models import full_softmax, item_index
 from ttt4rec.models.item_index import ItemIndex
@@ -117,12 +121,12 @@ def test_few_items_are_scored_where_the_bound_serves(width):
     h, table = random(1, width), random(5001, width, seed=1)
     scores, bounds = all_scores(ItemIndex(), table, h)
     assert (bounds >= scores.topk(10).values[:, -1:]).sum() < 50
-    assert (bounds - scores).max() < 0.15 * scores.std()
+    assert (bounds - scores).max() < 0.25 * scores.std()
 
 
 def test_codes_that_miss_in_the_direction_of_h_leave_no_slack():
-    """So the bound cannot be a lower one, and these tables do try it."""
-    h = random(1, 64) * (torch.arange(64) > 0)
+    """So the bound cannot be a lower one, and these tables do try it. Of this h the codes miss nothing."""
+    h = random(1, 64).sign() * (torch.arange(64) > 0)
     scores, bounds = all_scores(ItemIndex(), adverse(h, 500), h)
     missed = 0.499 * h.square().sum() / h.abs().max()
     assert (bounds - scores).max() < 0.05 * missed
@@ -176,7 +180,19 @@ def test_a_million_items():
     torch.testing.assert_close(best, expected)
     assert torch.equal(found, items)
     made = index._items(table)
-    assert sum(x.nbytes for x in (made.codes, made.scale, made.error)) <= 1_000_064 * (8 + 8)
+    assert sum(x.nbytes for x in (made.codes, made.scale, made.size, made.error)) <= 1_000_064 * (8 + 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("without", ["avx512vnni", "avx512f", "avx"])
+def test_processors_that_have_less(without, tmp_path):
+    """Each takes sums of products its own way; what a processor lacks anyhow it can do without."""
+    chosen = "no_score_is_above or agrees_with_the_plain_way or whole_numbers or overflow or changes_no_number"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    environment = os.environ | {"CXX": f"c++ -mno-{without}", "TTT4REC_CACHE": str(tmp_path)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
 
 
 CHANGES = {

@@ -118,6 +118,11 @@ class Adapter(nn.Linear):
     """In the place of a linear map."""
 
 
+class Tripled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
 def replaced(model):
     model.blocks[0].ffn.down = Adapter(64, 32, bias=False, dtype=torch.float64)
 
@@ -146,6 +151,33 @@ def test_a_model_to_which_something_was_done_goes_by_its_parts(change, taken):
     assert taken == [None] * 7
 
 
+LATER = CHANGES | {
+    "fewer items": lambda model: setattr(model.embedding.weight, "data", model.embedding.weight.data[:5]),
+    "class": lambda model: setattr(model.blocks[0].ffn.down, "__class__", Tripled),
+}
+
+
+@pytest.mark.parametrize("change", LATER)
+def test_what_is_done_between_two_steps_counts(change):
+    """A call that was prepared before it serves no longer."""
+    model = make_model()
+    own, parts, ids, slots = model.make_pools(2), model.make_pools(2), torch.randint(1, 5, (5, 1)), torch.tensor([1])
+    for pools in (own, parts):
+        model.step(ids[0], pools, slots)
+    LATER[change](model)
+    for x in ids[1:]:
+        assert_close(model.step(x, own, slots), model._step_by_parts(x, parts, slots))
+
+
+def test_items_that_were_taken_away_are_unknown():
+    model = make_model()
+    pools, slots = model.make_pools(2), torch.tensor([1])
+    model.step(torch.tensor([7]), pools, slots)
+    model.embedding.weight.data = model.embedding.weight.data[:5]
+    with pytest.raises(IndexError):
+        model.step(torch.tensor([7]), pools, slots)
+
+
 @pytest.mark.parametrize("other", [{"inner": "linear"}, pytest.param({"num_heads": 4}, marks=pytest.mark.slow)])
 def test_blocks_of_different_heads_go_by_parts(other, taken):
     """Compiled code is made for one head dimension and one inner model."""
@@ -159,7 +191,8 @@ def test_blocks_of_different_heads_go_by_parts(other, taken):
 
 
 def test_dropout_in_training_goes_by_parts(taken):
-    model = make_model(dropout=0.5).train()
-    model.step(torch.tensor([1]), model.make_pools(1), torch.tensor([0]))
-    model.eval().step(torch.tensor([1]), model.make_pools(1), torch.tensor([0]))
-    assert [y is None for y in taken] == [True, False]
+    model = make_model(dropout=0.5)
+    pools = model.make_pools(1)
+    for training in (True, False, True):
+        model.train(training).step(torch.tensor([1]), pools, torch.tensor([0]))
+    assert [y is None for y in taken] == [True, False, True]

@@ -82,10 +82,14 @@ class StatePool:
         return f"StatePool({self.num_slots:,} slots: {shapes}; {kind}, {self.nbytes:,} bytes)"
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``records``, ``position`` and ``conv``, which a step changes in place."""
+        return self.records, self.position, self.conv
+
+    @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
-        every = [self.records, self.position, *([] if self.conv is None else [self.conv])]
-        return sum(x.numel() * x.element_size() for x in every)
+        return sum(x.numel() * x.element_size() for x in self.tensors if x is not None)
 
     @torch.no_grad()
     def read(self, slots: Tensor) -> TTTState:

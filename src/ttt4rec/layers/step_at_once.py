@@ -11,27 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import Around, Forget, LayerParts, LayerStep
+from ..arguments import Around, Forget, LayerParts, Step
 from ..inner_models import INNER_MODELS
 from ..operators.backends import shortcut
 from ..operators.transforms import transformed
 from .pool import StatePool
 from .projection import all_hooked, untouched
 from .rotary import rotary_table
+from .standing import prepared
 
 
 def step_at_once(layer: Any, x: Tensor, pool: StatePool, slots: Tensor) -> Tensor | None:
     """As ``TTTLayer.step`` of a layer; None, and nothing has changed, if the parts must do it, or refuse it."""
-    if layer.backend == "reference" or not unobserved() or not are_rows(x, slots):
+    if not unobserved() or not are_rows(x, slots) or x.dim() != 2 or x.shape[1] != layer.width:
         return None
-    if x.dim() != 2 or x.shape[1] != layer.width:
+    if x.dtype is not pool.records.dtype:
         return None
-    parts = layer_parts(layer, pool)
-    if parts is None or x.dtype is not parts.records.dtype:
-        return None
-    given = LayerStep(parts, x.contiguous(), slots.contiguous())
-    compute = shortcut("layer_step", layer.backend, given)
-    return None if compute is None else compute(given)
+    step = prepared(pool, layer, pool.tensors, lambda: _prepare(layer, pool))
+    return None if step is None else step(x.contiguous(), slots.contiguous())
+
+
+def _prepare(layer: Any, pool: StatePool) -> Step | None:
+    parts = None if layer.backend == "reference" else layer_parts(layer, pool)
+    compute = None if parts is None else shortcut("layer_step", layer.backend, parts)
+    return None if compute is None else compute(parts)
 
 
 def unobserved() -> bool:

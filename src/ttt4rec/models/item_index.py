@@ -37,10 +37,10 @@ class _Made:
 class ItemIndex:
     """``full_softmax.top_k`` for a table that seldom changes.
 
-    In float32 on a CPU, with a compiler, the table is read once and a byte for each of its numbers kept, beside 8 bytes
-    an item. A call reads these bytes, finds by a proven bound which items may be among the best, and scores only those.
-    The result is exact: a score is one dot product in float32, taken in the same order whoever else is asked about.
-    Where this cannot run, ``full_softmax.top_k`` does.
+    In float32 on a CPU, with a compiler, the table is read once and a byte for each of its numbers kept, beside 12
+    bytes an item. A call reads these bytes, finds by a proven bound which items may be among the best, and scores
+    those. The result is exact: a score is one dot product in float32, taken in the same order whoever else is asked
+    about. Where this cannot run, ``full_softmax.top_k`` does.
 
     The index is made at the first call, and again when the table is another one or has changed in place. The latter
     PyTorch counts: steps of its optimizers, ``load_state_dict`` and operations under ``torch.no_grad`` are seen.

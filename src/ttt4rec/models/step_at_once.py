@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import BlockParts, ModelStep, NormParts
+from ..arguments import BlockParts, ModelParts, NormParts, Step
 from ..layers.convolution import CausalConv
+from ..layers.standing import prepared
 from ..layers.step_at_once import are_rows, fit, is_like, layer_parts, unobserved
 from ..layers.ttt import TTTLayer
 from ..operators.backends import shortcut
@@ -19,8 +20,14 @@ LANES = 16
 
 def step_at_once(model: Any, ids: Tensor, pools: Sequence[BlockPool], slots: Tensor) -> Tensor | None:
     """As ``TTT4Rec.step``; None, and nothing has changed, if the parts must do it, or refuse it."""
-    if not unobserved() or not are_rows(ids, slots) or ids.dim() != 1 or ids.dtype is not torch.int64:
+    if not unobserved() or not are_rows(ids, slots) or ids.dim() != 1 or ids.dtype is not torch.int64 or not pools:
         return None
+    tensors = [x for pool in pools for x in (*pool.mixer.tensors, pool.conv)]
+    step = prepared(pools[0].mixer, model, tensors, lambda: _prepare(model, pools))
+    return None if step is None else step(ids.contiguous(), slots.contiguous())
+
+
+def _prepare(model: Any, pools: Sequence[BlockPool]) -> Step | None:
     modules = model._modules
     embedding, dropout, blocks = modules["embedding"], modules["dropout"], [*modules["blocks"]._modules.values()]
     if (model.training and dropout.p > 0) or not is_like(dropout, nn.Dropout) or model.hidden_item is not None:
@@ -42,7 +49,7 @@ def step_at_once(model: Any, ids: Tensor, pools: Sequence[BlockPool], slots: Ten
     kinds = {(part.layer.around.inner, part.layer.hidden, part.layer.around.lr_weight.shape) for part in whole}
     if len(kinds) > 1 or whole[0].layer.around.lr_weight.shape[1] != C:  # code is compiled for one kind of head
         return None
-    given = ModelStep(table, embedding_norm, whole, final_norm, ids.contiguous(), slots.contiguous())
+    given = ModelParts(table, embedding_norm, whole, final_norm)
     backend, *others = {block._modules["mixer"].backend for block in blocks}
     if others or backend == "reference":
         return None

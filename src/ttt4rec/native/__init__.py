@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import BestItems, FullSoftmax, ItemTable, LayerForward, LayerStep, ModelStep, Scan, TokenStep
+from ..arguments import BestItems, FullSoftmax, ItemTable, LayerForward, LayerParts, ModelParts, Scan, TokenStep
 from ..item_blocks import score_dtype
 from . import build
 from .cache import BuildError
@@ -76,8 +76,8 @@ def refusal(operator: str, arguments: Any) -> str | None:
         return softmax_refusal(arguments.table.device, arguments.table.dtype)
     if isinstance(arguments, BestItems):
         return softmax_refusal(arguments.h.device, arguments.h.dtype)
-    if isinstance(arguments, LayerStep | ModelStep):
-        layer = arguments.layer if isinstance(arguments, LayerStep) else arguments.blocks[0].layer
+    if isinstance(arguments, LayerParts | ModelParts):
+        layer = arguments if isinstance(arguments, LayerParts) else arguments.blocks[0].layer
         (H, C), records = layer.around.lr_weight.shape, layer.records
         return shape_refusal(records.device, layer.around.inner, C // H, layer.hidden, records.dtype, build.STEP)
     if isinstance(arguments, LayerForward):

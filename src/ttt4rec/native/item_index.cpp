@@ -1,16 +1,17 @@
 // The best items of hidden states, exactly, by a first pass over one byte a number. A score is one dot product, whose
-// sums have a fixed order. Of item i, whose row t of the table is about s q with whole numbers q of -127 to 127,
+// sums have a fixed order. Of item i, row t of the table is about s q, and the hidden state h about r p, with whole
+// numbers q and p. Then h·t = (r p)·(s q) + (h - r p)·(s q) + h·(t - s q), and by Cauchy and Schwarz
 //
-//   score(h, i) <= s h·q + |h|' e,   e >= |t - s q| + rounding (|t| + |t - s q|),   |h|' >= |h|,
+//   score(h, i) <= r s p·q + m n + |h|' e,   m >= |h - r p|,  n >= |s q|,  e >= |t - s q| + rounding,  |h|' >= |h|.
 //
-// by Cauchy and Schwarz. Only items that reach the k-th best score so far by this bound are scored.
+// Only items that reach the k-th best score so far by this bound are scored.
 //
-// The rounding, with u = 2^-24 and C the width: the score takes each product through at most C + 5 operations, s h·q
-// through C + 1, and the bound is put together by two. |h| |t| and |h| s |q| <= |h| (|t| + |t - s q|) bound what they err
-// relative to, so (2C + 8) u is the factor, and 1.01 of it what becomes of (1 + u)^n for n <= 2^17. SLACK covers how e
-// and |h|' themselves are rounded. FLOOR is added to both: its products with |h|, with e and with itself are more than
-// what numbers too small to be normal lose by being rounded or taken for zero. Where something could overflow, and where
-// h has no finite numbers, every item is scored.
+// The rounding, with u = 2^-24 and C the width: the score takes each product through at most C + 5 operations. p·q is
+// exact, and the bound takes it through five, which err relative to |r p| |s q| <= 3 |h| n; a number of h is missed by
+// half a step of at least |h| / MOST. So (C + 20) u (|t| + |t - s q|) is in e, and 1.01 of it what becomes of (1 + u)^n
+// for n <= 2^17. SLACK covers how m, n, e and |h|' themselves are rounded. FLOOR is added to e and |h|': its products
+// with |h|, with e and with itself are more than what numbers too small to be normal lose by being rounded or taken for
+// zero. Where something could overflow, and where h has no finite numbers, every item is scored.
 
 #include "vectors.h"
 
@@ -19,23 +20,28 @@
 #include <limits>
 #include <new>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
-constexpr int GROUP = 64, WORDS = GROUP / 4;  // items side by side, and words of four codes each
+constexpr int GROUP = 64;  // items side by side
 constexpr double SLACK = 1 + 0x1p-20, FLOOR = 0x1p-50, SAFE = 0x1p100;
 constexpr T INFINITE = std::numeric_limits<T>::infinity();
 
 struct Call {
   int64_t num_items, width, rows, rows_at_once, k;
   const T* table;    // [num_items + 1, width], row 0 being padding
-  int32_t* codes;    // [groups, width, WORDS]: byte b of word w is that of item w + b WORDS of the group
-  T *scale, *error;  // s and e, [groups, GROUP]
+  uint32_t* codes;   // [groups, words, GROUP], with q + 128 of four numbers in a word, or 0 beyond the width
+  T *scale, *size, *error;  // s, n and e, [groups, GROUP]
   double largest;    // no row of the table has a larger norm
   const T* h;        // [rows, width]
   const int64_t *seen_ends, *seen;  // items to leave out, ascending row by row, and where each row's end; or null
   T* scores;                        // [rows, k]; the first is NaN if one of the row is
   int64_t* items;
+
+  int64_t words() const { return (width + 3) / 4; }
 };
 
 // In a fixed order, wherever it is called: the one way to a score.
@@ -72,83 +78,96 @@ double norm(int64_t width, const T* x) {
   return std::sqrt(total);
 }
 
-// The codes of one item, with its s and e.
-void encode(const Call& call, int64_t item) {
-  const int64_t C = call.width, place = item % GROUP;
-  const T* t = call.table + (item + 1) * C;
-  int32_t* codes = call.codes + item / GROUP * C * WORDS + place % WORDS;
-  T most = 0;
-  for (int64_t c = 0; c < C; ++c) most = std::max(most, std::abs(t[c]));
-  const bool tiny = most < T(0x1p-100);  // as good as zero: FLOOR is far more
-  const T scale = tiny ? 0 : most / 127;
+// Whole numbers of -most to most that times the scale are about x, one after the other to `keep`; how far they miss.
+template <class Keep>
+double encode(int64_t C, const T* x, int most, T* scale, Keep keep) {
+  T largest = 0;
+  for (int64_t c = 0; c < C; ++c) largest = std::max(largest, std::abs(x[c]));
+  const bool tiny = largest < T(0x1p-100);  // as good as zero: FLOOR is far more
+  *scale = tiny ? 0 : largest / T(most);
   double rest = 0;
   for (int64_t c = 0; c < C; ++c) {
-    const long code = tiny ? 0 : std::lrint(t[c] / scale);
-    const double left = t[c] - double(scale) * code;
-    codes[c * WORDS] |= int32_t(uint32_t(uint8_t(code)) << (8 * (place / WORDS)));
+    const long code = tiny ? 0 : std::min<long>(most, std::max<long>(-most, std::lrint(x[c] / *scale)));
+    const double left = x[c] - double(*scale) * code;
     rest += left * left;
+    keep(c, code);
   }
-  rest = std::sqrt(rest);
-  const double rounding = 1.01 * (2 * C + 8) * 0x1p-24;
-  call.scale[item] = scale;
-  call.error[item] = T((rest + rounding * (norm(C, t) + rest)) * SLACK + FLOOR);
+  return std::sqrt(rest);
 }
 
-// Code b of every word, as numbers.
-inline V decoded(Integers words, int b) { return __builtin_convertvector((words << (24 - 8 * b)) >> 24, V); }
-
-inline Integers load_words(const int32_t* x) {
-  Integers words;
-  std::memcpy(&words, x, sizeof(words));
-  return words;
+// The codes of one item, with its s, n and e.
+void encode(const Call& call, int64_t item) {
+  const int64_t C = call.width;
+  const T* t = call.table + (item + 1) * C;
+  uint32_t* codes = call.codes + item / GROUP * call.words() * GROUP + item % GROUP;
+  const double rest = encode(C, t, 127, call.scale + item, [=](int64_t c, long code) {
+    codes[c / 4 * GROUP] |= uint32_t(code + 128) << (8 * (c % 4));
+  });
+  const double size = norm(C, t) + rest, rounding = 1.01 * (C + 20) * 0x1p-24;
+  call.size[item] = T(size * SLACK);
+  call.error[item] = T((rest + rounding * size) * SLACK + FLOOR);
 }
 
-// h·q of a group's items for one hidden state.
-void estimate(const int32_t* codes, int64_t C, const T* h, T* out) {
-  V sums[WORDS / LANES][4] = {};
-  for (int64_t c = 0; c < C; ++c) {
-#pragma GCC unroll 16
-    for (int w = 0; w < WORDS / LANES; ++w) {
-      const Integers words = load_words(codes + c * WORDS + w * LANES);
+typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef uint32_t UnalignedWords __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4), may_alias));
+
+// sums + (q + 128) p, four to a word. p, of -MOST to MOST, is such that no step saturates.
+#if defined(__AVX512VNNI__)
+constexpr int MOST = 127;
+inline Words add_products(Words sums, Words q, Words p) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(q), "v"(p));  // GCC would copy every sum after its intrinsic
+  return sums;
+}
+#elif defined(__AVX512BW__)
+constexpr int MOST = 64;
+inline Words add_products(Words sums, Words q, Words p) {
+  const __m512i pairs = _mm512_maddubs_epi16(__m512i(q), __m512i(p));
+  return sums + Words(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int MOST = 64;
+inline Words add_products(Words sums, Words q, Words p) {
+  const __m256i pairs = _mm256_maddubs_epi16(__m256i(q), __m256i(p));
+  return sums + Words(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#else
+constexpr int MOST = 127;
+inline Words add_products(Words sums, Words q, Words p) {
 #pragma GCC unroll 4
-      for (int b = 0; b < 4; ++b) sums[w][b] += h[c] * decoded(words, b);
-    }
-  }
-#pragma GCC unroll 16
-  for (int w = 0; w < WORDS / LANES; ++w) {
-#pragma GCC unroll 4
-    for (int b = 0; b < 4; ++b) store(out + b * WORDS + w * LANES, sums[w][b]);
-  }
+  for (int b = 0; b < 4; ++b) sums += (q >> (8 * b) & 255) * Words(Integers(p << (24 - 8 * b)) >> 24);
+  return sums;
 }
+#endif
 
-// The codes of a group as numbers [C, GROUP], for many hidden states.
-void decode(const int32_t* codes, int64_t C, T* q) {
-  for (int64_t n = 0; n < C * WORDS; n += LANES) {
-    const Integers words = load_words(codes + n);
-    for (int b = 0; b < 4; ++b) store(q + n / WORDS * GROUP + b * WORDS + n % WORDS, decoded(words, b));
-  }
-}
+inline Words load_words(const uint32_t* x) { return *reinterpret_cast<const UnalignedWords*>(x); }
 
-// The same for R hidden states at a time, in tiles of registers. Sums have the order of those of one.
-template <int R>
-void estimate(const T* q, int64_t C, const T* h, T* out) {
+// p·q of a group's items for R hidden states, in tiles of registers. What 128 p adds was taken away before.
+template <int R, class Row>
+void estimate(const uint32_t* q, int64_t words, const Row* rows, T* out) {
   constexpr int WIDE = REGISTERS == 32 ? 4 : 2;
   for (int at = 0; at < GROUP; at += WIDE * LANES) {
-    V sums[R][WIDE] = {};
-    for (int64_t c = 0; c < C; ++c) {
-      V values[WIDE];
+    Words sums[R][WIDE];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int w = 0; w < WIDE; ++w) values[w] = in_register(load(q + c * GROUP + at + w * LANES));
+      for (int w = 0; w < WIDE; ++w) sums[r][w] = rows[r].begin - Words{};
+    }
+    for (int64_t c = 0; c < words; ++c) {
+      Words values[WIDE];
+#pragma GCC unroll 4
+      for (int w = 0; w < WIDE; ++w) values[w] = load_words(q + c * GROUP + at + w * LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int w = 0; w < WIDE; ++w) sums[r][w] += h[r * C + c] * values[w];
+        for (int w = 0; w < WIDE; ++w) sums[r][w] = add_products(sums[r][w], values[w], rows[r].p[c] - Words{});
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int w = 0; w < WIDE; ++w) store(out + r * GROUP + at + w * LANES, sums[r][w]);
+      for (int w = 0; w < WIDE; ++w) {
+        store(out + r * GROUP + at + w * LANES, __builtin_convertvector(Integers(sums[r][w]), V));
+      }
     }
   }
 }
@@ -163,18 +182,29 @@ inline bool any(Integers x) {
 // A hidden state and its best items so far, a heap whose first key is the lowest.
 struct Row {
   const T* h;
-  T reach;  // |h|'; NaN: every item is scored
-  T low;    // the k-th best score, or -inf
+  uint32_t* p;     // four numbers in a word, 0 beyond the width
+  uint32_t begin;  // -128 times the sum of p
+  T scale, miss;   // r and m
+  T reach;         // |h|'; NaN: every item is scored
+  T low;           // the k-th best score, or -inf
   bool nan;
   const int64_t *seen, *seen_end;
   uint64_t* keys;
   int64_t k, count;
 
-  Row(const Call& call, int64_t row, uint64_t* memory)
-      : h(call.h + row * call.width), low(-INFINITE), nan(false), seen(nullptr), seen_end(nullptr), keys(memory),
-        k(call.k), count(0) {
+  // codes: memory for p, zeros.
+  Row(const Call& call, int64_t row, uint64_t* memory, uint32_t* codes)
+      : h(call.h + row * call.width), p(codes), begin(0), scale(0), miss(0), low(-INFINITE), nan(false), seen(nullptr),
+        seen_end(nullptr), keys(memory), k(call.k), count(0) {
     const double size = norm(call.width, h) * SLACK + FLOOR;
-    reach = size <= SAFE && size * call.largest <= SAFE ? T(size) : std::numeric_limits<T>::quiet_NaN();
+    const bool safe = size <= SAFE && size * call.largest <= SAFE;
+    reach = safe ? T(size) : std::numeric_limits<T>::quiet_NaN();
+    if (safe) {
+      miss = T(SLACK * encode(call.width, h, MOST, &scale, [this](int64_t c, long code) {
+        p[c / 4] |= uint32_t(uint8_t(code)) << (8 * (c % 4));
+        begin -= uint32_t(128 * code);
+      }));
+    }
     if (call.seen == nullptr) return;
     seen = call.seen + (row == 0 ? 0 : call.seen_ends[row - 1]);
     seen_end = call.seen + call.seen_ends[row];
@@ -216,50 +246,41 @@ struct Row {
   }
 };
 
-// Bounds in the place of h·q; whether one reaches low. NaN reaches anything.
-inline bool bound(const Call& call, int64_t first, T reach, T low, T* at) {
+// Bounds in the place of p·q; whether one reaches low. NaN reaches anything.
+inline bool bound(const Call& call, int64_t first, const Row& row, T* at) {
   Integers some{};
   for (int n = 0; n < GROUP; n += LANES) {
-    const V most = load(at + n) * load(call.scale + first + n) + reach * load(call.error + first + n);
-    some |= ~(most < low);
+    const V s = load(call.scale + first + n), size = load(call.size + first + n), e = load(call.error + first + n);
+    const V most = load(at + n) * row.scale * s + row.miss * size + row.reach * e;  // r p·q never overflows
+    some |= ~(most < row.low);
     store(at + n, most);
   }
   return any(some);
 }
 
 template <int R>
-void advance(const Call& call, int64_t group, const T* q, Row* rows) {
+void advance(const Call& call, int64_t group, Row* rows) {
   T at[R * GROUP];
-  estimate<R>(q, call.width, rows->h, at);
+  estimate<R>(call.codes + group * call.words() * GROUP, call.words(), rows, at);
   for (int r = 0; r < R; ++r) {
-    const bool reaches = bound(call, group * GROUP, rows[r].reach, rows[r].low, at + r * GROUP);
-    if (reaches) rows[r].take(call, group * GROUP, at + r * GROUP);
+    if (bound(call, group * GROUP, rows[r], at + r * GROUP)) rows[r].take(call, group * GROUP, at + r * GROUP);
   }
-}
-
-void advance(const Call& call, int64_t group, Row& row) {
-  T at[GROUP];
-  estimate(call.codes + group * call.width * WORDS, call.width, row.h, at);
-  if (bound(call, group * GROUP, row.reach, row.low, at)) row.take(call, group * GROUP, at);
 }
 
 void search(const Call& call, int64_t begin, int64_t end) {
   const int64_t count = end - begin, groups = (call.num_items + GROUP - 1) / GROUP;
   std::vector<uint64_t> keys(count * call.k);
+  std::vector<uint32_t> codes(count * call.words());
   std::vector<Row> rows;
   rows.reserve(count);
-  for (int64_t r = 0; r < count; ++r) rows.emplace_back(call, begin + r, keys.data() + r * call.k);
-  std::vector<T> q(count == 1 ? 0 : call.width * GROUP);
+  for (int64_t r = 0; r < count; ++r) {
+    rows.emplace_back(call, begin + r, keys.data() + r * call.k, codes.data() + r * call.words());
+  }
   for (int64_t group = 0; group < groups; ++group) {
-    if (count == 1) {
-      advance(call, group, rows[0]);
-      continue;
-    }
-    decode(call.codes + group * call.width * WORDS, call.width, q.data());
     int64_t r = 0;
-    for (; r + 6 <= count; r += 6) advance<6>(call, group, q.data(), &rows[r]);
-    for (; r + 2 <= count; r += 2) advance<2>(call, group, q.data(), &rows[r]);
-    for (; r < count; ++r) advance<1>(call, group, q.data(), &rows[r]);
+    for (; r + 6 <= count; r += 6) advance<6>(call, group, &rows[r]);
+    for (; r + 2 <= count; r += 2) advance<2>(call, group, &rows[r]);
+    for (; r < count; ++r) advance<1>(call, group, &rows[r]);
   }
   for (int64_t r = 0; r < count; ++r) rows[r].finish(call, begin + r);
 }
@@ -304,10 +325,11 @@ TTT_EXPORT int index_seen(const int64_t* rows, const int64_t* items, int64_t pai
 
 // For tests: of the first hidden state, the score and the bound of every item, each [groups, GROUP].
 TTT_EXPORT int index_bounds(const Call* call, T* scores, T* bounds) {
-  Row row(*call, 0, nullptr);
+  std::vector<uint32_t> codes(call->words());
+  const Row row(*call, 0, nullptr, codes.data());
   for (int64_t first = 0; first < call->num_items; first += GROUP) {
-    estimate(call->codes + first * call->width / 4, call->width, call->h, bounds + first);
-    bound(*call, first, row.reach, row.low, bounds + first);
+    estimate<1>(call->codes + first * call->words(), call->words(), &row, bounds + first);
+    bound(*call, first, row, bounds + first);
     const int64_t last = std::min(first + GROUP, call->num_items);
     for (int64_t i = first; i < last; ++i) {
       scores[i] = score_of(call->width, call->h, call->table + (i + 1) * call->width);

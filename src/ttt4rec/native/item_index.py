@@ -20,19 +20,18 @@ class IndexCall(ctypes.Structure):
 
     _fields_ = (
         *fields(INTEGER, "num_items", "width", "rows", "rows_at_once", "k"),
-        *fields(POINTER, "table", "codes", "scale", "error"),
+        *fields(POINTER, "table", "codes", "scale", "size", "error"),
         ("largest", ctypes.c_double),
         *fields(POINTER, "h", "seen_ends", "seen", "scores", "items"),
     )
 
 
 def index_items(given: ItemTable) -> IndexedItems:
-    """A table with its codes, scales and errors."""
+    """A table with its codes, scales, sizes and errors."""
     table, largest = given
     groups, C = -(-(table.shape[0] - 1) // GROUP), table.shape[1]
-    codes = torch.zeros(groups, C, GROUP // 4, dtype=torch.int32)
-    scale, error = torch.zeros(2, groups, GROUP)
-    made = IndexedItems(table, codes, scale, error, largest * math.sqrt(C))
+    codes = torch.zeros(groups, -(-C // 4), GROUP, dtype=torch.int32)
+    made = IndexedItems(table, codes, *torch.zeros(3, groups, GROUP), largest * math.sqrt(C))
     run(build.library(*SHAPE).index_items, _call(made), groups)
     return made
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import BlockParts, LayerParts, LayerStep, ModelStep, NormParts
+from ..arguments import BlockParts, LayerParts, ModelParts, NormParts, Step
 from . import build
 from .calls import INTEGER, POINTER, fields
 from .threads import share
@@ -58,30 +58,35 @@ class ModelCall(ctypes.Structure):
     )
 
 
-def layer_step(given: LayerStep) -> Tensor | None:
-    """Outputs ``[B, C]``; None, and nothing has changed, if slots are not B different places of the pool."""
-    layer, x, slots = given
-    library = _library(layer)
-    if not _are_places(library, slots, layer.position.shape[0]):
-        return None
-    y = torch.empty_like(x)
-    _run(library.ttt_layer_step, _layer(layer), slots, x, y)
-    return y
+def layer_step(given: LayerParts) -> Step:
+    """Of inputs ``[B, C]`` and slots: outputs; None, and nothing has changed, if slots are not B different places."""
+    library, call, num_slots = _library(given), _layer(given), given.position.shape[0]
+
+    def step(x: Tensor, slots: Tensor) -> Tensor | None:
+        if not _are_places(library, slots, num_slots):
+            return None
+        y = torch.empty_like(x)
+        _run(library.ttt_layer_step, call, slots, x, y)
+        return y
+
+    return step
 
 
-def model_step(given: ModelStep) -> Tensor | None:
-    """Hidden states ``[B, C]``; None, and nothing has changed, if an id or a slot is not one."""
-    ids, slots, table, blocks = given.ids, given.slots, given.table, given.blocks
-    library = _library(blocks[0].layer)
-    if not library.ttt_are_within(_at(ids), INTEGER(len(ids)), INTEGER(1), INTEGER(table.shape[0] - 1)):
-        return None
-    if not _are_places(library, slots, blocks[0].layer.position.shape[0]):
-        return None
+def model_step(given: ModelParts) -> Step:
+    """Of ids and slots: hidden states ``[B, C]``; None, and nothing has changed, if one of them is not such."""
+    table, blocks = given.table, given.blocks
+    library, num_slots, (rows, C) = _library(blocks[0].layer), blocks[0].layer.position.shape[0], table.shape
     calls = (BlockCall * len(blocks))(*map(_block, blocks))
     call = ModelCall(len(blocks), calls, _norm(given.embedding_norm), _norm(given.norm), table.data_ptr())
-    y = table.new_empty(ids.shape[0], table.shape[1])
-    _run(library.ttt_model_step, call, slots, ids, y)
-    return y
+
+    def step(ids: Tensor, slots: Tensor) -> Tensor | None:
+        if not _are_within(library, ids, 1, rows - 1) or not _are_places(library, slots, num_slots):
+            return None
+        y = table.new_empty(ids.shape[0], C)
+        _run(library.ttt_model_step, call, slots, ids, y)
+        return y
+
+    return step
 
 
 def _library(layer: LayerParts) -> ctypes.CDLL:
@@ -91,9 +96,13 @@ def _library(layer: LayerParts) -> ctypes.CDLL:
 
 
 def _are_places(library: ctypes.CDLL, slots: Tensor, num_slots: int) -> bool:
-    n = INTEGER(slots.shape[0])
-    within = library.ttt_are_within(_at(slots), n, INTEGER(0), INTEGER(num_slots - 1))
-    return bool(within and library.ttt_are_different(_at(slots), n))
+    if not _are_within(library, slots, 0, num_slots - 1):
+        return False
+    return slots.shape[0] == 1 or bool(library.ttt_are_different(_at(slots), INTEGER(slots.shape[0])))
+
+
+def _are_within(library: ctypes.CDLL, numbers: Tensor, least: int, most: int) -> bool:
+    return bool(library.ttt_are_within(_at(numbers), INTEGER(numbers.shape[0]), INTEGER(least), INTEGER(most)))
 
 
 def _layer(given: LayerParts) -> LayerCall:
