@@ -1,4 +1,4 @@
-"""The command line: ``ttt4rec train``, ``evaluate``, ``recommend``, ``report`` and ``serve``."""
+"""The command line: ``ttt4rec train``, ``evaluate``, ``recommend``, ``similar``, ``report`` and ``serve``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ examples:
   ttt4rec train ml-100k --out runs/ml-100k
   ttt4rec train events.csv --user-field customer --item-field product --time-field at --out runs/shop
   ttt4rec evaluate runs/ml-100k --part valid
-  ttt4rec recommend runs/ml-100k --user 196 --exclude-seen
+  ttt4rec recommend runs/ml-100k --user 196
+  ttt4rec recommend runs/ml-100k --all-users --out best.csv
   ttt4rec recommend runs/ml-100k --history 50 181 174
   ttt4rec serve runs/ml-100k --port 8000
 """
@@ -120,6 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(_command(commands, "train", "learn from interactions, rank the test targets, write a model folder"))
     _add_evaluate(_command(commands, "evaluate", "HR, NDCG and MRR of a trained model over the full catalogue"))
     _add_recommend(_command(commands, "recommend", "the best items for a user or a history"))
+    _add_similar(_command(commands, "similar", "the items that are most like one, by what is taken after it"))
     _add_serve(_command(commands, "serve", "take events and recommend over HTTP, by what users did until now"))
     report = _command(
         commands, "report", "configuration, data, curves and metrics of runs, such as seeds, side by side"
@@ -193,6 +195,8 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="DIR", help="folder that train wrote")
     who = command.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", metavar="ID", help="a user of the training data")
+    who.add_argument("--users", metavar="FILE", help="users of the training data, one a line")
+    who.add_argument("--all-users", action="store_true", help="every user of the training data")
     who.add_argument("--history", nargs="+", metavar="ITEM", help="anybody's item ids, oldest first")
     who.add_argument(
         "--histories",
@@ -200,9 +204,30 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
         help="a history a line, ids separated by blanks or a JSON array of strings; prints JSON lines",
     )
     command.add_argument("-k", "--k", type=_whole, default=10, metavar="N", help="how many items")
-    command.add_argument("--exclude-seen", action="store_true", help="leave out items of the history")
+    command.add_argument("--include-seen", action="store_true", help="offer items of the history too")
+    command.add_argument("--allow", metavar="FILE", help="offer nothing but these items, one a line")
+    command.add_argument("--deny", metavar="FILE", help="offer none of these items, one a line")
+    command.add_argument("--min-score", type=float, metavar="X", help="offer nothing of a lower score")
+    command.add_argument("--popular", action="store_true", help="what is popular of late, without a known history")
+    about = "from 0 to 1: prefer items unlike those above them (maximal marginal relevance)"
+    command.add_argument("--diversity", type=float, default=0.0, metavar="X", help=about)
+    about = "write a table: .csv, .tsv, .jsonl or .parquet; without it, many users' are lines of JSON on stdout"
+    command.add_argument("--out", metavar="FILE", help=about)
+    _add_titles(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_machine(command)
+
+
+def _add_similar(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="DIR", help="folder that train wrote")
+    command.add_argument("item", metavar="ITEM", help="an item of the training data")
+    command.add_argument("-k", "--k", type=_whole, default=10, metavar="N", help="how many items")
+    _add_titles(command)
+
+
+def _add_titles(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--titles", metavar="FILE", help="a text file with a column of item ids and one of titles")
+    command.add_argument("--encoding", default="utf-8", metavar="NAME", help="of the titles, such as latin-1")
 
 
 def _add_serve(command: argparse.ArgumentParser) -> None:

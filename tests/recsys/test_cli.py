@@ -154,7 +154,7 @@ def test_report_of_two_seeds(run, tmp_path, capsys):
 def test_recommend(run, capsys):
     assert main(["recommend", str(run / "run"), "--user", "u3", "--k", "4"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
-    command = ["recommend", str(run / "run"), "--history", "i1", "new", "i2", "--exclude-seen", "--json"]
+    command = ["recommend", str(run / "run"), "--history", "i1", "new", "i2", "--json"]
     assert main(command) == 0
     printed = capsys.readouterr()
     answer = json.loads(printed.out)
@@ -272,7 +272,7 @@ def test_a_closed_pipe_ends_quietly(run, question, lines):
     assert process.returncode == 141
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"], ["report"], ["serve"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"], ["similar"], ["report"], ["serve"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
@@ -370,6 +370,7 @@ def test_numbers_that_are_no_sizes_are_one_line(capsys, command, option, value):
     required = {
         "train": ["ring.inter", "--out", "run"],
         "recommend": ["run", "--user", "u1"],
+        "similar": ["run", "i1"],
         "evaluate": ["run"],
         "serve": ["run"],
     }
@@ -381,7 +382,7 @@ def test_numbers_that_are_no_sizes_are_one_line(capsys, command, option, value):
 
 
 def test_large_numbers_where_there_is_no_limit(run, capsys):
-    assert main(["recommend", str(run / "run"), "--user", "u1", "-k", str(2**31 - 1)]) == 0
+    assert main(["recommend", str(run / "run"), "--user", "u1", "-k", str(2**31 - 1), "--include-seen"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 24
     assert main(["evaluate", str(run / "run"), "--cutoffs", str(2**31 - 1)]) == 0
 

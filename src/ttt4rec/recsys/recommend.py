@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-from uuid import UUID
+from typing import Literal, overload
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ttt4rec.atomic_files import check_together, write_together
+from ttt4rec.checks import check_integer
 from ttt4rec.models.item_index import ItemIndex
 from ttt4rec.models.ttt4rec import CONFIG_FILE, WEIGHTS_FILE, TTT4Rec
+from ttt4rec.recsys.candidates import Chooser, Rerank, Scores, Wanted, best_items
 from ttt4rec.recsys.data import DataError, Histories, Id, IntArray
-from ttt4rec.recsys.data.ids import KINDS, kind_of, name_of
+from ttt4rec.recsys.folder import HISTORIES_FILE, IDS_FILE, as_files, is_consistent, read_histories
+
+__all__ = ["HISTORIES_FILE", "IDS_FILE", "Recommendations", "Recommender", "best_items"]
 
 _HISTORIES_AT_ONCE = 512
 
-Name = TypeVar("Name", bound=Id)
-
-IDS_FILE, HISTORIES_FILE = "ids.json", "histories.safetensors"
+_Found = tuple[IntArray, tuple[Id, ...]]
+"""Known item codes of a history, and the ids that are unknown."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +33,17 @@ class Recommendations:
     """What to offer a user.
 
     Attributes:
-        items: original item ids and scores, best first; equal scores in the order of the catalogue. None for a history
-            without any known item.
+        items: original item ids and scores, best first; equal scores in the order of the catalogue. A model's score is
+            a logit: the probability that the item comes next is in proportion to its exponential, by the model and for
+            this user, so that scores of two users are not to be compared. What is popular has the number of
+            interactions for a score. None for a history without any known item, unless what is popular was asked for.
         unknown: ids of the given history that the catalogue does not know; they were left out.
+        source: ``"model"``, or ``"popular"`` for what anybody would be offered.
     """
 
     items: list[tuple[Id, float]]
     unknown: tuple[Id, ...] = ()
+    source: Literal["model", "popular"] = "model"
 
 
 @dataclass(frozen=True)
@@ -64,73 +66,193 @@ class Recommender:
                 "they must come from the same data"
             )
 
+    @overload
+    def recommend(
+        self,
+        user_id: Id | None = ...,
+        history: Sequence[Id] | None = ...,
+        *,
+        users: None = ...,
+        k: int = ...,
+        exclude_seen: bool = ...,
+        allow: Collection[Id] | None = ...,
+        deny: Collection[Id] = ...,
+        min_score: float | None = ...,
+        popular: bool = ...,
+        rerank: Rerank | None = ...,
+    ) -> Recommendations: ...
+
+    @overload
+    def recommend(
+        self,
+        user_id: None = ...,
+        history: None = ...,
+        *,
+        users: Sequence[Id],
+        k: int = ...,
+        exclude_seen: bool = ...,
+        allow: Collection[Id] | None = ...,
+        deny: Collection[Id] = ...,
+        min_score: float | None = ...,
+        popular: bool = ...,
+        rerank: Rerank | None = ...,
+    ) -> list[Recommendations]: ...
+
     def recommend(
         self,
         user_id: Id | None = None,
         history: Sequence[Id] | None = None,
         *,
+        users: Sequence[Id] | None = None,
         k: int = 10,
-        exclude_seen: bool = False,
-    ) -> Recommendations:
-        """The k best items for a known user, or for anybody with a history of known items.
+        exclude_seen: bool = True,
+        allow: Collection[Id] | None = None,
+        deny: Collection[Id] = (),
+        min_score: float | None = None,
+        popular: bool = False,
+        rerank: Rerank | None = None,
+    ) -> Recommendations | list[Recommendations]:
+        """The k best items for a known user, for anybody with a history of known items, or for each of many users.
 
         Args:
             user_id: a user of the data.
             history: original item ids, oldest first; the last ``max_len`` known ones are read.
-            k: how many; fewer come back when the catalogue holds fewer.
+            users: several users; one whom the data do not know, or who has no history, gets no items.
+            k: how many; fewer come back when not so many are left.
             exclude_seen: leave out every item of the history.
+            allow: offer nothing but these items, such as what is in stock; ids that the model does not know are passed
+                over.
+            deny: offer none of these.
+            min_score: offer nothing of a lower score.
+            popular: offer who has no history with a known item, or is unknown, what is popular of late: see
+                ``popular_items``. Such recommendations are marked, and min_score does not apply to them.
+            rerank: chooses k of five times as many candidates, such as ``rerank.MaximalMarginalRelevance``.
 
         Raises:
-            ValueError: not exactly one of user_id and history is given, the user is unknown, the history holds no
-                known item, k is below 1, or the model's scores are NaN.
+            ValueError: not exactly one of user_id, history and users is given, k is below 1, or the model's scores are
+                NaN; the user is unknown or the history holds no known item, and not what is popular is asked for; no
+                item is allowed.
         """
-        if (user_id is None) == (history is None):
+        given = [name for name, x in (("user_id", user_id), ("history", history), ("users", users)) if x is not None]
+        if len(given) != 1:
             raise ValueError(
-                "either a user id or a history must be given; given " + ("neither" if history is None else "both")
+                "either a user id, a history or users must be given; given "
+                + (" and ".join(given) if given else "none of them")
             )
-        if history is not None:
-            found = self._find(history)
-            if not len(found[0]):
-                raise DataError(f"history must have at least one known item; given {list(history)[:5]}")
-            return self._best([found], k, exclude_seen)[0]
-        codes = self.histories.history(self.histories.user_code("" if user_id is None else user_id))
-        if not len(codes):
+        wanted = Wanted(k, exclude_seen, allow, deny, min_score, popular, rerank)
+        if users is not None:
+            if isinstance(users, str):
+                raise DataError(f"users must be a sequence of user ids; given the string {users!r}")
+            return self._best([self._history_of(user) for user in users], wanted)
+        found = self._find(history) if user_id is None else self._history_of(user_id)
+        if not len(found[0]) and not popular:
+            if user_id is None:
+                raise DataError(f"history must have at least one known item; given {list(history or ())[:5]}")
+            self.histories.user_code(user_id)  # which says it if there is no such user
             raise DataError(f"the history of user {user_id!r} must have at least one item to go on from; given none")
-        return self._best([(codes, ())], k, exclude_seen)[0]
+        return self._best([found], wanted)[0]
 
     def recommend_batch(
-        self, histories: Sequence[Sequence[Id]], *, k: int = 10, exclude_seen: bool = False
+        self,
+        histories: Sequence[Sequence[Id]],
+        *,
+        k: int = 10,
+        exclude_seen: bool = True,
+        allow: Collection[Id] | None = None,
+        deny: Collection[Id] = (),
+        min_score: float | None = None,
+        popular: bool = False,
+        rerank: Rerank | None = None,
     ) -> list[Recommendations]:
-        """The k best items for each of several histories of original item ids, in their order.
+        """The k best items for each of several histories of original item ids, in their order; see ``recommend``.
 
-        A history without any known item gets no items.
+        A history without any known item gets no items, or what is popular.
 
         Raises:
-            ValueError: a history is a string, k is below 1, or the model's scores are NaN.
+            ValueError: a history is a string, k is below 1, no item is allowed, or the model's scores are NaN.
         """
-        found = [self._find(history) for history in histories]
-        best = iter(self._best([(codes, unknown) for codes, unknown in found if len(codes)], k, exclude_seen))
-        return [next(best) if len(codes) else Recommendations([], unknown) for codes, unknown in found]
+        wanted = Wanted(k, exclude_seen, allow, deny, min_score, popular, rerank)
+        return self._best([self._find(history) for history in histories], wanted)
 
-    def _find(self, history: Sequence[Id]) -> tuple[IntArray, tuple[Id, ...]]:
+    def similar_items(self, item_id: Id, *, k: int = 10) -> list[tuple[Id, float]]:
+        """The k items whose embeddings are most like an item's, and the cosines, most alike first.
+
+        Such items come next after the same histories: they are alike in use, not in content.
+
+        Raises:
+            ValueError: the model does not know the item, or k is below 1.
+        """
+        check_integer("k", k)
+        codes, _ = self.histories.item_codes([item_id])
+        if not len(codes):
+            raise DataError(f"item_id must be one of the data's {self.histories.num_items} items; given {item_id!r}")
+        table = torch.nn.functional.normalize(self.model.embedding.weight.detach().float(), dim=1)
+        code = int(codes[0])
+        likeness = table[1:] @ table[code]
+        likeness[code - 1] = -torch.inf
+        order = torch.argsort(likeness, descending=True, stable=True)[: min(k, len(likeness) - 1)].tolist()
+        return [(self.histories.item_ids[place], float(likeness[place])) for place in order]
+
+    def popular_items(self, k: int = 10, *, window: float = 0.1) -> list[tuple[Id, int]]:
+        """The k items with most interactions of late, and how many; equal ones in the order of the catalogue.
+
+        Args:
+            k: how many; fewer come back when fewer items have been taken of late.
+            window: the share of all interactions that is of late, the latest ones; those of the same time count too.
+
+        Raises:
+            ValueError: k is below 1, or window not above 0 and at most 1.
+        """
+        check_integer("k", k)
+        codes, counts = self._popular(window)
+        return [(self.histories.item_ids[c - 1], n) for c, n in zip(codes[:k].tolist(), counts.tolist(), strict=False)]
+
+    def _popular(self, window: float = 0.1) -> tuple[IntArray, IntArray]:
+        """Codes of the items of late, those with most interactions first, and how many each has."""
+        if not 0 < window <= 1:
+            raise ValueError(f"window must be above 0 and at most 1; given {window!r}")
+        times = self.histories.times
+        if not len(times):
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        first = np.partition(times, len(times) - max(1, round(window * len(times))))
+        late = times >= first[len(times) - max(1, round(window * len(times)))]
+        counts = np.bincount(self.histories.items[late], minlength=self.histories.num_items + 1)
+        order = np.argsort(-counts, kind="stable")
+        order = order[counts[order] > 0]
+        return order, counts[order]
+
+    def _find(self, history: Sequence[Id] | None) -> _Found:
         if isinstance(history, str):
             raise DataError(f"history must be a sequence of item ids; given the string {history!r}")
-        return self.histories.item_codes(history)
+        return self.histories.item_codes(history or ())
 
-    def _best(
-        self, found: Sequence[tuple[IntArray, tuple[Id, ...]]], k: int, exclude_seen: bool
-    ) -> list[Recommendations]:
+    def _history_of(self, user: Id) -> _Found:
+        code = self.histories.find_user(user)
+        return (np.empty(0, dtype=np.int64) if code is None else self.histories.history(code)), ()
+
+    def _best(self, found: Sequence[_Found], wanted: Wanted) -> list[Recommendations]:
         """Recommendations for item codes, each with the unknown ids that stood among them."""
-        if k < 1:
-            raise ValueError(f"k must be at least 1; given {k}")
-        results = []
-        for start in range(0, len(found), _HISTORIES_AT_ONCE):
-            part = found[start : start + _HISTORIES_AT_ONCE]
-            codes = [codes for codes, _ in part]
-            hidden, seen = self._hidden(codes), codes if exclude_seen else None
-            best = best_items(self.model, self._index, self.histories.item_ids, hidden, k, seen)
-            results += [Recommendations(items, unknown) for items, (_, unknown) in zip(best, part, strict=True)]
-        return results
+        chooser = Chooser(self.model, self._index, self.histories, wanted)
+        results = iter(self._by_model([codes for codes, _ in found if len(codes)], chooser))
+        fallback = Recommendations([])
+        if wanted.popular and any(not len(codes) for codes, _ in found):
+            fallback = Recommendations(self._named(*chooser.popular(*self._popular())), (), "popular")
+        return [
+            Recommendations(next(results), unknown)
+            if len(codes)
+            else Recommendations(fallback.items, unknown, fallback.source)
+            for codes, unknown in found
+        ]
+
+    def _by_model(self, histories: Sequence[IntArray], chooser: Chooser) -> Iterator[list[tuple[Id, float]]]:
+        for start in range(0, len(histories), _HISTORIES_AT_ONCE):
+            part = histories[start : start + _HISTORIES_AT_ONCE]
+            for best in chooser.best(self._hidden(part), part):
+                yield self._named(*best)
+
+    def _named(self, codes: IntArray, scores: Scores) -> list[tuple[Id, float]]:
+        ids = self.histories.item_ids
+        return [(ids[code - 1], score) for code, score in zip(codes.tolist(), scores.tolist(), strict=True)]
 
     @torch.no_grad()
     def _hidden(self, histories: Sequence[IntArray]) -> Tensor:
@@ -155,13 +277,8 @@ class Recommender:
         A full disk leaves the folder as it was. A kill while the files take their places may leave some of an older
         save, which ``load`` refuses.
         """
-        arrays = {name: getattr(self.histories, name) for name in ("items", "offsets", "times")}
-        others = {
-            CONFIG_FILE: asdict(self.model.config),
-            IDS_FILE: _ids_as_json(self.histories),
-            HISTORIES_FILE: {name: torch.from_numpy(array) for name, array in arrays.items()},
-        }
-        write_together(Path(folder), WEIGHTS_FILE, self.model.state_dict(), others)
+        files = {CONFIG_FILE: asdict(self.model.config), **as_files(self.histories)}
+        write_together(Path(folder), WEIGHTS_FILE, self.model.state_dict(), files)
 
     @staticmethod
     def load(folder: str | os.PathLike[str], device: str = "cpu") -> Recommender:
@@ -177,75 +294,9 @@ class Recommender:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no saved recommender: {name} is missing")
         check_together(folder, WEIGHTS_FILE, [IDS_FILE, HISTORIES_FILE])
-        try:
-            ids = json.loads((folder / IDS_FILE).read_text(encoding="utf-8"))
-            arrays = {name: x.numpy() for name, x in load_file(folder / HISTORIES_FILE).items()}
-            histories = Histories(
-                **arrays, user_ids=_ids_from_json(ids, "users"), item_ids=_ids_from_json(ids, "items")
-            )
-            consistent = _is_consistent(histories)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"{folder} does not hold a recommender that can be read ({reason})") from error
+        histories = read_histories(folder)
+        consistent = is_consistent(histories)
         recommender = Recommender(model, histories)
         if not consistent:
             raise ValueError(f"{folder / HISTORIES_FILE} and {IDS_FILE} do not belong together")
         return recommender
-
-
-def best_items(
-    model: TTT4Rec,
-    index: ItemIndex,
-    item_ids: Sequence[Name],
-    hidden: Tensor,
-    k: int,
-    seen: Sequence[IntArray] | None = None,
-) -> list[list[tuple[Name, float]]]:
-    """The k best items, by their original ids, and their scores, for each of N hidden states.
-
-    Args:
-        model: gives the scores.
-        index: of its items.
-        item_ids: original id of item code j + 1.
-        hidden: ``[N, width]``.
-        k: how many; fewer come back when the catalogue holds fewer.
-        seen: codes of the items to leave out, of each of the N.
-
-    Raises:
-        ValueError: k is below 1, or a score is NaN.
-    """
-    pairs = None
-    if seen is not None:
-        rows = np.repeat(np.arange(len(seen)), [len(codes) for codes in seen])
-        pairs = torch.from_numpy(rows).to(hidden.device), torch.from_numpy(np.concatenate(seen)).to(hidden.device)
-    best = []
-    for scores, items in zip(*(x.tolist() for x in model.top_k(hidden, k, pairs, index=index)), strict=True):
-        named = [(item_ids[j - 1], score) for j, score in zip(items, scores, strict=True)]
-        best.append([pair for pair in named if pair[1] > -math.inf])
-    return best
-
-
-def _ids_as_json(histories: Histories) -> dict[str, Any]:
-    """What ``ids.json`` holds: the ids, and of which types they are."""
-    ids = {"users": histories.user_ids, "items": histories.item_ids}
-    plain = {what: list(map(str, some)) if kind_of(some) is UUID else some for what, some in ids.items()}
-    return plain | {"types": {what: name_of(kind_of(some)) for what, some in ids.items()}}
-
-
-def _ids_from_json(ids: dict[str, Any], what: str) -> tuple[Id, ...]:
-    kind = KINDS[ids.get("types", {}).get(what, "str")]
-    if not all(type(x) is (int if kind is int else str) for x in ids[what]):
-        raise TypeError(f"{what} must be of one type")
-    return tuple(map(UUID, ids[what])) if kind is UUID else tuple(ids[what])
-
-
-def _is_consistent(histories: Histories) -> bool:
-    """Whether the arrays and ids that were read have the sizes and values of one another."""
-    items, offsets = histories.items, histories.offsets
-    return (
-        items.dtype == offsets.dtype == np.int64
-        and items.shape == histories.times.shape == (len(items),)
-        and offsets.shape == (histories.num_users + 1,)
-        and bool(offsets[0] == 0 and offsets[-1] == len(items) and (np.diff(offsets) >= 0).all())
-        and bool(((items >= 1) & (items <= histories.num_items)).all())
-    )

@@ -68,7 +68,7 @@ def endless(piece, megabytes=64):
 def test_a_line_without_an_end(name, tmp_path):
     content = [header(name), row(name, b"u", b"i", b"1", b""), *endless(b"x")]
     path, messages = write(tmp_path / name, content), []
-    assert peak(lambda: messages.append(refused(path))) < 24 * MIB
+    assert peak(lambda: messages.append(refused(path))) < 48 * MIB
     assert messages[0].startswith(f"{path} line 3: ")
 
 
@@ -138,7 +138,7 @@ def test_a_long_field_over_many_lines(tmp_path):
 
 def test_many_long_rows_are_not_in_memory_together(tmp_path):
     path = write(tmp_path / "a.csv.gz", [header("csv"), *(b"u,i,1," + b"z" * MIB + b"\n" for _ in range(64))])
-    assert peak(lambda: read_interactions(path)) < 24 * MIB
+    assert peak(lambda: read_interactions(path)) < 48 * MIB  # of 64; pyarrow reads some blocks of two ahead
 
 
 def test_the_limit_of_the_csv_module_is_as_before(tmp_path):

@@ -16,7 +16,7 @@ SHOWN = 200
 """Characters of what a file holds, in an error message."""
 
 _OF_SUFFIX = {".inter": "\t", ".tsv": "\t", ".csv": ","}
-_SEPARATORS = ("\t", ",", ";", "|", "::")
+SEPARATORS = ("\t", ",", ";", "|", "::")
 """What is tried where a file's first line does not have the fields by the separator of its suffix."""
 
 
@@ -75,9 +75,8 @@ def find_separator(path: Path, line: str, options: DataOptions) -> str:
     """
     if options.separator is not None:
         return options.separator
-    plain = path.with_suffix("") if is_packed(path) else path
-    own = _OF_SUFFIX.get(plain.suffix.lower())
-    for separator in _SEPARATORS if own is None else (own, *_SEPARATORS):
+    own = own_separator(path)
+    for separator in SEPARATORS if own is None else (own, *SEPARATORS):
         try:
             row = next(read_rows([line], separator), [])
         except csv.Error:
@@ -88,9 +87,18 @@ def find_separator(path: Path, line: str, options: DataOptions) -> str:
         known, names = ", ".join(_OF_SUFFIX), ", ".join(options.fields.values())
         raise DataError(
             f"{path} must have a suffix out of {known}, or its separator be named (--separator), or its first line "
-            f"have the columns {names}; given {plain.suffix!r} and {printable(line.strip(), 80)!r}"
+            f"have the columns {names}; given {_suffix(path)!r} and {printable(line.strip(), 80)!r}"
         )
     return own
+
+
+def own_separator(path: Path) -> str | None:
+    """The separator that a file's suffix stands for, if it does for any."""
+    return _OF_SUFFIX.get(_suffix(path).lower())
+
+
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if is_packed(path) else path).suffix
 
 
 def find_columns(path: Path, header: Sequence[str], options: DataOptions) -> Columns:
