@@ -186,13 +186,10 @@ def _recommend_many(
     if out is not None:
         print(f"recommendations for {total - unserved:,} of {total:,} in {out}")
     if sources:
-        print(
-            f"{sources:,} have no history with a known item, and were offered what is popular of late", file=sys.stderr
-        )
+        print(f"what is popular of late for {sources:,}, who have no history with a known item", file=sys.stderr)
     if unserved and out is not None:
-        print(
-            f"nothing for {unserved:,}; --popular offers what is popular to who has no known history", file=sys.stderr
-        )
+        reason = "no item was left, or no history with a known item; --popular serves the latter"
+        print(f"nothing for {unserved:,}: {reason}", file=sys.stderr)
 
 
 def _asked(recommender: Recommender, args: Namespace) -> Iterator[list[tuple[Id, list[str]]]]:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from ttt4rec.recsys.data.layout import SEPARATORS, own_separator, read_rows
+from ttt4rec.options import DataOptions
+from ttt4rec.recsys.data.layout import own_separator, read_rows
 from ttt4rec.recsys.data.text import DataError, TextFile, long_fields
 
+_SEPARATORS = ("::", "\t", "|", ";", ",")  # titles have commas
 _IDS = ("item_id", "id", "movie_id", "movieid", "item", "asin", "parent_asin")
 _TITLES = ("title", "name", "movie_title", "item_title", "product_title", "item_name")
 
@@ -27,6 +29,7 @@ def read_titles(path: Path, encoding: str = "utf-8") -> dict[str, str]:
         DataError: the file is not there, is no such text, or has fewer than two columns.
     """
     titles: dict[str, str] = {}
+    encoding = DataOptions(encoding=encoding).encoding
     try:
         with TextFile(path, encoding=encoding) as text, long_fields:
             first = text.lines.readline()
@@ -51,7 +54,7 @@ def read_titles(path: Path, encoding: str = "utf-8") -> dict[str, str]:
 
 def _separator(path: Path, line: str) -> str:
     own = own_separator(path)
-    for separator in SEPARATORS if own is None else (own, *SEPARATORS):
+    for separator in _SEPARATORS if own is None else (own, *_SEPARATORS):
         if separator in line:
             return separator
     return own or ","
