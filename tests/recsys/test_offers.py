@@ -13,9 +13,9 @@ from tests.support.recsys_data import NUM_ITEMS, make_model, make_split
 from ttt4rec.cli import main
 from ttt4rec.recsys import Recommender, load_interactions
 from ttt4rec.recsys.data import DataError, Histories
-from ttt4rec.recsys.offers import table
-from ttt4rec.recsys.rerank import MaximalMarginalRelevance
-from ttt4rec.recsys.titles import read_titles
+from ttt4rec.recsys.recommend.offers import table
+from ttt4rec.recsys.recommend.rerank import MaximalMarginalRelevance
+from ttt4rec.recsys.recommend.titles import read_titles
 
 EVERYTHING = {"k": 1000, "exclude_seen": False}
 
@@ -38,7 +38,7 @@ def ids(result):
 
 
 def test_many_users_are_served_as_each_is_alone(recommender, monkeypatch):
-    monkeypatch.setattr("ttt4rec.recsys.recommend._HISTORIES_AT_ONCE", 7)
+    monkeypatch.setattr("ttt4rec.recsys.recommend.recommender._HISTORIES_AT_ONCE", 7)
     users = [*recommender.histories.user_ids[::-1], "stranger"]
     results = recommender.recommend(users=users, k=4)
     for user, result in zip(users[:-1], results, strict=False):

@@ -18,15 +18,14 @@ from ttt4rec.extras import require
 from ttt4rec.malloc import keep_freed_memory
 from ttt4rec.models.ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.options import DataOptions, ServeOptions, TrainOptions
-from ttt4rec.recsys import offers
 from ttt4rec.recsys.data import Histories, Id, Interactions, build_histories, filter_k_core, keep_item_codes
 from ttt4rec.recsys.data.datasets import load_interactions
 from ttt4rec.recsys.data.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.data.text import DataError, TextFile
 from ttt4rec.recsys.data.windows import evaluation_prefixes
-from ttt4rec.recsys.recommend import Recommender
-from ttt4rec.recsys.rerank import MaximalMarginalRelevance
-from ttt4rec.recsys.titles import read_titles
+from ttt4rec.recsys.recommend import Recommender, offers
+from ttt4rec.recsys.recommend.rerank import MaximalMarginalRelevance
+from ttt4rec.recsys.recommend.titles import read_titles
 from ttt4rec.recsys.training import parallel
 from ttt4rec.recsys.training.evaluate import evaluate as evaluate_windows
 from ttt4rec.recsys.training.progress import progress_bar

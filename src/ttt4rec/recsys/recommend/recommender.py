@@ -16,11 +16,9 @@ from ttt4rec.atomic_files import check_together, write_together
 from ttt4rec.checks import check_integer
 from ttt4rec.models.item_index import ItemIndex
 from ttt4rec.models.ttt4rec import CONFIG_FILE, WEIGHTS_FILE, TTT4Rec
-from ttt4rec.recsys.candidates import Chooser, Rerank, Scores, Wanted, best_items
 from ttt4rec.recsys.data import DataError, Histories, Id, IntArray
-from ttt4rec.recsys.folder import HISTORIES_FILE, IDS_FILE, as_files, is_consistent, read_histories
-
-__all__ = ["HISTORIES_FILE", "IDS_FILE", "Recommendations", "Recommender", "best_items"]
+from ttt4rec.recsys.recommend.candidates import Chooser, Rerank, Scores, Wanted
+from ttt4rec.recsys.recommend.folder import HISTORIES_FILE, IDS_FILE, as_files, is_consistent, read_histories
 
 _HISTORIES_AT_ONCE = 512
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TextIO
 
 from ttt4rec.atomic_files import replacing
 from ttt4rec.recsys.data import DataError, Id
-from ttt4rec.recsys.recommend import Recommendations
+from ttt4rec.recsys.recommend.recommender import Recommendations
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 

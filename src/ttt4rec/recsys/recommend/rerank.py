@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from ttt4rec.recsys.candidates import Scores
 from ttt4rec.recsys.data import IntArray
+from ttt4rec.recsys.recommend.candidates import Scores
 
 
 class MaximalMarginalRelevance:
