@@ -186,6 +186,10 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--exclude-seen", action="store_true", help="rank only items new to the user, for such targets"
     )
+    command.add_argument("--intervals", action="store_true", help="with 95 %% intervals, by bootstrap over users")
+    about = "a list for each user, against all of the part: precision, recall, coverage, ..., with intervals"
+    command.add_argument("--lists", action="store_true", help=about)
+    command.add_argument("--include-seen", action="store_true", help="with --lists: items of the history too")
     command.add_argument("--cutoffs", type=_whole, nargs="+", default=[10, 50], metavar="K", help="the k of HR@k")
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_machine(command)

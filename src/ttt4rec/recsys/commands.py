@@ -28,6 +28,9 @@ from ttt4rec.recsys.recommend.rerank import MaximalMarginalRelevance
 from ttt4rec.recsys.recommend.titles import read_titles
 from ttt4rec.recsys.training import parallel
 from ttt4rec.recsys.training.evaluate import evaluate as evaluate_windows
+from ttt4rec.recsys.training.evaluate import evaluate_with_intervals
+from ttt4rec.recsys.training.intervals import Estimate
+from ttt4rec.recsys.training.lists import evaluate_lists
 from ttt4rec.recsys.training.progress import progress_bar
 from ttt4rec.recsys.training.report import RUN_FILE, describe_data, write_card, write_report
 from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, fit
@@ -98,15 +101,30 @@ def evaluate(args: Namespace) -> None:
     run = _trained(Path(args.folder))
     recommender = Recommender.load(args.folder, device)
     split = _split_again(recommender.histories, *run)
+    if args.include_seen and not args.lists:
+        raise ValueError("--include-seen must come with --lists; without it, only --exclude-seen leaves out seen items")
+    asked: dict[str, Any] = {"cutoffs": args.cutoffs, "progress": sys.stderr.isatty()}
+    if args.lists:
+        _print_estimates(
+            evaluate_lists(recommender, split, args.part, exclude_seen=not args.include_seen, **asked), args.json
+        )
+        return
     windows = evaluation_prefixes(split, args.part, max_len=recommender.model.config.max_len)
-    metrics = evaluate_windows(
-        recommender.model,
-        windows,
-        cutoffs=args.cutoffs,
-        exclude_seen=args.exclude_seen,
-        progress=sys.stderr.isatty(),
-    )
+    asked["exclude_seen"] = args.exclude_seen
+    if args.intervals:
+        _print_estimates(evaluate_with_intervals(recommender.model, windows, **asked), args.json)
+        return
+    metrics = evaluate_windows(recommender.model, windows, **asked)
     print(json.dumps(metrics, indent=2) if args.json else f"{args.part}  {_format(metrics)}")
+
+
+def _print_estimates(found: Mapping[str, Estimate], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({name: dataclasses.asdict(metric) for name, metric in found.items()}, indent=2))
+        return
+    for name, metric in found.items():
+        interval = "" if metric.low is None else f"  [{metric.low:.4f}, {metric.high:.4f}]"
+        print(f"{name:14}  {metric.value:.4f}{interval}")
 
 
 def recommend(args: Namespace) -> None:

@@ -79,6 +79,14 @@ class Wanted:
             raise DataError("allow and deny must leave at least one item that the model knows; given none")
         return np.flatnonzero(may)
 
+    def first_of(self, codes: IntArray, counts: IntArray, histories: Histories) -> tuple[IntArray, Scores]:
+        """Of items by popularity, and their counts, the first k that may be offered; DataError if no item may."""
+        allowed = self.allowed(histories)
+        if allowed is not None:
+            may = np.isin(codes, allowed)
+            codes, counts = codes[may], counts[may]
+        return codes[: self.k], counts[: self.k].astype(np.float64)
+
 
 class Chooser:
     """Best items for many hidden states, by one choice of what may be offered.
@@ -118,13 +126,6 @@ class Chooser:
         found = self._index.top_k(hidden, self._table, k, seen_pairs(seen, hidden.device))
         scores, items = found[0].double().cpu().numpy(), found[1].cpu().numpy()
         return [self._chosen(*row) for row in zip(items, scores, strict=True)]
-
-    def popular(self, codes: IntArray, counts: IntArray) -> tuple[IntArray, Scores]:
-        """Of items by popularity, and their counts, the first that may be offered."""
-        if self._allowed is not None:
-            may = self._places[codes] > 0
-            codes, counts = codes[may], counts[may]
-        return codes[: self._wanted.k], counts[: self._wanted.k].astype(np.float64)
 
     def _chosen(self, items: IntArray, scores: Scores) -> tuple[IntArray, Scores]:
         kept = scores > -np.inf

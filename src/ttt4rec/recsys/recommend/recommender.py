@@ -230,23 +230,28 @@ class Recommender:
 
     def _best(self, found: Sequence[_Found], wanted: Wanted) -> list[Recommendations]:
         """Recommendations for item codes, each with the unknown ids that stood among them."""
-        chooser = Chooser(self.model, self._index, self.histories, wanted)
-        results = iter(self._by_model([codes for codes, _ in found if len(codes)], chooser))
+        results = self.best_codes([codes for codes, _ in found if len(codes)], wanted)
         fallback = Recommendations([])
         if wanted.popular and any(not len(codes) for codes, _ in found):
-            fallback = Recommendations(self._named(*chooser.popular(*self._popular())), (), "popular")
+            best = wanted.first_of(*self._popular(), self.histories)
+            fallback = Recommendations(self._named(*best), (), "popular")
         return [
-            Recommendations(next(results), unknown)
+            Recommendations(self._named(*next(results)), unknown)
             if len(codes)
             else Recommendations(fallback.items, unknown, fallback.source)
             for codes, unknown in found
         ]
 
-    def _by_model(self, histories: Sequence[IntArray], chooser: Chooser) -> Iterator[list[tuple[Id, float]]]:
+    def best_codes(self, histories: Sequence[IntArray], wanted: Wanted) -> Iterator[tuple[IntArray, Scores]]:
+        """Item codes and scores, best first, for each of several histories of item codes, of which none is empty.
+
+        Raises:
+            ValueError: no item is allowed, or the model's scores are NaN.
+        """
+        chooser = Chooser(self.model, self._index, self.histories, wanted)
         for start in range(0, len(histories), _HISTORIES_AT_ONCE):
             part = histories[start : start + _HISTORIES_AT_ONCE]
-            for best in chooser.best(self._hidden(part), part):
-                yield self._named(*best)
+            yield from chooser.best(self._hidden(part), part)
 
     def _named(self, codes: IntArray, scores: Scores) -> list[tuple[Id, float]]:
         ids = self.histories.item_ids
