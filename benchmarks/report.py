@@ -1,7 +1,7 @@
-"""From pytest-benchmark's JSON to a report with plots, and to the README's section on performance.
+"""From pytest-benchmark's JSON to a report with plots, docs/performance.md and the README's plot.
 
 ``python -m benchmarks.report FOLDER`` writes ``report.md`` and plots beside ``benchmark.json``;
-``python -m benchmarks.report --readme`` brings README.md up to date with all folders in ``benchmarks/results``.
+``python -m benchmarks.report --documents`` brings both up to date with all folders in ``benchmarks/results``.
 """
 
 import argparse
@@ -16,8 +16,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 LOGS = {"parity.log": "The kernels against the reference, `pytest -m gpu`"}
 
 
+DOCUMENT, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "time-per-token.png"
 SECTION = section("performance")
-IN_README = ("forward and backward, width 64", "one-token step, width 64", "training step", "full-catalogue evaluation")
+SHOWN = ("forward and backward, width 64", "one-token step, width 64", "training step", "full-catalogue evaluation")
 READING = (
     "Milliseconds a call: the median over rounds in which all sides took turns, ± half the distance between the "
     "quartiles; the fastest in bold. A column is sequences × tokens."
@@ -115,20 +116,20 @@ def report(result: Result) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def readme_section(results: list[Result]) -> str:
-    """What stands between the README's markers."""
+def performance_section(results: list[Result]) -> str:
+    """What stands between the markers of docs/performance.md."""
     lines = []
     for kind, title in (("cuda", "On a GPU"), ("cpu", "On a CPU")):
         own = [result for result in results if result.own["device_type"] == kind]
         lines += [f"### {title}", ""] + ([] if own else ["Not measured.", ""])
         for result in own:
             lines += [*_paragraphs(result.environment()), READING, ""]
-            for name in IN_README:
+            for name in SHOWN:
                 shown = table(result.tables[name]) if name in result.tables else ["Not measured."]
                 lines += [f"{name[0].upper()}{name[1:]}:", "", *shown, ""]
             lines += _paragraphs(result.notes())
             where = result.path.parent.relative_to(ROOT)
-            lines += [f"All of it, with memory, throughput and plots: [{where}]({where}/{REPORT_FILE}).", ""]
+            lines += [f"All of it, with memory, throughput and plots: [{where}](../{where}/{REPORT_FILE}).", ""]
     return "\n".join(lines)
 
 
@@ -142,10 +143,10 @@ def committed() -> list[Result]:
 
 
 def main() -> None:
-    """Write a folder's report, or the README's section."""
+    """Write a folder's report, or what the documents show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="where benchmark.json is")
-    parser.add_argument("--readme", action="store_true", help="rewrite README.md's section")
+    parser.add_argument("--documents", action="store_true", help="rewrite docs/performance.md and the README's plot")
     given = parser.parse_args()
     if given.folder is not None:
         from .plots import plot
@@ -153,10 +154,12 @@ def main() -> None:
         result = Result(given.folder / JSON_FILE)
         (given.folder / REPORT_FILE).write_text(report(result))
         plot(result, given.folder)
-    if given.readme:
-        readme = ROOT / "README.md"
-        text = readme_section(committed())
-        readme.write_text(SECTION.sub(lambda _: text, readme.read_text()))
+    if given.documents:
+        from .plots import plot_for_readme
+
+        text = performance_section(committed())
+        DOCUMENT.write_text(SECTION.sub(lambda _: text, DOCUMENT.read_text()))
+        plot_for_readme(next(r for r in committed() if r.own["device_type"] == "cpu"), PICTURE)
 
 
 if __name__ == "__main__":

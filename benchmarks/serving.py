@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 50])
     parser.add_argument("--recommendations", type=float, nargs="+", default=[0.0], metavar="SHARE")
-    parser.add_argument("--events", type=int, default=3000, help="requests at each number of clients")
+    parser.add_argument("--events", type=int, default=15000, help="requests at each number of clients")
     args = parser.parse_args(argv)
     if len(CORES) > 1:
         os.sched_setaffinity(0, CORES[1:])

@@ -1,7 +1,7 @@
 """Forward and backward of the whole layer: the paths for CPUs against the dual form under autograd.
 
-``pytest benchmarks/test_layer.py -k "against or memory" -s`` prints the table of the README. The sides take turns in
-one process, and a ratio is the median of the rounds' ratios, so that what else runs on the machine slows both. Peak
+``pytest benchmarks/test_layer.py -k "against or memory" -s`` prints the table of docs/backends.md. The sides take turns
+in one process, and a ratio is the median of the rounds' ratios, so that what else runs on the machine slows both. Peak
 memory is how far one forward and backward raises the resident set of a fresh process that a small one has warmed up.
 """
 

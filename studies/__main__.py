@@ -30,7 +30,7 @@ def main() -> None:
         "--results", type=Path, default=report.RUNS_FILE, help="where results are kept (default: the repository's file)"
     )
     commands.add_parser("costs", help="measure what the losses cost by the size of the catalogue")
-    commands.add_parser("report", help="write the tables of the README, docs/studies.md and docs/paper.md")
+    commands.add_parser("report", help="write the tables of docs/studies.md and docs/paper.md")
     given = parser.parse_args()
     wanted = [[r for r in STUDIES[name].runs() if _wanted(r, given)] for name in getattr(given, "studies", [])]
     if given.command == "run" and not any(wanted):

@@ -7,7 +7,7 @@ from .study import Data, Study
 ML_100K, ML_1M, GOWALLA_1K, AMAZON = map(Data, ("ml-100k", "ml-1m", "gowalla-1k", "amazon-video-games"))
 
 STUDIES = {
-    "readme": Study(
+    "published-code": Study(
         "MovieLens-100K",
         datasets=(ML_100K,),
         variants={

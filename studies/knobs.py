@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tools import palette
 from ttt4rec import TTT4RecConfig
 
 from .models import PROTOCOL, TUNED
@@ -52,13 +53,13 @@ def plot(cells: Mapping[tuple[Data, str], Sequence[Mapping[str, Any]]], path: Pa
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(2, len(KNOBS), sharex="col", sharey="row")
     for column, (name, values) in zip(panels.T, KNOBS.items(), strict=True):
-        for i, label in enumerate(INNERS):
+        for label in INNERS:
             known = _of_equal_seeds({value: cells[STUDY.datasets[0], _label(label, name, value)] for value in values})
             for axes, of in zip(column, (_accuracy, _seconds), strict=True):
                 means = [statistics.fmean(map(of, runs)) for runs in known.values()]
-                axes.plot(list(known), means, color=f"C{i}", label=label)
+                axes.plot(list(known), means, color=palette.colour(label), label=label)
                 dots = [(value, of(run)) for value, runs in known.items() for run in runs]
-                axes.plot(*zip(*dots, strict=True) if dots else ([], []), ".", color=f"C{i}", alpha=0.5)
+                axes.plot(*zip(*dots, strict=True) if dots else ([], []), ".", color=palette.colour(label), alpha=0.5)
                 axes.set_xscale("log", base=2 if isinstance(values[0], int) else 10)
                 axes.set_xticks(values, [f"{value:g}" for value in values])
                 axes.minorticks_off()
@@ -66,7 +67,7 @@ def plot(cells: Mapping[tuple[Data, str], Sequence[Mapping[str, Any]]], path: Pa
     panels[0, 0].set_ylabel("NDCG@10, test")
     panels[1, 0].set_ylabel("CPU s an epoch")
     panels[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=palette.DPI)
 
 
 def _of_equal_seeds(runs: Mapping[Any, Sequence[Mapping[str, Any]]]) -> dict[Any, list[Mapping[str, Any]]]:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tools import palette
 from tools.documents import ROOT, number, section, spread
 
 from . import costs, knobs
@@ -14,7 +15,7 @@ from .grid import STUDIES
 from .runner import Result, find, read_results
 from .study import Data, Study
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "studies.md", ROOT / "docs" / "paper.md"]
+DOCUMENTS = [ROOT / "docs" / "studies.md", ROOT / "docs" / "paper.md"]
 RESULTS = ROOT / "studies" / "results"
 RUNS_FILE, COSTS_FILE = RESULTS / "runs.jsonl", RESULTS / "costs.json"
 PICTURE = "studies-{}.png"
@@ -112,16 +113,26 @@ def plot(study: Study, cells: Cells, path: Path) -> None:
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, len(datasets), squeeze=False)[0]
     for axes, data in zip(panels, datasets, strict=True):
-        for i, variant in enumerate(study.variants):
+        for variant, marker in palette.markers(study.variants).items():
             runs = cells[data, variant]
-            x = [run["cpu_seconds"] / 60 for run in runs]
-            axes.plot(x, [run["test"]["NDCG@10"] for run in runs], "o", color=f"C{i}", label=variant)
-        axes.set(title=data.title, xlabel="CPU minutes of a training", xlim=(0, None))
+            x, y = ([of(run) for run in runs] for of in (_cpu_minutes, _ndcg))
+            hollow = {"markerfacecolor": "white"} if palette.has_mamba_backbone(variant) else {}
+            axes.plot(x, y, marker, color=palette.colour(variant), label=variant, **hollow)
+        axes.set(xlabel="CPU minutes of a training", xlim=(0, None))
+        axes.set_title(data.title.replace(", ", "\n", 1), fontsize="medium")
     panels[0].set_ylabel("NDCG@10, test")
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(datasets) + 1, fontsize="small"
     )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=palette.DPI)
+
+
+def _cpu_minutes(run: Result) -> float:
+    return run["cpu_seconds"] / 60
+
+
+def _ndcg(run: Result) -> float:
+    return run["test"]["NDCG@10"]
 
 
 def written(document: str) -> str:

@@ -1,12 +1,13 @@
-"""What every kernel of the launch table costs: ``python -m tools.resources docs/resources.md``.
+"""What every kernel of the launch table costs: ``python -m tools.resources``.
 
-Compiles all configurations for all architectures with the installed Triton and rewrites that Triton's sections of the
-file; those of other versions stay. Some minutes of work on two cores, with progress; no GPU is needed.
+Compiles all configurations for all architectures with the installed Triton and rewrites that Triton's rows of
+``docs/resources.csv``; rows of other versions stay. It takes some minutes on two cores, with progress, and no GPU.
 """
 
 import argparse
+import csv
+import io
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,21 +22,9 @@ from ttt4rec.arguments import MAX_MINI_BATCH_SIZE
 from ttt4rec.kernels import launch
 
 from .aot import DTYPES, TARGETS
+from .documents import ROOT
 
-INTRODUCTION = """# What the kernels cost
-
-Read from machine code that was compiled without a GPU, for 4 heads, by `python -m tools.resources
-docs/resources.md`; nothing here is a timing. A row stands for all mini-batch sizes down to the next smaller one, and
-bf16 for fp16 too; of float32, which training takes without autocast, only small shapes are listed. Cut: warps × stages
-of the software pipeline × heads in a program × chunks of TTT-MLP's hidden features, 1 where registers hold the state.
-Registers are a thread's; spills, instructions and tensor-core instructions a warp's in one mini-batch (in brackets: all
-spills in the code, in the loop or not; a loop over chunks counts once for each chunk); programs is how many fit a
-multiprocessor at once.
-"""
-HEADER = "| kernel | D | K | dtype | cut | registers | spills | shared memory | programs | instructions | tensor core |"
-ROW = re.compile(
-    r"\| (\w+) \| (\d+) \| (\d+) \| (\w+) \| (\d+)×(\d+)×(\d+)×(\d+) \| (\d+) \| (\d+) \((\d+)\) " + r"\| (\d+) " * 4
-)
+FILE = ROOT / "docs" / "resources.csv"
 
 
 class Machine(NamedTuple):
@@ -76,11 +65,10 @@ class Row(NamedTuple):
     loop_instructions: int
     tensor_core: int
 
-    def __str__(self) -> str:
-        what = f"| {self.op} | {self.head_dim} | {self.mini_batch_size} | {self.dtype} "
-        cut = f"| {self.num_warps}×{self.num_stages}×{self.heads}×{self.chunks} | {self.registers} "
-        memory = f"| {self.loop_spills} ({self.spills}) | {self.shared_memory} | {self.programs} "
-        return f"{what}{cut}{memory}| {self.loop_instructions} | {self.tensor_core} |"
+
+HEADER = ("triton", "architecture", *Row._fields)
+Tables = dict[tuple[str, str], list[Row]]
+"""Rows by Triton version and architecture."""
 
 
 def configurations(architecture: str) -> Iterator[str]:
@@ -139,32 +127,29 @@ def row(architecture: str, cost: dict[str, Any]) -> Row:
     )
 
 
-def read(text: str) -> dict[tuple[str, str], list[Row]]:
-    """The rows of a file by Triton version and architecture."""
-    tables: dict[tuple[str, str], list[Row]] = {}
-    for line in text.splitlines():
-        if heading := re.match(r"## Triton (\S+), (\w+)", line):
-            tables[heading[1], heading[2]] = []
-        elif found := ROW.match(line):
-            op, head_dim, mini_batch_size, dtype, *numbers = found.groups()
-            values = Row(op, int(head_dim), int(mini_batch_size), dtype, *map(int, numbers))
-            list(tables.values())[-1].append(values)
+def read(text: str) -> Tables:
+    """The tables of a file."""
+    tables: Tables = {}
+    for line in csv.DictReader(io.StringIO(text)):
+        values = {name: line[name] if name in ("op", "dtype") else int(line[name]) for name in Row._fields}
+        tables.setdefault((line["triton"], line["architecture"]), []).append(Row(**values))  # type: ignore[arg-type]
     return tables
 
 
-def written(tables: dict[tuple[str, str], list[Row]]) -> str:
+def written(tables: Tables) -> str:
     """The file of some tables."""
-    sections = [INTRODUCTION]
-    for (version, architecture), rows in sorted(tables.items(), reverse=True):
-        lines = [HEADER, "|---" * 11 + "|", *map(str, rows)]
-        sections.append(f"## Triton {version}, {architecture}\n\n" + "\n".join(lines) + "\n")
-    return "\n".join(sections)
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(HEADER)
+    for key, rows in sorted(tables.items(), reverse=True):
+        lines.writerows((*key, *row) for row in rows)
+    return text.getvalue()
 
 
 def main() -> None:
     """Measure everything and rewrite the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="?", default=FILE)
     parser.add_argument("--workers", type=int, default=2, help="configurations compiled at once")
     given = parser.parse_args()
     tables = read(given.file.read_text()) if given.file.exists() else {}
@@ -174,7 +159,7 @@ def main() -> None:
     with ThreadPoolExecutor(given.workers) as pool:
         for done, (job, line) in enumerate(zip(jobs, pool.map(lambda job: measured(*job), jobs), strict=True), 1):
             tables[triton.__version__, job[0]].append(line)
-            print(f"{done}/{len(jobs)} {job[0]} {line}", file=sys.stderr, flush=True)
+            print(f"{done}/{len(jobs)} {job[0]}", *line, file=sys.stderr, flush=True)
     given.file.write_text(written(tables))
 
 

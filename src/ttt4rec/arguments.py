@@ -193,6 +193,7 @@ class LayerForward(NamedTuple):
     starts: Tensor | None  # first token of each sequence in the flattened tokens, int64 [N]; None: every row is one
     lengths: Tensor | None  # int64 [N], or None
     segment: int  # mini-batches between two checkpoints
+    forgetting: tuple[Tensor, ...] = ()  # of its gates the bias [H] and, if they read the input, the weight [H, C]
 
     @property
     def hidden(self) -> int:

@@ -77,7 +77,20 @@ def pairs(data, models):
             yield {"study": "joined", "mixer": mixer, "seed": seed}, result
 
 
-STUDIES: dict[str, Study] = {"ablation": ablation, "made-up": made_up, "joined": pairs}
+def accuracy(data, models):
+    """The models of the joined users by the published protocol, windows of 50."""
+    split = load_split(data, Data("ml-100k"))
+    for seed in SEEDS:
+        for mixer in MIXERS:
+
+            def result(seed=seed, mixer=mixer):
+                model = trained(mixer, split, models / f"ml-100k-{mixer}-325-live-{seed}", seed, max_len=MAX_LEN)
+                return {"test": evaluate(model, evaluation_prefixes(split, "test", max_len=MAX_LEN))}
+
+            yield {"study": "accuracy", "mixer": mixer, "seed": seed}, result
+
+
+STUDIES: dict[str, Study] = {"ablation": ablation, "made-up": made_up, "joined": pairs, "accuracy": accuracy}
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from tools import palette
 from tools.documents import ROOT, section, spread
 
 from ..runner import Result, read_results
@@ -12,7 +13,16 @@ RUNS_FILE = ROOT / "studies" / "results" / "adaptation" / "runs.jsonl"
 DOCUMENT = ROOT / "docs" / "adaptation.md"
 METRICS = ("NDCG@10", "HR@10")
 SWITCHES = ("made-up", "joined")
-FORGETTING = {"": "-", "decay constant": ":", "decay by token": "--"}  # kinds of line
+LINES = {
+    "": "-",
+    "decay constant": ":",
+    "decay by token": "--",
+    "decay by surprise": (0, (6, 4)),
+    "K = 1": (0, (1, 4)),
+    "K = 2": "-.",
+    "K = 2, decay by token": (0, (3, 1, 1, 1, 1, 1)),
+}
+"""How a kind of model is drawn."""
 AFTER = ((1, 1), (2, 2), (3, 5), (6, 10), (11, 20), (21, 29))  # columns: events known since the switch, first and last
 
 
@@ -33,6 +43,18 @@ def ablation_table(results: Iterable[Result]) -> str:
     for (split, adapt, mode), runs in sorted(cells.items(), key=lambda cell: (cell[0][0], not cell[0][1])):
         values = [spread([run[name] for run in runs]) for name in METRICS]
         lines.append(f"| {split} | {'adapting' if adapt else 'without adapting'} | {mode} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def accuracy_table(results: Iterable[Result]) -> str:
+    """Metrics by mixer."""
+    cells = defaultdict(list)
+    for result in results:
+        if result["study"] == "accuracy":
+            cells[result["mixer"]].append(result["test"])
+    lines = [f"| | {' | '.join(METRICS)} |", "|" + " --- |" * (1 + len(METRICS))]
+    for mixer, runs in cells.items():
+        lines.append(f"| {mixer} | {' | '.join(spread([run[name] for run in runs]) for name in METRICS)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -72,13 +94,12 @@ def plot(results: Sequence[Result], study: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     switch = own[0]["switch"]
-    colours: dict[str, str] = {}
     for mixer, seeds in curves(own, study).items():
-        model, _, forgets = mixer.partition(", ")
-        colour = colours.setdefault(model, f"C{len(colours)}")
+        kind = mixer.partition(", ")[2]
+        colour = palette.colour(mixer)
         x = [n + 1 - switch for n in range(len(seeds[0]))]
         means = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
-        axes.plot(x, means, FORGETTING[forgets], color=colour, label=mixer)
+        axes.plot(x, means, linestyle=LINES[kind], color=colour, label=mixer)
         low, high = zip(*((min(values), max(values)) for values in zip(*seeds, strict=True)), strict=True)
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     if "best possible" in own[0]:
@@ -86,13 +107,13 @@ def plot(results: Sequence[Result], study: str) -> None:
     axes.axvline(0, color="gray", linewidth=0.8)
     axes.set(xlabel="events since the switch", ylabel="NDCG@10", ylim=(0, None))
     figure.legend(loc="outside right upper")
-    figure.savefig(DOCUMENT.with_name(f"adaptation-{study}.png"), dpi=110)
+    figure.savefig(DOCUMENT.with_name(f"adaptation-{study}.png"), dpi=palette.DPI)
 
 
 def write() -> None:
     """Bring tables and plots up to date."""
     results, document = read(), DOCUMENT.read_text()
-    texts = {"ablation": ablation_table(results)}
+    texts = {"ablation": ablation_table(results), "accuracy": accuracy_table(results)}
     for study in SWITCHES:
         texts[study] = recovery_table(results, study)
         if any(result["study"] == study for result in results):

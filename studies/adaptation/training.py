@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,13 +12,20 @@ from ttt4rec.models import mixers
 from ttt4rec.recsys.data.split import Split
 from ttt4rec.recsys.training.train import TrainOptions, fit
 
-MIXERS = {
-    f"{name}{label}": {"mixer": "ttt", "inner": inner, "forget": forget}
-    for forget, label in (("none", ""), ("constant", ", decay constant"), ("token", ", decay by token"))
-    for inner, name in (("linear", "TTT-Linear"), ("mlp", "TTT-MLP"))
-} | {
-    **{mixers.MIXERS[name].kind: {"mixer": name} for name in ("attention", "gru")},
+KINDS: dict[str, dict[str, Any]] = {
+    "": {},
+    "decay constant": {"forget": "constant"},
+    "decay by token": {"forget": "token"},
+    "K = 1": {"mini_batch_size": 1},
+    "K = 2": {"mini_batch_size": 2},
+    "K = 2, decay by token": {"mini_batch_size": 2, "forget": "token"},
 }
+"""Of a TTT model, what tells it from the usual one: how it forgets, or how often it learns."""
+MIXERS: dict[str, dict[str, Any]] = {
+    ", ".join(filter(None, (name, kind))): {"mixer": "ttt", "inner": inner} | options
+    for kind, options in KINDS.items()
+    for inner, name in (("linear", "TTT-Linear"), ("mlp", "TTT-MLP"))
+} | {mixers.MIXERS[name].kind: {"mixer": name} for name in ("attention", "gru")}
 
 
 def trained(mixer: str, split: Split, folder: Path, seed: int, *, max_len: int, adapt: bool = True) -> TTT4Rec:

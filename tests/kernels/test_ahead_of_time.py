@@ -34,7 +34,7 @@ STATE_SHAPE = {  # stacked heads by what each inner layer puts out
 }
 NUM_WEIGHTS = {"linear": 1, "mlp": 2}  # matrices
 
-TABLE = resources.read((ROOT / "docs" / "resources.md").read_text())
+TABLE = resources.read(resources.FILE.read_text())
 VERSIONS = ("3.6.0", "3.9.0")  # oldest and newest
 UNSPILLED = {  # D and K without a spill in the loop, on sm_90 and sm_100
     "linear_forward": [(D, K) for D in (16, 32, 64) for K in (8, 16, 32, 64) if (D, K) != (64, 64)],  # 3, under 3.6.0
@@ -71,6 +71,11 @@ def test_the_table_has_every_configuration() -> None:
         for r in rows:
             cut = launch.blocks(r.op, r.head_dim, r.mini_batch_size, DTYPES[r.dtype], architecture, 4)
             assert (r.num_warps, r.num_stages, r.heads, r.chunks) == cut
+
+
+def test_the_file_is_read_as_it_was_written() -> None:
+    assert resources.written(TABLE) == resources.FILE.read_text()
+    assert resources.read(resources.written(TABLE)) == TABLE
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from tests.support.checks import BACKBONES, INNERS, assert_close
 from tests.support.exactness import SCALES, distances, excess, layer_results, reference_errors, token_sizes
 from ttt4rec import TTTLayer
 from ttt4rec.layers import layer_at_once, ttt
+from ttt4rec.layers.forgetting import GATES
 from ttt4rec.native import threads
 
 PACKED = torch.tensor([0, 5, 5, 26, 41])
@@ -40,12 +41,13 @@ def by_parts(layer, x, monkeypatch, **options):
         return results(layer, x, **options)
 
 
+@pytest.mark.parametrize("forget", GATES)
 @pytest.mark.parametrize("cu_seqlens", [None, PACKED], ids=["rows", "packed"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("inner", INNERS)
-def test_the_numbers_are_those_of_the_parts(inner, backbone, cu_seqlens, taken, monkeypatch):
+def test_the_numbers_are_those_of_the_parts(inner, backbone, cu_seqlens, forget, taken, monkeypatch):
     """And the same whether or not a graph is recorded."""
-    layer = make_layer(inner, backbone)
+    layer = make_layer(inner, backbone, forget=forget)
     layer.set_inner_lr_scale(0.7)
     x = torch.randn(3 if cu_seqlens is None else 1, 41, WIDTH, dtype=torch.float64)
     own = results(layer, x, cu_seqlens=cu_seqlens)
@@ -57,19 +59,21 @@ def test_the_numbers_are_those_of_the_parts(inner, backbone, cu_seqlens, taken, 
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 4), (1, 5), (2, 130)])
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_lengths(backbone, shape, taken, monkeypatch):
-    layer, x = make_layer(backbone=backbone), torch.randn(*shape, WIDTH, dtype=torch.float64)
+@pytest.mark.parametrize(("backbone", "forget"), [("transformer", "none"), ("mamba", "token")])
+def test_lengths(backbone, forget, shape, taken, monkeypatch):
+    layer, x = make_layer(backbone=backbone, forget=forget), torch.randn(*shape, WIDTH, dtype=torch.float64)
     for a, b in zip(results(layer, x), by_parts(layer, x, monkeypatch), strict=True):
         assert_close(a, b)
     assert len(taken) == 1
 
 
+@pytest.mark.parametrize("forget", ["none", "token"])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("inner", INNERS)
-def test_gradients_are_exact_at_every_scale(inner, scale, taken):
+def test_gradients_are_exact_at_every_scale(inner, scale, forget, taken):
     """By the rule of ``tests.support.exactness``, of a layer as initialised."""
-    layer = TTTLayer(WIDTH, 4, inner=inner, backbone="mamba" if inner == "mlp" else "transformer", mini_batch_size=8)
+    backbone = "mamba" if inner == "mlp" else "transformer"
+    layer = TTTLayer(WIDTH, 4, inner=inner, backbone=backbone, mini_batch_size=8, forget=forget)
     x = (token_sizes(scale, 1, 64) * torch.randn(1, 64, WIDTH)).float()
     exact = layer_results(layer, x, torch.float64, "reference")
     references = reference_errors(lambda move: layer_results(layer, x, torch.float32, "reference", move), exact)
@@ -92,10 +96,11 @@ def two_nodes(monkeypatch):
     monkeypatch.setattr(layer_at_once, "LARGEST", 0)
 
 
+@pytest.mark.parametrize("forget", ["none", "token"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("inner", INNERS)
-def test_two_nodes_have_the_bits_of_one(inner, backbone, taken, request):
-    layer, x = make_layer(inner, backbone, dtype=torch.float32), torch.randn(3, 41, WIDTH)
+def test_two_nodes_have_the_bits_of_one(inner, backbone, forget, taken, request):
+    layer, x = make_layer(inner, backbone, dtype=torch.float32, forget=forget), torch.randn(3, 41, WIDTH)
     one = results(layer, x)
     request.getfixturevalue("two_nodes")
     assert all(map(torch.equal, results(layer, x), one))
@@ -103,11 +108,13 @@ def test_two_nodes_have_the_bits_of_one(inner, backbone, taken, request):
     assert len(taken) == 4
 
 
+@pytest.mark.parametrize("forget", ["none", "token"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("inner", INNERS)
-def test_large_calls_take_no_more_memory_than_the_parts(inner, backbone, monkeypatch):
+def test_large_calls_take_no_more_memory_than_the_parts(inner, backbone, forget, monkeypatch):
     """But for four in a hundred, which are copies of weights and sums of parameters."""
-    layer, x = TTTLayer(64, 4, inner=inner, backbone=backbone, mini_batch_size=8), torch.randn(32, 50, 64)
+    layer = TTTLayer(64, 4, inner=inner, backbone=backbone, mini_batch_size=8, forget=forget)
+    x = torch.randn(32, 50, 64)
     dy = torch.randn_like(x)
 
     def call():
@@ -141,8 +148,9 @@ def test_a_graph_of_two_nodes_may_be_walked_twice_and_not_differentiated_twice()
         grad.sum().backward()
 
 
-def test_gradcheck(taken):
-    layer = make_layer("linear", conv_kernel=2)
+@pytest.mark.parametrize("forget", GATES)
+def test_gradcheck(forget, taken):
+    layer = make_layer("linear", conv_kernel=2, forget=forget)
     x = torch.randn(1, 7, WIDTH, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: layer(x), x, nondet_tol=0)
     assert taken
@@ -173,13 +181,14 @@ CHANGES = {
     "bounded steps": lambda layer: setattr(layer, "max_inner_step", 0.3),
     "another backend": lambda layer: setattr(layer, "backend", "eager"),
     "another dtype": lambda layer: layer.norm.float(),
+    "a gate of another dtype": lambda layer: setattr(layer, "forget_bias", nn.Parameter(layer.forget_bias.float())),
     "strides": lambda layer: setattr(layer.query, "weight", nn.Parameter(layer.query.weight.t().contiguous().t())),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_was_done_to_a_layer_goes_by_the_parts(change, taken, monkeypatch):
-    layer = make_layer()
+    layer = make_layer(forget="constant" if "gate" in change else "none")
     CHANGES[change](layer)
     x = torch.randn(1, 9, WIDTH, dtype=torch.float64)
     for a, b in zip(results(layer, x), by_parts(layer, x, monkeypatch), strict=True):

@@ -15,6 +15,7 @@ from tests.support.at_once import WIDTH, make_layer, note
 from tests.support.checks import BACKBONES, INNERS, assert_close
 from ttt4rec import TTTLayer
 from ttt4rec.layers import step_at_once
+from ttt4rec.native import whole_step
 from ttt4rec.operators import backends
 
 SLOTS = 40
@@ -69,7 +70,8 @@ def test_errors_in_float32_are_those_of_the_parts(inner, backbone):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_threads_change_no_number(threads):
+def test_threads_change_no_number(threads, monkeypatch):
+    monkeypatch.setattr(whole_step, "ALONE", 0)
     layer, before = make_layer(), torch.get_num_threads()
     pool, x = layer.make_pool(SLOTS), torch.randn(SLOTS, WIDTH, dtype=torch.float64)
     alone = torch.cat([layer.step(row[None], pool, torch.tensor([i])) for i, row in enumerate(x)])
@@ -79,6 +81,16 @@ def test_threads_change_no_number(threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(together, alone)
+
+
+def test_few_streams_are_one_threads(monkeypatch):
+    parts = []
+    monkeypatch.setattr(whole_step, "share", lambda work, rows: parts.append(rows) or work(0, rows))
+    layer = make_layer()
+    pool = layer.make_pool(1000)
+    for B in (1, 32, 1000):
+        layer.step(torch.randn(B, WIDTH, dtype=torch.float64), pool, torch.arange(B))
+    assert parts == [1000]
 
 
 def test_streams_in_two_threads_of_one_pool():

@@ -16,7 +16,7 @@ from benchmarks.best_items import BestItemsContest, best_items_contests
 from benchmarks.catalogue import LossContest, loss_contests
 from benchmarks.contests import FORWARD, PREFILL, STEP, TRAINING, MixerContest, mixer_contests
 from benchmarks.mixers import TTT, Attention
-from benchmarks.plots import of_equal_tokens, plot
+from benchmarks.plots import of_equal_tokens, plot, plot_for_readme
 from benchmarks.recommenders import EVALUATION, MODELS, TRAINING_STEP, RecommenderContest, recommender_contests
 from tools.documents import ROOT, number
 from ttt4rec.recsys.online import SQLiteEventLog
@@ -238,10 +238,10 @@ def test_report_names_winners_losers_and_the_absent(tmp_path):
     )
 
 
-def test_readme_section_says_what_was_not_measured(tmp_path, monkeypatch):
+def test_performance_section_says_what_was_not_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     result = made_up_result(tmp_path / "abacus" / report.JSON_FILE, {"GRU": [0.1, 0.1, 0.1]}, [])
-    text = report.readme_section([result])
+    text = report.performance_section([result])
     assert text.startswith("### On a GPU\n\nNot measured.\n\n### On a CPU\n\nAbacus")
     assert "One-token step, width 64:\n\nNot measured." in text
 
@@ -256,13 +256,18 @@ def test_plots_are_written_and_compare_equal_numbers_of_tokens(tmp_path):
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("time", "memory", "roofline"))
 
 
-def test_readme_and_reports_are_what_the_committed_results_give():
+def test_performance_and_reports_are_what_the_committed_results_give():
     results = report.committed()
-    readme = (report.ROOT / "README.md").read_text()
-    expected = report.readme_section(results)
-    assert report.SECTION.findall(readme) == [expected], "run python -m benchmarks.report --readme"
+    expected = report.performance_section(results)
+    stale = "stale: run `python -m benchmarks.report --documents`"
+    assert report.SECTION.findall(report.DOCUMENT.read_text()) == [expected], stale
     for result in results:
         assert (result.path.parent / report.REPORT_FILE).read_text() == report.report(result)
+
+
+def test_the_readmes_plot_is_made_of_a_committed_result(tmp_path):
+    plot_for_readme(report.committed()[0], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

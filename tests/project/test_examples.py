@@ -1,6 +1,7 @@
 """Every example runs, at a tiny size, and does what it says."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -9,6 +10,7 @@ from starlette.testclient import TestClient
 
 from tests.support.recsys_data import make_model, make_split
 from tools.documents import ROOT
+from tools.site.notebooks import sources
 from ttt4rec import TTT4Rec
 from ttt4rec.recsys import Recommender
 
@@ -50,6 +52,17 @@ def test_streamed_scores_equal_the_batch_call(capsys: pytest.CaptureFixture[str]
     difference = load("stream_events").main(["--events", "11"])
     assert difference < 1e-5  # scores are of size 1; float32 carries seven digits
     assert "bytes of state a user" in capsys.readouterr().out
+
+
+def test_a_shift_of_interests_surprises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moved, surprise = load("interest_shift").main(["--users", "100", "--out", str(tmp_path / "shift.png")])
+    assert len(moved) == len(surprise) == 64
+    assert moved[:3] == [0, 0, 0]  # the first mini-batch is not complete
+    assert min(moved[3:]) > 0
+    assert min(surprise[32:36]) > max(surprise[24:32])
+    assert max(surprise[56:]) < min(surprise[32:36])  # the second interest has become the usual one
+    assert (tmp_path / "shift.png").read_bytes().startswith(b"\x89PNG")
+    assert "after the shift: surprise" in capsys.readouterr().out
 
 
 def test_train_and_recommend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,3 +109,16 @@ def test_accelerate_trains(tmp_path: Path) -> None:
     losses = load("train_with_accelerate").main(sizes)
     assert losses[-1] < losses[0] - 0.5
     assert TTT4Rec.load(tmp_path).config.num_items == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_run_and_were_saved_with_what_they_show(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = path.read_text()
+    names: dict[str, object] = {"__name__": path.stem}
+    for i, source in enumerate(sources(text)):
+        exec(compile(source, f"{path.name}, cell {i}", "exec"), names)
+    assert capsys.readouterr().out.count("\n") >= 2
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), "saved after another order"
+    assert cells[-1]["outputs"]

@@ -10,7 +10,7 @@ from studies.adaptation import __main__ as runner
 from studies.adaptation import report
 from studies.adaptation.ablation import ablated, read
 from studies.adaptation.switches import Population, best_possible, discounted, gains, joined
-from studies.adaptation.training import adapting
+from studies.adaptation.training import MIXERS, adapting
 from tests.support.checks import assert_close
 from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.recsys.data import Histories
@@ -96,7 +96,7 @@ def test_the_ablation_ranks_every_test_target():
     assert ablated(model, split, "live")["NDCG@10"] == pytest.approx(float(discounted(torch.cat(ranks)).mean()))
 
 
-@pytest.mark.parametrize("study", ["ablation", "made-up", "joined"])
+@pytest.mark.parametrize("study", runner.STUDIES)
 def test_every_study_makes_its_results(study, tmp_path, monkeypatch):
     """At a small size, with a model that is not trained."""
     small = make_split(60, 80, 70, num_items=30)
@@ -106,11 +106,13 @@ def test_every_study_makes_its_results(study, tmp_path, monkeypatch):
     for name, value in {"TESTED_ON": 4, "TRAINED_ON": 4, "SWITCH": 6, "MAX_LEN": 10, "BEFORE": 5}.items():
         monkeypatch.setattr(runner, name, value)
     runs = list(runner.STUDIES[study](tmp_path, tmp_path))
-    assert len({str(key) for key, _ in runs}) == len(runs) == (12 if study == "ablation" else 24)
+    assert len({str(key) for key, _ in runs}) == len(runs) == (12 if study == "ablation" else 3 * len(MIXERS))
     result = runs[0][1]()
     if study == "ablation":
         assert result["test"].keys() == {"live", "frozen", "off", "live, windows of 50"}
         assert runs[3][1]()["test"].keys() == {"off"}
+    elif study == "accuracy":
+        assert 0 <= result["test"]["NDCG@10"] <= result["test"]["HR@10"] <= 1
     else:
         assert len(result["curve"]) == (11 if study == "made-up" else 9)
 
@@ -120,6 +122,8 @@ def test_tables():
     key = {"study": "ablation", "split": "3:2:5", "adapting in training": True}
     runs = [{**key, "seed": seed, "test": {"live": metrics}} for seed in (0, 1)]
     assert "| 3:2:5 | adapting | live | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 |" in report.ablation_table(runs)
+    runs = [{"study": "accuracy", "mixer": "GRU", "seed": seed, "test": metrics} for seed in (0, 1)]
+    assert "| GRU | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 |" in report.accuracy_table(runs)
     curve = [n / 100 for n in range(59)]  # the gain of event n + 1
     text = report.recovery_table([{"study": "made-up", "mixer": "GRU", "curve": curve, "switch": 30}], "made-up")
     assert "| GRU | 0.2600 | 0.3000 | 0.3100 | 0.3300 | 0.3700 | 0.4450 | 0.5400 |" in text

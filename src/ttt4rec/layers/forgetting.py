@@ -1,6 +1,6 @@
 """How a layer forgets: gates that say, of each token and head, how much stays of what was learned.
 
-``a = exp(-softplus(b + w · x))``, which is ``sigmoid(-b - w · x)``; (40) of docs/mathematics.md says what it does.
+Numbers in brackets are equations of docs/mathematics.md.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ FIRST_BIAS = -3.0
 
 
 def log_decay(layer: Any, x: Tensor) -> Tensor | None:
-    """``ln a`` of a layer for x ``[B, L, width]``, ``[B, L, H]`` in float32 or float64; None if it does not forget."""
+    """``ln a`` of (42) for x ``[B, L, width]``, ``[B, L, H]`` in float32 or float64; None if nothing is forgotten."""
     if not layer.forgets:
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)

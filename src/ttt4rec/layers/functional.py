@@ -111,7 +111,7 @@ def ttt_mlp(
     """TTT-MLP (Sun et al. 2024, section 2): the inner model is ``gelu_tanh(x W1 + b1) W2 + b2``.
 
     Arguments, results and errors as in ``ttt_linear``, with initial weights W1 ``[H, D, F]``, b1 ``[H, F]``,
-    W2 ``[H, F, D]`` and b2 ``[H, D]``; F is 4D in the paper.
+    W2 ``[H, F, D]`` and b2 ``[H, D]``. F is 4D in the paper.
     """
     return inner_loop(
         MLP, (q, k, v), Rates(inner_lr, token_scale, log_decay), (W1, b1, W2, b2), (ln_weight, ln_bias),

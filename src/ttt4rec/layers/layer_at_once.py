@@ -18,6 +18,7 @@ from ..arguments import LayerForward
 from ..inner_models import INNER_MODELS
 from ..operators.backends import shortcut
 from ..operators.transforms import is_batched, refuse_transforms, transformed
+from .forgetting import GATES
 from .functional import segment_length
 from .step_at_once import fit, layer_around, unobserved
 
@@ -27,7 +28,7 @@ LARGEST = 1 << 16
 
 def layer_at_once(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
     """As ``TTTLayer.forward`` of checked arguments; None if the parts must do it."""
-    if layer.backend not in ("auto", "native") or not layer.adapt or layer.max_inner_step is not None or layer.forgets:
+    if layer.backend not in ("auto", "native") or not layer.adapt or layer.max_inner_step is not None:
         return None
     if type(x) is not Tensor or not x.is_cpu or not x.numel() or not unobserved():
         return None
@@ -60,11 +61,13 @@ def _arguments(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> LayerForward
     H, D = layer.num_heads, layer.head_dim
     shapes = model.shapes(D, model.expansion * D)
     weights: tuple[Any, ...] = tuple(layer._parameters.get(name) for name in model.weights)
-    if not fit(x.dtype, weights, [(H, *shapes[name]) for name in model.weights]):
+    gates = {name: shape_of(H, layer.width) for name, shape_of in GATES[layer.forget].items()}
+    forgetting: tuple[Any, ...] = tuple(layer._parameters.get(name) for name in gates)
+    if not fit(x.dtype, (*weights, *forgetting), [*((H, *shapes[name]) for name in model.weights), *gates.values()]):
         return None
     starts, lengths = (None, None) if cu_seqlens is None else (cu_seqlens[:-1].long(), cu_seqlens.diff().long())
     segment = segment_length(model, tuple(w[None] for w in weights), layer.mini_batch_size)
-    return LayerForward(around, x, weights, starts, lengths, segment)
+    return LayerForward(around, x, weights, starts, lengths, segment, forgetting)
 
 
 class _Part(NamedTuple):
@@ -89,7 +92,7 @@ def _tensors(given: LayerForward, part: _Part) -> tuple[Tensor, ...]:
     around = given.around
     single = tuple(getattr(around, name) for name in part.single)
     groups = tuple(chain.from_iterable(getattr(around, name) for name in part.groups))
-    return *single, *((given.x, *groups, *given.weights) if part.has_x else ())
+    return *single, *((given.x, *groups, *given.forgetting, *given.weights) if part.has_x else ())
 
 
 class _Node(torch.autograd.Function):

@@ -34,7 +34,7 @@ class StatePool:
     """The states of ``num_slots`` streams of a TTT layer, preallocated; every slot begins as a new stream.
 
     ``TTTLayer.make_pool`` makes one, ``TTTLayer.step`` advances streams in it, ``read`` and ``write`` exchange
-    ``TTTState``. Beside the tokens of an unfinished mini-batch it keeps their gradients, so that a step computes none
+    ``TTTState``. Besides the tokens of an unfinished mini-batch it keeps their gradients, so that a step computes none
     twice; ``docs/serving.md`` tells why.
 
     Args:

@@ -141,7 +141,7 @@ class TTTLayer(nn.Module):
         self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all of the layer anew: weights from N(0, 0.02), biases and offsets zero, norms one; convolutions too.
+        """Draw all of the layer again: weights from N(0, 0.02), biases and offsets zero, norms one; convolutions too.
 
         Gates of what is forgotten begin with a share of 0.953 a token that stays, whatever the input is.
         """

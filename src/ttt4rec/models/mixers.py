@@ -61,9 +61,9 @@ class NARMMixer(HistoryMixer):
 class MambaMixer(HistoryMixer):
     """Mamba's selective state space (Gu & Dao 2023), Mamba4Rec's mixer.
 
-    u = silu(conv(x)), s_t = exp(Δ_t A) s_{t-1} + Δ_t u_t B_t, y_t = C_t · s_t + D u_t, gated by silu(z), where x and z
-    are two projections of the input and Δ, B, C are projections of u. On a GPU the scan is that of the package
-    ``mamba-ssm`` where its kernels are installed, otherwise a loop over the tokens.
+    u = silu(conv(x)), s_t = exp(Δ_t A) s_{t-1} + Δ_t u_t B_t, y_t = C_t · s_t + D u_t, gated by silu(z): x and z
+    are two projections of the input and Δ, B, C are projections of u. On a GPU the package
+    ``mamba-ssm`` scans, where its kernels are installed; otherwise a loop over the tokens does.
 
     Args:
         width: feature size.

@@ -34,7 +34,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class TTT4RecConfig:
-    """The model's shape; the defaults are those of the published TTT4Rec.
+    """The model's shape; the defaults are the published TTT4Rec's.
 
     Attributes:
         num_items: number of items; their ids are 1 .. num_items, 0 is padding.
@@ -226,7 +226,7 @@ class TTT4Rec(nn.Module):
 
     @torch.no_grad()
     def surprise(self, ids: Tensor) -> Tensor:
-        """How much worse than the initial weights those of each history know its items: see ``TTTLayer.surprise``.
+        """How well each history's weights know its items, compared with the initial ones: see ``TTTLayer.surprise``.
 
         Args:
             ids: histories from their beginning, int64 ``[B, L]``, without padding.

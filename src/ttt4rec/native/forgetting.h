@@ -14,14 +14,17 @@ class Forgetting {
  public:
   static constexpr int WEIGHTS = Model::WEIGHTS;
 
-  static size_t numbers() {
+  static size_t numbers(bool back) {
     size_t total = 0;
     for (int size : Model::SIZES) total += Arena::rounded(size);
-    return total;
+    return back ? 2 * total : total;
   }
 
-  explicit Forgetting(Arena& arena) {
-    for (int i = 0; i < WEIGHTS; ++i) lost_[i] = arena.take(Model::SIZES[i]);
+  Forgetting(Arena& arena, bool back) {
+    for (int i = 0; i < WEIGHTS; ++i) {
+      lost_[i] = arena.take(Model::SIZES[i]);
+      if (back) d_initial_[i] = arena.take(Model::SIZES[i]);
+    }
   }
 
   // (1 - A) (W - W̄) of (40), of weights before the steps and ln A.
@@ -35,22 +38,30 @@ class Forgetting {
     each([&](int i, int n) { store(weights[i] + n, load(weights[i] + n) - load(lost_[i] + n)); });
   }
 
+  // Before the last mini-batch of a sequence.
+  void start_backward() const {
+    for (int i = 0; i < WEIGHTS; ++i) std::fill_n(d_initial_[i], Model::SIZES[i], T(0));
+  }
+
   // (41): from the weights before the mini-batch and the gradients behind it. Adds to those of the initial weights,
   // and returns d ln a of every token.
-  T begin_backward(T log_decay, const T* const* weights, const T* const* initial, T* const* gradients, T* const* d_initial) {
+  T begin_backward(T log_decay, const T* const* weights, const T* const* initial, T* const* gradients) {
     const T share = -std::expm1(log_decay);
     V total{};
     each([&](int i, int n) {
       const V dW = load(gradients[i] + n), lost = share * dW;
       total += dW * (load(weights[i] + n) - load(initial[i] + n));
       store(lost_[i] + n, lost);
-      store(d_initial[i] + n, load(d_initial[i] + n) + lost);
+      store(d_initial_[i] + n, load(d_initial_[i] + n) + lost);
     });
     return std::exp(log_decay) * sum(total);
   }
 
+  // Gradient of a sequence's initial weights i.
+  const T* d_initial(int i) const { return d_initial_[i]; }
+
  private:
-  T* lost_[WEIGHTS];
+  T *lost_[WEIGHTS], *d_initial_[WEIGHTS];
 
   template <class Function>
   static void each(Function at) {

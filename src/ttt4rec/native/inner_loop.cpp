@@ -38,7 +38,8 @@ struct Call {
   const T *grad_o, *grad_weights[4];  // the latter may be null: zero
   int64_t grad_strides[4];
   T *dq, *dk, *dv, *d_lr, *d_scale, *d_weights[4], *d_gamma, *d_beta;  // d_scale [N, H, K], d_gamma [N, H, D]
-  // where something is forgotten: ln a [total, H], the initial weights [H, ...], their gradients [N, H, ...]
+  // where something is forgotten: ln a [total, H], the initial weights [H, ...], their gradients [N, H, ...]; where
+  // sequences begin with the initial weights the latter may be null, and d_weights has them too
   const T *log_decay, *initial[4];
   T *d_log_decay, *d_initial[4];
 };
@@ -120,7 +121,7 @@ class Row {
     for (int64_t i = 0; i < states; ++i) states_.emplace_back(arena_, K_);
     if (call.log_decay != nullptr) {
       log_decay_ = arena_.take(K_);
-      forgetting_.emplace(arena_);
+      forgetting_.emplace(arena_, back);
     }
   }
 
@@ -154,12 +155,21 @@ class Row {
       const T* given = call_.grad_weights[i] + n * call_.grad_strides[i] + head * Model::SIZES[i];
       std::copy_n(given, Model::SIZES[i], model_.gradients(i));
     }
+    if (forgetting_) forgetting_->start_backward();
     for (int64_t end = mini_batches(n), first; end > 0; end = first) {
       first = (end - 1) / call_.segment * call_.segment;
       load(n, head, first);
       back(n, head, first, end, 0);
     }
-    for (int i = 0; i < WEIGHTS; ++i) write_weights(i, n, head, model_.gradients(i), call_.d_weights[i]);
+    for (int i = 0; i < WEIGHTS; ++i) {
+      T* const own = model_.gradients(i);
+      if (forgetting_ && call_.d_initial[i] != nullptr) {
+        write_weights(i, n, head, forgetting_->d_initial(i), call_.d_initial[i]);
+      } else if (forgetting_) {
+        for (int m = 0; m < Model::SIZES[i]; ++m) own[m] += forgetting_->d_initial(i)[m];
+      }
+      write_weights(i, n, head, own, call_.d_weights[i]);
+    }
   }
 
  private:
@@ -176,7 +186,7 @@ class Row {
 
   static size_t numbers(const Call& call, int64_t states, bool back) {
     const int K = call.K, R = rows_of_tiles(K);
-    const size_t forgetting = call.log_decay == nullptr ? 0 : Forgetting<Model>::numbers() + Arena::rounded(K);
+    const size_t forgetting = call.log_decay == nullptr ? 0 : Forgetting<Model>::numbers(back) + Arena::rounded(K);
     return Model::numbers(K, back) + states * State::numbers(K) + 8 * Arena::rounded(R * D) + Arena::rounded(R * F) +
            Arena::rounded(R) + Arena::rounded(row_of_tokens(R)) + tokens_by_tokens(R) + Arena::rounded(K) +
            2 * Arena::rounded(D) + forgetting;
@@ -207,13 +217,10 @@ class Row {
   bool begin_backward(int64_t n, int64_t head, int64_t m, const State& state) {
     if (!forgetting_ || tokens(n, m) < K_) return false;
     const T* initial[WEIGHTS];
-    T *gradients[WEIGHTS], *d_initial[WEIGHTS];
+    T* gradients[WEIGHTS];
     initial_weights(head, initial);
-    for (int i = 0; i < WEIGHTS; ++i) {
-      gradients[i] = model_.gradients(i);
-      d_initial[i] = call_.d_initial[i] + (n * call_.H + head) * Model::SIZES[i];
-    }
-    const T d = forgetting_->begin_backward(log_decay(n, head, m), state.weights, initial, gradients, d_initial);
+    for (int i = 0; i < WEIGHTS; ++i) gradients[i] = model_.gradients(i);
+    const T d = forgetting_->begin_backward(log_decay(n, head, m), state.weights, initial, gradients);
     std::fill_n(log_decay_, K_, d);
     Place{call_.H, call_.starts[n] + m * K_, head, K_}.write<1>(log_decay_, call_.d_log_decay);
     return true;

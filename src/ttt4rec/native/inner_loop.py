@@ -154,11 +154,11 @@ def _backward(
 
 
 def _d_decays(scan: Scan) -> list[Tensor]:
-    """Zeros for the gradients of the decays, and of the initial weights for every sequence."""
+    """Zeros for the gradients of the decays, and memory for those of the initial weights of every sequence."""
     if scan.log_decay is None:
         return []
     return [scan.log_decay.new_zeros(scan.log_decay.shape, dtype=scan.weights[0].dtype)] + [
-        w.new_zeros(w.shape) for w in scan.weights
+        w.new_empty(w.shape) for w in scan.weights
     ]
 
 

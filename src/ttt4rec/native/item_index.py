@@ -31,7 +31,8 @@ def index_items(given: ItemTable) -> IndexedItems:
     table, largest = given
     groups, C = -(-(table.shape[0] - 1) // GROUP), table.shape[1]
     codes = torch.zeros(groups, -(-C // 4), GROUP, dtype=torch.int32)
-    made = IndexedItems(table, codes, *torch.zeros(3, groups, GROUP), largest * math.sqrt(C))
+    scale, size, error = torch.zeros(3, groups, GROUP)
+    made = IndexedItems(table, codes, scale, size, error, largest * math.sqrt(C))
     run(build.library(*SHAPE).index_items, _call(made), groups)
     return made
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import LayerForward
@@ -114,6 +115,7 @@ class _Around:
         tokens: _Tokens,
         gradients: _Tokens | None,
         d_weights: Sequence[Tensor] = (),
+        /,
         **tensors: Tensor,
     ) -> None:
         """Call the inner loop, which computes Z1 of TTT-MLP again; tensors by the names of its structure."""
@@ -132,7 +134,7 @@ class _Around:
         for name, x in tensors.items():
             setattr(call, name, x.data_ptr())
         for i, w in enumerate(given.weights):  # shared by all sequences, which their strides of zero say
-            call.weights[i] = w.data_ptr()
+            call.weights[i] = call.initial[i] = w.data_ptr()
         for i, w in enumerate(d_weights):
             call.d_weights[i] = w.data_ptr()
         library = build.library(around.inner, D, hidden, build.SCALARS[given.x.dtype], build.INNER_LOOP)
@@ -172,19 +174,23 @@ def inside_forward(given: LayerForward, *, around: _Around | None = None) -> tup
     around.run("ttt_before", tokens, x=x, views=views, lr=lr)
     o, inner = torch.empty_like(x), torch.empty_like(x)
     checkpoints = around.checkpoints(given)
-    around.scan(given, "ttt_forward", tokens, None, lr=lr, scale=scale, kept=inner, checkpoints=checkpoints, o=o)
-    return (o, views) if layer.convolutions else (o,), (views, lr, scale, inner, checkpoints)
+    decays = _log_decay(given, x)
+    around.scan(
+        given, "ttt_forward", tokens, None, lr=lr, scale=scale, kept=inner, checkpoints=checkpoints, o=o, **decays
+    )
+    kept = views, lr, scale, inner, checkpoints, *decays.values()
+    return (o, views) if layer.convolutions else (o,), kept
 
 
 def inside_backward(
     given: LayerForward, between: Results, kept: Results, grads: Results, around: _Around | None = None
 ) -> Results:
-    """Gradients of w_lr, b_lr, τ, γ, β, x, the projections, the convolutions', the weights.
+    """Gradients of w_lr, b_lr, τ, γ, β, x, the projections, the convolutions', what is forgotten's, the weights.
 
     Those of the views, if they come, are completed where they are, and x's take the memory of o's.
     """
     assert not between
-    (views, lr, scale, inner, checkpoints), (d_o, *d_gate) = kept, grads
+    (views, lr, scale, inner, checkpoints, *decays), (d_o, *d_gate) = kept, grads
     around, layer, x = around or _Around(given), given.around, given.x.flatten(0, 1)
     (H, C), N, K = layer.lr_weight.shape, around.sequences, scale.shape[0]
     d_views = d_gate[0] if d_gate else torch.empty_like(views)
@@ -195,9 +201,10 @@ def inside_backward(
     d_tokens = _Tokens(given, d_views, tokens.apart)
     d_scale, d_gamma, d_beta = (x.new_zeros(N, H, width) for width in (K, C // H, C // H))
     d_weights = [w.new_empty(N, *w.shape) for w in given.weights]
+    d_decays = {"log_decay": decays[0], "d_log_decay": torch.zeros_like(lr)} if decays else {}
     around.scan(
-        given, "ttt_backward", tokens, d_tokens, d_weights, lr=lr, scale=scale, kept=inner, checkpoints=checkpoints,
-        grad_o=d_o, d_lr=d_lr, d_scale=d_scale, d_gamma=d_gamma, d_beta=d_beta,
+        given, "ttt_backward", tokens, d_tokens, d_weights, lr=lr, scale=scale, kept=inner,
+        checkpoints=checkpoints, grad_o=d_o, d_lr=d_lr, d_scale=d_scale, d_gamma=d_gamma, d_beta=d_beta, **d_decays,
     )  # fmt: skip
     # What every sequence adds to the gradients of parameters.
     sizes = {"d_lr_bias": H} | {
@@ -210,10 +217,11 @@ def inside_backward(
     for i in range(0, len(d_convolutions), 2):  # summed as [taps, C]
         d_convolutions[i] = d_convolutions[i].view(-1, C).t()
     weights = torch.cat((*layer.projections, layer.lr_weight))
-    d_x = around.product(d_views, weights, d_o).view(given.x.shape)
+    d_x = around.product(d_views, weights, d_o)
+    d_forgetting = _log_decay_backward(given, x, d_x, **d_decays)
     return (
-        d_lr_weight, d_lr_bias, d_scale.sum((0, 1)).mul_(scale > 0), _total(d_gamma), _total(d_beta), d_x,
-        *d_projections, *d_convolutions, *map(_total, d_weights),
+        d_lr_weight, d_lr_bias, d_scale.sum((0, 1)).mul_(scale > 0), _total(d_gamma), _total(d_beta),
+        d_x.view(given.x.shape), *d_projections, *d_convolutions, *d_forgetting, *map(_total, d_weights),
     )  # fmt: skip
 
 
@@ -245,6 +253,27 @@ def outside_backward(
 layer_passes = layer_forward, layer_backward
 inside_passes = inside_forward, inside_backward
 outside_passes = outside_forward, outside_backward
+
+
+def _log_decay(given: LayerForward, x: Tensor) -> dict[str, Tensor]:
+    """``log_decay`` ``[total, H]``, as ``layers.forgetting`` has it; nothing for a layer that does not forget."""
+    if not given.forgetting:
+        return {}
+    bias, *weights = given.forgetting
+    logits = torch.addmm(bias, x, weights[0].t()) if weights else bias.expand(x.shape[0], -1)
+    return {"log_decay": F.logsigmoid(-logits)}
+
+
+def _log_decay_backward(given: LayerForward, x: Tensor, d_x: Tensor, **decays: Tensor) -> list[Tensor]:
+    """Gradients of the gate's parameters; to x's, ``[total, C]``, its own part is added."""
+    if not decays:
+        return []
+    d_logits = decays["d_log_decay"].mul_(decays["log_decay"].expm1())
+    d_forgetting = [d_logits.sum(0)]
+    for weight in given.forgetting[1:]:
+        d_forgetting.append(d_logits.t() @ x)
+        d_x.addmm_(d_logits, weight)
+    return d_forgetting
 
 
 def _total(of_sequences: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from . import build
 from .calls import INTEGER, POINTER, fields
 from .threads import share
 
-ALONE = 4
-"""Up to so many streams one thread takes: another would come too late."""
+ALONE = 4 << 20
+"""Up to so many multiply-adds, a third of a millisecond, one thread takes: others come late and cost it time."""
 
 
 class LayerCall(ctypes.Structure):
@@ -60,13 +60,13 @@ class ModelCall(ctypes.Structure):
 
 def layer_step(given: LayerParts) -> Step:
     """Of inputs ``[B, C]`` and slots: outputs; None, and nothing has changed, if slots are not B different places."""
-    library, call, num_slots = _library(given), _layer(given), given.position.shape[0]
+    library, call, num_slots, work = _library(given), _layer(given), given.position.shape[0], _work(given)
 
     def step(x: Tensor, slots: Tensor) -> Tensor | None:
         if not _are_places(library, slots, num_slots):
             return None
         y = torch.empty_like(x)
-        _run(library.ttt_layer_step, call, slots, x, y)
+        _run(library.ttt_layer_step, call, slots, x, y, work)
         return y
 
     return step
@@ -78,12 +78,13 @@ def model_step(given: ModelParts) -> Step:
     library, num_slots, (rows, C) = _library(blocks[0].layer), blocks[0].layer.position.shape[0], table.shape
     calls = (BlockCall * len(blocks))(*map(_block, blocks))
     call = ModelCall(len(blocks), calls, _norm(given.embedding_norm), _norm(given.norm), table.data_ptr())
+    work = sum(_work(block.layer) + 3 * block.up[0].numel() for block in blocks)
 
     def step(ids: Tensor, slots: Tensor) -> Tensor | None:
         if not _are_within(library, ids, 1, rows - 1) or not _are_places(library, slots, num_slots):
             return None
         y = table.new_empty(ids.shape[0], C)
-        _run(library.ttt_model_step, call, slots, ids, y)
+        _run(library.ttt_model_step, call, slots, ids, y, work)
         return y
 
     return step
@@ -164,9 +165,16 @@ def _at(x: Tensor) -> ctypes.c_void_p:
     return POINTER(x.data_ptr())
 
 
-def _run(compiled: Callable[..., int], call: ctypes.Structure, slots: Tensor, given: Tensor, y: Tensor) -> None:
+def _work(layer: LayerParts) -> int:
+    """Multiply-adds of a stream: of the four maps, and about three for each number of its record."""
+    return 4 * layer.around.output.numel() + 3 * layer.records[0].numel()
+
+
+def _run(
+    compiled: Callable[..., int], call: ctypes.Structure, slots: Tensor, given: Tensor, y: Tensor, work: int
+) -> None:
     where: tuple[Any, ...] = (ctypes.byref(call), _at(slots), _at(given), _at(y))
-    if y.shape[0] > ALONE:
+    if work * y.shape[0] > ALONE:
         share(lambda begin, end: compiled(*where, INTEGER(begin), INTEGER(end)), y.shape[0])
     elif compiled(*where, INTEGER(0), INTEGER(y.shape[0])):
         raise MemoryError("the compiled step found no memory for its tiles")

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError unless there is such a backend."""
+    """Raise ValueError unless there is a backend of that name."""
     known = dict.fromkeys((*get_args(Backend), *PACKAGES))  # others may have registered theirs
     if backend not in known:
         raise ValueError(f"backend must be one of {', '.join(known)}; given {backend!r}")
@@ -75,7 +75,7 @@ def function(name: str, backend: str, arguments: Any) -> Callable[..., Any]:
     ``"auto"`` is ``"native"`` where that can run. What a backend does not have at all ``"eager"`` computes.
 
     Raises:
-        RuntimeError: the backend that was asked for cannot run on such arguments; it has a ``refusal`` that says so.
+        RuntimeError: the backend that was asked for cannot run on these arguments; it has a ``refusal`` that says so.
     """
     for candidate in ("native" if backend == "auto" else backend, "eager"):
         package = _package(candidate)
@@ -93,7 +93,7 @@ def function(name: str, backend: str, arguments: Any) -> Callable[..., Any]:
 def shortcut(name: str, backend: str, arguments: Any) -> Any:
     """A backend's function, or forward and backward, that do at once what several operators do.
 
-    None if it has none for such arguments.
+    None if it has none for these arguments.
     """
     package = _package("native" if backend == "auto" else backend)
     compute = getattr(package, name, None)

@@ -24,7 +24,7 @@ def primal_form(
     log_decay: Tensor | None = None,
     initial: Weights = (),
 ) -> tuple[Tensor, Weights]:
-    """Run the inner loop token by token, (3) and (4), and with decays (3) and (36).
+    """Run the inner loop token by token, (3) and (4), and with decays (40).
 
     Args:
         q: queries ``[B, L, H, D]``.

@@ -1,8 +1,8 @@
 """Interactions by the name of a public dataset or by path; ``public`` has the datasets of the paper.
 
 MovieLens-100K is fetched once and kept in a cache directory. It comes from GroupLens Research at the
-University of Minnesota, whose terms allow research use, ask for an acknowledgement in publications, and forbid
-redistribution as well as commercial use without permission; so the file is never part of this package. To be
+University of Minnesota. Its terms allow research use, ask for an acknowledgement in publications, and forbid
+redistribution as well as commercial use without permission. So the file is never part of this package. To be
 cited as: F. Maxwell Harper and Joseph A. Konstan, "The MovieLens Datasets: History and Context", ACM
 Transactions on Interactive Intelligent Systems 5(4), 2015.
 """

@@ -98,7 +98,7 @@ class Histories:
         return places
 
     def user_code(self, user_id: Id) -> int:
-        """Code of an original user id; DataError when the data has no such user.
+        """Code of an original user id; DataError when the data has no user of that id.
 
         A text finds the number or UUID that is written so, and a number or UUID the text.
         """

@@ -3,8 +3,8 @@
 No target is ever predicted from an interaction at or after it. What else a split lets training see differs:
 
 - by ratio and leave-one-out, as in most published work, users are cut at different times. One user's training part may
-  be later than another's test part, and the filter and the mapping of items are those of the whole data.
-- by time, all users are cut at the same moments. The filter, the mapping of items and every count are those of the
+  be later than another's test part, and the filter and the mapping of items come from the whole data.
+- by time, all users are cut at the same moments. The filter, the mapping of items and every count come from the
   training part alone; an item first seen later has no code, and is left out.
 """
 
@@ -114,10 +114,11 @@ def split_by_time(
 ) -> tuple[Split, tuple[float, float]]:
     """Cut all users at the same two moments; nothing that training uses depends on what comes after the first.
 
-    The moments are the times of the interactions at the ratios' shares of all, in time order; what bears such a time
-    comes after the cut. The training part is filtered to a k-core, whose items are the catalogue. Every other
-    interaction with these items is kept too, whoever the user is: those before the cut as history alone, which later
-    ones are predicted from but training does not learn from or count. Users outside the core come after those in it.
+    The moments are the times of the interactions at the ratios' shares of all, in time order; an interaction at one
+    of them comes after the cut. The training part is filtered to a k-core, whose items are the catalogue. Every
+    other interaction with these items is kept too, whoever the user is: those before the cut as history alone,
+    which later ones are predicted from but training does not learn from or count. Users outside the core come after
+    those in it.
 
     Args:
         interactions: unfiltered.

@@ -243,7 +243,7 @@ class SQLiteEventLog:
     def forget(self, user_ids: Sequence[str]) -> None:
         """See ``EventLog``.
 
-        Deleting takes room beside the file until it has happened; the error of a full disk says how much. While
+        Deleting takes room next to the file until it has happened; the error of a full disk says how much. While
         somebody else reads, what was deleted may still stand in the ``-wal`` file: a warning to ``logging`` says so,
         and one of the next calls wipes it.
         """

@@ -35,10 +35,11 @@ class Batch(NamedTuple):
 class OnlineRecommender:
     """Takes events, and recommends to users by what they did until now.
 
-    The event log is the truth. An event is logged before it takes effect, and whatever is kept in memory is made from
-    the log: after a crash nothing is lost that ``observe`` returned for. A recommendation is that of one pass of the
-    model over the user's whole history in the log, up to rounding, whether its state was kept, evicted, or loaded from
-    a snapshot; ``docs/online.md`` has the details. All methods may be called from several threads at once.
+    The event log is the truth. An event is logged before it takes effect, and whatever is kept in memory is made
+    from the log: after a crash nothing is lost that ``observe`` returned for. A recommendation is the same as by
+    one pass of the model over the user's whole history in the log, up to rounding, whether its state was kept,
+    evicted, or loaded from a snapshot; ``docs/online.md`` has the details. All methods may be called from several
+    threads at once.
 
     Args:
         model: a trained model with the TTT mixer; put into evaluation mode, its weights must not change any more.

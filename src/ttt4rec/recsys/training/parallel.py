@@ -1,8 +1,8 @@
 """Training by several processes, as ``torchrun`` starts them.
 
 Every process computes with its part of each step's windows. The item table, its gradient and its optimiser's state are
-split between them by rows (PyTorch's DTensor), and so is the softmax over it (``loss_parallel``): a process scores the
-targets of all with its own items. What else the model has is small, kept by all, and its gradients are summed.
+split between them by rows (PyTorch's DTensor). The softmax over it is split too (``loss_parallel``): a process scores
+the targets of all with its own items. What else the model has is small, kept by all, and its gradients are summed.
 
 ``torch.distributed.tensor`` is imported where it is used: that takes seconds, which a process alone need not spend.
 """

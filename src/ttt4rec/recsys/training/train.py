@@ -68,8 +68,8 @@ def fit(
     the others need not see. Another number of processes may go on from a checkpoint.
 
     ``folder`` receives ``metrics.csv`` and ``checkpoint.safetensors``, the latter replaced atomically after every
-    epoch. Called again on a folder that holds a checkpoint of the same run, with the model as it was at the run's start
-    or as the last call left it, training goes on from there and ends with the same numbers.
+    epoch. Called again on a folder that holds a checkpoint of the same run, training goes on from there and ends with
+    the same numbers. The model is then as it was at the run's start, or as the last call left it.
 
     Args:
         model: trained in place, on the device it is on.
