@@ -121,6 +121,10 @@ def _transposed(name: str, rows: Iterator[Any], options: DataOptions) -> Iterato
     """Rows, tuples by position or mappings by name, as columns, piece by piece."""
     position, fields = 0, list(options.fields.values())
     while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+        if all(isinstance(row, tuple | list) and len(row) >= len(fields) for row in chunk):
+            position += len(chunk)
+            yield list(zip(*(row[: len(fields)] for row in chunk), strict=True))
+            continue
         columns: list[list[Any]] = [[] for _ in fields]
         for row in chunk:
             if isinstance(row, Mapping):

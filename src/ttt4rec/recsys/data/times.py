@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date, datetime, time, timezone
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,12 @@ class Times:
 
     def objects(self, column: Sequence[object]) -> TimeChunk:
         """Times of Python's numbers, dates, datetimes and texts; ValueError as for ``texts``."""
+        types = set(map(type, column))
+        if types == {int}:
+            with suppress(OverflowError):
+                return self.integers(np.array(column, dtype=np.int64))
+        if types == {str}:
+            return self.texts(cast(Sequence[str], column))
         return self._numbers([self._object(value) for value in column])
 
     def integers(self, column: IntArray) -> IntArray:
