@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -117,6 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"ttt4rec {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(_command(commands, "train", "learn from interactions, rank the test targets, write a model folder"))
     _add_evaluate(_command(commands, "evaluate", "HR, NDCG and MRR of a trained model over the full catalogue"))
@@ -129,6 +131,13 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("folders", nargs="+", metavar="DIR", help="folders that train wrote")
     report.add_argument("--out", required=True, metavar="DIR", help="where to write report.md and curves.png")
     return parser
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("ttt4rec")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _command(commands: argparse._SubParsersAction[_Parser], name: str, text: str) -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import os
 import re
@@ -116,6 +117,16 @@ def test_training_on_a_file_as_people_have_it(tmp_path, capsys):
     assert {type(entry["item"]) for entry in json.loads(capsys.readouterr().out)["items"]} == {int}
     assert main(["train", str(tmp_path / "ratings.dat"), "--out", str(tmp_path / "no"), *SMALL]) == 2
     assert "--encoding" in capsys.readouterr().err
+
+
+def test_the_version_and_the_module(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert said == f"ttt4rec {importlib.metadata.version('ttt4rec')}\n"
+    run = subprocess.run([sys.executable, "-m", "ttt4rec", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == said
 
 
 def test_report_of_two_seeds(run, tmp_path, capsys):
