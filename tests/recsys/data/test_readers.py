@@ -66,10 +66,10 @@ def test_parquet_types(tmp_path, times, kind, expected):
         ({"times": [1.0, float("nan"), float("inf")]}, "the first of 2 bad rows"),
         ({"times": [1, None, 3]}, "row 2: "),
         ({"times": [b"1", b"2", b"3"]}, "must have numbers, dates or timestamps in column 'timestamp'; given binary"),
-        ({"times": ["1", "soon", "3"]}, "row 2: a time must be a time .*; given 'soon'"),
+        ({"times": ["1", "soon", "3"]}, "row 2: 'timestamp' must be a time .*; given 'soon'"),
         (
             {"times": ["1", "1970-01-01", "3"]},
-            "row 2: a time must be a number, as the times before it are; given '1970",
+            "row 2: 'timestamp' must be a number, as the times before it are; given '1970",
         ),
         ({"times": arrow.array([0, 1, 1000], arrow.timestamp("ns"))}, "row 2: a time must be to microseconds"),
         ({"users": [1.5, 2.0, 3.0]}, "must have strings, integers or UUIDs in column 'user_id'; given double"),

@@ -236,6 +236,10 @@ def test_frames_of_pandas_as_people_have_them():
     assert rows_of(load_interactions(frame.set_index([[7, 7, 5, 1]]).iloc[1:])) == expected("whole")[1:]
     zoned = frame.assign(timestamp=pandas.to_datetime(frame.timestamp, unit="s", utc=True).dt.tz_convert("Asia/Tokyo"))
     assert rows_of(load_interactions(zoned)) == expected("whole")
+    mixed = frame.assign(timestamp=[pandas.Timestamp("2024-01-01"), 5, 6, 7])
+    assert "position 1: 'timestamp' must be a date, as the times before it are; given 5" in refusal(mixed)
+    assert "must have one column 'user_id'; given 2 among" in refusal(pandas.concat([frame, frame], axis=1))
+    assert "Series must be a table that pyarrow can read" in refusal(frame.user_id)
     floats = frame.assign(user_id=[1.0, 2.0, None, 3.0])
     assert "position 0: 'user_id' must be an id (a text, a whole number or a UUID); given 1.0" in refusal(floats)
 
@@ -247,6 +251,7 @@ def test_frames_of_polars_as_people_have_them():
     assert rows_of(load_interactions(frame.with_columns(polars.col("item_id").cast(polars.Categorical)))) == (
         expected("whole") * 2
     )
+    assert "given LazyFrame; give its .collect()" in refusal(frame.lazy())
 
 
 def test_datasets_that_were_shuffled():

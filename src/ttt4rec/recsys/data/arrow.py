@@ -243,7 +243,7 @@ def _read_times(
     if _is_text(column.type):
         whole = _whole(column)
         if whole is None:
-            return _texts(column.to_pylist(), blank, times)
+            return _texts(column.to_pylist(), blank, times, options.time_field)
         column = whole
     values, per_second = _numbers(column)
     if per_second is None and values.dtype == np.float64:
@@ -289,7 +289,7 @@ def _whole(column: Any) -> Any | None:
         return None
 
 
-def _texts(texts: list[str | None], blank: Mask, times: Times) -> tuple[TimeChunk, dict[int, str]]:
+def _texts(texts: list[str | None], blank: Mask, times: Times, field: str) -> tuple[TimeChunk, dict[int, str]]:
     good = [(row, text) for row, text in enumerate(texts) if text is not None and not blank[row]]
     bad = {int(row): _BLANK for row in np.flatnonzero(blank)}
     try:
@@ -297,5 +297,5 @@ def _texts(texts: list[str | None], blank: Mask, times: Times) -> tuple[TimeChun
     except ValueError:
         wrong = {row: what for row, text in good if (what := times.problem(text)) is not None}
     kept = [text for row, text in good if row not in wrong]
-    bad |= {row: f"a time must be {what}; given {printable(repr(texts[row]), 200)}" for row, what in wrong.items()}
+    bad |= {row: f"{field!r} must be {what}; given {printable(repr(texts[row]), 200)}" for row, what in wrong.items()}
     return times.texts(kept), bad

@@ -39,6 +39,8 @@ def read_table(source: object, options: DataOptions) -> Interactions:
     speaks = hasattr(source, "__arrow_c_stream__") or _is_dataset(source)
     if speaks and (found := _by_arrow(name, source, options)) is not None:
         return found
+    if hasattr(source, "collect") and hasattr(source, "collect_schema"):
+        raise DataError(f"data must be a frame that is computed; given {name}; give its .collect()")
     if isinstance(source, Mapping) or _has_columns(source):
         return _read(name, _sliced(name, source, options), options)
     if isinstance(source, Iterable) and not isinstance(source, str | bytes):
@@ -63,8 +65,13 @@ def _by_arrow(name: str, source: Any, options: DataOptions) -> Interactions | No
         return None
     from ttt4rec.recsys.data import arrow as reading
 
-    if hasattr(source, "loc") and all(list(source.columns).count(field) == 1 for field in options.fields.values()):
-        source = source.loc[:, list(options.fields.values())]  # pandas would convert all columns
+    fields = list(options.fields.values())
+    if hasattr(source, "loc") and _has_columns(source):
+        if any(list(source.columns).count(field) != 1 for field in fields):
+            return None
+        source = source.loc[:, fields]  # pandas would convert all columns
+        if any(source[field].dtype == object for field in fields[2:]):
+            return None  # of dates and numbers pyarrow would make dates
     try:
         if _is_dataset(source):
             tables = source.with_format("arrow").iter(reading.ROWS_PER_BATCH)
