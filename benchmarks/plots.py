@@ -32,10 +32,11 @@ README_SIDES = {
 
 
 def plot_for_readme(result: Result, path: Path) -> None:
-    """Write the plot of training time a token against the length, at the smallest width."""
+    """Write the plot of training time a token against the length, at the smallest width; absent sides have no line."""
     runs = passes(result, TRAINING)
     width = min(run.info["width"] for run in runs)
     lines = {side: [run for run in runs if run.side == side and run.info["width"] == width] for side in README_SIDES}
+    lines = {side: own for side, own in lines.items() if own}
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -65,14 +65,14 @@ def plot(moved: Sequence[float], surprise: Sequence[float], shift: int, path: Pa
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, sharex=True)
     events = range(1, len(moved) + 1)
-    above.plot(events, surprise, ".-", color="C3")
+    above.plot(events, surprise, ".-", color="#0072b2")
     above.axhline(1, color="gray", linewidth=0.8)
     above.set(ylabel="surprise", ylim=(0, None))
-    below.plot(events, moved, ".-", color="C0")
+    below.plot(events, moved, ".-", color="#d55e00")
     below.set(ylabel="moved", xlabel="event", ylim=(0, None))
     for axes in (above, below):
         axes.axvline(shift + 0.5, color="gray", linestyle=":")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=200)
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[list[float], list[float]]:

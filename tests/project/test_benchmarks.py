@@ -266,7 +266,10 @@ def test_performance_and_reports_are_what_the_committed_results_give():
 
 
 def test_the_readmes_plot_is_made_of_a_committed_result(tmp_path):
-    plot_for_readme(report.committed()[0], tmp_path / "plot.png")
+    result = report.committed()[0]
+    plot_for_readme(result, tmp_path / "plot.png")
+    result.runs = [run for run in result.runs if not run.side.startswith("Mamba")]  # whose package was not installed
+    plot_for_readme(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
