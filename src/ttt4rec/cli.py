@@ -1,9 +1,10 @@
-"""The command line: ``ttt4rec train``, ``evaluate``, ``recommend``, ``report`` and ``serve``."""
+"""The command line: ``ttt4rec train``, ``evaluate``, ``recommend``, ``similar``, ``report`` and ``serve``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +15,7 @@ from ttt4rec.extras import MissingPackageError
 from ttt4rec.fields import choices, descriptions
 from ttt4rec.models.presets import PRESETS
 from ttt4rec.models.ttt4rec import TTT4RecConfig
-from ttt4rec.options import ServeOptions, TrainOptions
+from ttt4rec.options import DataOptions, ServeOptions, TrainOptions
 
 _EPILOG = """\
 examples:
@@ -22,7 +23,8 @@ examples:
   ttt4rec train ml-100k --preset best --out runs/best
   ttt4rec train events.csv --user-field customer --item-field product --time-field at --out runs/shop
   ttt4rec evaluate runs/ml-100k --part valid
-  ttt4rec recommend runs/ml-100k --user 196 --exclude-seen
+  ttt4rec recommend runs/ml-100k --user 196
+  ttt4rec recommend runs/ml-100k --all-users --out best.csv
   ttt4rec recommend runs/ml-100k --history 50 181 174
   ttt4rec serve runs/ml-100k --port 8000
 """
@@ -95,6 +97,7 @@ _KINDS: dict[Any, dict[str, Any]] = {
     float: {"type": float, "metavar": "X"},
     float | None: {"type": float, "metavar": "X"},
     str: {"metavar": "NAME"},
+    str | None: {"metavar": "TEXT"},
     tuple[str, ...]: {"nargs": "+", "metavar": "NAME"},
 }
 """What an option takes by the annotation of its field."""
@@ -117,10 +120,12 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"ttt4rec {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(_command(commands, "train", "learn from interactions, rank the test targets, write a model folder"))
     _add_evaluate(_command(commands, "evaluate", "HR, NDCG and MRR of a trained model over the full catalogue"))
     _add_recommend(_command(commands, "recommend", "the best items for a user or a history"))
+    _add_similar(_command(commands, "similar", "the items that are most like one, by what is taken after it"))
     _add_serve(_command(commands, "serve", "take events and recommend over HTTP, by what users did until now"))
     report = _command(
         commands, "report", "configuration, data, curves and metrics of runs, such as seeds, side by side"
@@ -128,6 +133,13 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("folders", nargs="+", metavar="DIR", help="folders that train wrote")
     report.add_argument("--out", required=True, metavar="DIR", help="where to write report.md and curves.png")
     return parser
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("ttt4rec")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _command(commands: argparse._SubParsersAction[_Parser], name: str, text: str) -> argparse.ArgumentParser:
@@ -146,9 +158,8 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     about = f"defaults of model and training that go together ({each}; default: none)"
     command.add_argument("--preset", choices=tuple(PRESETS), help=about)
     data = command.add_argument_group("data")
-    data.add_argument("--user-field", default="user_id", metavar="NAME", help="column of user ids")
-    data.add_argument("--item-field", default="item_id", metavar="NAME", help="column of item ids")
-    data.add_argument("--time-field", default="timestamp", metavar="NAME", help="column of times, numbers or dates")
+    command.set_defaults(given=[])
+    _add_fields(data, DataOptions)
     about = "drop users with fewer interactions"
     data.add_argument("--min-user", action=_Given, type=_whole, default=5, metavar="N", help=about)
     data.add_argument("--min-item", type=_whole, default=5, metavar="N", help="drop items with fewer interactions")
@@ -158,7 +169,6 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--split-by", default="ratio", choices=ways, help=about)
     data.add_argument("--split", default="3:2:5", metavar="A:B:C", help="shares of train, validation and test")
-    command.set_defaults(given=[])
     _add_fields(command.add_argument_group("model"), TTT4RecConfig, leave_out=_ONLY_FROM_PYTHON)
     _add_fields(command.add_argument_group("training"), TrainOptions)
     _add_machine(command)
@@ -191,6 +201,10 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--exclude-seen", action="store_true", help="rank only items new to the user, for such targets"
     )
+    command.add_argument("--intervals", action="store_true", help="with 95 %% intervals, by bootstrap over users")
+    about = "a list for each user, against all of the part: precision, recall, coverage, ..., with intervals"
+    command.add_argument("--lists", action="store_true", help=about)
+    command.add_argument("--include-seen", action="store_true", help="with --lists: items of the history too")
     command.add_argument("--cutoffs", type=_whole, nargs="+", default=[10, 50], metavar="K", help="the k of HR@k")
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_machine(command)
@@ -200,6 +214,8 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="DIR", help="folder that train wrote")
     who = command.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", metavar="ID", help="a user of the training data")
+    who.add_argument("--users", metavar="FILE", help="users of the training data, one a line")
+    who.add_argument("--all-users", action="store_true", help="every user of the training data")
     who.add_argument("--history", nargs="+", metavar="ITEM", help="anybody's item ids, oldest first")
     who.add_argument(
         "--histories",
@@ -207,9 +223,30 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
         help="a history a line, ids separated by blanks or a JSON array of strings; prints JSON lines",
     )
     command.add_argument("-k", "--k", type=_whole, default=10, metavar="N", help="how many items")
-    command.add_argument("--exclude-seen", action="store_true", help="leave out items of the history")
+    command.add_argument("--include-seen", action="store_true", help="offer items of the history too")
+    command.add_argument("--allow", metavar="FILE", help="offer nothing but these items, one a line")
+    command.add_argument("--deny", metavar="FILE", help="offer none of these items, one a line")
+    command.add_argument("--min-score", type=float, metavar="X", help="offer nothing of a lower score")
+    command.add_argument("--popular", action="store_true", help="what is popular of late, without a known history")
+    about = "from 0 to 1: prefer items unlike those above them (maximal marginal relevance)"
+    command.add_argument("--diversity", type=float, default=0.0, metavar="X", help=about)
+    about = "write a table: .csv, .tsv, .jsonl or .parquet; without it, many users' are lines of JSON on stdout"
+    command.add_argument("--out", metavar="FILE", help=about)
+    _add_titles(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_machine(command)
+
+
+def _add_similar(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="DIR", help="folder that train wrote")
+    command.add_argument("item", metavar="ITEM", help="an item of the training data")
+    command.add_argument("-k", "--k", type=_whole, default=10, metavar="N", help="how many items")
+    _add_titles(command)
+
+
+def _add_titles(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--titles", metavar="FILE", help="a text file with a column of item ids and one of titles")
+    command.add_argument("--encoding", default="utf-8", metavar="NAME", help="of the titles, such as latin-1")
 
 
 def _add_serve(command: argparse.ArgumentParser) -> None:

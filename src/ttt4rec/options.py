@@ -5,6 +5,7 @@ It stands apart from ``recsys``, which needs more packages.
 
 from __future__ import annotations
 
+import codecs
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,58 @@ from .checks import check_integer, check_positive, is_number
 from .fields import check_choices, choice
 from .models.losses import LOSSES
 from .models.presets import preset
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How interactions are read.
+
+    Attributes:
+        user_field: column of user ids.
+        item_field: column of item ids.
+        time_field: column of times, numbers or dates.
+        separator: between the fields of a text file; by default what its suffix or its first line says.
+        columns: names of the columns of a text file that has no header line.
+        encoding: of a text file, such as latin-1.
+        date_format: how dates are written, such as %m/%d/%Y %H:%M; by default as in 2024-12-31T23:59:59.
+        row_order: read no times: what comes first was first.
+        skip_bad_rows: leave out at most so many rows that cannot be understood.
+    """
+
+    user_field: str = "user_id"
+    item_field: str = "item_id"
+    time_field: str = "timestamp"
+    separator: str | None = None
+    columns: tuple[str, ...] = ()
+    encoding: str = "utf-8"
+    date_format: str | None = None
+    row_order: bool = False
+    skip_bad_rows: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        object.__setattr__(self, "columns", tuple(self.columns or ()))
+        check_integer("skip_bad_rows", self.skip_bad_rows, least=0)
+        if self.separator is not None and (not self.separator or set(self.separator) & set('\r\n"')):
+            raise ValueError(f"separator must be one or more characters other than quotes; given {self.separator!r}")
+        try:
+            "".encode(self.encoding)
+            name = codecs.lookup(self.encoding).name
+        except LookupError as error:
+            raise ValueError(
+                f"encoding must be one that Python knows, such as latin-1; given {self.encoding!r}"
+            ) from error
+        object.__setattr__(self, "encoding", name)
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Names of the columns to read, by the options that give them."""
+        names = ("user_field", "item_field") if self.row_order else ("user_field", "item_field", "time_field")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,10 @@ from tools.documents import ROOT
 PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "studies/README.md"] + [
     str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("**/*.md"))
 ]
-TOGETHER = [["README.md"], ["docs/layer.md"], ["docs/recommender.md", "docs/online.md"]]
+TOGETHER = [
+    ["README.md"], ["docs/layer.md"], ["docs/recommender.md", "docs/online.md"], ["docs/data.md"],
+    ["docs/recommending.md"], ["docs/metrics.md"],
+]  # fmt: skip
 """Pages whose blocks run one after the other, each with the names of those before it."""
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]+))?\)")
 

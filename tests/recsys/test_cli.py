@@ -1,6 +1,8 @@
 """The command line, in process."""
 
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 import os
 import re
@@ -8,8 +10,10 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow as arrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from tests.support.recsys_data import SMALL, write_events
 from ttt4rec import TTT4Rec
@@ -20,7 +24,7 @@ from ttt4rec.inner_models import INNER_MODELS
 from ttt4rec.models.losses import LOSSES
 from ttt4rec.models.mixers import MIXERS
 from ttt4rec.models.ttt4rec import TTT4RecConfig
-from ttt4rec.options import TrainOptions
+from ttt4rec.options import DataOptions, TrainOptions
 from ttt4rec.recsys.training.checkpoint import load_checkpoint
 from ttt4rec.recsys.training.train import CHECKPOINT_FILE
 
@@ -88,6 +92,43 @@ def test_other_splits(tmp_path, capsys, split):
     assert json.loads(capsys.readouterr().out) == pytest.approx(expected)
 
 
+def test_training_on_a_file_as_people_have_it(tmp_path, capsys):
+    """No header, other separators and encoding, American dates, a bad line; ids that are numbers, in Parquet."""
+    rows = [line.split("\t") for line in write_events(tmp_path / "ring.inter").read_text().splitlines()[1:]]
+    day = [datetime.datetime.fromtimestamp(int(time), datetime.timezone.utc) for _, _, time in rows]
+    lines = [f"{u}::{i}::é::{at:%m/%d/%Y %H.%M.%S}" for (u, i, _), at in zip(rows, day, strict=True)]
+    (tmp_path / "ratings.dat").write_bytes("\n".join([*lines, "bad"]).encode("latin-1"))
+    command = ["train", str(tmp_path / "ratings.dat"), "--out", str(tmp_path / "run"), "--epochs", "1", *SMALL]
+    options = ["--columns", "user_id", "item_id", "note", "timestamp", "--encoding", "latin-1"]
+    options += ["--date-format", "%m/%d/%Y %H.%M.%S", "--skip-bad-rows", "1"]
+    assert main([*command, *options]) == 0
+    said = capsys.readouterr()
+    assert f"60 users, 24 items, {len(rows):,} interactions" in said.out
+    assert "left out 1 of the rows" in said.err
+    expected = json.loads((tmp_path / "run" / "run.json").read_text())["test"]
+    users, items, times = ([int(x.strip("ui")) for x in column] for column in zip(*rows, strict=True))
+    table = arrow.table({"user_id": users, "item_id": items, "timestamp": times})
+    parquet.write_table(table, tmp_path / "ring.parquet")
+    command[1], command[3] = str(tmp_path / "ring.parquet"), str(tmp_path / "whole")
+    assert main(command) == 0
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["test"] == expected
+    capsys.readouterr()
+    assert main(["recommend", str(tmp_path / "whole"), "--user", "5", "--json"]) == 0
+    assert {type(entry["item"]) for entry in json.loads(capsys.readouterr().out)["items"]} == {int}
+    assert main(["train", str(tmp_path / "ratings.dat"), "--out", str(tmp_path / "no"), *SMALL]) == 2
+    assert "--encoding" in capsys.readouterr().err
+
+
+def test_the_version_and_the_module(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert said == f"ttt4rec {importlib.metadata.version('ttt4rec')}\n"
+    run = subprocess.run([sys.executable, "-m", "ttt4rec", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == said
+
+
 def test_report_of_two_seeds(run, tmp_path, capsys):
     seeds = [tmp_path / "seeds" / str(seed) for seed in range(2)]
     for seed, out in enumerate(seeds):
@@ -124,7 +165,7 @@ def test_report_of_two_seeds(run, tmp_path, capsys):
 def test_recommend(run, capsys):
     assert main(["recommend", str(run / "run"), "--user", "u3", "--k", "4"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
-    command = ["recommend", str(run / "run"), "--history", "i1", "new", "i2", "--exclude-seen", "--json"]
+    command = ["recommend", str(run / "run"), "--history", "i1", "new", "i2", "--json"]
     assert main(command) == 0
     printed = capsys.readouterr()
     answer = json.loads(printed.out)
@@ -242,7 +283,7 @@ def test_a_closed_pipe_ends_quietly(run, question, lines):
     assert process.returncode == 141
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"], ["report"], ["serve"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"], ["similar"], ["report"], ["serve"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
@@ -340,6 +381,7 @@ def test_numbers_that_are_no_sizes_are_one_line(capsys, command, option, value):
     required = {
         "train": ["ring.inter", "--out", "run"],
         "recommend": ["run", "--user", "u1"],
+        "similar": ["run", "i1"],
         "evaluate": ["run"],
         "serve": ["run"],
     }
@@ -351,7 +393,7 @@ def test_numbers_that_are_no_sizes_are_one_line(capsys, command, option, value):
 
 
 def test_large_numbers_where_there_is_no_limit(run, capsys):
-    assert main(["recommend", str(run / "run"), "--user", "u1", "-k", str(2**31 - 1)]) == 0
+    assert main(["recommend", str(run / "run"), "--user", "u1", "-k", str(2**31 - 1), "--include-seen"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 24
     assert main(["evaluate", str(run / "run"), "--cutoffs", str(2**31 - 1)]) == 0
 
@@ -403,7 +445,7 @@ NOT_ON_THE_COMMAND_LINE = {
 }  # num_items: from the data
 
 
-@pytest.mark.parametrize("target", [TTT4RecConfig, TrainOptions])
+@pytest.mark.parametrize("target", [TTT4RecConfig, TrainOptions, DataOptions])
 def test_the_options_of_training_are_the_fields_of_the_classes(target):
     options = {action.dest: action for action in commands_of(make_parser())["train"]._actions}
     fields = {field.name: field.default for field in dataclasses.fields(target)}
@@ -466,7 +508,7 @@ def test_the_options_of_training_are_those_that_commands_were_written_with():
     assert parse(["train", "x", "--out", "y", "--max-inner-step", "0.5"]).max_inner_step == 0.5
 
 
-@pytest.mark.parametrize("target", [TTT4RecConfig, TrainOptions])
+@pytest.mark.parametrize("target", [TTT4RecConfig, TrainOptions, DataOptions])
 def test_every_field_is_described_where_it_is_and_the_help_repeats_it(target, capsys):
     about = descriptions(target)
     assert list(about) == [field.name for field in dataclasses.fields(target)]

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import uuid
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.recsys_data import NUM_ITEMS, make_model, make_split
 from ttt4rec.models import full_softmax
+from ttt4rec.recsys.online import OnlineRecommender, SQLiteEventLog
 from ttt4rec.recsys.recommend import Recommendations, Recommender
 from ttt4rec.recsys.training.train import TrainOptions, fit
 
@@ -34,14 +36,15 @@ def test_a_known_user_is_a_history(trained):
     user = trained.histories.user_ids[3]
     history = [trained.histories.item_ids[code - 1] for code in trained.histories.history(3)]
     assert trained.recommend(user, k=6) == trained.recommend(history=history, k=6)
-    assert trained.recommend(user, k=6) == trained.recommend(history=history[-8:], k=6)  # max_len
+    short = trained.recommend(history=history[-8:], k=6, exclude_seen=False)  # max_len
+    assert trained.recommend(user, k=6, exclude_seen=False) == short
 
 
 def test_seen_items_and_large_k(trained):
     history = ["i1", "i2", "i3", "i4"]
-    everything = trained.recommend(history=history, k=1000).items
+    everything = trained.recommend(history=history, k=1000, exclude_seen=False).items
     assert len({item for item, _ in everything}) == len(everything) == NUM_ITEMS
-    unseen = trained.recommend(history=history, k=1000, exclude_seen=True).items
+    unseen = trained.recommend(history=history, k=1000).items
     assert unseen == [entry for entry in everything if entry[0] not in history]
 
 
@@ -49,7 +52,7 @@ def test_ties_keep_the_catalogues_order(tmp_path):
     split = make_split(tmp_path)
     model = make_model(split)
     torch.nn.init.zeros_(model.embedding.weight)
-    items = Recommender(model, split.histories).recommend(history=["i1"], k=5).items
+    items = Recommender(model, split.histories).recommend(history=["i1"], k=5, exclude_seen=False).items
     assert [item for item, _ in items] == list(split.histories.item_ids[:5])
 
 
@@ -99,8 +102,8 @@ def test_a_batch_with_histories_that_hold_no_known_item(trained):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "given neither"),
-        ({"user_id": "u1", "history": ["i1"]}, "given both"),
+        ({}, "given none of them"),
+        ({"user_id": "u1", "history": ["i1"]}, "given user_id and history"),
         ({"user_id": "stranger"}, "user_id must be one of the data's 60 users; given 'stranger'"),
         ({"history": []}, "at least one known item"),
         ({"history": ["x", "y"]}, "at least one known item"),
@@ -134,6 +137,35 @@ def test_save_and_load(trained, tmp_path):
     assert loaded.recommend("u5", k=20) == trained.recommend("u5", k=20)
     assert loaded.histories.times.dtype == trained.histories.times.dtype
     assert not list(tmp_path.glob("*.part"))
+
+
+IDS = {"int": lambda text: int(text[1:]), "uuid": lambda text: uuid.UUID(int=int(text[1:]) + 5)}
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_ids_of_other_types_are_kept_and_come_back(trained, tmp_path, kind):
+    of = IDS[kind]
+    ids = {what: tuple(map(of, getattr(trained.histories, what))) for what in ("user_ids", "item_ids")}
+    typed = Recommender(trained.model, dataclasses.replace(trained.histories, **ids))
+    typed.save(tmp_path)
+    loaded = Recommender.load(tmp_path)
+    assert loaded.histories.user_ids == typed.histories.user_ids
+    expected = [(of(item), score) for item, score in trained.recommend("u5", k=20).items]
+    assert loaded.recommend(of("u5"), k=20).items == loaded.recommend(str(of("u5")), k=20).items == expected
+    history = [of("i3"), str(of("i4")), "i5", of("i600")]
+    result = loaded.recommend(history=history, k=3)
+    assert result.unknown == ("i5", of("i600"))
+    assert result.items == typed.recommend(history=[of("i3"), of("i4")], k=3).items
+    log = SQLiteEventLog(tmp_path / "events.db")
+    log.begin(loaded.histories)
+    online = OnlineRecommender(loaded.model, loaded.histories.item_ids, log, pool_bytes=10_000_000)
+    (best,) = online.recommend([str(of("u5"))], k=3)
+    offline = typed.recommend(of("u5"), k=3, exclude_seen=True).items
+    assert [item for item, _ in best] == [str(item) for item, _ in offline]
+    ids = json.loads((tmp_path / "ids.json").read_text())
+    (tmp_path / "ids.json").write_text(json.dumps(ids | {"items": ["x", *ids["items"][1:]]}))
+    with pytest.raises(ValueError, match="do not belong together"):
+        Recommender.load(tmp_path)
 
 
 def test_a_damaged_folder_is_a_clear_error(trained, tmp_path):

@@ -1,6 +1,6 @@
 """Sequential recommendation with TTT layers: data, splits, training, evaluation and recommendations.
 
-The folders hold the rest: ``data``, ``training`` and ``online``; ``recommend`` and the adapters ``recbole`` and
+The folders hold the rest: ``data``, ``recommend``, ``training`` and ``online``; the adapters ``recbole`` and
 ``rectools`` stand beside them.
 """
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,28 @@ from ttt4rec.extras import require
 from ttt4rec.malloc import keep_freed_memory
 from ttt4rec.models.presets import PRESETS
 from ttt4rec.models.ttt4rec import TTT4Rec, TTT4RecConfig
-from ttt4rec.options import ServeOptions, TrainOptions
-from ttt4rec.recsys.data import Histories, Interactions, build_histories, filter_k_core, keep_item_codes
+from ttt4rec.options import DataOptions, ServeOptions, TrainOptions
+from ttt4rec.recsys.data import Histories, Id, Interactions, build_histories, filter_k_core, keep_item_codes
 from ttt4rec.recsys.data.datasets import load_interactions
 from ttt4rec.recsys.data.public import PUBLIC
 from ttt4rec.recsys.data.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.data.text import DataError, TextFile
 from ttt4rec.recsys.data.windows import evaluation_prefixes
-from ttt4rec.recsys.recommend import Recommendations, Recommender
+from ttt4rec.recsys.recommend import Recommender, offers
+from ttt4rec.recsys.recommend.rerank import MaximalMarginalRelevance
+from ttt4rec.recsys.recommend.titles import read_titles
 from ttt4rec.recsys.training import parallel
 from ttt4rec.recsys.training.evaluate import evaluate as evaluate_windows
+from ttt4rec.recsys.training.evaluate import evaluate_with_intervals
+from ttt4rec.recsys.training.intervals import Estimate
+from ttt4rec.recsys.training.lists import evaluate_lists
+from ttt4rec.recsys.training.progress import progress_bar
 from ttt4rec.recsys.training.report import RUN_FILE, describe_data, write_card, write_report
 from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, fit
 
 _MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
 _FEW_STEPS = 50  # in an epoch
+_ASKED_AT_ONCE = 4096
 _NO_SETTINGS = ("command", "device", "threads", "given")  # arguments that say nothing of what was trained
 
 
@@ -45,9 +53,7 @@ def _train(args: Namespace, device: str) -> None:
     ratios = _ratios(args.split)
     _take_preset(args)
     options = TrainOptions(**_chosen(args, TrainOptions))
-    interactions = load_interactions(
-        args.data, user_field=args.user_field, item_field=args.item_field, time_field=args.time_field
-    )
+    interactions = load_interactions(args.data, **_chosen(args, DataOptions))
     split, cuts = _split(interactions, args, ratios)
     trained = Recommender.load(args.warm_start, device) if args.warm_start else None
     if trained is not None:
@@ -101,31 +107,66 @@ def evaluate(args: Namespace) -> None:
     run = _trained(Path(args.folder))
     recommender = Recommender.load(args.folder, device)
     split = _split_again(recommender.histories, *run)
+    if args.include_seen and not args.lists:
+        raise ValueError("--include-seen must come with --lists; without it, only --exclude-seen leaves out seen items")
+    asked: dict[str, Any] = {"cutoffs": args.cutoffs, "progress": sys.stderr.isatty()}
+    if args.lists:
+        _print_estimates(
+            evaluate_lists(recommender, split, args.part, exclude_seen=not args.include_seen, **asked), args.json
+        )
+        return
     windows = evaluation_prefixes(split, args.part, max_len=recommender.model.config.max_len)
-    metrics = evaluate_windows(
-        recommender.model,
-        windows,
-        cutoffs=args.cutoffs,
-        exclude_seen=args.exclude_seen,
-        progress=sys.stderr.isatty(),
-    )
+    asked["exclude_seen"] = args.exclude_seen
+    if args.intervals:
+        _print_estimates(evaluate_with_intervals(recommender.model, windows, **asked), args.json)
+        return
+    metrics = evaluate_windows(recommender.model, windows, **asked)
     print(json.dumps(metrics, indent=2) if args.json else f"{args.part}  {_format(metrics)}")
 
 
-def recommend(args: Namespace) -> None:
-    """Print the best items for a user or a history."""
-    recommender = Recommender.load(args.folder, _machine(args))
-    if args.histories is not None:
-        _recommend_file(recommender, args)
+def _print_estimates(found: Mapping[str, Estimate], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({name: dataclasses.asdict(metric) for name, metric in found.items()}, indent=2))
         return
-    result = recommender.recommend(args.user, args.history, k=args.k, exclude_seen=args.exclude_seen)
+    for name, metric in found.items():
+        interval = "" if metric.low is None else f"  [{metric.low:.4f}, {metric.high:.4f}]"
+        print(f"{name:14}  {metric.value:.4f}{interval}")
+
+
+def recommend(args: Namespace) -> None:
+    """Print the best items for a user or a history, or write those for many."""
+    recommender = Recommender.load(args.folder, _machine(args))
+    titles = None if args.titles is None else read_titles(Path(args.titles), args.encoding)
+    wanted: dict[str, Any] = {name: getattr(args, name) for name in ("k", "min_score", "popular")}
+    wanted["exclude_seen"] = not args.include_seen
+    wanted |= {name: _ids_in(Path(getattr(args, name))) for name in ("allow", "deny") if getattr(args, name)}
+    if args.diversity:
+        wanted["rerank"] = MaximalMarginalRelevance(recommender.model.embedding.weight, args.diversity)
+    if args.out is not None or args.user is args.history is None:
+        _recommend_many(recommender, args, wanted, titles)
+        return
+    result = recommender.recommend(args.user, args.history, **wanted)
     if args.json:
-        print(json.dumps(_as_json(result), indent=2))
+        print(json.dumps(offers.as_json(result, titles), indent=2))
     else:
-        for rank, (item, score) in enumerate(result.items, start=1):
-            print(f"{rank:3d}  {printable(item)}  {score:.4f}")
+        _print_items(result.items, titles)
+        if result.source == "popular":
+            print("popular of late, as there is no history with a known item", file=sys.stderr)
     if result.unknown:
-        print(f"not in the catalogue, left out: {', '.join(map(printable, result.unknown))}", file=sys.stderr)
+        print(f"not in the catalogue, left out: {', '.join(map(printable, map(str, result.unknown)))}", file=sys.stderr)
+
+
+def similar(args: Namespace) -> None:
+    """Print the items most like one."""
+    recommender = Recommender.load(args.folder)
+    titles = None if args.titles is None else read_titles(Path(args.titles), args.encoding)
+    _print_items(recommender.similar_items(args.item, k=args.k), titles)
+
+
+def _print_items(items: list[tuple[Id, float]], titles: Mapping[str, str] | None) -> None:
+    for rank, (item, score) in enumerate(items, start=1):
+        title = "" if titles is None else f"  {printable(titles.get(str(item), ''))}"
+        print(f"{rank:3d}  {printable(str(item))}  {score:.4f}{title}".rstrip())
 
 
 def report(args: Namespace) -> None:
@@ -141,17 +182,72 @@ def serve(args: Namespace) -> None:
     command.serve(Path(args.folder), ServeOptions(**_chosen(args, ServeOptions)))
 
 
-def _recommend_file(recommender: Recommender, args: Namespace) -> None:
-    """A line of JSON for each line of a file."""
+def _recommend_many(
+    recommender: Recommender, args: Namespace, wanted: dict[str, Any], titles: Mapping[str, str] | None
+) -> None:
+    """A line of JSON for each user or history, or rows of a file."""
+    total, sources, unserved = 0, 0, 0
+    out = None if args.out is None else Path(args.out)
+    everyone = len(recommender.histories.user_ids) if args.all_users else 0
+    by_history = args.histories is not None or args.history is not None
+    with (
+        offers.sink(out, titles, named=not by_history) as write,
+        progress_bar(
+            total=everyone, unit="user", desc="recommend", enabled=out is not None and sys.stderr.isatty()
+        ) as bar,
+    ):
+        for chunk in _asked(recommender, args):
+            if by_history:
+                results = recommender.recommend_batch([history for _, history in chunk], **wanted)
+            else:
+                results = recommender.recommend(users=[user for user, _ in chunk], **wanted)
+            write([user for user, _ in chunk], results)
+            bar.update(len(chunk))
+            total += len(chunk)
+            sources += sum(result.source == "popular" for result in results)
+            unserved += sum(not result.items for result in results)
+    if out is not None:
+        print(f"recommendations for {total - unserved:,} of {total:,} in {out}")
+    if sources:
+        print(f"what is popular of late for {sources:,}, who have no history with a known item", file=sys.stderr)
+    if unserved and out is not None:
+        reason = "no item was left, or no history with a known item; --popular serves the latter"
+        print(f"nothing for {unserved:,}: {reason}", file=sys.stderr)
+
+
+def _asked(recommender: Recommender, args: Namespace) -> Iterator[list[tuple[Id, list[str]]]]:
+    """Who asks, some at a time: users, or numbers of histories and the histories."""
+    if args.all_users:
+        ids = recommender.histories.user_ids
+        for start in range(0, len(ids), _ASKED_AT_ONCE):
+            yield [(user, []) for user in ids[start : start + _ASKED_AT_ONCE]]
+    elif args.user is not None:
+        yield [(args.user, [])]
+    elif args.history is not None:
+        yield [(1, args.history)]
+    else:
+        number = 1
+        for lines in _lines_of(Path(args.users or args.histories)):
+            if args.users is not None:
+                yield [(user, []) for line in lines if (user := line.strip())]
+            else:
+                yield [(number + place, _history(line)) for place, line in enumerate(lines)]
+            number += len(lines)
+
+
+def _ids_in(path: Path) -> list[str]:
+    """Ids of a file, one a line."""
+    return [name for lines in _lines_of(path) for line in lines if (name := line.strip())]
+
+
+def _lines_of(path: Path) -> Iterator[list[str]]:
+    """Lines of a text file, some at a time."""
     try:
-        with TextFile(Path(args.histories)) as text:
-            while chunk := [_history(line) for line in text.some(text.lines, 4096)]:
-                for result in recommender.recommend_batch(chunk, k=args.k, exclude_seen=args.exclude_seen):
-                    print(json.dumps(_as_json(result)))
+        with TextFile(path) as text:
+            while lines := list(text.some(text.lines, _ASKED_AT_ONCE)):
+                yield lines
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{args.histories} must be UTF-8 text; given the byte {error.object[error.start]:#04x}"
-        ) from error
+        raise DataError(f"{path} must be UTF-8 text; given the byte {error.object[error.start]:#04x}") from error
 
 
 def _history(line: str) -> list[str]:
@@ -165,10 +261,6 @@ def _history(line: str) -> list[str]:
     if not all(type(x) in (str, int) for x in ids):
         raise DataError(f"a history's ids must be strings or whole numbers; given the line {line.strip()[:80]!r}")
     return [str(x) for x in ids]
-
-
-def _as_json(result: Recommendations) -> dict[str, Any]:
-    return {"items": [{"item": item, "score": score} for item, score in result.items], "unknown": result.unknown}
 
 
 def _chosen(args: Namespace, target: type[Any]) -> dict[str, Any]:
@@ -292,9 +384,9 @@ def _print_epoch(report: EpochReport) -> None:
 def _show_example(recommender: Recommender) -> None:
     histories = recommender.histories
     user = histories.user_ids[0]
-    last = ", ".join(printable(histories.item_ids[code - 1]) for code in histories.history(0)[-5:])
-    best = ", ".join(printable(item) for item, _ in recommender.recommend(user, k=5, exclude_seen=True).items)
-    print(f"user {printable(user)}, whose last items are {last}: next {best}")
+    last = ", ".join(printable(str(histories.item_ids[code - 1])) for code in histories.history(0)[-5:])
+    best = ", ".join(printable(str(item)) for item, _ in recommender.recommend(user, k=5).items)
+    print(f"user {printable(str(user))}, whose last items are {last}: next {best}")
 
 
 def _format(metrics: dict[str, float]) -> str:

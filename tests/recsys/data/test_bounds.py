@@ -11,6 +11,7 @@ import tracemalloc
 import zipfile
 
 import pyarrow as arrow
+import pyarrow.csv  # whose import takes memory, once
 import pytest
 from pyarrow import parquet
 
@@ -18,8 +19,8 @@ from tests.support.crash import fork, wait
 from tests.support.recsys_data import make_model, make_split, rows_of
 from ttt4rec.cli import main
 from ttt4rec.recsys.data import DataError, datasets, read_interactions, text
+from ttt4rec.recsys.data import arrow as arrow_reading
 from ttt4rec.recsys.data import parquet as parquet_reading
-from ttt4rec.recsys.data import reading as reading
 from ttt4rec.recsys.data.public import load_public
 from ttt4rec.recsys.recommend import Recommender
 
@@ -67,19 +68,20 @@ def endless(piece, megabytes=64):
 def test_a_line_without_an_end(name, tmp_path):
     content = [header(name), row(name, b"u", b"i", b"1", b""), *endless(b"x")]
     path, messages = write(tmp_path / name, content), []
-    assert peak(lambda: messages.append(refused(path))) < 24 * MIB
+    assert peak(lambda: messages.append(refused(path))) < 48 * MIB
     assert messages[0].startswith(f"{path} line 3: ")
 
 
 def test_of_many_bad_rows_a_few_are_kept(tmp_path):
     path = write(tmp_path / "a.csv.gz", [header("a.csv"), *[b"x\n" * 1000] * 100])
     message = f"{path} line 2: a row must have 4 fields; given 1 (the first of 100000 bad lines: 2, 3, 4, 5, 6, ...)"
+    message += "; to leave them out: skip_bad_rows=100000 (--skip-bad-rows)"
 
     def refused():
         with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
             read_interactions(path)
 
-    assert peak(refused) < 2 * MIB
+    assert peak(refused) < 5 * MIB  # of which two are a block of the file
 
 
 ENDLESS = {
@@ -136,7 +138,7 @@ def test_a_long_field_over_many_lines(tmp_path):
 
 def test_many_long_rows_are_not_in_memory_together(tmp_path):
     path = write(tmp_path / "a.csv.gz", [header("csv"), *(b"u,i,1," + b"z" * MIB + b"\n" for _ in range(64))])
-    assert peak(lambda: read_interactions(path)) < 24 * MIB
+    assert peak(lambda: read_interactions(path)) < 48 * MIB  # of 64; pyarrow reads some blocks of two ahead
 
 
 def test_the_limit_of_the_csv_module_is_as_before(tmp_path):
@@ -207,9 +209,10 @@ def test_a_parquet_file_of_one_long_id(tmp_path):
 
 def test_parquet_batches_of_long_ids_are_short(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_reading, "_BYTES_PER_BATCH", 10_000)
-    seen, encode = [], parquet_reading._encode
+    monkeypatch.setattr(arrow_reading, "_BYTES_PER_TABLE", 10_000)
+    seen, encode = [], arrow_reading._Encoder.encode
     monkeypatch.setattr(
-        parquet_reading, "_encode", lambda column, codes: (seen.append(len(column)), encode(column, codes))[1]
+        arrow_reading._Encoder, "encode", lambda self, column: (seen.append(len(column)), encode(self, column))[1]
     )
     ids = [f"{number:01000}" for number in range(100)]
     table = arrow.table({"user_id": ids, "item_id": ids, "timestamp": list(range(100))})
@@ -230,7 +233,7 @@ def test_parquet_dictionaries_with_more_than_is_used(tmp_path):
     parquet.write_table(table.slice(0, 4), tmp_path / "a.parquet")
     assert read_interactions(tmp_path / "a.parquet").user_ids == ("a", "b")
     column = arrow.DictionaryArray.from_arrays(arrow.array([1, 0, None]), arrow.array(["a", None]))
-    assert parquet_reading._encode(column, reading.Codes())[1].tolist() == [True, False, True]
+    assert arrow_reading._Encoder().encode(arrow.chunked_array([column])).codes.tolist() == [-1, 0, -1]
 
 
 def test_an_archive_that_unpacks_to_too_much():

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -19,6 +20,7 @@ from ttt4rec.recsys.data import (
     build_histories,
     datasets,
     filter_k_core,
+    keep_item_codes,
     read_interactions,
 )
 
@@ -75,7 +77,7 @@ def test_columns_and_separator_may_be_named(tmp_path: Path) -> None:
     fields = {"user_field": "who", "item_field": "what", "time_field": "when"}
     data = read_interactions(path, separator=";", **fields)
     assert data.user_ids == ("a b", "c")
-    assert "'.txt'" in message_of(path, **fields)
+    assert "'.txt'" in message_of(path)
 
 
 def test_text_oddities_are_read_as_meant(tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def test_bad_rows_are_counted_and_the_first_one_is_named(tmp_path: Path, row: st
         ("a.inter", HEADER + "\n\n", "must have rows after the header; given none"),
         ("a.inter", "user_id\titem_id\n1\t2\n", "must have one column 'timestamp'; given 0 among user_id, item_id"),
         ("a.csv", "user_id,user_id,item_id,timestamp\n1,2,3,4\n", "must have one column 'user_id'; given 2"),
-        ("a.csv", 'user_id,item_id,timestamp\n"a"b,2,3\n', "line 2 must be delimited text"),
+        ("a.csv", 'user_id,item_id,timestamp\n"a"b,2,3\n', "line 2: must be delimited text"),
     ],
 )
 def test_unusable_files(tmp_path: Path, name: str, text: str, expected: str) -> None:
@@ -356,6 +358,17 @@ def test_pip_is_asked_for_one_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {"recbole==1.2.1", "--no-deps", str(tmp_path)} <= set(commands[0])
 
 
+def test_items_of_a_warm_start_may_have_ids_of_another_type() -> None:
+    histories = build_histories(interactions_of([(0, 0), (0, 1), (1, 2)]))
+    whole = dataclasses.replace(histories, item_ids=(7, 5, 8))
+    kept = keep_item_codes(whole, ("5", "6"))
+    assert kept.item_ids == ("5", "6", "7", "8")
+    assert kept.items.tolist() == [3, 1, 4]
+    assert keep_item_codes(dataclasses.replace(histories, item_ids=("7", "5", "8")), (5, 6)).item_ids == (5, 6, 7, 8)
+    with pytest.raises(DataError, match="ids must be int, as those they are to go with; given 'i0'"):
+        keep_item_codes(histories, (5, 6))
+
+
 @pytest.mark.usefixtures("checksums")
 def test_loading_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTT4REC_DATA", str(tmp_path))
@@ -363,7 +376,7 @@ def test_loading_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert datasets.load_interactions("ml-100k").user_ids == ("u1", "u2")
     assert datasets.load_interactions(path).user_ids == ("u1", "u2")
     assert datasets.load_interactions(str(path)).user_ids == ("u1", "u2")
-    with pytest.raises(DataError, match=r"the data must be one of 'ml-100k', .* or the path .*; given 'ml-100'"):
+    with pytest.raises(DataError, match=r"the data must be one of 'ml-100k', .* the path .*; given 'ml-100'"):
         datasets.load_interactions("ml-100")
     with pytest.raises(DataError, match="given nothing"):
         datasets.load_interactions("absent.inter")

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from tests.support.recsys_data import rows_of
 from ttt4rec.recsys.data import DataError, Interactions, read_interactions
-from ttt4rec.recsys.data import parquet as reader
+from ttt4rec.recsys.data import arrow as reader
 
 
 def write(path, users, items, times, **types):
@@ -24,7 +24,8 @@ def write(path, users, items, times, **types):
 
 
 def test_parquet_reads_as_text_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "_ROWS_PER_BATCH", 7)
+    monkeypatch.setattr(reader, "ROWS_PER_BATCH", 7)
+    monkeypatch.setattr(reader, "_ROWS_PER_TABLE", 7)
     rows = [(f"u{i * 7 % 5}", f"i{i % 9}", 10**15 - i) for i in range(40)]
     (tmp_path / "a.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(f"{u},{i},{t}" for u, i, t in rows))
     text = read_interactions(tmp_path / "a.csv")
@@ -40,14 +41,20 @@ def test_parquet_reads_as_text_does(tmp_path, monkeypatch):
         ([1.0, 2.0], arrow.float32(), [1, 2]),
         ([1.0, 2.5], arrow.float64(), [1.0, 2.5]),
         ([3, 4], arrow.uint64(), [3, 4]),
-        ([5, 6], arrow.timestamp("ms"), [5, 6]),
-        ([7, 8], arrow.date32(), [7, 8]),
+        ([5000, 6000], arrow.timestamp("ms"), [5, 6]),
+        ([5001, 6000], arrow.timestamp("ms", "Asia/Tokyo"), [5.001, 6.0]),
+        ([5_000_001, 6], arrow.timestamp("us"), [5.000001, 0.000006]),
+        ([5_000_001_000, 6_000], arrow.timestamp("ns"), [5.000001, 0.000006]),
+        ([7, 8], arrow.date32(), [7 * 86400, 8 * 86400]),
+        ([86400_000, 0], arrow.date64(), [86400, 0]),
+        (["1e3", "5.0"], arrow.string(), [1000, 5]),
+        (["1970-01-02", "1970-01-01T00:00:01Z"], arrow.large_string(), [86400, 1]),
     ],
 )
 def test_parquet_types(tmp_path, times, kind, expected):
     path = write(tmp_path / "a.parquet", [10, 11], ["x", "x"], times, timestamp=kind)
     data = read_interactions(path)
-    assert rows_of(data) == [("10", "x", expected[0]), ("11", "x", expected[1])]
+    assert rows_of(data) == [(10, "x", expected[0]), (11, "x", expected[1])]
     assert data.times.dtype == (np.float64 if isinstance(expected[0], float) else np.int64)
 
 
@@ -58,15 +65,22 @@ def test_parquet_types(tmp_path, times, kind, expected):
         ({"items": ["a", " ", None]}, r"row 2: .*the first of 2 bad rows: 2, 3"),
         ({"times": [1.0, float("nan"), float("inf")]}, "the first of 2 bad rows"),
         ({"times": [1, None, 3]}, "row 2: "),
-        ({"times": ["1", "2", "3"]}, "must have numbers or timestamps in column 'timestamp'; given string"),
-        ({"users": [1.5, 2.0, 3.0]}, "must have strings or integers in column 'user_id'; given double"),
+        ({"times": [b"1", b"2", b"3"]}, "must have numbers, dates or timestamps in column 'timestamp'; given binary"),
+        ({"times": ["1", "soon", "3"]}, "row 2: 'timestamp' must be a time .*; given 'soon'"),
+        (
+            {"times": ["1", "1970-01-01", "3"]},
+            "row 2: 'timestamp' must be a number, as the times before it are; given '1970",
+        ),
+        ({"times": arrow.array([0, 1, 1000], arrow.timestamp("ns"))}, "row 2: a time must be to microseconds"),
+        ({"users": [1.5, 2.0, 3.0]}, "must have strings, integers or UUIDs in column 'user_id'; given double"),
         ({"times": np.array([2**63, 1, 1], dtype=np.uint64)}, "must be a readable Parquet file"),
-        ({"users": [], "items": [], "times": []}, r"must have (rows; given none|strings or integers)"),
+        ({"users": [], "items": [], "times": []}, r"must have (rows; given none|strings, integers)"),
     ],
     ids=str,
 )
 def test_bad_parquet_rows(tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(reader, "_ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(reader, "ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(reader, "_ROWS_PER_TABLE", 2)
     columns = {"users": ["a", "b", "c"], "items": ["x", "y", "z"], "times": [1, 2, 3]} | change
     with pytest.raises(DataError, match=message) as error:
         read_interactions(write(tmp_path / "a.parquet", *columns.values()))
@@ -89,7 +103,8 @@ def test_parquet_strings_of_every_type(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", [arrow.string(), arrow.large_string()], ids=str)
 def test_parquet_strings_that_are_not_utf8(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(reader, "_ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(reader, "ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(reader, "_ROWS_PER_TABLE", 3)
     raw = [b"a", b"b", b"a", b"b", b"\xff\xfe", b"\xfd"]
     binary = arrow.large_binary() if kind == arrow.large_string() else arrow.binary()
     items = arrow.array(raw, type=binary).view(kind)
@@ -103,7 +118,8 @@ def test_parquet_strings_that_are_not_utf8(tmp_path, monkeypatch, kind):
 
 def test_parquet_times_keep_what_the_column_holds(tmp_path, monkeypatch):
     """A column of floats was rounded by whoever wrote it; beside fractions, its whole times lose nothing more."""
-    monkeypatch.setattr(reader, "_ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(reader, "ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(reader, "_ROWS_PER_TABLE", 2)
     large = [float(1_700_000_000_123_456_789), 2.0**62]
     for times in (large, [*large, 0.5]):
         data = read_interactions(write(tmp_path / "a.parquet", *[["a"] * len(times)] * 2, times))
@@ -115,14 +131,16 @@ def test_parquet_times_keep_what_the_column_holds(tmp_path, monkeypatch):
 
 
 def test_a_parquet_file_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
-    seen, encode = [], reader._encode
+    seen = []
 
-    def watched(column, codes):
-        seen.append(arrow.total_allocated_bytes() - before)
-        return encode(column, codes)
+    class Watched(reader._Encoder):
+        def encode(self, column):
+            seen.append(arrow.total_allocated_bytes() - before)
+            return super().encode(column)
 
-    monkeypatch.setattr(reader, "_ROWS_PER_BATCH", 1000)
-    monkeypatch.setattr(reader, "_encode", watched)
+    monkeypatch.setattr(reader, "ROWS_PER_BATCH", 1000)
+    monkeypatch.setattr(reader, "_ROWS_PER_TABLE", 1000)
+    monkeypatch.setattr(reader, "_Encoder", Watched)
     ids = [f"{i % 100:0100}" for i in range(50_000)]  # long and few, so that codes are small beside the columns
     path = write(tmp_path / "a.parquet", ids, ids, list(range(50_000)))
     whole = 2 * len(ids) * 100  # read to be measured, the table would be freed by pyarrow's threads some time later

@@ -657,5 +657,5 @@ def test_it_agrees_with_the_recommender_up_to_max_len():
     for length in range(1, 8):
         online.observe(["u"], [ITEMS[length - 1]])
         streamed = [item for item, _ in online.recommend(["u"], 12, exclude_seen=False)[0]]
-        windowed = [item for item, _ in recommender.recommend(history=ITEMS[:length], k=12).items]
+        windowed = [item for item, _ in recommender.recommend(history=ITEMS[:length], k=12, exclude_seen=False).items]
         assert (streamed == windowed) == (length <= model.config.max_len), length

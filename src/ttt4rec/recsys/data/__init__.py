@@ -1,5 +1,6 @@
 """From files to what is trained on: reading, filters, histories, splits and windows."""
 
+from ttt4rec.recsys.data.ids import Id
 from ttt4rec.recsys.data.interactions import (
     Histories,
     IntArray,
@@ -14,6 +15,7 @@ from ttt4rec.recsys.data.text import DataError
 __all__ = [
     "DataError",
     "Histories",
+    "Id",
     "IntArray",
     "Interactions",
     "build_histories",

@@ -19,11 +19,14 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ttt4rec.atomic_files import replacing
+from ttt4rec.options import DataOptions
 from ttt4rec.recsys.data.interactions import Interactions
 from ttt4rec.recsys.data.public import PUBLIC, download, load_public
-from ttt4rec.recsys.data.reading import read_interactions
+from ttt4rec.recsys.data.reading import read_file, read_interactions
+from ttt4rec.recsys.data.tables import read_table
 from ttt4rec.recsys.data.text import DataError
 
 ML_100K_SHA256 = "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"
@@ -45,28 +48,35 @@ _FAILURES = (
 )
 
 
-def load_interactions(source: str | os.PathLike[str], **fields: str) -> Interactions:
-    """Read a dataset by name (``"ml-100k"``, or one of ``PUBLIC``) or a file by path, as ``read_interactions`` does.
+def load_interactions(source: object, **options: Any) -> Interactions:
+    """Read a dataset by name, a file by path, or a table that is in memory.
 
-    A named dataset is taken from the cache directory (environment variable ``TTT4REC_DATA``, otherwise
-    ``~/.cache/ttt4rec``) or fetched into it.
+    A named dataset (``"ml-100k"``, or one of ``PUBLIC``) is taken from the cache directory (environment variable
+    ``TTT4REC_DATA``, otherwise ``~/.cache/ttt4rec``) or fetched into it. A file is read as by ``read_interactions``.
+
+    A table is a data frame of pandas or polars, an Arrow table or stream, a Hugging Face dataset, a mapping of columns,
+    or rows: tuples (user, item, time) or mappings. Its ids are texts, whole numbers or UUIDs, of one type in a column,
+    and come back so. Its times are numbers, or dates and datetimes or texts of them, which become seconds since 1970.
 
     Args:
-        source: the name or the path.
-        fields: for a file, ``read_interactions``'s names of the columns.
+        source: the name, the path or the table.
+        options: for a file or a table, those of ``read_interactions``.
 
     Raises:
-        DataError: the name is unknown, no source can be reached, or the file cannot be read.
+        DataError: the name is unknown, no source can be reached, or the file or table cannot be read.
     """
+    settings = DataOptions(**options)
+    if not isinstance(source, str | os.PathLike):
+        return read_table(source, settings)
     name, path = os.fspath(source), Path(source)
     if name in _DATASETS:
         return read_interactions(_DATASETS[name](cache_directory()))
     if name in PUBLIC:
         return load_public(name, cache_directory())
     if path.suffix or path.exists() or len(path.parts) > 1:
-        return read_interactions(path, **fields)
+        return read_file(path, settings)
     known = ", ".join(map(repr, (*_DATASETS, *PUBLIC)))
-    raise DataError(f"the data must be one of {known} or the path of a file; given {name!r}")
+    raise DataError(f"the data must be one of {known}, the path of a file, or a table; given {name!r}")
 
 
 def cache_directory() -> Path:

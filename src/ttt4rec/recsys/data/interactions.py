@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttt4rec.checks import check_integer
+from ttt4rec.recsys.data.ids import Id, all_as_kind, as_kind, kind_of
 from ttt4rec.recsys.data.text import DataError
 
 IntArray: TypeAlias = NDArray[np.int64]
@@ -25,16 +26,16 @@ class Interactions:
     Attributes:
         users: int64 [n], 0-based codes into ``user_ids``.
         items: int64 [n], 0-based codes into ``item_ids``.
-        times: int64 or float64 [n], in the unit of the file.
-        user_ids: original id of every user code.
+        times: int64 or float64 [n]: numbers as in the data, or seconds since 1970 of its dates.
+        user_ids: original id of every user code: texts, whole numbers or UUIDs, all of one type.
         item_ids: original id of every item code.
     """
 
     users: IntArray
     items: IntArray
     times: TimeArray
-    user_ids: tuple[str, ...]
-    item_ids: tuple[str, ...]
+    user_ids: tuple[Id, ...]
+    item_ids: tuple[Id, ...]
 
     def __len__(self) -> int:
         return len(self.users)
@@ -66,8 +67,8 @@ class Histories:
     items: IntArray
     offsets: IntArray
     times: TimeArray
-    user_ids: tuple[str, ...]
-    item_ids: tuple[str, ...]
+    user_ids: tuple[Id, ...]
+    item_ids: tuple[Id, ...]
 
     def __repr__(self) -> str:
         arrays = (self.items, self.offsets, self.times)
@@ -96,26 +97,45 @@ class Histories:
         places: IntArray = np.unique(users * (self.num_items + 1) + self.items, return_index=True)[1]
         return places
 
-    def user_code(self, user_id: str) -> int:
-        """Code of an original user id; DataError when the data has no user of that id."""
-        code = self._user_codes.get(user_id)
+    def user_code(self, user_id: Id) -> int:
+        """Code of an original user id; DataError when the data has no user of that id.
+
+        A text finds the number or UUID that is written so, and a number or UUID the text.
+        """
+        code = self.find_user(user_id)
         if code is None:
             raise DataError(f"user_id must be one of the data's {self.num_users} users; given {user_id!r}")
         return code
 
-    def item_codes(self, item_ids: Sequence[str]) -> tuple[IntArray, tuple[str, ...]]:
-        """Codes (int64, 1-based, in the order given) of the known ids, and the ids that are unknown."""
-        codes = [self._item_codes[item] for item in item_ids if item in self._item_codes]
-        unknown = tuple(item for item in item_ids if item not in self._item_codes)
-        return np.array(codes, dtype=np.int64), unknown
+    def find_user(self, user_id: Id) -> int | None:
+        """Code of an original user id, as ``user_code`` finds it; None when the data has no such user."""
+        return _code(self._user_codes, user_id, kind_of(self.user_ids))
+
+    def item_codes(self, item_ids: Sequence[Id]) -> tuple[IntArray, tuple[Id, ...]]:
+        """Codes (int64, 1-based, in the order given) of the known ids, and the ids that are unknown.
+
+        Ids of another type are found as by ``user_code``.
+        """
+        kind = kind_of(self.item_ids)
+        found = [(item, _code(self._item_codes, item, kind)) for item in item_ids]
+        codes = [code for _, code in found if code is not None]
+        return np.array(codes, dtype=np.int64), tuple(item for item, code in found if code is None)
 
     @cached_property
-    def _user_codes(self) -> dict[str, int]:
+    def _user_codes(self) -> dict[Id, int]:
         return {user: code for code, user in enumerate(self.user_ids)}
 
     @cached_property
-    def _item_codes(self) -> dict[str, int]:
+    def _item_codes(self) -> dict[Id, int]:
         return {item: code for code, item in enumerate(self.item_ids, start=1)}
+
+
+def _code(codes: dict[Id, int], value: Id, kind: type[Id]) -> int | None:
+    """The code of an id, or else of the one of the data's type that is written alike."""
+    code = codes.get(value)
+    if code is None and not isinstance(value, kind) and (other := as_kind(value, kind)) is not None:
+        code = codes.get(other)
+    return code
 
 
 def filter_k_core(interactions: Interactions, *, min_user: int, min_item: int) -> Interactions:
@@ -150,7 +170,7 @@ def k_core_rows(users: IntArray, items: IntArray, *, min_user: int, min_item: in
         kept = still
 
 
-def _close_up(codes: IntArray, ids: tuple[str, ...]) -> tuple[IntArray, tuple[str, ...]]:
+def _close_up(codes: IntArray, ids: tuple[Id, ...]) -> tuple[IntArray, tuple[Id, ...]]:
     """Codes without gaps, and the ids of those that occur."""
     occurs = np.bincount(codes, minlength=len(ids)) > 0
     return (np.cumsum(occurs) - 1)[codes], tuple(ids[code] for code in np.flatnonzero(occurs))
@@ -169,8 +189,12 @@ def build_histories(interactions: Interactions) -> Histories:
     )
 
 
-def keep_item_codes(histories: Histories, item_ids: Sequence[str]) -> Histories:
-    """The histories with items coded as an earlier model knows them: its ids first, then those that are new."""
-    codes = {item: code for code, item in enumerate(dict.fromkeys((*item_ids, *histories.item_ids)), start=1)}
-    lookup = np.array([0, *(codes[item] for item in histories.item_ids)], dtype=np.int64)
+def keep_item_codes(histories: Histories, item_ids: Sequence[Id]) -> Histories:
+    """The histories with items coded as an earlier model knows them: its ids first, then those that are new.
+
+    Ids of another type than the model's become those of its type that are written alike; DataError if there are none.
+    """
+    own = all_as_kind(histories.item_ids, kind_of(item_ids)) if item_ids else histories.item_ids
+    codes = {item: code for code, item in enumerate(dict.fromkeys((*item_ids, *own)), start=1)}
+    lookup = np.array([0, *(codes[item] for item in own)], dtype=np.int64)
     return dataclasses.replace(histories, items=lookup[histories.items], item_ids=tuple(codes))

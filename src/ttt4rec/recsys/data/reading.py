@@ -8,36 +8,24 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from decimal import Decimal, InvalidOperation
+from itertools import chain
 from pathlib import Path
-from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ttt4rec.checks import printable
-from ttt4rec.recsys.data.interactions import IntArray, Interactions, TimeArray
-from ttt4rec.recsys.data.rows import Codes, Problems
-from ttt4rec.recsys.data.text import DataError, TextFile, is_packed, long_fields
+from ttt4rec.options import DataOptions
+from ttt4rec.recsys.data.interactions import Interactions
+from ttt4rec.recsys.data.layout import SHOWN, Columns, Reader, find_columns, find_separator, read_rows
+from ttt4rec.recsys.data.quick import read_quickly
+from ttt4rec.recsys.data.rows import Codes, Problems, Rows
+from ttt4rec.recsys.data.text import DataError, TextFile, long_fields
+from ttt4rec.recsys.data.times import TimeChunk, Times
 
-_SEPARATORS = {".inter": "\t", ".tsv": "\t", ".csv": ","}
-_DATE = re.compile(r"\s*\d{4}-\d\d-\d\d")
-_FINER_THAN_MICROSECONDS = re.compile(r"\.\d{6}0*[1-9]")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what the error handler surrogateescape makes of bytes
-_SHOWN = 200  # characters of what a file holds, in an error message
 _ROWS_PER_CHUNK = 256  # few enough objects alive that the garbage collector stays out of the way
 
-
-@dataclass(frozen=True)
-class _Columns:
-    """Where the three fields stand in a row of ``width`` fields."""
-
-    width: int
-    user: int
-    item: int
-    time: int
+_Line = tuple[int, list[str] | csv.Error]
+"""A row, or what is wrong with it, and the number of its last line."""
 
 
 def read_interactions(
@@ -48,67 +36,96 @@ def read_interactions(
     time_field: str = "timestamp",
     separator: str | None = None,
     columns: Sequence[str] | None = None,
+    encoding: str = "utf-8",
+    date_format: str | None = None,
+    row_order: bool = False,
+    skip_bad_rows: int = 0,
 ) -> Interactions:
     """Read a delimited text file, or a Parquet file.
 
-    RecBole atomic files (``.inter``, header ``name:type``), ``.tsv`` and ``.csv``, each also with ``.gz`` behind it,
-    and ``.parquet`` are told apart by their suffix, in either case; another one needs ``separator``. Commas and other
-    separators allow quoted fields, tabs do not. Blank lines are passed over, other columns ignored. The first line
-    names the columns; of a text file that begins with its rows, ``columns`` does.
+    ``.parquet`` is told by its suffix, in either case; text files may be packed, with ``.gz`` behind their names.
+    RecBole's atomic files (``.inter``, header ``name:type``) and ``.tsv`` have tabs between fields, ``.csv`` commas;
+    where the first line has the three columns, or as many as ``columns``, by another of tab, comma, semicolon, ``|``
+    and ``::``, that one is taken. Fields between commas and other characters may be quoted; those between tabs, or
+    separators of several characters, are not. Blank lines are passed over, other columns ignored.
 
-    Ids are strings, coded in the order of their first appearance. Times are numbers, or moments such as
-    2010-10-19T23:55:27Z (UTC unless they say otherwise), which become seconds since 1970. They are int64 when all of
-    them are whole ("874965478.0" is) and float64 otherwise. Rows stay in the order of the file, on which histories fall
-    back where times are equal.
+    Ids of text files are strings, those of Parquet files strings, whole numbers or UUIDs, coded in the order of their
+    first appearance. Times are numbers, or moments such as 2010-10-19T23:55:27Z (UTC unless they say otherwise), which
+    become seconds since 1970; a file has the one or the other. They are int64 when all of them are whole
+    ("874965478.0" is) and float64 otherwise. Rows stay in the order of the file, on which histories fall back where
+    times are equal.
+
+    Args:
+        path: of the file.
+        user_field: column of users' ids.
+        item_field: column of items' ids.
+        time_field: column of times.
+        separator: between the fields of a text file; None: found out.
+        columns: names of the columns of a text file without a header line.
+        encoding: of a text file, such as latin-1.
+        date_format: how times are written that are dates, as ``datetime.strptime`` takes it; None: as in ISO 8601.
+        row_order: read no times, but number the rows.
+        skip_bad_rows: leave out at most so many rows that cannot be understood, and say on stderr how many there were.
 
     Raises:
         DataError: no such file, no such column, no rows, rows that cannot be understood (it names the file, the first
             bad line, how many there are and where), a row of more than 4 MiB, or a whole time that float64, beside
             fractions, would round.
     """
-    path = Path(path)
+    options = DataOptions(
+        user_field, item_field, time_field, separator, tuple(columns or ()), encoding, date_format, row_order,
+        skip_bad_rows,
+    )  # fmt: skip
+    return read_file(Path(path), options)
+
+
+def read_file(path: Path, options: DataOptions) -> Interactions:
+    """As ``read_interactions``."""
     if path.suffix.lower() == ".parquet":
         from ttt4rec.recsys.data.parquet import read_parquet
 
-        return read_parquet(path, user_field, item_field, time_field)
-    separator = _separator_of(path) if separator is None else separator
-    if len(separator) != 1:
-        raise DataError(f"separator must be one character; given {separator!r}")
+        return read_parquet(path, options)
     if not path.is_file():
         raise DataError(f"{path} must be a data file; given {'a directory' if path.is_dir() else 'nothing'}")
     try:
-        return _read_text(path, separator, columns, (user_field, item_field, time_field))
+        return _read_text(path, options)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} must be a whole gzip file; given one that cannot be unpacked ({error})") from error
     except OSError as error:
         raise DataError(f"{path} must be a readable file; given {str(error.strerror or error)!r}") from error
 
 
-def _read_text(path: Path, separator: str, columns: Sequence[str] | None, fields: tuple[str, str, str]) -> Interactions:
-    with TextFile(path) as text, long_fields:
-        quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-        reader = csv.reader(text.lines, delimiter=separator, quoting=quoting, strict=True)
+def _read_text(path: Path, options: DataOptions) -> Interactions:
+    with TextFile(path, encoding=options.encoding) as text, long_fields:
         try:
-            header = next(reader, None) if columns is None else list(columns)
+            first = text.lines.readline()
+            separator = find_separator(path, first, options)
+            reader = read_rows(chain([first] if first else [], text.lines), separator)
+            header = list(options.columns)
             if not header:
-                given = "an empty file" if header is None else "an empty line"
-                raise DataError(f"{path} line 1 must be a header line; given {given}")
-            return _read_rows(path, text, reader, _find_columns(path, header, *fields))
-        except UnicodeDecodeError as error:
-            place, given = f"line {_line_of_undecodable(path)}", f"byte {error.object[error.start]:#04x}"
-            raise DataError(f"{path} {place} must be UTF-8 text; given {given}") from error
+                if not first.strip("\r\n"):
+                    raise DataError(
+                        f"{path} line 1 must be a header line; given an empty {'line' if first else 'file'}"
+                    )
+                header = next(reader)
+            columns = find_columns(path, header, options)
+            found = read_quickly(path, separator, columns, options)
+            return _read_rows(path, text, reader, columns, options) if found is None else found
+        except UnicodeError as error:
+            raise _undecodable(path, options.encoding, error) from error
         except csv.Error as error:
-            raise DataError(
-                f"{path} line {reader.line_num} must be delimited text; given a line with this fault: {error}"
-            ) from error
+            raise DataError(f"{path} line {reader.line_num} {_fault(error)}") from error
 
 
-def _separator_of(path: Path) -> str:
-    plain = path.with_suffix("") if is_packed(path) else path
-    if plain.suffix.lower() not in _SEPARATORS:
-        known = ", ".join(_SEPARATORS)
-        raise DataError(f"{path} must have a suffix out of {known}, or its separator be named; given {plain.suffix!r}")
-    return _SEPARATORS[plain.suffix.lower()]
+def _undecodable(path: Path, encoding: str, error: UnicodeError) -> DataError:
+    """What to say of bytes that are no text of an encoding."""
+    place, given = "", f"given {error}"
+    if isinstance(error, UnicodeDecodeError):
+        given = f"given byte {error.object[error.start]:#04x}"
+        if encoding == "utf-8":
+            place = f" line {_line_of_undecodable(path)}"
+    name = encoding.upper() if encoding == "utf-8" else encoding
+    return DataError(f"{path}{place} must be {name} text; {given}; name its encoding (--encoding), such as latin-1")
 
 
 def _line_of_undecodable(path: Path) -> int:
@@ -126,131 +143,82 @@ def _line_of_undecodable(path: Path) -> int:
     raise AssertionError("a line is not UTF-8")
 
 
-def _find_columns(path: Path, header: list[str], user_field: str, item_field: str, time_field: str) -> _Columns:
-    bare = [name.split(":")[0] for name in header]
-
-    def find(field: str) -> int:
-        names = header if field in header else bare
-        if names.count(field) != 1:
-            given = printable(", ".join(header), _SHOWN)
-            raise DataError(f"{path} line 1 must have one column {field!r}; given {names.count(field)} among {given}")
-        return names.index(field)
-
-    return _Columns(len(header), find(user_field), find(item_field), find(time_field))
-
-
-class _Reader(Protocol):
-    """What ``csv.reader`` returns."""
-
-    @property
-    def line_num(self) -> int: ...
-
-    def __iter__(self) -> Iterator[list[str]]: ...
-
-
-def _read_rows(path: Path, text: TextFile, reader: _Reader, columns: _Columns) -> Interactions:
-    user_codes, item_codes = Codes(), Codes()
-    users: list[IntArray] = []
-    items: list[IntArray] = []
-    times: list[TimeArray | NDArray[np.object_]] = []
-    problems = Problems(path, "line")
-    while chunk := [(reader.line_num, row) for row in text.some(reader, _ROWS_PER_CHUNK)]:
-        rows = [row for _, row in chunk if row]
-        if not rows:
-            continue
+def _lines(reader: Reader) -> Iterator[_Line]:
+    """Rows, with the numbers of their lines; the reader goes on behind a line that it cannot take."""
+    while True:
         try:
-            user_column, item_column, time_column = _parse_chunk(rows, columns)
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield reader.line_num, error
+        else:
+            if row:
+                yield reader.line_num, row
+
+
+class _TextRows(Rows):
+    def __init__(self) -> None:
+        super().__init__()
+        self.user_codes, self.item_codes = Codes(), Codes()
+
+
+def _read_rows(path: Path, text: TextFile, reader: Reader, columns: Columns, options: DataOptions) -> Interactions:
+    rows, times = _TextRows(), Times(options.date_format)
+    problems = Problems(path, "line", options.skip_bad_rows)
+    lines = _lines(reader)
+    read = 0
+    while chunk := list(text.some(lines, _ROWS_PER_CHUNK)):
+        good = [row for _, row in chunk if isinstance(row, list)]
+        try:
+            if len(good) < len(chunk):
+                raise ValueError("a line that is no row")
+            _add(rows, times, good, columns, read)
         except ValueError:
-            problems.add((line, what) for line, row in chunk if row and (what := _problem(row, columns)))
-            continue
-        users.append(user_codes.encode(user_column))
-        items.append(item_codes.encode(item_column))
-        times.append(time_column)
+            good = []
+            for line, row in chunk:
+                what = _problem(row, columns, times)
+                if what is None and isinstance(row, list):
+                    good.append(row)
+                else:
+                    problems.add([(line, what or "")])
+            if good and options.skip_bad_rows:
+                _add(rows, times, good, columns, read)
+        read += len(good)
     problems.report()
-    if not users:
-        raise DataError(f"{path} must have rows after the header; given none")
-    return Interactions(
-        np.concatenate(users),
-        np.concatenate(items),
-        _join_times(path, times),
-        tuple(user_codes),
-        tuple(item_codes),
-    )
+    if not read:
+        raise DataError(f"{path} must have rows{'' if options.columns else ' after the header'}; given none")
+    return rows.interactions(str(path), tuple(rows.user_codes), tuple(rows.item_codes))
 
 
-def _join_times(path: Path, chunks: Sequence[TimeArray | NDArray[np.object_]]) -> TimeArray:
-    """One array, int64 if all chunks are; DataError for a whole time that float64, beside fractions, would round."""
-    if all(chunk.dtype == np.int64 for chunk in chunks):
-        return np.concatenate(chunks, dtype=np.int64)
-    times: NDArray[np.float64] = np.concatenate(chunks, dtype=np.float64, casting="unsafe")
-    for chunk in chunks:
-        for time in chunk.tolist() if chunk.dtype != np.float64 else ():
-            if time != float(time):  # Python compares the two exactly; rounded times would tie with their neighbours
-                fraction = times[times % 1 != 0][0]
-                raise DataError(
-                    f"{path}: times must be such as float64 holds exactly, as some are fractions "
-                    f"({fraction}); given {time}"
-                )
-    return times
-
-
-def _parse_chunk(
-    rows: list[list[str]], columns: _Columns
-) -> tuple[tuple[str, ...], tuple[str, ...], TimeArray | NDArray[np.object_]]:
-    """The user ids, item ids and times of some rows; ValueError when any of them is malformed."""
-    by_column = list(zip(*rows, strict=True))
+def _add(rows: _TextRows, times: Times, chunk: list[list[str]], columns: Columns, read: int) -> None:
+    """Add rows behind those that were read; ValueError when any of them is malformed."""
+    by_column = list(zip(*chunk, strict=True))
     if len(by_column) != columns.width:
         raise ValueError("wrong number of fields")
-    users, items, times = (by_column[position] for position in (columns.user, columns.item, columns.time))
+    users, items = by_column[columns.user], by_column[columns.item]
     if not all(map(str.strip, users)) or not all(map(str.strip, items)):
         raise ValueError("empty id")
-    return users, items, _parse_times(times)
+    if columns.time is None:
+        found: TimeChunk = times.integers(np.arange(read, read + len(chunk)))
+    else:
+        found = times.texts(by_column[columns.time])
+    rows.add(rows.user_codes.encode(users), rows.item_codes.encode(items), found)
 
 
-def _parse_times(column: Sequence[str]) -> TimeArray | NDArray[np.object_]:
-    """Times as int64 or float64, or as Python's numbers where neither would hold them exactly."""
-    if not any("_" in text for text in column):  # int() would take 1_000 for a number
-        try:
-            return np.array(list(map(int, column)), dtype=np.int64)
-        except (ValueError, OverflowError):
-            pass
-    numbers = [_parse_time(text) for text in column]
-    if all(isinstance(number, int) for number in numbers):
-        return np.array(numbers, dtype=np.int64)
-    floats = np.array(numbers, dtype=np.float64)
-    return floats if floats.tolist() == numbers else np.array(numbers, dtype=object)
-
-
-def _parse_time(text: str) -> int | float:
-    if _DATE.match(text):
-        if _FINER_THAN_MICROSECONDS.search(text):
-            raise ValueError("a fraction that datetime cuts off")
-        moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
-        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-        return int(seconds) if seconds.is_integer() else seconds
-    try:
-        number = Decimal("" if "_" in text else text.strip())
-    except InvalidOperation as error:
-        raise ValueError("not a number") from error
-    if not number.is_finite() or not -(2**63) <= number < 2**63:
-        raise ValueError("not a finite number of 64 bits")
-    if number == number.to_integral_value():
-        return int(number)
-    if abs(number) >= 2**52:
-        raise ValueError("a fraction that float64 rounds away")
-    return float(number)
-
-
-def _problem(row: list[str], columns: _Columns) -> str | None:
+def _problem(row: list[str] | csv.Error, columns: Columns, times: Times) -> str | None:
     """What is wrong with a row, or None."""
+    if isinstance(row, csv.Error):
+        return _fault(row)
     if len(row) != columns.width:
         return f"a row must have {columns.width} fields; given {len(row)}"
     for position, what in ((columns.user, "a user"), (columns.item, "an item")):
         if not row[position].strip():
-            return f"field {position + 1} must be {what} id; given {row[position][:_SHOWN]!r}"
-    try:
-        _parse_time(row[columns.time])
-    except ValueError:
-        wanted = "a time (a 64-bit number, below 2**52 if it has a fraction, or a date, to microseconds)"
-        return f"field {columns.time + 1} must be {wanted}; given {row[columns.time][:_SHOWN]!r}"
+            return f"field {position + 1} must be {what} id; given {row[position][:SHOWN]!r}"
+    if columns.time is not None and (wanted := times.problem(row[columns.time])) is not None:
+        return f"field {columns.time + 1} must be {wanted}; given {row[columns.time][:SHOWN]!r}"
     return None
+
+
+def _fault(error: csv.Error) -> str:
+    return f"must be delimited text; given a line with this fault: {error}"

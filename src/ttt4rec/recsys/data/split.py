@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
+from ttt4rec.recsys.data.ids import Id
 from ttt4rec.recsys.data.interactions import Histories, IntArray, Interactions, build_histories, k_core_rows
 from ttt4rec.recsys.data.text import DataError
 
@@ -168,7 +169,7 @@ def split_at(histories: Histories, valid_from: float, test_from: float) -> Split
     return Split(histories, np.zeros_like(train_end), train_end, np.diff(ends[1]))
 
 
-def _by_first_appearance(codes: IntArray, ids: tuple[str, ...]) -> tuple[IntArray, tuple[str, ...]]:
+def _by_first_appearance(codes: IntArray, ids: tuple[Id, ...]) -> tuple[IntArray, tuple[Id, ...]]:
     """Codes given out anew in the order in which they come, and the ids of these."""
     old, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
     order = np.argsort(first)

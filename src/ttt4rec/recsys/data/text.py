@@ -25,21 +25,22 @@ class DataError(ValueError):
 
 
 class TextFile:
-    """A text file, unpacked if it is packed, in UTF-8.
+    """A text file, unpacked if it is packed.
 
     Args:
         path: the file; one that ends in ``.gz`` is packed.
-        errors: what becomes of bytes that are not UTF-8, as for ``open``.
+        errors: what becomes of bytes that are no text, as for ``open``.
+        encoding: of the text; UTF-8 may begin with a mark of its byte order.
 
     Attributes:
         lines: the open file. Reading raises DataError when a row is longer than ``LONGEST_ROW``.
     """
 
-    def __init__(self, path: Path, errors: str = "strict") -> None:
+    def __init__(self, path: Path, errors: str = "strict", encoding: str = "utf-8") -> None:
         self._bytes = _Metered(path)
         self.lines: TextIO = io.TextIOWrapper(
             self._bytes,  # type: ignore[type-var]
-            encoding="utf-8-sig",
+            encoding="utf-8-sig" if encoding == "utf-8" else encoding,
             errors=errors,
             newline="",
         )
@@ -65,7 +66,7 @@ class _Metered(io.BufferedIOBase):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = _open(path)
+        self._file = open_bytes(path)
         self._total = self.since = 0
 
     def readable(self) -> bool:
@@ -92,14 +93,15 @@ def is_packed(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+def open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    """A file's bytes, unpacked."""
     return gzip.open(path, "rb") if is_packed(path) else path.open("rb")
 
 
 def _line_at(path: Path, position: int) -> int:
     """Number of the line in which a byte stands; read again for it, since nobody else needs to count lines."""
     number, left, last = 1, position, b""
-    with _open(path) as file:
+    with open_bytes(path) as file:
         while left and (block := file.read(min(left, _BLOCK))):
             left -= len(block)
             number += block.count(b"\n") + block.count(b"\r") - (last + block).count(b"\r\n")

@@ -71,8 +71,9 @@ def events_of(histories: Histories) -> list[Event]:
     owners = np.repeat(np.arange(histories.num_users), lengths).tolist()
     places = (np.arange(len(histories.items)) - np.repeat(histories.offsets[:-1], lengths)).tolist()
     columns = owners, histories.items.tolist(), histories.times.tolist(), places
+    users, items = (list(map(str, ids)) for ids in (histories.user_ids, histories.item_ids))
     return [
-        Event(histories.user_ids[user], histories.item_ids[item - 1], f"data set: {place}", time)
+        Event(users[user], items[item - 1], f"data set: {place}", time)
         for user, item, time, place in zip(*columns, strict=True)
     ]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from ttt4rec.models.ttt4rec import TTT4Rec
-from ttt4rec.recsys.data import DataError
+from ttt4rec.recsys.data import DataError, Id
 from ttt4rec.recsys.online.events import Event, EventLog, is_text
 from ttt4rec.recsys.online.group_commit import append_together
 from ttt4rec.recsys.online.snapshot import load_snapshot, save_snapshot
@@ -43,7 +43,7 @@ class OnlineRecommender:
 
     Args:
         model: a trained model with the TTT mixer; put into evaluation mode, its weights must not change any more.
-        item_ids: original id of item code j + 1, as ``Histories.item_ids``.
+        item_ids: original id of item code j + 1, as ``Histories.item_ids``; here, as in the log, every id is a text.
         log: the histories; a ``SQLiteEventLog``, or a store of your own.
         pool_bytes: memory for the states of users, allocated at once; while ``refresh`` works, twice as much.
         snapshot: file that ``save_snapshot`` writes, and from which states are loaded now if it is there; one that is
@@ -60,7 +60,7 @@ class OnlineRecommender:
     def __init__(
         self,
         model: TTT4Rec,
-        item_ids: Sequence[str],
+        item_ids: Sequence[Id],
         log: EventLog,
         *,
         pool_bytes: int = 1 << 30,
@@ -69,7 +69,7 @@ class OnlineRecommender:
     ) -> None:
         self.log, self._horizon = log, horizon
         self._snapshot = snapshot
-        self._states = self._coming = UserStates(model, item_ids, log, pool_bytes)
+        self._states = self._coming = UserStates(model, list(map(str, item_ids)), log, pool_bytes)
         self._refreshing, self._saving = threading.Lock(), threading.Lock()
         if snapshot is not None:
             load_snapshot(snapshot, self._states)
@@ -230,7 +230,7 @@ class OnlineRecommender:
         with self._saving:
             return save_snapshot(self._snapshot, self._states)
 
-    def refresh(self, model: TTT4Rec, item_ids: Sequence[str] | None = None) -> None:
+    def refresh(self, model: TTT4Rec, item_ids: Sequence[Id] | None = None) -> None:
         """Go over to a retrained model: read the users' histories with it, then switch in one step.
 
         Returns after the switch. Call it from a thread of its own: others are served by the old model meanwhile, and
@@ -247,7 +247,7 @@ class OnlineRecommender:
             old = self._states
             try:
                 new = self._coming = UserStates(
-                    model, old.item_ids if item_ids is None else item_ids, self.log, old.pool_bytes
+                    model, old.item_ids if item_ids is None else list(map(str, item_ids)), self.log, old.pool_bytes
                 )
                 users = old.users()[-new.num_slots :]
                 for start in range(0, len(users), _REFRESHED_AT_ONCE):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ttt4rec.models.ttt4rec import TTT4Rec
 from ttt4rec.recsys.data.windows import Windows
 from ttt4rec.recsys.training import parallel
+from ttt4rec.recsys.training.intervals import Estimate, estimates
 from ttt4rec.recsys.training.metrics import RankingMetrics
 from ttt4rec.recsys.training.progress import progress_bar
 
@@ -17,7 +18,6 @@ TOKENS_PER_BATCH = 16_384
 """Inputs read at once; enough to fill a CPU's matmuls, small enough for its caches."""
 
 
-@torch.no_grad()
 def evaluate(
     model: TTT4Rec,
     windows: Windows,
@@ -46,26 +46,72 @@ def evaluate(
     """
     if shared:
         windows = windows.take(torch.arange(parallel.rank(), len(windows), parallel.world_size()))
+    metrics = RankingMetrics(cutoffs)
+    for ranks, _ in _ranks(model, windows, exclude_seen, progress):
+        metrics.update(ranks)
+    if shared:
+        metrics.add_up()
+    return metrics.compute()
+
+
+def evaluate_with_intervals(
+    model: TTT4Rec,
+    windows: Windows,
+    *,
+    cutoffs: Sequence[int] = (10, 50),
+    exclude_seen: bool = False,
+    samples: int = 1000,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Estimate]:
+    """As ``evaluate``, with the intervals that a bootstrap over users gives: a user's targets come and go together.
+
+    Args:
+        model: put into evaluation mode, and back if it was training.
+        windows: whose targets to rank.
+        cutoffs: the k.
+        exclude_seen: as there.
+        samples: how many times users are drawn.
+        seed: of the draws.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: there is no target, or a score is NaN.
+    """
+    metrics = RankingMetrics(cutoffs)
+    gains, owners = [], []
+    for ranks, begins in _ranks(model, windows, exclude_seen, progress):
+        gains.append(metrics.gains(ranks))
+        owners.append(begins)
+    users, place = torch.cat(owners).unique(return_inverse=True)
+    if not len(users):
+        raise ValueError("targets must be at least one; given none")
+    rows = torch.cat(gains)
+    sums = torch.zeros(len(users), rows.shape[1], dtype=torch.float64).index_add_(0, place, rows)
+    weights = torch.bincount(place).double()[:, None].expand_as(sums)
+    return estimates(metrics.names, sums.numpy(), weights.numpy(), samples, seed)
+
+
+@torch.no_grad()
+def _ranks(model: TTT4Rec, windows: Windows, exclude_seen: bool, progress: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ranks ``[N]`` of targets, and where the histories of their users begin, batch by batch."""
     training = model.training
     model.eval()
-    metrics = RankingMetrics(cutoffs)
     device = model.embedding.weight.device
     try:
         with progress_bar(total=windows.num_targets, unit="target", desc="evaluate", enabled=progress) as bar:
             for indices in _by_length(windows):
                 ids, targets, cu_seqlens = (x.to(device) for x in windows.packed_batch(indices))
                 (hidden, items), seen = model.predict(ids, targets, cu_seqlens), None
+                begins = windows.begins[indices].repeat_interleave(windows.targets_per_window[indices])
                 count = len(items)
                 if exclude_seen:
                     new, seen = _new_targets(items, *(x.to(device) for x in windows.seen(indices)))
-                    hidden, items = hidden[new], items[new]
-                metrics.update(model.ranks(hidden, items, seen))
+                    hidden, items, begins = hidden[new], items[new], begins[new.cpu()]
+                yield model.ranks(hidden, items, seen), begins
                 bar.update(count)
     finally:
         model.train(training)
-    if shared:
-        metrics.add_up()
-    return metrics.compute()
 
 
 def _new_targets(items: Tensor, rows: Tensor, seen: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

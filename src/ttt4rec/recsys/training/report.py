@@ -18,7 +18,7 @@ import numpy as np
 
 from ttt4rec.atomic_files import check_digest, read_json, replacing
 from ttt4rec.checks import printable
-from ttt4rec.recsys.data import DataError
+from ttt4rec.recsys.data import DataError, Id
 from ttt4rec.recsys.data.split import PARTS, Split
 from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.training.plot import plot_curves
@@ -135,7 +135,7 @@ def write_card(folder: Path, recommender: Recommender, about: dict[str, Any]) ->
         mixer=config.mixer,
         width=config.width,
         parameters=sum(p.numel() for p in recommender.model.parameters()),
-        item=printable(json.dumps(recommender.histories.item_ids[0], ensure_ascii=False)),
+        item=printable(_literal(recommender.histories.item_ids[0])),
         data=_table(["", "count"], _side_by_side([about["data"]])),
         seen=", but for those the user had before" if settings["exclude_seen"] else "",
         metrics=_table(["metric", "value"], [[name, f"{value:.4f}"] for name, value in about["test"].items()]),
@@ -143,6 +143,11 @@ def write_card(folder: Path, recommender: Recommender, about: dict[str, Any]) ->
     )
     with replacing(folder / CARD_FILE) as partial:
         partial.write_text(card, encoding="utf-8")
+
+
+def _literal(item: Id) -> str:
+    """An id as a program has it."""
+    return str(item) if isinstance(item, int) else json.dumps(str(item), ensure_ascii=False)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,305 @@
+"""Recommending: a trained model together with the ids and histories it was trained on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ttt4rec.atomic_files import check_together, write_together
+from ttt4rec.checks import check_integer
+from ttt4rec.models.item_index import ItemIndex
+from ttt4rec.models.ttt4rec import CONFIG_FILE, WEIGHTS_FILE, TTT4Rec
+from ttt4rec.recsys.data import DataError, Histories, Id, IntArray
+from ttt4rec.recsys.recommend.candidates import Chooser, Rerank, Scores, Wanted
+from ttt4rec.recsys.recommend.folder import HISTORIES_FILE, IDS_FILE, as_files, is_consistent, read_histories
+
+_HISTORIES_AT_ONCE = 512
+
+_Found = tuple[IntArray, tuple[Id, ...]]
+"""Known item codes of a history, and the ids that are unknown."""
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """What to offer a user.
+
+    Attributes:
+        items: original item ids and scores, best first; equal scores in the order of the catalogue. A model's score is
+            a logit: the probability that the item comes next is in proportion to its exponential, by the model and for
+            this user, so that scores of two users are not to be compared. What is popular has the number of
+            interactions for a score. None for a history without any known item, unless what is popular was asked for.
+        unknown: ids of the given history that the catalogue does not know; they were left out.
+        source: ``"model"``, or ``"popular"`` for what anybody would be offered.
+    """
+
+    items: list[tuple[Id, float]]
+    unknown: tuple[Id, ...] = ()
+    source: Literal["model", "popular"] = "model"
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """A trained model, and the histories that give its items and users their names.
+
+    Raises:
+        ValueError: the model was made for another number of items.
+    """
+
+    model: TTT4Rec
+    histories: Histories
+    _index: ItemIndex = field(default_factory=ItemIndex, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check that the two belong together."""
+        if self.model.config.num_items != self.histories.num_items:
+            raise ValueError(
+                f"the model knows {self.model.config.num_items} items and the histories {self.histories.num_items}; "
+                "they must come from the same data"
+            )
+
+    @overload
+    def recommend(
+        self,
+        user_id: Id | None = ...,
+        history: Sequence[Id] | None = ...,
+        *,
+        users: None = ...,
+        k: int = ...,
+        exclude_seen: bool = ...,
+        allow: Collection[Id] | None = ...,
+        deny: Collection[Id] = ...,
+        min_score: float | None = ...,
+        popular: bool = ...,
+        rerank: Rerank | None = ...,
+    ) -> Recommendations: ...
+
+    @overload
+    def recommend(
+        self,
+        user_id: None = ...,
+        history: None = ...,
+        *,
+        users: Sequence[Id],
+        k: int = ...,
+        exclude_seen: bool = ...,
+        allow: Collection[Id] | None = ...,
+        deny: Collection[Id] = ...,
+        min_score: float | None = ...,
+        popular: bool = ...,
+        rerank: Rerank | None = ...,
+    ) -> list[Recommendations]: ...
+
+    def recommend(
+        self,
+        user_id: Id | None = None,
+        history: Sequence[Id] | None = None,
+        *,
+        users: Sequence[Id] | None = None,
+        k: int = 10,
+        exclude_seen: bool = True,
+        allow: Collection[Id] | None = None,
+        deny: Collection[Id] = (),
+        min_score: float | None = None,
+        popular: bool = False,
+        rerank: Rerank | None = None,
+    ) -> Recommendations | list[Recommendations]:
+        """The k best items for a known user, for anybody with a history of known items, or for each of many users.
+
+        Args:
+            user_id: a user of the data.
+            history: original item ids, oldest first; the last ``max_len`` known ones are read.
+            users: several users; one whom the data do not know, or who has no history, gets no items.
+            k: how many; fewer come back when not so many are left.
+            exclude_seen: leave out every item of the history.
+            allow: offer nothing but these items, such as what is in stock; ids that the model does not know are passed
+                over.
+            deny: offer none of these.
+            min_score: offer nothing of a lower score.
+            popular: offer who has no history with a known item, or is unknown, what is popular of late: see
+                ``popular_items``. Such recommendations are marked, and min_score does not apply to them.
+            rerank: chooses k of five times as many candidates, such as ``rerank.MaximalMarginalRelevance``.
+
+        Raises:
+            ValueError: not exactly one of user_id, history and users is given, k is below 1, or the model's scores are
+                NaN; the user is unknown or the history holds no known item, and not what is popular is asked for; no
+                item is allowed.
+        """
+        given = [name for name, x in (("user_id", user_id), ("history", history), ("users", users)) if x is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "either a user id, a history or users must be given; given "
+                + (" and ".join(given) if given else "none of them")
+            )
+        wanted = Wanted(k, exclude_seen, allow, deny, min_score, popular, rerank)
+        if users is not None:
+            if isinstance(users, str):
+                raise DataError(f"users must be a sequence of user ids; given the string {users!r}")
+            return self._best([self._history_of(user) for user in users], wanted)
+        found = self._find(history) if user_id is None else self._history_of(user_id)
+        if not len(found[0]) and not popular:
+            if user_id is None:
+                raise DataError(f"history must have at least one known item; given {list(history or ())[:5]}")
+            self.histories.user_code(user_id)  # which says it if there is no such user
+            raise DataError(f"the history of user {user_id!r} must have at least one item to go on from; given none")
+        return self._best([found], wanted)[0]
+
+    def recommend_batch(
+        self,
+        histories: Sequence[Sequence[Id]],
+        *,
+        k: int = 10,
+        exclude_seen: bool = True,
+        allow: Collection[Id] | None = None,
+        deny: Collection[Id] = (),
+        min_score: float | None = None,
+        popular: bool = False,
+        rerank: Rerank | None = None,
+    ) -> list[Recommendations]:
+        """The k best items for each of several histories of original item ids, in their order; see ``recommend``.
+
+        A history without any known item gets no items, or what is popular.
+
+        Raises:
+            ValueError: a history is a string, k is below 1, no item is allowed, or the model's scores are NaN.
+        """
+        wanted = Wanted(k, exclude_seen, allow, deny, min_score, popular, rerank)
+        return self._best([self._find(history) for history in histories], wanted)
+
+    def similar_items(self, item_id: Id, *, k: int = 10) -> list[tuple[Id, float]]:
+        """The k items whose embeddings are most like an item's, and the cosines, most alike first.
+
+        Such items come next after the same histories: they are alike in use, not in content.
+
+        Raises:
+            ValueError: the model does not know the item, or k is below 1.
+        """
+        check_integer("k", k)
+        codes, _ = self.histories.item_codes([item_id])
+        if not len(codes):
+            raise DataError(f"item_id must be one of the data's {self.histories.num_items} items; given {item_id!r}")
+        table = torch.nn.functional.normalize(self.model.embedding.weight.detach().float(), dim=1)
+        code = int(codes[0])
+        likeness = table[1:] @ table[code]
+        likeness[code - 1] = -torch.inf
+        order = torch.argsort(likeness, descending=True, stable=True)[: min(k, len(likeness) - 1)].tolist()
+        return [(self.histories.item_ids[place], float(likeness[place])) for place in order]
+
+    def popular_items(self, k: int = 10, *, window: float = 0.1) -> list[tuple[Id, int]]:
+        """The k items with most interactions of late, and how many; equal ones in the order of the catalogue.
+
+        Args:
+            k: how many; fewer come back when fewer items have been taken of late.
+            window: the share of all interactions that is of late, the latest ones; those of the same time count too.
+
+        Raises:
+            ValueError: k is below 1, or window not above 0 and at most 1.
+        """
+        check_integer("k", k)
+        codes, counts = self._popular(window)
+        return [(self.histories.item_ids[c - 1], n) for c, n in zip(codes[:k].tolist(), counts.tolist(), strict=False)]
+
+    def _popular(self, window: float = 0.1) -> tuple[IntArray, IntArray]:
+        """Codes of the items of late, those with most interactions first, and how many each has."""
+        if not 0 < window <= 1:
+            raise ValueError(f"window must be above 0 and at most 1; given {window!r}")
+        times = self.histories.times
+        if not len(times):
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        first = np.partition(times, len(times) - max(1, round(window * len(times))))
+        late = times >= first[len(times) - max(1, round(window * len(times)))]
+        counts = np.bincount(self.histories.items[late], minlength=self.histories.num_items + 1)
+        order = np.argsort(-counts, kind="stable")
+        order = order[counts[order] > 0]
+        return order, counts[order]
+
+    def _find(self, history: Sequence[Id] | None) -> _Found:
+        if isinstance(history, str):
+            raise DataError(f"history must be a sequence of item ids; given the string {history!r}")
+        return self.histories.item_codes(history or ())
+
+    def _history_of(self, user: Id) -> _Found:
+        code = self.histories.find_user(user)
+        return (np.empty(0, dtype=np.int64) if code is None else self.histories.history(code)), ()
+
+    def _best(self, found: Sequence[_Found], wanted: Wanted) -> list[Recommendations]:
+        """Recommendations for item codes, each with the unknown ids that stood among them."""
+        results = self.best_codes([codes for codes, _ in found if len(codes)], wanted)
+        fallback = Recommendations([])
+        if wanted.popular and any(not len(codes) for codes, _ in found):
+            best = wanted.first_of(*self._popular(), self.histories)
+            fallback = Recommendations(self._named(*best), (), "popular")
+        return [
+            Recommendations(self._named(*next(results)), unknown)
+            if len(codes)
+            else Recommendations(fallback.items, unknown, fallback.source)
+            for codes, unknown in found
+        ]
+
+    def best_codes(self, histories: Sequence[IntArray], wanted: Wanted) -> Iterator[tuple[IntArray, Scores]]:
+        """Item codes and scores, best first, for each of several histories of item codes, of which none is empty.
+
+        Raises:
+            ValueError: no item is allowed, or the model's scores are NaN.
+        """
+        chooser = Chooser(self.model, self._index, self.histories, wanted)
+        for start in range(0, len(histories), _HISTORIES_AT_ONCE):
+            part = histories[start : start + _HISTORIES_AT_ONCE]
+            yield from chooser.best(self._hidden(part), part)
+
+    def _named(self, codes: IntArray, scores: Scores) -> list[tuple[Id, float]]:
+        ids = self.histories.item_ids
+        return [(ids[code - 1], score) for code, score in zip(codes.tolist(), scores.tolist(), strict=True)]
+
+    @torch.no_grad()
+    def _hidden(self, histories: Sequence[IntArray]) -> Tensor:
+        """Hidden states ``[N, width]`` after the last ``max_len`` items of each history."""
+        recent = [torch.from_numpy(codes[-self.model.config.max_len :].copy()) for codes in histories]
+        ids = torch.cat(recent)
+        ends = torch.tensor([len(codes) for codes in recent]).cumsum(0)
+        wanted = torch.zeros_like(ids).index_fill(0, ends - 1, 1)  # any item: what comes next is not known
+        device = self.model.embedding.weight.device
+        training = self.model.training
+        self.model.eval()
+        try:
+            cu_seqlens = torch.cat((ends.new_zeros(1), ends))
+            hidden, _ = self.model.predict(ids[None].to(device), wanted.to(device), cu_seqlens.to(device))
+        finally:
+            self.model.train(training)
+        return hidden
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model, ``ids.json`` and ``histories.safetensors``.
+
+        A full disk leaves the folder as it was. A kill while the files take their places may leave some of an older
+        save, which ``load`` refuses.
+        """
+        files = {CONFIG_FILE: asdict(self.model.config), **as_files(self.histories)}
+        write_together(Path(folder), WEIGHTS_FILE, self.model.state_dict(), files)
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str], device: str = "cpu") -> Recommender:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: the folder holds no saved recommender.
+            ValueError: its files are damaged or do not belong together.
+        """
+        folder = Path(folder)
+        model = TTT4Rec.load(folder, device)
+        for name in (IDS_FILE, HISTORIES_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no saved recommender: {name} is missing")
+        check_together(folder, WEIGHTS_FILE, [IDS_FILE, HISTORIES_FILE])
+        histories = read_histories(folder)
+        consistent = is_consistent(histories)
+        recommender = Recommender(model, histories)
+        if not consistent:
+            raise ValueError(f"{folder / HISTORIES_FILE} and {IDS_FILE} do not belong together")
+        return recommender

@@ -1,0 +1,67 @@
+"""Names of items, from a file of them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import zlib
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+from ttt4rec.options import DataOptions
+from ttt4rec.recsys.data.layout import own_separator, read_rows
+from ttt4rec.recsys.data.text import DataError, TextFile, long_fields
+
+_SEPARATORS = ("::", "\t", "|", ";", ",")  # titles have commas
+_IDS = ("item_id", "id", "movie_id", "movieid", "item", "asin", "parent_asin")
+_TITLES = ("title", "name", "movie_title", "item_title", "product_title", "item_name")
+
+
+def read_titles(path: Path, encoding: str = "utf-8") -> dict[str, str]:
+    """Titles by the texts of items' ids.
+
+    A text file, also with ``.gz``, as ``read_interactions`` takes it. If its first line names a column such as
+    ``item_id`` and one such as ``title`` (``name:type``, as RecBole writes it, is ``name``), those are read; otherwise
+    the first two columns of all lines are.
+
+    Raises:
+        DataError: the file is not there, is no such text, or has fewer than two columns.
+    """
+    titles: dict[str, str] = {}
+    encoding = DataOptions(encoding=encoding).encoding
+    try:
+        with TextFile(path, encoding=encoding) as text, long_fields:
+            first = text.lines.readline()
+            separator = _separator(path, first)
+            rows = read_rows(chain([first] if first else [], text.lines), separator)
+            header = next(rows, [])
+            places = _places(header)
+            here = chain([header], rows) if places is None else rows
+            item, title = places or (0, 1)
+            while chunk := list(text.some(here, 4096)):
+                titles |= {row[item].strip(): row[title].strip() for row in chunk if len(row) > max(item, title)}
+    except UnicodeError as error:
+        raise DataError(f"{path} must be {encoding} text; name its encoding (--encoding), such as latin-1") from error
+    except (csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} must be a whole text file with columns; given one with this fault: {error}") from error
+    if not titles:
+        raise DataError(
+            f"{path} must have a column of items' ids and one of titles; given the first line {first[:80]!r}"
+        )
+    return titles
+
+
+def _separator(path: Path, line: str) -> str:
+    own = own_separator(path)
+    for separator in _SEPARATORS if own is None else (own, *_SEPARATORS):
+        if separator in line:
+            return separator
+    return own or ","
+
+
+def _places(header: Sequence[str]) -> tuple[int, int] | None:
+    """Where ids and titles stand by a header's names; None if it is none."""
+    names = [name.split(":")[0].strip().lower() for name in header]
+    found = [next((names.index(name) for name in known if name in names), None) for known in (_IDS, _TITLES)]
+    return None if found[0] is None or found[1] is None else (found[0], found[1])
