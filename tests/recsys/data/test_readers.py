@@ -76,7 +76,6 @@ def test_parquet_types(tmp_path, times, kind, expected):
         ({"times": np.array([2**63, 1, 1], dtype=np.uint64)}, "must be a readable Parquet file"),
         ({"users": [], "items": [], "times": []}, r"must have (rows; given none|strings, integers)"),
     ],
-    ids=str,
 )
 def test_bad_parquet_rows(tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(reader, "ROWS_PER_BATCH", 2)
