@@ -4,6 +4,7 @@ import csv
 import json
 
 import numpy as np
+import pandas
 import pyarrow as arrow
 import pytest
 import torch
@@ -207,7 +208,7 @@ def test_a_table_of_recommendations(recommender):
     assert list(zip(columns["item_id"], columns["score"], strict=True)) == [*results[0].items, *results[2].items]
     assert columns["title"] == ["Three" if item == "i3" else None for item in columns["item_id"]]
     assert set(columns["source"]) == {"model"}
-    frame = pytest.importorskip("pandas").DataFrame(table(users, results))
+    frame = pandas.DataFrame(table(users, results))
     assert list(frame.columns) == ["user_id", "rank", "item_id", "score", "source"]
 
 

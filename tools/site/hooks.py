@@ -10,8 +10,6 @@ import csv
 import os
 import posixpath
 import re
-import subprocess
-import sys
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tools.documents import ROOT
 from tools.site.formulas import typeset
 from tools.site.notebooks import NOTEBOOK, page_of
+from ttt4rec.cli import make_parser
 
 if TYPE_CHECKING:  # the tests of this file need no MkDocs
     from mkdocs.structure.files import File, Files
@@ -66,8 +65,15 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 def help_of(command: str) -> str:
     """What ``ttt4rec COMMAND --help`` prints on a terminal of some width."""
-    run = [sys.executable, "-m", "ttt4rec.cli", command, "--help"]
-    return subprocess.run(run, env={**os.environ, "COLUMNS": "88"}, capture_output=True, text=True, check=True).stdout
+    commands = next(action.choices for action in make_parser()._actions if isinstance(action.choices, dict))
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "88"
+    try:
+        return str(commands[command].format_help())
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def table(text: str) -> str:
