@@ -6,7 +6,9 @@ import threading
 
 import torch
 
+from tests.support.checks import ROUNDING
 from ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec.recsys.online import OnlineRecommender
 from ttt4rec.recsys.online.events import Tail
 
 ITEMS = tuple(f"i{j}" for j in range(12))
@@ -99,3 +101,29 @@ def run_threads(work, count):
     for thread in threads:
         thread.join()
     assert not errors, errors
+
+
+ROUNDED = 2**-24 + ROUNDING  # scores come back in float32, of whatever the model computes in
+USERS = ("u", "v", "w", "x", "y")
+MODELS = [
+    make_model(0, inner="mlp", block_conv=True),
+    make_model(1, inner="linear", backbone="mamba", mini_batch_size=4),
+]
+
+
+def make_online(model=MODELS[0], slots=2, log=None, items=ITEMS, **options):
+    return OnlineRecommender(model, items, log or MemoryEventLog(), pool_bytes=slots * slot_bytes(model), **options)
+
+
+def assert_up_to_date(online, user, taken, model=MODELS[0], items=ITEMS, tolerance=ROUNDED):
+    """Everything recommended to a user, and what is left without the seen, against one pass over what was taken."""
+    everything, unseen = (online.recommend([user], len(items), exclude_seen=seen)[0] for seen in (False, True))
+    if not taken:
+        assert everything == unseen == []
+        return
+    (expected,) = batch_scores(model, [taken], items)
+    scale = max(map(abs, expected.values()))
+    assert dict(everything).keys() == expected.keys()
+    assert all(abs(score - expected[item]) <= tolerance * scale for item, score in everything)
+    assert [score for _, score in everything] == sorted((score for _, score in everything), reverse=True)
+    assert unseen == [(item, score) for item, score in everything if item not in taken]

@@ -15,39 +15,24 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.support.checks import ROUNDING
-from tests.support.online_data import ITEMS, MemoryEventLog, batch_scores, history, make_model, run_threads, slot_bytes
-from ttt4rec.models import full_softmax
+from tests.support.online_data import (
+    ITEMS,
+    MODELS,
+    USERS,
+    MemoryEventLog,
+    assert_up_to_date,
+    batch_scores,
+    history,
+    make_model,
+    make_online,
+    run_threads,
+    slot_bytes,
+)
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.online import OnlineRecommender, earlier, streams
 from ttt4rec.recsys.online.events import Event, SQLiteEventLog
-from ttt4rec.recsys.online.user_states import Turns, UserStates
+from ttt4rec.recsys.online.user_states import Turns
 from ttt4rec.recsys.recommend import Recommender
-
-ROUNDED = 2**-24 + ROUNDING  # scores come back in float32, of whatever the model computes in
-USERS = ("u", "v", "w", "x", "y")
-MODELS = [
-    make_model(0, inner="mlp", block_conv=True),
-    make_model(1, inner="linear", backbone="mamba", mini_batch_size=4),
-]
-
-
-def make_online(model=MODELS[0], slots=2, log=None, items=ITEMS, **options):
-    return OnlineRecommender(model, items, log or MemoryEventLog(), pool_bytes=slots * slot_bytes(model), **options)
-
-
-def assert_up_to_date(online, user, taken, model=MODELS[0], items=ITEMS, tolerance=ROUNDED):
-    """Everything recommended to a user, and what is left without the seen, against one pass over what was taken."""
-    everything, unseen = (online.recommend([user], len(items), exclude_seen=seen)[0] for seen in (False, True))
-    if not taken:
-        assert everything == unseen == []
-        return
-    (expected,) = batch_scores(model, [taken], items)
-    scale = max(map(abs, expected.values()))
-    assert dict(everything).keys() == expected.keys()
-    assert all(abs(score - expected[item]) <= tolerance * scale for item, score in everything)
-    assert [score for _, score in everything] == sorted((score for _, score in everything), reverse=True)
-    assert unseen == [(item, score) for item, score in everything if item not in taken]
 
 
 def in_short_pieces(patch):
@@ -393,130 +378,6 @@ def test_unknown_items_alone_take_no_slot(monkeypatch):
     assert online.recommend(["v"], exclude_seen=False) == [[]]
 
 
-def test_a_time_beyond_the_horizon_is_refused():
-    now = [1000]
-    online = make_online(horizon=lambda: now[0])
-    online.observe(["u", "u"], ["i1", "i2"], times=[1000, None])
-    with pytest.raises(
-        ValueError, match=r"time must be at most 1000, this recommender's horizon; given 1000\.5 of an event"
-    ):
-        online.observe(["v", "u"], ["i3", "i3"], times=[999, 1000.5])
-    assert history(online.log, "v") == []
-    now[0] = 1001
-    online.observe(["u"], ["i3"], times=[1000.5])
-    assert_up_to_date(online, "u", ["i1", "i2", "i3"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "message"),
-    [
-        ((["u", "v", "u"], ["i1", "no", "other"]), {}, "the model's catalogue; 2 unknown: 'no', 'other'"),
-        ((["u"] * 9, [f"x{n}" for n in range(9)]), {}, "9 unknown: 'x0', 'x1', 'x2', 'x3', 'x4', ..."),
-        ((["u", "v"], ["i1"]), {}, r"must be of one length; given \[2, 1, 2, 2\]"),
-        ((["u"], ["i1"]), {"event_ids": []}, r"must be of one length; given \[1, 1, 0, 1\]"),
-        ((["u"], ["i1"]), {"times": [float("nan")]}, "time must be a finite int or float of 64 bits; given nan"),
-        ((["u", ""], ["i1", "i1"]), {}, "user_id must be a text of at least one character; given ''"),
-        ((["u"] * 2, ["i1"] * 2), {"event_ids": "ab"}, "event_ids must be a sequence of ids; given the text 'ab'"),
-        (("u", ["i1"]), {}, "user_ids must be a sequence of ids; given the text 'u'"),
-        ((["u", "v"], "i1"), {}, "item_ids must be a sequence of ids; given the text 'i1'"),
-    ],
-)
-def test_nothing_of_a_bad_batch_is_applied(arguments, options, message):
-    online = make_online()
-    online.observe(["u"], ["i1"])
-    with pytest.raises(ValueError, match=message):
-        online.observe(*arguments, **options)
-    assert history(online.log, "u") == ["i1"]
-    assert history(online.log, "v") == []
-    assert_up_to_date(online, "u", ["i1"])
-
-
-def test_bad_arguments():
-    online = make_online()
-    with pytest.raises(ValueError, match="k must be at least 1; given 0"):
-        online.recommend(["u"], 0)
-    for method in (online.recommend, online.forget):
-        with pytest.raises(ValueError, match="given the text 'u'"):
-            method("u")
-        with pytest.raises(ValueError, match="user_ids must be texts of at least one character; given 5"):
-            method(["u", 5])
-    with pytest.raises(ValueError, match="this recommender was made with None"):
-        online.save_snapshot()
-    model = MODELS[0]
-    with pytest.raises(ValueError, match=r"item_ids must be 12 different ones, .* given 11, of which 11 differ"):
-        make_online(items=ITEMS[1:])
-    with pytest.raises(ValueError, match="given 12, of which 11 differ"):
-        make_online(items=[*ITEMS[1:], "i1"])
-    with pytest.raises(
-        ValueError, match=f"pool_bytes must be at least {slot_bytes(model)}, .*; given {slot_bytes(model) - 1}"
-    ):
-        OnlineRecommender(model, ITEMS, MemoryEventLog(), pool_bytes=slot_bytes(model) - 1)
-    with pytest.raises(ValueError, match=r"pool_bytes must be an integer of at least 1; given 1000000\.0"):
-        OnlineRecommender(model, ITEMS, MemoryEventLog(), pool_bytes=1e6)
-    with pytest.raises(ValueError, match="mixer must have steps and pools, as TTTLayer has; given GRUMixer"):
-        OnlineRecommender(make_model(mixer="gru"), ITEMS, MemoryEventLog())
-
-
-class FailingLog(MemoryEventLog):
-    """Its disk is full."""
-
-    def append(self, events):
-        raise OSError("cannot write: no space left")
-
-    forget = append
-
-
-def test_what_the_log_does_not_take_does_not_happen():
-    online = make_online()
-    online.observe(["u"], ["i1"])
-    online.log.__class__ = FailingLog
-    with pytest.raises(OSError, match="no space left"):
-        online.observe(["u", "v"], ["i2", "i2"])
-    with pytest.raises(OSError, match="no space left"):
-        online.forget(["u"])
-    assert_up_to_date(online, "u", ["i1"])
-    assert online.recommend(["v"]) == [[]]
-
-
-def test_what_is_logged_is_acknowledged_though_the_log_cannot_be_read(monkeypatch, caplog):
-    online = make_online()
-    online.observe(["u"], ["i1"])
-
-    def fail(*arguments):
-        raise OSError("cannot read: no answer")
-
-    monkeypatch.setattr(online.log, "read", fail)
-    assert online.observe(["u", "v"], ["i2", "i3"]) == [True, True]
-    assert "events are logged, states will follow" in caplog.text
-    with pytest.raises(OSError, match="cannot read"):
-        online.recommend(["u"])
-    monkeypatch.undo()
-    assert_up_to_date(online, "u", ["i1", "i2"])
-    assert_up_to_date(online, "v", ["i3"])
-
-
-@pytest.mark.parametrize("broken", ["step", "forward"])
-def test_a_failure_half_way_leaves_no_wrong_state(monkeypatch, caplog, broken):
-    """The events are logged; the states that were being changed are made anew."""
-    online = make_online(slots=3)
-    online.observe(["u", "u", "v", "w"], ["i1", "i2", "i3", "i4"])
-    block = MODELS[0].blocks[1]
-
-    def fail(*arguments, **options):
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(block, broken, fail)
-    repeats = 1 if broken == "step" else 2
-    assert online.observe(["u", "v"] * repeats, ["i5", "i6"] * repeats) == [True] * 2 * repeats
-    assert "states will follow at the next request: no room" in caplog.text
-    monkeypatch.undo()
-    assert online.stats()["users"] == 1
-    assert history(online.log, "u")[:3] == ["i1", "i2", "i5"]
-    for user in "uvw":
-        assert_up_to_date(online, user, history(online.log, user))
-    assert online.stats()["users"] == 3
-
-
 def test_events_of_another_process_are_seen(tmp_path):
     online = make_online(log=SQLiteEventLog(tmp_path / "log.db"))
     online.observe(["u"], ["i1"])
@@ -549,94 +410,6 @@ def test_many_threads(tmp_path):
     run_threads(work, 5)
     assert len(history(online.log, "all")) == 48
     assert_up_to_date(online, "all", history(online.log, "all"))
-
-
-def test_refresh_serves_the_old_model_until_the_new_one_is_ready(monkeypatch):
-    """Events that come meanwhile are in the new states, users forgotten meanwhile are not."""
-    old, new = MODELS
-    online = make_online(old, slots=4)
-    online.observe(["v", "u", "w"], ["i2", "i1", "i3"])
-    advance = UserStates.advance
-
-    def meanwhile(states, users):
-        """After the first user's history was read with the new model: events, requests, and v leaves."""
-        advance(states, users)
-        if states is not online._states and not online.recommend(["x"])[0]:
-            online.observe(["u", "x"], ["i5", "i6"])
-            online.forget(["v"])
-            assert "v" not in states.users()
-            assert_up_to_date(online, "u", ["i1", "i5"], old)
-
-    monkeypatch.setattr("ttt4rec.recsys.online.recommender._REFRESHED_AT_ONCE", 1)
-    monkeypatch.setattr(UserStates, "advance", meanwhile)
-    online.refresh(new)
-    for user, taken in {"u": ["i1", "i5"], "v": [], "w": ["i3"], "x": ["i6"]}.items():
-        assert_up_to_date(online, user, taken, new)
-
-
-def test_a_refresh_into_fewer_slots_keeps_the_most_recently_used():
-    online = make_online(slots=4)
-    online.observe(USERS[:4], ITEMS[:4])
-    wider = make_model(3, num_blocks=4)
-    online.refresh(wider)
-    kept = online.stats()["slots"]
-    assert 1 <= kept < 4
-    assert online._states.users() == list(USERS[4 - kept : 4])
-
-
-def test_a_refresh_that_fails_keeps_the_old_states_alone(monkeypatch):
-    online = make_online()
-    online.observe(["u"], ["i1"])
-
-    def fail(states, users):
-        raise OSError("cannot read")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(UserStates, "advance", fail)
-        with pytest.raises(OSError, match="cannot read"):
-            online.refresh(MODELS[1])
-    assert online._coming is online._states
-    assert_up_to_date(online, "u", ["i1"])
-    with pytest.raises(ValueError, match="item_ids must be 12 different ones"):
-        online.refresh(MODELS[0], [])
-    online.refresh(MODELS[1], np.array(ITEMS))
-    assert_up_to_date(online, "u", ["i1"], MODELS[1])
-
-
-def test_every_model_has_an_index_of_its_items(monkeypatch):
-    monkeypatch.setattr(full_softmax, "top_k", None)  # the way without an index
-    first, second, broken = (make_model(seed).float() for seed in (0, 1, 2))
-    online = make_online(first)
-    online.observe(["u", "u", "v"], list(ITEMS[:3]))
-    for model in (first, second):
-        online.refresh(model)
-        made = online._states.index._made
-        fresh = OnlineRecommender(model, ITEMS, online.log, pool_bytes=2 * slot_bytes(model))
-        assert online.recommend(["u", "v"]) == fresh.recommend(["u", "v"])
-        assert online._states.index._made is made is not None
-    with torch.no_grad():
-        broken.embedding.weight[5, 0] = float("nan")
-    before = online.recommend(["u"])
-    with pytest.raises(ValueError, match="item table must have finite numbers; given some from nan to nan"):
-        online.refresh(broken)
-    assert online.recommend(["u"]) == before
-
-
-def test_refresh_with_another_catalogue():
-    """Items in another order, one fewer and two more."""
-    online = make_online()
-    online.observe(["u"] * 4, ["i1", "i2", "i3", "i11"])
-    items = (*ITEMS[10::-1], "n1", "n2")
-    model = make_model(5, num_items=13)
-    online.refresh(model, items)
-    assert_up_to_date(online, "u", ["i1", "i2", "i3"], model, items)
-    online.observe(["u"], ["n2"])
-    assert_up_to_date(online, "u", ["i1", "i2", "i3", "n2"], model, items)
-    with pytest.raises(ValueError, match="1 unknown: 'i11'"):
-        online.observe(["u"], ["i11"])
-    with pytest.raises(ValueError, match="item_ids must be 12 different ones"):
-        online.refresh(MODELS[0])
-    assert_up_to_date(online, "u", ["i1", "i2", "i3", "n2"], model, items)
 
 
 def test_a_forgotten_users_state_is_wiped():
