@@ -157,6 +157,7 @@ LATER = CHANGES | {
     "dropout alone in training": lambda model: setattr(model.dropout.train(), "p", 0.9),
     "a layer's step": lambda model: setattr(model.blocks[0].mixer, "step", lambda x, *_: 3 * x),
     "a block's step": lambda model: setattr(model.blocks[0], "step", lambda h, *_: 3 * h),
+    "no norm before the network": lambda model: setattr(model.blocks[0], "ffn_norm", None),
     "gate of the network": lambda model: setattr(model.blocks[0], "ffn_gate", nn.Linear(32, 32).double()),
     "class": lambda model: setattr(model.blocks[0].ffn.down, "__class__", Tripled),
 }

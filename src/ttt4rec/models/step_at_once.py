@@ -68,7 +68,7 @@ def _block(block: Any, pool: BlockPool) -> BlockParts | None:
     mixer = modules["mixer"]
     if type(block) is not Block or type(mixer) is not TTTLayer or patched(block):
         return None
-    if block.ffn is None or block.mixer_gate is not None or block.ffn_gate is not None:
+    if block.ffn is None or block.ffn_norm is None or block.mixer_gate is not None or block.ffn_gate is not None:
         return None
     layer, mixer_norm, ffn_norm = (
         layer_parts(mixer, pool.mixer),
