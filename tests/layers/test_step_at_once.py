@@ -1,6 +1,8 @@
 """A layer's step in one compiled call: the numbers of its parts, and taken only where nobody could tell."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -14,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.support.at_once import WIDTH, make_layer, note
 from tests.support.checks import BACKBONES, INNERS, assert_close
 from ttt4rec import TTTLayer
-from ttt4rec.layers import step_at_once
+from ttt4rec.layers import rotary, step_at_once
 from ttt4rec.native import whole_step
 from ttt4rec.operators import backends
 
@@ -206,7 +208,29 @@ def turned(layer):
     layer.query.weight.data = layer.query.weight.data.t()
 
 
+class Tagged(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        y = super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * y if function is nn.functional.linear else y
+
+
+def swapped(layer):
+    """The same memory, by a tensor of another kind."""
+    weight = layer.query.weight
+    torch.utils.swap_tensors(weight, nn.Parameter(weight.detach().as_subclass(Tagged)))
+
+
+def reread(layer):
+    """The same memory, as numbers of another kind."""
+    layer.token_offset.requires_grad_(False)
+    layer.token_offset.data = layer.token_offset.data.view(torch.int64)
+
+
 LATER = CHANGES | {
+    "swapped": swapped,
+    "reread": reread,
+    "patched": lambda layer: setattr(layer, "_inner_lr", lambda lr, k: 0.5 * lr),
     "in place": lambda layer: layer.query.weight.data.copy_(drawn(layer)),
     "data": lambda layer: setattr(layer.query.weight, "data", drawn(layer)),
     "parameter": lambda layer: setattr(layer.output, "weight", nn.Parameter(drawn(layer))),
@@ -249,6 +273,70 @@ def test_a_call_is_prepared_once(monkeypatch):
     del pools[0], pool, calls[:]
     gc.collect()
     assert gone() is None
+
+
+def test_tables_of_rotation_live_as_long_as_the_call(monkeypatch):
+    """Elsewhere only the latest 32 are kept."""
+    tables, made = [], rotary._made
+
+    def noted(*sizes):
+        table = made(*sizes)
+        tables.extend(map(weakref.ref, table))
+        return table
+
+    rotary._kept.cache_clear()
+    monkeypatch.setattr(rotary, "_made", noted)
+    layer = make_layer()
+    pool = layer.make_pool(1)
+    layer.step(torch.randn(1, WIDTH, dtype=torch.float64), pool, torch.tensor([0]))
+    rotary._kept.cache_clear()
+    gc.collect()
+    assert len(tables) == 2
+    assert all(table() is not None for table in tables)
+    del pool
+    gc.collect()
+    assert all(table() is None for table in tables)
+
+
+def test_what_was_replaced_is_not_kept():
+    layer = make_layer()
+    pool, x, slots = layer.make_pool(1), torch.randn(1, WIDTH, dtype=torch.float64), torch.tensor([0])
+    layer.step(x, pool, slots)
+    gone = weakref.ref(layer.query.weight)
+    layer.load_state_dict({name: p.clone() for name, p in layer.state_dict().items()}, assign=True)
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_layer_that_has_its_pool_goes_with_it():
+    layer = make_layer()
+    layer.pool = layer.make_pool(1)
+    layer.step(torch.randn(1, WIDTH, dtype=torch.float64), layer.pool, torch.tensor([0]))
+    gone = weakref.ref(layer.pool.records)
+    del layer
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda pool: pickle.loads(pickle.dumps(pool))])
+def test_a_copied_pool_prepares_its_own_calls(copied):
+    layer = make_layer()
+    pool, x, slots = layer.make_pool(1), torch.randn(1, WIDTH, dtype=torch.float64), torch.tensor([0])
+    layer.step(x, pool, slots)
+    other = copied(pool)
+    assert other.prepared is None
+    y = other.layer.step(x, other, slots)
+    if other.records is not pool.records:
+        assert torch.equal(y, layer.step(x, pool, slots))
+
+
+def test_a_parameter_without_memory_beside_the_layers_own(taken):
+    layer = make_layer()
+    layer.head = nn.LazyLinear(3)
+    pool = layer.make_pool(1)
+    for x, _ in steps(3):
+        layer.step(x[:1], pool, torch.tensor([0]))
+    assert len(taken) == 3
 
 
 def test_who_looks_on_sees_the_parts(taken):

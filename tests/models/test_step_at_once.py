@@ -1,6 +1,7 @@
 """A model's step in one compiled call: the numbers of its parts, and taken only where nobody could tell."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +154,11 @@ def test_a_model_to_which_something_was_done_goes_by_its_parts(change, taken):
 
 LATER = CHANGES | {
     "fewer items": lambda model: setattr(model.embedding.weight, "data", model.embedding.weight.data[:5]),
+    "dropout alone in training": lambda model: setattr(model.dropout.train(), "p", 0.9),
+    "a layer's step": lambda model: setattr(model.blocks[0].mixer, "step", lambda x, *_: 3 * x),
+    "a block's step": lambda model: setattr(model.blocks[0], "step", lambda h, *_: 3 * h),
+    "no norm before the network": lambda model: setattr(model.blocks[0], "ffn_norm", None),
+    "gate of the network": lambda model: setattr(model.blocks[0], "ffn_gate", nn.Linear(32, 32).double()),
     "class": lambda model: setattr(model.blocks[0].ffn.down, "__class__", Tripled),
 }
 
@@ -165,8 +171,12 @@ def test_what_is_done_between_two_steps_counts(change):
     for pools in (own, parts):
         model.step(ids[0], pools, slots)
     LATER[change](model)
-    for x in ids[1:]:
-        assert_close(model.step(x, own, slots), model._step_by_parts(x, parts, slots))
+    for t, x in enumerate(ids[1:]):
+        both = []
+        for step, pools in ((model.step, own), (model._step_by_parts, parts)):
+            torch.manual_seed(t)
+            both.append(step(x, pools, slots))
+        assert_close(*both)
 
 
 def test_items_that_were_taken_away_are_unknown():
@@ -188,6 +198,27 @@ def test_blocks_of_different_heads_go_by_parts(other, taken):
     y = torch.stack([model.step(ids[:, t], pools, torch.tensor([1])) for t in range(7)], 1)
     assert_close(y, model(ids))
     assert taken == [None] * 7
+
+
+class Sums(nn.Module):
+    """A mixer of somebody else's, with pools of his own."""
+
+    def make_pool(self, num_slots):
+        return SimpleNamespace(num_slots=num_slots, sums=torch.zeros(num_slots, 32, dtype=torch.float64))
+
+    def step(self, x, pool, slots):
+        pool.sums[slots] += x
+        return pool.sums[slots]
+
+
+def test_pools_of_another_kind_go_by_parts(taken):
+    config = TTT4RecConfig(ITEMS, 32, 2, 2, ffn_width=64)
+    mixers = iter([TTTLayer(32, 2), Sums()])
+    model = TTT4Rec(config, lambda _: next(mixers), dtype=torch.float64).eval()
+    pools = model.make_pools(2)
+    for _ in range(2):
+        assert model.step(torch.tensor([1]), pools, torch.tensor([0])).shape == (1, 32)
+    assert taken == [None] * 2
 
 
 def test_dropout_in_training_goes_by_parts(taken):

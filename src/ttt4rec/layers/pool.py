@@ -1,7 +1,7 @@
 """StatePool: the states of many streams, kept in one place and advanced there one token at a time."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class StatePool:
         layer: see above; a layer steps its own pools only.
         records: what the inner loop needs of a stream and head ``[N, H, R]``, laid out as ``inner_models.Record``.
         hidden: F, 0 if there are no hidden features.
+        prepared: the step's call of compiled code, and for what it stands; see ``standing.prepared``.
 
     Raises:
         ValueError: num_slots is below 1.
@@ -72,7 +73,12 @@ class StatePool:
         self.records = like.new_zeros(num_slots, H, self._record.size)
         self.position = like.new_zeros(num_slots, dtype=torch.int64)
         self.conv = None if context is None else like.new_zeros(num_slots, *context)
+        self.prepared: Any = None
         self.reset(torch.arange(num_slots, device=like.device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy prepares its own calls: addresses are those of this pool in this process."""
+        return self.__dict__ | {"prepared": None}
 
     def __repr__(self) -> str:
         x = self.records

@@ -5,13 +5,15 @@ replaced, modules hooked or adapted, options set. To look at them and to write t
 longer than the step. To see that all of it is as it was takes a third of that.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
-from itertools import chain, repeat
-from operator import contains, is_, itemgetter
+from itertools import chain
+from operator import itemgetter
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+
+from .pool import StatePool
 
 OPTIONS = (
     *("adapt", "backbone", "backend", "base_lr", "conv_kernel", "forget", "head_dim", "inner", "inner_lr_scale"),
@@ -20,73 +22,78 @@ OPTIONS = (
 )
 """Attributes of modules, none of them a tensor, that a prepared call may depend on."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_prepared = WeakKeyDictionary[Any, tuple["Standing", Any]]()
 
 
 class Standing:
     """A module and all below it, and some tensors beside it, as they stood when a call was prepared.
 
+    It holds modules, which tell of their parameters, and no tensor: where those that are there now have the addresses,
+    types and shapes of those that were, the call serves, and what was replaced may go.
+
     Args:
         root: the module.
         beside: tensors that are no parameters of it, or None.
+
+    Raises:
+        ValueError: a parameter is not initialised yet. RuntimeError: it has no memory to look at, being sparse.
     """
 
     def __init__(self, root: nn.Module, beside: Sequence[Tensor | None]) -> None:
         modules = tuple(root.modules())
-        own = [m.__dict__ for m in modules]
-        self._root, self._modules, self._types = root, modules, [*map(type, modules)]
+        self._own = own = [m.__dict__ for m in modules]
+        self._root, self._modules = root, modules
         self._below, self._parameters = [m._modules for m in modules], [m._parameters for m in modules]
         self._unhooked = [hooks for d in own for hooks in map(d.__getitem__, _HOOKS) if not hooks]
-        self._unpatched = [d for d in own if "forward" not in d]
         chosen = [(d, [name for name in OPTIONS if name in d]) for d in own]
         self._options = [(itemgetter(*names), d) for d, names in chosen if names]
-        self._tensors = self._all_tensors(beside)
-        self._there = [x for x in self._tensors if x is not None]
-        self._seen = self._look()
+        self._dropouts = [d for d in own if "p" in d]
+        tensors = self._all_tensors(beside)
+        self._kinds = [*map(type, tensors)]
+        self._seen = self._look(tensors)
 
     def stands(self, root: nn.Module, beside: Sequence[Tensor | None]) -> bool:
         """Whether all of it is as it was."""
         if root is not self._root:
             return False
         tensors = self._all_tensors(beside)
-        same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
-        return same and self._look() == self._seen
+        # their types come first: of another type they may have no address
+        return [*map(type, tensors)] == self._kinds and self._look(tensors) == self._seen
 
     def _all_tensors(self, beside: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [*chain.from_iterable(map(dict.values, self._parameters)), *beside]
 
-    def _look(self) -> tuple[Any, ...]:
-        there = self._there
+    def _look(self, tensors: list[Tensor | None]) -> tuple[Any, ...]:
+        there = [x for x in tensors if x is not None]
         return (
             [*map(Tensor.data_ptr, there)],
             [x.shape for x in there],
+            [x.dtype for x in there],
             [*map(Tensor.is_contiguous, there)],
             [*chain.from_iterable(map(dict.values, self._below))],
             [*map(type, self._modules)],
             any(self._unhooked),
-            any(map(contains, self._unpatched, repeat("forward"))),
-            self._root.training,
+            [*map(len, self._own)],  # a method that is patched is one attribute more
+            [d["training"] for d in self._dropouts],
             [get(d) for get, d in self._options],
         )
 
 
 def prepared(
-    pool: Any, root: nn.Module, beside: Sequence[Tensor | None], prepare: Callable[[], Callable[..., Any] | None]
+    pool: StatePool, root: nn.Module, beside: Sequence[Tensor | None], prepare: Callable[[], Callable[..., Any] | None]
 ) -> Callable[..., Any] | None:
     """What ``prepare`` returned when it was last called for a pool, if all that it saw still stands; or else now.
 
     Args:
-        pool: for which the call is kept, as long as it lives.
+        pool: keeps the call, and goes with it: a table of all pools would never let go of a model that has its own.
         root: the module that the call computes.
         beside: tensors that are no parameters of it, or None.
         prepare: makes the call, or returns None if it cannot be made.
     """
-    standing, call = _prepared.get(pool, (None, None))
+    standing, call = pool.prepared or (None, None)
     if standing is not None and standing.stands(root, beside):
         return call
-    call = prepare()
-    if call is None:
-        _prepared.pop(pool, None)
-    else:
-        _prepared[pool] = Standing(root, beside), call
+    pool.prepared, call = None, prepare()
+    if call is not None:
+        with contextlib.suppress(RuntimeError, ValueError):  # then it is prepared anew every time
+            pool.prepared = Standing(root, beside), call
     return call

@@ -58,6 +58,8 @@ def are_rows(x: Tensor, slots: Tensor) -> bool:
 
 def layer_parts(layer: Any, pool: StatePool) -> LayerParts | None:
     """What a layer has, as it is now; None if something was done to a part of it, or the pool is another's."""
+    if patched(layer):
+        return None
     around, dtype = layer_around(layer, pool.records.dtype), pool.records.dtype
     if around is None or pool.layer != layer or not fit(dtype, (pool.records,), (pool.records.shape,)):
         return None
@@ -117,6 +119,11 @@ _OWN = ("token_offset", "inner_lr_weight", "inner_lr_bias", "inner_norm_weight",
 def is_like(module: Any, kind: type[nn.Module]) -> bool:
     """Whether a module is of a kind, no subclass, and nothing was done to it but for its parameters."""
     return type(module) is kind and untouched(module)
+
+
+def patched(module: Any) -> bool:
+    """Whether a method of a module was replaced, in it alone."""
+    return any(callable(getattr(type(module), name, None)) for name in module.__dict__)
 
 
 def fit(dtype: torch.dtype, tensors: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> bool:

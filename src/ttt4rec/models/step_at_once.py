@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from ..arguments import BlockParts, ModelParts, NormParts, Step
 from ..layers.convolution import CausalConv
+from ..layers.pool import StatePool
 from ..layers.standing import prepared
-from ..layers.step_at_once import are_rows, fit, is_like, layer_parts, unobserved
+from ..layers.step_at_once import are_rows, fit, is_like, layer_parts, patched, unobserved
 from ..layers.ttt import TTTLayer
 from ..operators.backends import shortcut
 from .blocks import Block, BlockPool, GELUFeedForward, SwiGLU
@@ -22,6 +23,8 @@ def step_at_once(model: Any, ids: Tensor, pools: Sequence[BlockPool], slots: Ten
     """As ``TTT4Rec.step``; None, and nothing has changed, if the parts must do it, or refuse it."""
     if not unobserved() or not are_rows(ids, slots) or ids.dim() != 1 or ids.dtype is not torch.int64 or not pools:
         return None
+    if not all(isinstance(pool.mixer, StatePool) for pool in pools):  # other mixers' own
+        return None
     tensors = [x for pool in pools for x in (*pool.mixer.tensors, pool.conv)]
     step = prepared(pools[0].mixer, model, tensors, lambda: _prepare(model, pools))
     return None if step is None else step(ids.contiguous(), slots.contiguous())
@@ -29,8 +32,10 @@ def step_at_once(model: Any, ids: Tensor, pools: Sequence[BlockPool], slots: Ten
 
 def _prepare(model: Any, pools: Sequence[BlockPool]) -> Step | None:
     modules = model._modules
+    if patched(model):
+        return None
     embedding, dropout, blocks = modules["embedding"], modules["dropout"], [*modules["blocks"]._modules.values()]
-    if (model.training and dropout.p > 0) or not is_like(dropout, nn.Dropout) or model.hidden_item is not None:
+    if (dropout.training and dropout.p > 0) or not is_like(dropout, nn.Dropout) or model.hidden_item is not None:
         return None
     if not is_like(embedding, nn.Embedding) or embedding.max_norm is not None or len(pools) != len(blocks):
         return None
@@ -61,7 +66,9 @@ def _block(block: Any, pool: BlockPool) -> BlockParts | None:
     """What a block has, as it is now; None if something was done to a part of it."""
     modules = block._modules
     mixer = modules["mixer"]
-    if type(block) is not Block or type(mixer) is not TTTLayer or block.ffn is None or block.mixer_gate is not None:
+    if type(block) is not Block or type(mixer) is not TTTLayer or patched(block):
+        return None
+    if block.ffn is None or block.ffn_norm is None or block.mixer_gate is not None or block.ffn_gate is not None:
         return None
     layer, mixer_norm, ffn_norm = (
         layer_parts(mixer, pool.mixer),

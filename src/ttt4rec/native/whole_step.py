@@ -61,8 +61,9 @@ class ModelCall(ctypes.Structure):
 def layer_step(given: LayerParts) -> Step:
     """Of inputs ``[B, C]`` and slots: outputs; None, and nothing has changed, if slots are not B different places."""
     library, call, num_slots, work = _library(given), _layer(given), given.position.shape[0], _work(given)
+    tables = given.around.cos, given.around.sin
 
-    def step(x: Tensor, slots: Tensor) -> Tensor | None:
+    def step(x: Tensor, slots: Tensor, _kept: object = tables) -> Tensor | None:  # nobody else keeps them for sure
         if not _are_places(library, slots, num_slots):
             return None
         y = torch.empty_like(x)
@@ -78,9 +79,10 @@ def model_step(given: ModelParts) -> Step:
     library, num_slots, (rows, C) = _library(blocks[0].layer), blocks[0].layer.position.shape[0], table.shape
     calls = (BlockCall * len(blocks))(*map(_block, blocks))
     call = ModelCall(len(blocks), calls, _norm(given.embedding_norm), _norm(given.norm), table.data_ptr())
+    tables = [(block.layer.around.cos, block.layer.around.sin) for block in blocks]
     work = sum(_work(block.layer) + 3 * block.up[0].numel() for block in blocks)
 
-    def step(ids: Tensor, slots: Tensor) -> Tensor | None:
+    def step(ids: Tensor, slots: Tensor, _kept: object = tables) -> Tensor | None:
         if not _are_within(library, ids, 1, rows - 1) or not _are_places(library, slots, num_slots):
             return None
         y = table.new_empty(ids.shape[0], C)
