@@ -242,7 +242,9 @@ def test_csv_with_named_columns(tmp_path, capsys):
     fields = ["--user-field", "customer", "--item-field", "product", "--time-field", "at"]
     command = ["train", str(tmp_path / "shop.csv"), "--out", str(tmp_path / "run"), "--epochs", "1", *fields, *SMALL]
     assert main(command) == 0
-    assert "12 users, 9 items, 120 interactions" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "12 users, 9 items, 120 interactions" in out
+    assert "next none, all items are seen" in out
 
 
 def test_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
