@@ -352,7 +352,7 @@ def test_diversity_and_similar_items_on_the_command_line(folder, recommender, tm
         (["--user", "u1", "--allow", "nowhere"], "nowhere"),
         (["--user", "u1", "--titles", "nowhere"], "nowhere"),
         (["--user", "u1", "--titles", "config.json", "--encoding", "klingon"], "klingon"),
-        (["--all-users", "--out", "nowhere/best.csv"], "nowhere"),
+        (["--all-users", "--out", "nowhere/best.csv"], "in a folder that is there; given 'nowhere/best.csv'"),
         (["--history", "x", "--out", "best.parquet"], "must be .csv, .tsv or .jsonl"),
     ],
     ids=str,
