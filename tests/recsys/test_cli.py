@@ -377,8 +377,15 @@ def test_what_is_too_large_is_one_line(run, capsys, monkeypatch, error):
     [
         (["evaluate", "nowhere"], "nowhere"),
         (["recommend", "nowhere", "--user", "u1"], "nowhere"),
-        (["recommend", "RUN", "--user", "stranger"], "stranger"),
-        (["recommend", "RUN", "--history", "x"], "x"),
+        (
+            ["recommend", "RUN", "--user", "stranger"],
+            "given 'stranger'; offer what is popular of late by popular=True "
+            "(--popular), or give a history (--history)",
+        ),
+        (
+            ["recommend", "RUN", "--history", "x"],
+            "given ['x']; offer what is popular of late by popular=True (--popular)",
+        ),
         (["recommend", "RUN", "--histories", "nowhere.txt"], "nowhere.txt"),
         (["recommend", "RUN", "--user", "u1", "--k", "0"], "0"),
         (["evaluate", "RUN", "--cutoffs", "0"], "0"),
