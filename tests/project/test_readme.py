@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tools.documents import ROOT
+from ttt4rec.cli import main
 
 PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "studies/README.md"] + [
     str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("**/*.md"))
@@ -33,6 +34,40 @@ def anchors(text: str) -> set[str]:
 @pytest.mark.parametrize("pages", TOGETHER, ids=" ".join)
 def test_blocks_run(pages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    theirs = {name for page in pages for name in re.findall(r"ttt4rec train (\S+\.\S+)", (ROOT / page).read_text())}
+    for name in theirs:
+        Path(name).write_text("the reader's own")
+    run_blocks(pages)
+    assert {name: Path(name).read_text() for name in theirs} == dict.fromkeys(theirs, "the reader's own")
+
+
+def test_the_readmes_blocks_run_again_and_print_recommendations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    for _ in range(2):
+        run_blocks(["README.md"])
+        printed.append(capsys.readouterr().out.splitlines())
+        assert [line.startswith("film") for line in printed[-1]] == [True, True, True, False, False]
+        assert "[]" not in printed[-1]
+    assert printed[0] == printed[1]
+
+
+def test_the_commands_read_the_folder_that_the_page_writes_from_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_blocks(["docs/recommender.md"])
+    for words in ("recommend runs/events --user user3", "similar runs/events film1"):
+        capsys.readouterr()
+        assert main(words.split()) == 0
+        assert "film" in capsys.readouterr().out
+    Path("new.csv").write_text(Path("made-up.csv").read_text())
+    assert main(["train", "new.csv", "--warm-start", "runs/events", "--out", "runs/next", "--epochs", "1"]) == 0
+
+
+def run_blocks(pages: list[str]) -> None:
     names: dict[str, object] = {"__name__": "readme"}
     for page in pages:
         blocks = python_blocks((ROOT / page).read_text())

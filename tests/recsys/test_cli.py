@@ -242,7 +242,9 @@ def test_csv_with_named_columns(tmp_path, capsys):
     fields = ["--user-field", "customer", "--item-field", "product", "--time-field", "at"]
     command = ["train", str(tmp_path / "shop.csv"), "--out", str(tmp_path / "run"), "--epochs", "1", *fields, *SMALL]
     assert main(command) == 0
-    assert "12 users, 9 items, 120 interactions" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "12 users, 9 items, 120 interactions" in out
+    assert "next none, all items are seen" in out
 
 
 def test_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
@@ -375,8 +377,15 @@ def test_what_is_too_large_is_one_line(run, capsys, monkeypatch, error):
     [
         (["evaluate", "nowhere"], "nowhere"),
         (["recommend", "nowhere", "--user", "u1"], "nowhere"),
-        (["recommend", "RUN", "--user", "stranger"], "stranger"),
-        (["recommend", "RUN", "--history", "x"], "x"),
+        (
+            ["recommend", "RUN", "--user", "stranger"],
+            "given 'stranger'; offer what is popular of late by popular=True "
+            "(--popular), or give a history (--history)",
+        ),
+        (
+            ["recommend", "RUN", "--history", "x"],
+            "given ['x']; offer what is popular of late by popular=True (--popular)",
+        ),
         (["recommend", "RUN", "--histories", "nowhere.txt"], "nowhere.txt"),
         (["recommend", "RUN", "--user", "u1", "--k", "0"], "0"),
         (["evaluate", "RUN", "--cutoffs", "0"], "0"),

@@ -317,6 +317,22 @@ def test_seen_items_are_left_out_unless_asked_for(folder, capsys):
     assert {entry["item"] for entry in json.loads(capsys.readouterr().out)["items"]} - unseen == {"i1", "i2", "i3"}
 
 
+def test_one_for_whom_no_item_is_left_is_told_why(folder, tmp_path, capsys):
+    everything = ["--history", *(f"i{i}" for i in range(NUM_ITEMS))]
+    for arguments, reason in [
+        (everything, "all items are in the history (--include-seen offers them too)"),
+        ([*everything, "--json"], "all items are in the history (--include-seen offers them too)"),
+        (["--user", "u3", "--include-seen", "--min-score", "1e9"], "--min-score leave none"),
+        (["--user", "u3", "--min-score", "1e9"], "seen offers them too), or --min-score leave none"),
+    ]:
+        assert call(folder, *arguments) == 0
+        printed = capsys.readouterr()
+        assert printed.err.startswith("nothing to recommend: ")
+        assert printed.err.endswith(f"{reason}\n")
+    assert call(folder, "--user", "u3") == 0
+    assert not capsys.readouterr().err
+
+
 def test_diversity_and_similar_items_on_the_command_line(folder, recommender, tmp_path, capsys):
     assert call(folder, "--user", "u3", "-k", "3", "--diversity", "0.9", "--json") == 0
     found = [entry["item"] for entry in json.loads(capsys.readouterr().out)["items"]]
@@ -336,7 +352,7 @@ def test_diversity_and_similar_items_on_the_command_line(folder, recommender, tm
         (["--user", "u1", "--allow", "nowhere"], "nowhere"),
         (["--user", "u1", "--titles", "nowhere"], "nowhere"),
         (["--user", "u1", "--titles", "config.json", "--encoding", "klingon"], "klingon"),
-        (["--all-users", "--out", "nowhere/best.csv"], "nowhere"),
+        (["--all-users", "--out", "nowhere/best.csv"], "in a folder that is there; given 'nowhere/best.csv'"),
         (["--history", "x", "--out", "best.parquet"], "must be .csv, .tsv or .jsonl"),
     ],
     ids=str,

@@ -152,8 +152,17 @@ def recommend(args: Namespace) -> None:
         _print_items(result.items, titles)
         if result.source == "popular":
             print("popular of late, as there is no history with a known item", file=sys.stderr)
+    if not result.items:
+        print(f"nothing to recommend: {_no_item_left(args)}", file=sys.stderr)
     if result.unknown:
         print(f"not in the catalogue, left out: {', '.join(map(printable, map(str, result.unknown)))}", file=sys.stderr)
+
+
+def _no_item_left(args: Namespace) -> str:
+    """Which of the options given or left out may have kept all items from one who has a history."""
+    kept = [f"--{name.replace('_', '-')}" for name in ("allow", "deny", "min_score") if getattr(args, name) is not None]
+    reasons = [] if args.include_seen else ["all items are in the history (--include-seen offers them too)"]
+    return ", or ".join([*reasons, *([f"{' and '.join(kept)} leave none"] if kept else [])])
 
 
 def similar(args: Namespace) -> None:
@@ -386,7 +395,7 @@ def _show_example(recommender: Recommender) -> None:
     user = histories.user_ids[0]
     last = ", ".join(printable(str(histories.item_ids[code - 1])) for code in histories.history(0)[-5:])
     best = ", ".join(printable(str(item)) for item, _ in recommender.recommend(user, k=5).items)
-    print(f"user {printable(str(user))}, whose last items are {last}: next {best}")
+    print(f"user {printable(str(user))}, whose last items are {last}: next {best or 'none, all items are seen'}")
 
 
 def _format(metrics: dict[str, float]) -> str:

@@ -145,6 +145,18 @@ def test_bad_rows_are_left_out_if_asked(tmp_path, capsys, apart):
         read_interactions(path, skip_bad_rows=-1)
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_rows_left_out_are_named_by_their_lines_and_once(tmp_path, capsys, name):
+    path, mark = tmp_path / name, "," if name == "a.csv" else "\t"
+    lines = ["user_id,item_id,timestamp", "u,i,1", "", "u,i,soon", "u,j,2", ",j,3"]
+    path.write_text("".join(f"{line.replace(',', mark)}\n" for line in lines))
+    assert rows_of(read_interactions(path, skip_bad_rows=2)) == [("u", "i", 1), ("u", "j", 2)]
+    said = capsys.readouterr().err
+    assert said.startswith(f"left out 2 of the rows: {path} line 4: field 3 must be a time ")
+    assert said.endswith("(the first of 2 bad lines: 4, 6)\n")
+    assert said.count("left out") == 1
+
+
 def test_row_order_counts_what_is_left(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("user_id,item_id\na,b\nbad\nc,d\n")

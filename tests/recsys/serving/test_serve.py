@@ -408,8 +408,10 @@ def test_two_services_begun_at_once_are_one(folder, tmp_path):
 
 def test_a_mistake_is_one_line(folder, tmp_path, capsys):
     (copied(folder, tmp_path) / "events.db").write_text("no log" * 999)
+    (tmp_path / "empty").mkdir()
     for place, options, message in (
-        (tmp_path / "nowhere", [], "No such file or directory"),
+        (tmp_path / "nowhere", [], "nowhere holds no saved model: config.json is missing"),
+        (tmp_path / "empty", [], "empty holds no saved model: config.json is missing"),
         (tmp_path, [], "is not an event log"),
         (tmp_path, ["--max-ahead=-1e9"], "the data's latest is 10000000"),
     ):
@@ -417,6 +419,7 @@ def test_a_mistake_is_one_line(folder, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    assert not list((tmp_path / "empty").iterdir())
 
 
 def test_health_tells_of_a_damaged_event(other, other_folder):

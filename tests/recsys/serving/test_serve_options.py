@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from tests.recsys.test_cli import commands_of
+from tests.recsys.test_options import commands_of
 from tests.support.recsys_data import make_model, make_split
 from ttt4rec.cli import main, make_parser
 from ttt4rec.fields import descriptions

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def read_quickly(path: Path, separator: str, columns: Columns, options: DataOpti
     }
     try:
         with _Blocks(path, separator != "\t") as blocks:
-            return read_batches(str(path), "line", _batches(blocks, settings), options)
+            whole = replace(options, skip_bad_rows=0)  # pyarrow cannot tell in which line a row stands
+            return read_batches(str(path), "line", _batches(blocks, settings), whole)
     except (arrow.ArrowException, DataError, OSError, EOFError, UnicodeError, _QuotedError):
         return None
 

@@ -127,7 +127,7 @@ def sink(out: Path | None, titles: Mapping[str, str] | None, *, named: bool) -> 
         named: whether lines on stdout name the user.
 
     Raises:
-        DataError: the suffix is none that is known. OSError: the file cannot be written.
+        DataError: the suffix is none that is known, or there is no such folder. OSError: the file cannot be written.
     """
     if out is None:
         yield _Lines(None, titles, named)
@@ -135,6 +135,8 @@ def sink(out: Path | None, titles: Mapping[str, str] | None, *, named: bool) -> 
     suffix = out.suffix.lower()
     if suffix not in _SUFFIXES:
         raise DataError(f"--out must end in one of {', '.join(_SUFFIXES)}; given {str(out)!r}")
+    if not out.parent.is_dir():
+        raise DataError(f"--out must be in a folder that is there; given {str(out)!r}")
     with replacing(out) as partial:
         if suffix == ".parquet":
             rows = _Parquet(partial, titles)

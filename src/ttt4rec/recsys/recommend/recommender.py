@@ -144,10 +144,16 @@ class Recommender:
             return self._best([self._history_of(user) for user in users], wanted)
         found = self._find(history) if user_id is None else self._history_of(user_id)
         if not len(found[0]) and not popular:
+            advice = "; offer what is popular of late by popular=True (--popular)"
             if user_id is None:
-                raise DataError(f"history must have at least one known item; given {list(history or ())[:5]}")
-            self.histories.user_code(user_id)  # which says it if there is no such user
-            raise DataError(f"the history of user {user_id!r} must have at least one item to go on from; given none")
+                raise DataError(f"history must have at least one known item; given {list(history or ())[:5]}{advice}")
+            try:
+                self.histories.user_code(user_id)
+            except DataError as error:
+                raise DataError(f"{error}{advice}, or give a history (--history)") from None
+            raise DataError(
+                f"the history of user {user_id!r} must have at least one item to go on from; given none{advice}"
+            )
         return self._best([found], wanted)[0]
 
     def recommend_batch(

@@ -10,6 +10,7 @@ import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
 from ttt4rec.atomic_files import locked
+from ttt4rec.models.ttt4rec import CONFIG_FILE
 from ttt4rec.options import PER_SECOND, ServeOptions
 from ttt4rec.recsys.data import DataError
 from ttt4rec.recsys.online import OnlineRecommender, SQLiteEventLog
@@ -31,6 +32,8 @@ def serve(folder: Path, options: ServeOptions) -> None:
         FileNotFoundError: the folder holds no recommender. ValueError: its files are damaged, or other ones.
         OSError: the event log cannot be opened or made.
     """
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no saved model: {CONFIG_FILE} is missing")
     lock = folder / "service.lock"
     lock.touch(0o600)
     with locked(lock) as free:
