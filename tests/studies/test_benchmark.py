@@ -1,12 +1,10 @@
 """The benchmark of the field's protocols: what is run, resumed and written of it."""
 
-import gzip
 import sys
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from studies.benchmark import __main__ as command
@@ -21,16 +19,6 @@ from ttt4rec.recsys.data import DataError
 TINY = {"width": 8, "num_heads": 2, "ffn_width": 8, "max_len": 6, "epochs": 2, "targets_per_batch": 64}
 TOY = Data("toy", LEAVE_ONE_OUT)
 PLAN = Plan((TOY,), {"GRU": {"mixer": "gru"}, "HSTU": {"mixer": "hstu"}}, rates=(1e-3, 1e-2), seeds=(0, 1), frame=TINY)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    rows = [f"{user}\t{rng.integers(12)}\t{time}" for user in range(20) for time in range(15)]
-    (tmp_path / "toy").mkdir()
-    with gzip.open(tmp_path / "toy" / "toy.inter.gz", "wt") as file:
-        file.write("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows]))
-    return tmp_path
 
 
 class Listener:

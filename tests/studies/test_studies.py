@@ -6,7 +6,6 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from studies import costs, knobs, report
@@ -22,16 +21,6 @@ TOY = Data("toy")
 STUDY = Study(
     "Toy", datasets=(TOY,), variants={"GRU": {"mixer": "gru"}, "TTT": {"inner": "linear"}}, seeds=(0, 1), common=TINY
 )
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    rows = [f"{user}\t{rng.integers(12)}\t{time}" for user in range(20) for time in range(15)]
-    (tmp_path / "toy").mkdir()
-    with gzip.open(tmp_path / "toy" / "toy.inter.gz", "wt") as file:
-        file.write("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows]))
-    return tmp_path
 
 
 def test_a_killed_study_goes_on_where_it_stopped(data: Path) -> None:
