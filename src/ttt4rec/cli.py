@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import logging
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from ttt4rec.checks import printable
@@ -15,13 +18,15 @@ from ttt4rec.extras import MissingPackageError
 from ttt4rec.fields import choices, descriptions
 from ttt4rec.models.presets import PRESETS
 from ttt4rec.models.ttt4rec import TTT4RecConfig
-from ttt4rec.options import DataOptions, ServeOptions, TrainOptions
+from ttt4rec.options import TRACKERS, DataOptions, ServeOptions, TrainOptions
+from ttt4rec.settings import read_settings
 
 _EPILOG = """\
 examples:
   ttt4rec train ml-100k --out runs/ml-100k
   ttt4rec train ml-100k --preset best --out runs/best
   ttt4rec train events.csv --user-field customer --item-field product --time-field at --out runs/shop
+  ttt4rec train --config runs/shop/run.json --seed 1 --out runs/again
   ttt4rec evaluate runs/ml-100k --part valid
   ttt4rec recommend runs/ml-100k --user 196
   ttt4rec recommend runs/ml-100k --all-users --out best.csv
@@ -40,11 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             args = make_parser().parse_args(argv)
+            if args.command == "train":
+                _take_file(args)
             from ttt4rec.recsys import (
                 commands,  # after parsing, so that --help need not wait for what only commands need
             )
 
-            getattr(commands, args.command)(args)
+            with _log_on_stderr(args.log_level):
+                getattr(commands, args.command)(args)
         finally:
             print(end="", flush=True)  # so that a closed pipe is noticed here, not at the interpreter's exit
     except KeyboardInterrupt:
@@ -60,6 +68,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ttt4rec: error: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _log_on_stderr(level: str) -> Iterator[None]:
+    """What the package logs, which alone it would not show, goes to stderr for a while."""
+    logger, handler = logging.getLogger("ttt4rec"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("ttt4rec: %(message)s"))
+    before = logger.level
+    logger.setLevel(level.upper())
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(" ".join(super().format(record).split()))
 
 
 def _whole(text: str) -> int:
@@ -91,6 +119,59 @@ class _Given(argparse.Action):
         namespace.given = [*namespace.given, self.dest]
 
 
+class _Data(_Given):
+    """As ``_Given``, of a positional argument that was not left out."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: object, option: object = None) -> None:
+        if values is not None:
+            super().__call__(parser, namespace, values, option)
+
+
+class _Config(argparse.Action):
+    """Reads options from a file: the parser itself does, as if they were written on the command line."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: object, option: object = None) -> None:
+        assert isinstance(parser, _Parser)
+        settings, is_record = read_settings(Path(str(values)))
+        places = {name: str(settings.pop(name)) for name in ("data", "out") if name in settings}
+        if is_record:
+            places.pop("out", None)  # another run has another folder
+        takes = {action.dest: action for action in parser._actions if action.option_strings}
+        unknown = [name for name in settings if name not in takes or name in ("config", "help")]
+        if unknown:
+            raise ValueError(f"{values} must hold options of ttt4rec train; given {printable(', '.join(unknown))}")
+        words = [word for name, value in settings.items() for word in _words(takes[name], value)]
+        try:
+            found = parser.parse_args(words)
+        except ValueError as error:
+            raise ValueError(f"{values}: {error}") from None
+        namespace.read = places | {name: getattr(found, name) for name in found.given}
+        namespace.is_record = is_record
+
+
+def _words(option: argparse.Action, value: object) -> list[str]:
+    """An option as on the command line, in the form that takes values which begin with a dash."""
+    name = option.option_strings[-1]
+    if option.nargs == 0 and isinstance(value, bool):
+        return [name] if value else []
+    values = value if isinstance(value, list) else [value]
+    return [f"{name}={x}" for x in values]
+
+
+def _take_file(args: argparse.Namespace) -> None:
+    """Give what was left out the values of the file, if there is one; then data and a folder there must be.
+
+    What somebody chose, on the command line or in a file, is noted apart: the record of a run has all options.
+    """
+    read = {name: value for name, value in args.read.items() if name not in args.given}
+    args.chosen = args.given if args.is_record else [*args.given, *read]
+    args.given = [*args.given, *read]
+    vars(args).update(read)
+    absent = [shown for name, shown in (("data", "DATA"), ("out", "--out")) if getattr(args, name) is None]
+    if absent:
+        raise ValueError(f"the following arguments are required: {', '.join(absent)} (see ttt4rec train --help)")
+
+
 _KINDS: dict[Any, dict[str, Any]] = {
     bool: {"nargs": 0},
     int: {"type": _whole, "metavar": "N"},
@@ -101,6 +182,7 @@ _KINDS: dict[Any, dict[str, Any]] = {
     tuple[str, ...]: {"nargs": "+", "metavar": "NAME"},
 }
 """What an option takes by the annotation of its field."""
+_LEVELS = ("debug", "info", "warning", "error")
 _OF_63_BITS = ("seed", "pool_bytes")
 """Options that are no sizes of a model."""
 
@@ -144,34 +226,45 @@ def _version() -> str:
 
 def _command(commands: argparse._SubParsersAction[_Parser], name: str, text: str) -> argparse.ArgumentParser:
     description = f"{text[0].upper()}{text[1:]}."
-    return commands.add_parser(name, help=text, description=description, formatter_class=_Formatter)
+    command = commands.add_parser(name, help=text, description=description, formatter_class=_Formatter)
+    about = "what is said on stderr of what goes on"
+    command.add_argument("--log-level", default="info", choices=_LEVELS, help=about)
+    return command
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
     about = "a .inter, .csv or .tsv (also .gz) or .parquet file, or ml-100k, gowalla, twitch-100k, amazon-video-games"
-    command.add_argument("data", metavar="DATA", help=about)
-    command.add_argument("--out", required=True, metavar="DIR", help="model folder; an interrupted run there goes on")
-    command.add_argument(
-        "--warm-start", metavar="DIR", help="begin with this model, its shape and the codes of its items"
-    )
+    command.register("action", "noted", _Given)
+    command.add_argument("data", nargs="?", action=_Data, metavar="DATA", help=about)
+    about = "model folder; an interrupted run there goes on"
+    command.add_argument("--out", action="noted", metavar="DIR", help=about)
+    about = "options by name, a .json or .toml file, or a run.json to repeat; what is given here counts first"
+    command.add_argument("--config", action=_Config, metavar="FILE", help=about)
+    about = "begin with this model, its shape and the codes of its items"
+    command.add_argument("--warm-start", action="noted", metavar="DIR", help=about)
     each = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
     about = f"defaults of model and training that go together ({each}; default: none)"
-    command.add_argument("--preset", choices=tuple(PRESETS), help=about)
+    command.add_argument("--preset", action="noted", choices=tuple(PRESETS), help=about)
     data = command.add_argument_group("data")
-    command.set_defaults(given=[])
+    command.set_defaults(given=[], read={}, is_record=False)
     _add_fields(data, DataOptions)
     about = "drop users with fewer interactions"
-    data.add_argument("--min-user", action=_Given, type=_whole, default=5, metavar="N", help=about)
-    data.add_argument("--min-item", type=_whole, default=5, metavar="N", help="drop items with fewer interactions")
+    data.add_argument("--min-user", action="noted", type=_whole, default=5, metavar="N", help=about)
+    about = "drop items with fewer interactions"
+    data.add_argument("--min-item", action="noted", type=_whole, default=5, metavar="N", help=about)
     ways = ["ratio", "last", "time"]
     about = (
         "shares of each user's items; each user's last two; or shares of all by time, the same moments for all users"
     )
-    data.add_argument("--split-by", default="ratio", choices=ways, help=about)
-    data.add_argument("--split", default="3:2:5", metavar="A:B:C", help="shares of train, validation and test")
+    data.add_argument("--split-by", action="noted", default="ratio", choices=ways, help=about)
+    about = "shares of train, validation and test"
+    data.add_argument("--split", action="noted", default="3:2:5", metavar="A:B:C", help=about)
     _add_fields(command.add_argument_group("model"), TTT4RecConfig, leave_out=_ONLY_FROM_PYTHON)
     _add_fields(command.add_argument_group("training"), TrainOptions)
-    _add_machine(command)
+    watching = command.add_argument_group("watching")
+    about = "tell these of every epoch; needs the extra track"
+    watching.add_argument("--track", action="noted", nargs="+", default=(), choices=TRACKERS, help=about)
+    _add_machine(command, action="noted")
 
 
 def _add_fields(group: argparse._ArgumentGroup, settings: type[Any], leave_out: Collection[str] = ()) -> None:
@@ -256,10 +349,12 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
     _add_fields(command.add_argument_group("service"), ServeOptions)
 
 
-def _add_machine(command: argparse.ArgumentParser) -> None:
+def _add_machine(command: argparse.ArgumentParser, action: str = "store") -> None:
     machine = command.add_argument_group("machine")
-    machine.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ...")
-    machine.add_argument("--threads", type=_whole, metavar="N", help="CPU threads (default: torch's choice)")
+    about = "cpu, cuda, cuda:1, ...; auto: a GPU if there is one"
+    machine.add_argument("--device", action=action, default="auto", metavar="NAME", help=about)
+    about = "CPU threads (default: torch's choice)"
+    machine.add_argument("--threads", action=action, type=_whole, metavar="N", help=about)
 
 
 if __name__ == "__main__":

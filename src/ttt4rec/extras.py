@@ -14,6 +14,9 @@ _EXTRAS = {
     "prometheus_client": "serve",
     "pydantic": "serve",
     "uvicorn": "serve",
+    "tensorboard": "track",
+    "wandb": "track",
+    "mlflow": "track",
 }
 """The extra of ttt4rec that brings a package."""
 

@@ -15,6 +15,9 @@ from .fields import check_choices, choice
 from .models.losses import LOSSES
 from .models.presets import preset
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+"""What a run may be followed in."""
+
 
 @dataclass(frozen=True)
 class DataOptions:

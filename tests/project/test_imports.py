@@ -14,8 +14,8 @@ from ttt4rec.operators import backends
 
 PACKAGE = Path(ttt4rec.__file__).parent
 CHAIN = (  # each may import those to its left
-    "operators", "layers", "models", "options", "recsys.data", "recsys.recommend", "recsys.training", "recsys.online",
-    "recsys.serving", "recsys.commands", "cli", "__main__",
+    "operators", "layers", "models", "options", "settings", "recsys.data", "recsys.recommend", "recsys.training",
+    "recsys.online", "recsys.serving", "recsys.commands", "cli", "__main__",
 )  # fmt: skip
 BACKENDS = ("eager", "kernels", "native", "reference")  # what computes operators; below the chain
 CONTRACT = ("arguments", "inner_models", "item_blocks", "precision")  # what operators and backends share

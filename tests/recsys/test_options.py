@@ -85,7 +85,7 @@ OPTIONS_OF_TRAIN = {
     "mini_batch_size": 8, "max_inner_step": None, "max_len": 50, "dropout": 0.2, "norm": "rms", "ffn": "swiglu",
     "ffn_width": 256, "epochs": 300, "patience": 5, "learning_rate": 0.001, "targets_per_batch": 2048, "clip_norm": 5.0,
     "inner_lr_warmup": 0, "loss": "softmax", "num_negatives": 256, "popularity": 0.0, "calibration": 0.75,
-    "accumulate": 1, "autocast": False, "deterministic": False, "seed": 0, "device": "cpu", "threads": None,
+    "accumulate": 1, "autocast": False, "deterministic": False, "seed": 0, "device": "auto", "threads": None,
 }  # fmt: skip
 CHOICES_OF_TRAIN = {
     "split_by": ["ratio", "last", "time"],

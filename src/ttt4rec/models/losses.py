@@ -74,6 +74,7 @@ class LossKind(NamedTuple):
 
     about: str
     compute: Callable[[Draws], Tensor] | None  # losses [N]; None: it needs no negatives, the softmax over all items
+    calibrated: bool = True  # whether it may read gBCE's t
 
 
 def _gbce(given: Draws) -> Tensor:
@@ -82,10 +83,10 @@ def _gbce(given: Draws) -> Tensor:
 
 
 LOSSES = {
-    "softmax": LossKind("over all items", None),
-    "sampled": LossKind("softmax over negatives", lambda given: sampled_softmax(*given[:4])),
+    "softmax": LossKind("over all items", None, calibrated=False),
+    "sampled": LossKind("softmax over negatives", lambda given: sampled_softmax(*given[:4]), False),
     "gbce": LossKind("calibrated binary cross-entropy over negatives", _gbce),
-    "bpr": LossKind("pairs of target and negative", lambda given: bpr(*given[:3])),
+    "bpr": LossKind("pairs of target and negative", lambda given: bpr(*given[:3]), False),
 }
 """By the names that ``TrainOptions.loss`` and the command line take. One more is an entry here."""
 

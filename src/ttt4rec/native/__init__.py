@@ -96,7 +96,12 @@ def refusal(operator: str, arguments: Any) -> str | None:
 
 @functools.cache
 def shape_refusal(
-    device: torch.device, inner: str, head_dim: int, hidden: int, dtype: torch.dtype, sources: build.Sources
+    device: torch.device,
+    inner: str,
+    head_dim: int,
+    hidden: int,
+    dtype: torch.dtype,
+    sources: build.Sources = build.INNER_LOOP,
 ) -> str | None:
     """Why the inner loop or step of a shape cannot be computed; None if it can. The first call for a shape compiles it.
 

@@ -131,7 +131,8 @@ def compiler() -> list[str]:
 
 def _compile(command: tuple[str, ...], place: Path, name: str) -> None:
     """Make a library and put it into the cache."""
-    _log.info("compiling %s in %s", name, place)
+    _tell_once(place)
+    _log.debug("compiling %s", name)
     try:
         place.mkdir(mode=0o755, parents=True, exist_ok=True)
         cache.folder()  # what was just made is ours alone
@@ -144,6 +145,11 @@ def _compile(command: tuple[str, ...], place: Path, name: str) -> None:
             cache.keep(made, place, name)
     except OSError as error:
         raise BuildError(f"a library cannot be compiled to {place}: {error}") from error
+
+
+@functools.cache
+def _tell_once(place: Path) -> None:
+    _log.info("compiling C++ for this processor, which takes some seconds and is kept in %s", place)
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -69,6 +69,28 @@ def choose_backend(
     return "auto"
 
 
+def effective_backend(
+    backend: Backend, x: Tensor, head_dim: int, mini_batch_size: int, inner: str, hidden: int = 0
+) -> str:
+    """What computes an inner loop, by name: as ``choose_backend``, and ``"auto"`` as the operators understand it.
+
+    On a CPU it may compile, as the first call would.
+
+    Args:
+        backend: what was asked for.
+        x: whose dtype and device count.
+        head_dim: D.
+        mini_batch_size: K.
+        inner: the inner model's name.
+        hidden: F, 0 if there are no hidden features.
+    """
+    chosen = choose_backend(backend, x, head_dim, mini_batch_size, inner)
+    if chosen != "auto":
+        return chosen
+    refusal = _package("native").shape_refusal(x.device, inner, head_dim, hidden, x.dtype)
+    return "native" if refusal is None else "eager"
+
+
 def function(name: str, backend: str, arguments: Any) -> Callable[..., Any]:
     """The function of a backend that computes an operator, or its backward.
 

@@ -25,8 +25,9 @@ try:
     from ttt4rec.recsys.online.events import Event, EventLog, SQLiteEventLog
     from ttt4rec.recsys.online.recommender import OnlineRecommender
     from ttt4rec.recsys.recommend import Recommendations, Recommender
+    from ttt4rec.recsys.training.callbacks import EpochReport
     from ttt4rec.recsys.training.evaluate import evaluate
-    from ttt4rec.recsys.training.train import EpochReport, fit
+    from ttt4rec.recsys.training.train import fit
 except ModuleNotFoundError as error:
     raise missing("ttt4rec.recsys", error) from error
 

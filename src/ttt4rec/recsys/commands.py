@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ttt4rec.atomic_files import read_json, write_json
@@ -20,27 +21,34 @@ from ttt4rec.models.presets import PRESETS
 from ttt4rec.models.ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.options import DataOptions, ServeOptions, TrainOptions
 from ttt4rec.recsys.data import Histories, Id, Interactions, build_histories, filter_k_core, keep_item_codes
-from ttt4rec.recsys.data.datasets import load_interactions
+from ttt4rec.recsys.data.datasets import NAMED, load_interactions
 from ttt4rec.recsys.data.public import PUBLIC
-from ttt4rec.recsys.data.split import Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
+from ttt4rec.recsys.data.split import PARTS, Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.data.text import DataError, TextFile
 from ttt4rec.recsys.data.windows import evaluation_prefixes
 from ttt4rec.recsys.recommend import Recommender, offers
 from ttt4rec.recsys.recommend.rerank import MaximalMarginalRelevance
 from ttt4rec.recsys.recommend.titles import read_titles
 from ttt4rec.recsys.training import parallel
+from ttt4rec.recsys.training.console import Console, best_of
 from ttt4rec.recsys.training.evaluate import evaluate as evaluate_windows
 from ttt4rec.recsys.training.evaluate import evaluate_with_intervals
 from ttt4rec.recsys.training.intervals import Estimate
 from ttt4rec.recsys.training.lists import evaluate_lists
 from ttt4rec.recsys.training.progress import progress_bar
 from ttt4rec.recsys.training.report import RUN_FILE, describe_data, write_card, write_report
-from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, EpochReport, fit
+from ttt4rec.recsys.training.track import tracker
+from ttt4rec.recsys.training.train import METRICS_FILE, fit
+from ttt4rec.settings import check_effects, of_preset
 
 _MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
 _FEW_STEPS = 50  # in an epoch
 _ASKED_AT_ONCE = 4096
-_NO_SETTINGS = ("command", "device", "threads", "given")  # arguments that say nothing of what was trained
+_NO_SETTINGS = (
+    *("command", "device", "threads", "log_level", "track"),
+    *("config", "given", "chosen", "read", "is_record"),
+)
+"""Arguments that say nothing of what was trained."""
 
 
 def train(args: Namespace) -> None:
@@ -52,6 +60,7 @@ def train(args: Namespace) -> None:
 def _train(args: Namespace, device: str) -> None:
     ratios = _ratios(args.split)
     _take_preset(args)
+    check_effects(args.chosen, of_preset(args.given, vars(args)), NAMED)
     options = TrainOptions(**_chosen(args, TrainOptions))
     interactions = load_interactions(args.data, **_chosen(args, DataOptions))
     split, cuts = _split(interactions, args, ratios)
@@ -59,7 +68,7 @@ def _train(args: Namespace, device: str) -> None:
     if trained is not None:
         split = dataclasses.replace(split, histories=keep_item_codes(split.histories, trained.histories.item_ids))
     histories = split.histories
-    for part in ("train", "valid", "test"):
+    for part in PARTS:
         if not split.num_targets(part):
             raise DataError(
                 f"--split-by {args.split_by} --split {args.split} must leave targets for each of the three parts; "
@@ -67,7 +76,7 @@ def _train(args: Namespace, device: str) -> None:
             )
     options = _of_preset(args, options, split.num_targets("train"))
     config = _model_config(args, histories.num_items, trained)
-    _describe(histories, split)
+    _describe(interactions, split, args)
     _advise(args, options, split.num_targets("train"))
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
@@ -75,21 +84,19 @@ def _train(args: Namespace, device: str) -> None:
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--out must be a folder; given the file {folder}")
-    if (folder / CHECKPOINT_FILE).exists():
-        print(f"{folder} holds a checkpoint: going on from it", flush=True)
     progress = sys.stderr.isatty() and parallel.rank() == 0
     if device == "cpu":
         keep_freed_memory()
-    reports = fit(model, split, folder, options, progress=progress, report=_print_epoch)
+    settings = {name: value for name, value in vars(args).items() if name not in _NO_SETTINGS}
+    callbacks = [Console(), *(tracker(name, settings) for name in args.track)]
+    reports = fit(model, split, folder, options, progress=progress, callbacks=callbacks)
     windows = evaluation_prefixes(split, "test", max_len=model.config.max_len)
     metrics = evaluate_windows(model, windows, exclude_seen=args.exclude_seen, shared=True, progress=progress)
     if parallel.rank():
         return
-    best = max(reports, key=lambda report: report.metrics["NDCG@10"])
-    print(f"best of {len(reports)} epochs: {best.epoch}")
+    print(f"best of {len(reports)} epochs: {best_of(reports).epoch}")
     recommender = Recommender(model, histories)
     recommender.save(folder)
-    settings = {name: value for name, value in vars(args).items() if name not in _NO_SETTINGS}
     settings |= {name: getattr(model.config, name) for name in _chosen(args, TTT4RecConfig)}
     about = {"settings": settings, "processes": parallel.world_size(), "data": describe_data(split), "cuts": cuts}
     about |= {"test": metrics}
@@ -305,13 +312,14 @@ def _model_config(args: Namespace, num_items: int, trained: Recommender | None) 
     if trained is None:
         return TTT4RecConfig(num_items=num_items, **shape)
     config = dataclasses.replace(trained.model.config, num_items=num_items)
-    for name in (name for name in args.given if name in shape):
-        own, given = getattr(config, name), getattr(args, name)
-        if given != own:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be left out or {own}, as in {args.warm_start}, with whose shape "
-                f"--warm-start goes on; given {given}"
-            )
+    other = {name: getattr(args, name) for name in dict.fromkeys(args.given) if name in shape}
+    other = {name: given for name, given in other.items() if given != getattr(config, name)}
+    if other:
+        wanted = ", ".join(f"--{name.replace('_', '-')} must be left out or {getattr(config, name)}" for name in other)
+        raise ValueError(
+            f"{wanted}, as in {args.warm_start}, with whose shape --warm-start goes on; "
+            f"given {', '.join(map(str, other.values()))}"
+        )
     return config
 
 
@@ -357,6 +365,8 @@ def _trained(folder: Path) -> tuple[str, tuple[int, int, int], tuple[float, floa
 def _machine(args: Namespace) -> str:
     """The device asked for, checked; the number of threads is set on the way."""
     name: str = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if args.threads is not None:
         if not 1 <= args.threads <= _MOST_THREADS:
             raise ValueError(f"--threads must be from 1 to {_MOST_THREADS}; given {args.threads}")
@@ -370,8 +380,18 @@ def _machine(args: Namespace) -> str:
     return name
 
 
-def _describe(histories: Histories, split: Split) -> None:
-    parts = " / ".join(f"{split.num_targets(part):,}" for part in ("train", "valid", "test"))
+def _describe(interactions: Interactions, split: Split, args: Namespace) -> None:
+    """What was read, how much of it the filter has left out, and what is left."""
+    histories = split.histories
+    parts = " / ".join(f"{split.num_targets(part):,}" for part in PARTS)
+    kept = {
+        "users": (int((np.diff(histories.offsets) > 0).sum()), len(interactions.user_ids)),
+        "items": (len(np.unique(histories.items)), len(interactions.item_ids)),
+        "interactions": (len(histories.items), len(interactions)),
+    }
+    lost = ", ".join(f"{of - left:,} of {of:,} {name}" for name, (left, of) in kept.items() if of > left)
+    if lost:
+        print(f"left out by --min-user {args.min_user} and --min-item {args.min_item}: {lost}")
     print(f"{histories.num_users:,} users, {histories.num_items:,} items, {len(histories.items):,} interactions")
     print(f"{parts} train / valid / test targets", flush=True)
 
@@ -382,12 +402,6 @@ def _advise(args: Namespace, options: TrainOptions, num_targets: int) -> None:
     if args.preset is None and "targets_per_batch" not in args.given and steps < _FEW_STEPS:
         advice = "--preset best or --targets-per-batch N makes smaller ones, which learn in fewer epochs"
         print(f"an epoch has about {steps} {'step' if steps == 1 else 'steps'}: {advice}", file=sys.stderr)
-
-
-def _print_epoch(report: EpochReport) -> None:
-    valid = "  ".join(f"{name} {report.metrics[name]:.4f}" for name in ("HR@10", "NDCG@10"))
-    seconds = f"{report.train_seconds:.1f} + {report.valid_seconds:.1f} s"
-    print(f"epoch {report.epoch:3d}  loss {report.loss:.4f}  valid {valid}  {seconds}", flush=True)
 
 
 def _show_example(recommender: Recommender) -> None:

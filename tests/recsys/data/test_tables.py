@@ -211,10 +211,13 @@ def test_bad_rows_are_left_out_if_asked(form, capsys):
         (["ml-100k"], "position 0 must be a tuple (user, item, time) or a mapping of user_id, item_id, timestamp"),
         ([("a", "b")], "rows without a time are read by row_order=True"),
         ([], "list must have rows; given none"),
-        ({"user_id": []}, "must have one column 'item_id'; given 0 among user_id"),
+        ({"user_id": []}, "must have one column 'item_id' and one column 'timestamp'; given 0 and 0 among user_id"),
         ({"user_id": ["a"], "item_id": [], "timestamp": []}, "must have columns of one length"),
         ({"user_id": [], "item_id": [], "timestamp": []}, "dict must have rows; given none"),
-        (arrow.table({"user_id": ["a"]}), "Table must have one column 'item_id'; given 0 among user_id"),
+        (
+            arrow.table({"user_id": ["a"]}),
+            "one column 'item_id' and one column 'timestamp'; given 0 and 0 among user_id",
+        ),
         (arrow.table({"user_id": [], "item_id": [], "timestamp": []}), "must have rows; given none"),
     ],
     ids=str,
@@ -245,7 +248,8 @@ def test_frames_of_pandas_as_people_have_them():
     assert rows_of(load_interactions(zoned)) == expected("whole")
     mixed = frame.assign(timestamp=[pandas.Timestamp("2024-01-01"), 5, 6, 7])
     assert "position 1: 'timestamp' must be a date, as the times before it are; given 5" in refusal(mixed)
-    assert "must have one column 'user_id'; given 2 among" in refusal(pandas.concat([frame, frame], axis=1))
+    twice = pandas.concat([frame, frame.user_id], axis=1)
+    assert "must have one column 'user_id'; given 2 among" in refusal(twice)
     assert "Series must be a table that pyarrow can read" in refusal(frame.user_id)
     floats = frame.assign(user_id=[1.0, 2.0, None, 3.0])
     assert "position 0: 'user_id' must be an id (a text, a whole number or a UUID); given 1.0" in refusal(floats)

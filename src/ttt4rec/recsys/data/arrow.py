@@ -13,7 +13,7 @@ from ttt4rec.checks import printable
 from ttt4rec.options import PER_SECOND, DataOptions
 from ttt4rec.recsys.data.ids import Id
 from ttt4rec.recsys.data.interactions import Interactions
-from ttt4rec.recsys.data.layout import advice_on_names
+from ttt4rec.recsys.data.layout import check_columns
 from ttt4rec.recsys.data.rows import Codes32, Problems, Rows
 from ttt4rec.recsys.data.text import DataError
 from ttt4rec.recsys.data.times import TimeChunk, Times
@@ -32,13 +32,9 @@ def check_schema(name: str, schema: Any, options: DataOptions) -> None:
     """DataError unless the columns are there, once, and ColumnTypeError unless ids and times can have their types."""
     from pyarrow import types
 
+    counts = [schema.names.count(field) for field in options.fields.values()]
+    check_columns(name, schema.names, counts, options)
     for option, field in options.fields.items():
-        if schema.names.count(field) != 1:
-            given = printable(", ".join(schema.names), 200)
-            raise DataError(
-                f"{name} must have one column {field!r}; given {schema.names.count(field)} among {given}; "
-                f"{advice_on_names(option)}"
-            )
         kind = schema.field(field).type
         plain = kind.value_type if types.is_dictionary(kind) else kind
         known = types.is_integer(plain) or _is_text(plain)
@@ -94,7 +90,7 @@ def read_batches(
             encoder.take(column)
         rows.add(coded[0].codes, coded[1].codes, found)
         read += len(found)
-    problems.report()
+    problems.report(read)
     if not read:
         raise DataError(f"{name} must have rows; given none")
     return rows.interactions(name, *(tuple(encoder.ids) for encoder in encoders))

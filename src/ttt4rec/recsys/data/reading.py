@@ -86,7 +86,7 @@ def read_file(path: Path, options: DataOptions) -> Interactions:
 
         return read_parquet(path, options)
     if not path.is_file():
-        raise DataError(f"{path} must be a data file; given {'a directory' if path.is_dir() else 'nothing'}")
+        raise DataError(f"{path} must be a data file; {'given a folder' if path.is_dir() else 'there is no such file'}")
     try:
         return _read_text(path, options)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -185,7 +185,7 @@ def _read_rows(path: Path, text: TextFile, reader: Reader, columns: Columns, opt
             if good and options.skip_bad_rows:
                 _add(rows, times, good, columns, read)
         read += len(good)
-    problems.report()
+    problems.report(read)
     if not read:
         raise DataError(f"{path} must have rows{'' if options.columns else ' after the header'}; given none")
     return rows.interactions(str(path), tuple(rows.user_codes), tuple(rows.item_codes))

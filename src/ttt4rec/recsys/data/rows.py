@@ -84,8 +84,12 @@ class Problems:
             if len(self._first) < _NAMED:
                 self._first.append(problem)
 
-    def report(self) -> None:
-        """Raise DataError if there are more than may be left out; otherwise say which were."""
+    def report(self, good: int) -> None:
+        """Raise DataError if there are more than may be left out; otherwise say which were.
+
+        Args:
+            good: how many rows are not bad; without one, leaving the bad ones out is no help.
+        """
         if not self._count:
             return
         (number, what), place = self._first[0], self._place
@@ -93,6 +97,8 @@ class Problems:
         count = f"the first of {self._count} bad {place}s: {where}" if self._count > 1 else f"the only bad {place}"
         message = f"{self._name} {place} {number}: {what} ({count})"
         if self._count > self._skip:
+            if not good:
+                raise DataError(f"{message}; no row can be understood")
             advice = "" if self._skip else f"; to leave them out: skip_bad_rows={self._count} (--skip-bad-rows)"
             raise DataError(message + (advice or f"; at most {self._skip} may be left out"))
         print(printable(f"left out {self._count} of the rows: {message}"), file=sys.stderr)

@@ -17,7 +17,7 @@ from ttt4rec.checks import printable
 from ttt4rec.options import DataOptions
 from ttt4rec.recsys.data.ids import Id, name_of
 from ttt4rec.recsys.data.interactions import Interactions
-from ttt4rec.recsys.data.layout import advice_on_names
+from ttt4rec.recsys.data.layout import check_columns
 from ttt4rec.recsys.data.rows import Codes, Codes32, Problems, Rows
 from ttt4rec.recsys.data.text import DataError
 from ttt4rec.recsys.data.times import TimeChunk, Times
@@ -101,13 +101,7 @@ def _all(first: Any, others: Iterator[Any]) -> Iterator[Any]:
 def _sliced(name: str, table: Any, options: DataOptions) -> Iterator[_Columns]:
     """The columns of a table, piece by piece."""
     names = list(table if isinstance(table, Mapping) else getattr(table, "column_names", table.columns))
-    for option, field in options.fields.items():
-        if names.count(field) != 1:
-            given = printable(", ".join(map(str, names)), 200)
-            raise DataError(
-                f"{name} must have one column {field!r}; given {names.count(field)} among {given}; "
-                f"{advice_on_names(option)}"
-            )
+    check_columns(name, [str(x) for x in names], [names.count(field) for field in options.fields.values()], options)
     columns = [table[field] for field in options.fields.values()]
     whole = [column if isinstance(column, list | tuple) else np.asarray(column) for column in columns]
     lengths = {field: len(column) for field, column in zip(options.fields.values(), whole, strict=True)}
@@ -170,7 +164,7 @@ def _read(name: str, chunks: Iterable[_Columns], options: DataOptions) -> Intera
         rows.add(users.encode(taken[0]), items.encode(taken[1]), found)
         begin += length
         read += len(found)
-    problems.report()
+    problems.report(read)
     if not read:
         raise DataError(f"{name} must have rows; given none")
     return rows.interactions(name, *(tuple(column.codes) for column in (users, items)))

@@ -14,6 +14,35 @@ from ttt4rec.atomic_files import header_checksum, write_tensors
 _KIND = "ttt4rec training checkpoint, version 3"
 
 
+_OF_DATA = ("the data, their filter, the split or max_len", "the validation data or their split")
+
+
+def differences(saved: Any, own: dict[str, Any]) -> list[str]:
+    """What differs between the run that a checkpoint is of and another one, in words.
+
+    Args:
+        saved: of the checkpoint: ``options``, ``config``, ``data`` and ``initial`` as ``own`` has them.
+        own: of the other run.
+    """
+    if not isinstance(saved, dict):
+        return ["it does not say of which run it is"]
+    found = []
+    for part in ("options", "config"):
+        before, now = saved.get(part, {}), own[part]
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                found.append(f"{name} was {before.get(name)!r} and is {now.get(name)!r}")
+    of_data = zip(_OF_DATA, saved.get("data", []), own["data"], strict=False)
+    changed = [what for what, before, now in of_data if before != now]
+    if changed:
+        found.append(f"{changed[0]} differ")
+    if not found:  # other sizes have other weights, so they say nothing more then
+        found.append(
+            "the model's initial weights differ: make it after the same torch.manual_seed, or from the same model"
+        )
+    return found
+
+
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
     """Put a checkpoint in the place of the old one; OSError, and the old one stays, when it cannot be written."""
     text = json.dumps(progress)

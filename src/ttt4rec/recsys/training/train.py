@@ -9,9 +9,9 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +28,12 @@ from ttt4rec.recsys.data import IntArray
 from ttt4rec.recsys.data.split import Part, Split
 from ttt4rec.recsys.data.windows import batches, training_windows
 from ttt4rec.recsys.training import parallel
-from ttt4rec.recsys.training.checkpoint import load_checkpoint, save_checkpoint
+from ttt4rec.recsys.training.callbacks import Callback, Callbacks, EpochReport, TrainingRun
+from ttt4rec.recsys.training.checkpoint import differences, load_checkpoint, save_checkpoint
 from ttt4rec.recsys.training.evaluate import evaluate
 from ttt4rec.recsys.training.progress import progress_bar
 
 METRICS_FILE, CHECKPOINT_FILE = "metrics.csv", "checkpoint.safetensors"
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """One line of ``metrics.csv``."""
-
-    epoch: int
-    loss: float
-    train_seconds: float
-    valid_seconds: float
-    metrics: dict[str, float]
-
-    def row(self) -> dict[str, float]:
-        """The line's columns."""
-        own = {"epoch": self.epoch, "loss": self.loss}
-        seconds = {"train_seconds": self.train_seconds, "valid_seconds": self.valid_seconds}
-        return own | {f"valid_{name}": value for name, value in self.metrics.items()} | seconds
 
 
 def fit(
@@ -60,6 +44,7 @@ def fit(
     *,
     progress: bool = False,
     report: Callable[[EpochReport], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> list[EpochReport]:
     """Train until validation NDCG@10 stops improving; leave the best weights in the model.
 
@@ -77,7 +62,8 @@ def fit(
         folder: created if missing.
         options: how to train.
         progress: show a progress bar.
-        report: called after every epoch.
+        report: called after every epoch, in all processes.
+        callbacks: follow the run, and may end it early: see ``callbacks.Callback``. Another call goes on after that.
 
     Returns:
         What happened in each epoch.
@@ -97,10 +83,30 @@ def fit(
     _check_data(model, split, options.exclude_seen)
     parallel.from_first(lambda: _prepare(folder))
     with _alone(folder):
-        return _fit(_Run(model, split, options, folder), progress, report)
+        run = _Run(model, split, options, folder)
+        with _followed(run, split, callbacks) as followers:
+            return _fit(run, progress, report, followers)
 
 
-def _fit(run: _Run, progress: bool, report: Callable[[EpochReport], None] | None) -> list[EpochReport]:
+@contextmanager
+def _followed(run: _Run, split: Split, callbacks: Sequence[Callback]) -> Iterator[Callbacks]:
+    """Tell of the run's start and end, the first process alone."""
+    followers, error = Callbacks(callbacks), None
+    about = TrainingRun(run.model, split, run.options, run.folder, tuple(run.reports))
+    try:
+        parallel.from_first(lambda: followers.on_start(about))
+        yield followers
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        if parallel.rank() == 0:
+            followers.on_end(run.reports, error)
+
+
+def _fit(
+    run: _Run, progress: bool, report: Callable[[EpochReport], None] | None, followers: Callbacks
+) -> list[EpochReport]:
     """Bring the run to its end."""
     model, options = run.model, run.options
     with (
@@ -117,6 +123,8 @@ def _fit(run: _Run, progress: bool, report: Callable[[EpochReport], None] | None
                 run.write_metrics()
             if report is not None:
                 report(epoch)
+            if parallel.from_first(partial(followers.on_epoch, epoch)):
+                break
     model.load_state_dict(run.best_weights)
     parallel.collect(model)
     return run.reports
@@ -324,8 +332,9 @@ class _Run:
                 self.initial = progress.get("run", {}).get("initial")
             if progress.get("run") != self._identity():
                 raise ValueError(
-                    f"{path} belongs to a run with other data, options, model or initial weights; choose another "
-                    "folder or delete it"
+                    f"{path} must be this run's to go on from; given another's: "
+                    f"{'; '.join(differences(progress.get('run'), self._identity()))}; choose another folder, or delete "
+                    "the file to begin again"
                 )
             tensors.update(loaded)
             return progress

@@ -1,0 +1,147 @@
+"""Runs followed in TensorBoard, Weights & Biases or MLflow, each a callback of ``fit``.
+
+Where they send what they are told is theirs to say: ``WANDB_MODE``, ``WANDB_PROJECT``, ``MLFLOW_TRACKING_URI``, ....
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ttt4rec.atomic_files import read_json, write_json
+from ttt4rec.extras import require
+from ttt4rec.options import TRACKERS
+from ttt4rec.recsys.training.callbacks import Callback, EpochReport, TrainingRun
+
+TRACKED_FILE = "tracked.json"
+_PROJECT = "ttt4rec"
+
+
+def tracker(name: str, settings: Mapping[str, Any] | None = None) -> Callback:
+    """The callback for one of ``TRACKERS``.
+
+    Args:
+        name: of it.
+        settings: what else to note of the run than its options and the model's shape.
+
+    Raises:
+        ValueError: there is none of that name. MissingPackageError: its package is not installed.
+    """
+    if name not in TRACKERS:
+        raise ValueError(f"tracker must be one of {', '.join(TRACKERS)}; given {name!r}")
+    require(f"--track {name}", name)
+    return {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}[name](settings)
+
+
+class _Tracker(Callback):
+    """What all of them do: settings at the start, a set of numbers an epoch, whether it failed at the end.
+
+    Args:
+        settings: what else to note of the run.
+    """
+
+    name: str
+
+    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        self._settings = dict(settings or {})
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Begin, or take up what an earlier call of ``fit`` began for the same folder."""
+        path = run.folder / TRACKED_FILE
+        known: dict[str, str] = read_json(path)["runs"] if path.is_file() else {}
+        settings = self._settings | dataclasses.asdict(run.model.config) | dataclasses.asdict(run.options)
+        begun = self._begin(run, settings, known.get(self.name) if run.reports else None)
+        write_json(path, {"runs": known | {self.name: begun}})
+
+    def on_epoch(self, report: EpochReport) -> None:
+        """Send an epoch's numbers."""
+        seconds = {"seconds/train": report.train_seconds, "seconds/valid": report.valid_seconds}
+        valid = {f"valid/{name}": value for name, value in report.metrics.items()}
+        self._send(report.epoch, {"train/loss": report.loss} | valid | seconds)
+
+    def _begin(self, run: TrainingRun, settings: dict[str, Any], known: str | None) -> str:
+        """Begin a run, or go on with one; returns by what it is known."""
+        raise NotImplementedError
+
+    def _send(self, epoch: int, numbers: dict[str, float]) -> None:
+        raise NotImplementedError
+
+
+class TensorBoard(_Tracker):
+    """Event files in the folder's ``tensorboard``: ``tensorboard --logdir runs`` shows several runs."""
+
+    name = "tensorboard"
+
+    def _begin(self, run: TrainingRun, settings: dict[str, Any], known: str | None) -> str:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run.folder / "tensorboard"), purge_step=len(run.reports))
+        rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+        self._writer.add_text("settings", f"| option | value |\n| --- | --- |\n{rows}", len(run.reports))
+        return "tensorboard"
+
+    def _send(self, epoch: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+
+    def on_end(self, reports: Sequence[EpochReport], error: BaseException | None) -> None:
+        """Close the files."""
+        self._writer.close()
+
+
+class WandB(_Tracker):
+    """A run of Weights & Biases, in the project that ``WANDB_PROJECT`` names, else ``ttt4rec``."""
+
+    name = "wandb"
+
+    def _begin(self, run: TrainingRun, settings: dict[str, Any], known: str | None) -> str:
+        import wandb
+
+        project = os.environ.get("WANDB_PROJECT", _PROJECT)
+        self._run: Any = wandb.init(
+            project=project, name=run.folder.name, dir=str(run.folder), config=settings, id=known, resume="allow"
+        )
+        return str(self._run.id)
+
+    def _send(self, epoch: int, numbers: dict[str, float]) -> None:
+        self._run.log({"epoch": epoch} | numbers)
+
+    def on_end(self, reports: Sequence[EpochReport], error: BaseException | None) -> None:
+        """Finish the run, as failed after an error."""
+        self._run.finish(exit_code=0 if error is None else 1)
+
+
+class MLflow(_Tracker):
+    """A run of MLflow, in the experiment that ``MLFLOW_EXPERIMENT_NAME`` names, else ``ttt4rec``.
+
+    Its names of numbers may have no ``@``: HR@10 is ``HR_at_10`` there.
+    """
+
+    name = "mlflow"
+
+    def _begin(self, run: TrainingRun, settings: dict[str, Any], known: str | None) -> str:
+        import mlflow
+
+        self._client: Any = mlflow.MlflowClient()
+        if known is not None:
+            self._id = known
+            self._client.update_run(known, status="RUNNING")
+            return known
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        experiment = self._client.get_experiment_by_name(name)
+        place = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
+        self._id = str(self._client.create_run(place, run_name=run.folder.name).info.run_id)
+        for option, value in settings.items():
+            self._client.log_param(self._id, option, value)
+        return self._id
+
+    def _send(self, epoch: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self._client.log_metric(self._id, name.replace("@", "_at_"), value, step=epoch)
+
+    def on_end(self, reports: Sequence[EpochReport], error: BaseException | None) -> None:
+        """Mark the run as finished, or as failed after an error."""
+        self._client.set_terminated(self._id, "FINISHED" if error is None else "FAILED")
