@@ -233,6 +233,10 @@ def test_a_warm_start_has_the_shape_of_its_model_and_says_so(run, tmp_path, caps
         assert f"{option} must be left out or " in error
         assert f"given {value}" in error
         assert str(run / "run") in error
+    assert main([*command, "--out", str(tmp_path / "other"), "--mixer", "gru", "--width", "64"]) == 2
+    error = capsys.readouterr().err
+    assert "--mixer must be left out or ttt, --width must be left out or 16, as in " in error
+    assert error.endswith("given gru, 64\n")
     assert not (tmp_path / "other").exists()
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pandas
@@ -293,6 +294,7 @@ def test_users_lists_titles_and_fallback_on_the_command_line(folder, tmp_path, c
     names = {"i1": "One", "i2": "\x1b[2JTwo", "i3": "Three", "i4": None}
     assert all({x["item"]: x["title"] for x in line["items"]} == names for line in lines)
     assert "what is popular of late for 1" in printed.err
+    assert "unknown users, 1 of 3: stranger\n" in printed.err
     assert call(folder, "--user", "u3", *lists, "--include-seen") == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
@@ -354,6 +356,10 @@ def test_diversity_and_similar_items_on_the_command_line(folder, recommender, tm
         (["--user", "u1", "--titles", "config.json", "--encoding", "klingon"], "klingon"),
         (["--all-users", "--out", "nowhere/best.csv"], "in a folder that is there; given 'nowhere/best.csv'"),
         (["--history", "x", "--out", "best.parquet"], "must be .csv, .tsv or .jsonl"),
+        (["--history", "i1,i2"], "--history must have ids between blanks; given 'i1,i2': write i1 i2"),
+        (["--history", "i3", "i1, new"], "--history must have ids between blanks; given 'i1, new': write i1 new"),
+        (["--users", os.devnull], "/dev/null must have at least one user; given an empty file"),
+        (["--histories", os.devnull, "--out", "best.csv"], "must have at least one history; given an empty file"),
     ],
     ids=str,
 )

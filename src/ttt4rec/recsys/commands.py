@@ -44,6 +44,7 @@ from ttt4rec.settings import check_effects, of_preset
 _MOST_THREADS = 1024  # the OpenMP library ends the process when it cannot start as many as it was told
 _FEW_STEPS = 50  # in an epoch
 _ASKED_AT_ONCE = 4096
+_NAMED = 5  # unknown users
 _NO_SETTINGS = (
     *("command", "device", "threads", "log_level", "track"),
     *("config", "given", "chosen", "read", "is_record"),
@@ -149,6 +150,8 @@ def recommend(args: Namespace) -> None:
     wanted |= {name: _ids_in(Path(getattr(args, name))) for name in ("allow", "deny") if getattr(args, name)}
     if args.diversity:
         wanted["rerank"] = MaximalMarginalRelevance(recommender.model.embedding.weight, args.diversity)
+    if args.history is not None:
+        _check_ids(recommender, args.history)
     if args.out is not None or args.user is args.history is None:
         _recommend_many(recommender, args, wanted, titles)
         return
@@ -163,6 +166,18 @@ def recommend(args: Namespace) -> None:
         print(f"nothing to recommend: {_no_item_left(args)}", file=sys.stderr)
     if result.unknown:
         print(f"not in the catalogue, left out: {', '.join(map(printable, map(str, result.unknown)))}", file=sys.stderr)
+
+
+def _check_ids(recommender: Recommender, history: list[str]) -> None:
+    """Refuse several ids in one word, which nobody would notice where the word alone is unknown."""
+
+    def is_known(item: str) -> bool:
+        return len(recommender.histories.item_codes([item])[0]) > 0
+
+    for word in history:
+        parts = [part.strip() for part in word.split(",")]
+        if len(parts) > 1 and not is_known(word) and any(map(is_known, parts)):
+            raise DataError(f"--history must have ids between blanks; given {word!r}: write {' '.join(parts)}")
 
 
 def _no_item_left(args: Namespace) -> str:
@@ -203,6 +218,7 @@ def _recommend_many(
 ) -> None:
     """A line of JSON for each user or history, or rows of a file."""
     total, sources, unserved = 0, 0, 0
+    strangers = list[Id]()
     out = None if args.out is None else Path(args.out)
     everyone = len(recommender.histories.user_ids) if args.all_users else 0
     by_history = args.histories is not None or args.history is not None
@@ -217,11 +233,18 @@ def _recommend_many(
                 results = recommender.recommend_batch([history for _, history in chunk], **wanted)
             else:
                 results = recommender.recommend(users=[user for user, _ in chunk], **wanted)
+                strangers += [user for user, _ in chunk if recommender.histories.find_user(user) is None]
             write([user for user, _ in chunk], results)
             bar.update(len(chunk))
             total += len(chunk)
             sources += sum(result.source == "popular" for result in results)
             unserved += sum(not result.items for result in results)
+        if not total and not args.all_users:  # here, where no file is written
+            what = "user" if args.users else "history"
+            raise DataError(f"{args.users or args.histories} must have at least one {what}; given an empty file")
+    if strangers:  # a user id may hold what moves a cursor
+        shown = printable(", ".join(map(str, strangers[:_NAMED])), 200) + (", ..." if len(strangers) > _NAMED else "")
+        print(f"unknown users, {len(strangers):,} of {total:,}: {shown}", file=sys.stderr)
     if out is not None:
         print(f"recommendations for {total - unserved:,} of {total:,} in {out}")
     if sources:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,12 +110,21 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
     split = make_split(tmp_path)
     fit(make_model(split), split, tmp_path / "run", OPTIONS)
     before = (tmp_path / "run" / CHECKPOINT_FILE).read_bytes()
-    with pytest.raises(ValueError, match="another folder"):
-        fit(make_model(split), split, tmp_path / "run", TrainOptions(epochs=4, targets_per_batch=32))
-    with pytest.raises(ValueError, match="another folder"):
+    other = TrainOptions(epochs=4, targets_per_batch=32)
+    with pytest.raises(ValueError, match=r"another's: learning_rate was .* and is .*; targets_per_batch was 64 and"):
+        fit(make_model(split), split, tmp_path / "run", other)
+    with pytest.raises(ValueError, match="another's: width was 16 and is 32; choose another folder, or delete"):
         fit(make_model(split, width=32), split, tmp_path / "run", OPTIONS)
-    with pytest.raises(ValueError, match="initial weights"):
+    with pytest.raises(ValueError, match="another's: max_len was 8 and is 9; choose another folder, or delete"):
+        fit(make_model(split, max_len=9), split, tmp_path / "run", OPTIONS)
+    with pytest.raises(ValueError, match="another's: the model's initial weights differ: make it after"):
         fit(make_model(split, seed=9), split, tmp_path / "run", OPTIONS)
+    fewer = split_by_ratio(split.histories, (4, 2, 4))
+    with pytest.raises(ValueError, match="another's: it has other data, or another filter or split of them; choose"):
+        fit(make_model(split), fewer, tmp_path / "run", OPTIONS)
+    later = dataclasses.replace(split, valid_end=split.valid_end + (np.diff(split.histories.offsets) > split.valid_end))
+    with pytest.raises(ValueError, match="another's: it has other validation data, or another split"):
+        fit(make_model(split), later, tmp_path / "run", OPTIONS)
     assert (tmp_path / "run" / CHECKPOINT_FILE).read_bytes() == before
 
 

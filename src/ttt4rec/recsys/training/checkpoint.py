@@ -14,7 +14,7 @@ from ttt4rec.atomic_files import header_checksum, write_tensors
 _KIND = "ttt4rec training checkpoint, version 3"
 
 
-_OF_DATA = ("the data, their filter, the split or max_len", "the validation data or their split")
+_OF_DATA = ("other data, or another filter or split of them", "other validation data, or another split of them")
 
 
 def differences(saved: Any, own: dict[str, Any]) -> list[str]:
@@ -34,8 +34,8 @@ def differences(saved: Any, own: dict[str, Any]) -> list[str]:
                 found.append(f"{name} was {before.get(name)!r} and is {now.get(name)!r}")
     of_data = zip(_OF_DATA, saved.get("data", []), own["data"], strict=False)
     changed = [what for what, before, now in of_data if before != now]
-    if changed:
-        found.append(f"{changed[0]} differ")
+    if changed and saved.get("config", {}).get("max_len") == own["config"]["max_len"]:  # or it is why they differ
+        found.append(f"it has {changed[0]}")
     if not found:  # other sizes have other weights, so they say nothing more then
         found.append(
             "the model's initial weights differ: make it after the same torch.manual_seed, or from the same model"

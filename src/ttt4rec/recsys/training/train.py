@@ -331,10 +331,10 @@ class _Run:
             if self.initial == checksum(best):  # the model as this run's last call left it
                 self.initial = progress.get("run", {}).get("initial")
             if progress.get("run") != self._identity():
+                found = "; ".join(differences(progress.get("run"), self._identity()))
                 raise ValueError(
-                    f"{path} must be this run's to go on from; given another's: "
-                    f"{'; '.join(differences(progress.get('run'), self._identity()))}; choose another folder, or delete "
-                    "the file to begin again"
+                    f"{path} must be this run's to go on from it; given another's: {found}; choose another folder, or "
+                    "delete the file to begin again"
                 )
             tensors.update(loaded)
             return progress
