@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 from starlette.testclient import TestClient
 
-from tests.support.recsys_data import make_model, make_split
+from tests.support.recsys_data import make_model, make_split, write_events
 from tools.documents import ROOT
 from tools.site.notebooks import sources
 from ttt4rec import TTT4Rec
@@ -77,6 +77,21 @@ def test_train_and_recommend(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert lines[1].startswith("epoch 0  loss ")
     assert "HR@10" in lines[2]
     assert (run / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_search_prunes_and_finds_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_events(tmp_path / "ring.inter", users=20)
+    sizes = ["--trials", "5", "--epochs", "3", "--width", "16"]
+    study = load("search_with_optuna").main([str(source), "--out", str(tmp_path / "run"), *sizes])
+    states = [trial.state.name for trial in study.trials]
+    assert "PRUNED" in states
+    assert "COMPLETE" in states
+    for trial in study.trials:
+        rows = (tmp_path / "run" / f"trial-{trial.number}" / "metrics.csv").read_text().splitlines()
+        assert len(rows) - 1 == len(trial.intermediate_values)
+        assert (len(rows) - 1 < 3) <= (trial.state.name == "PRUNED")
+    assert f"{states.count('PRUNED')} of them pruned" in capsys.readouterr().out
 
 
 def test_a_mounted_service_asks_for_a_token(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from ttt4rec.recsys.training.intervals import Estimate
 from ttt4rec.recsys.training.lists import evaluate_lists
 from ttt4rec.recsys.training.progress import progress_bar
 from ttt4rec.recsys.training.report import RUN_FILE, describe_data, write_card, write_report
+from ttt4rec.recsys.training.segments import SEGMENTATIONS, Segment, evaluate_segments
 from ttt4rec.recsys.training.track import tracker
 from ttt4rec.recsys.training.train import METRICS_FILE, fit
 from ttt4rec.settings import check_effects, of_preset
@@ -117,6 +118,8 @@ def evaluate(args: Namespace) -> None:
     split = _split_again(recommender.histories, *run)
     if args.include_seen and not args.lists:
         raise ValueError("--include-seen must come with --lists; without it, only --exclude-seen leaves out seen items")
+    if args.lists and args.segments is not None:
+        raise ValueError("--segments must come without --lists, whose metrics are of users, not of targets")
     asked: dict[str, Any] = {"cutoffs": args.cutoffs, "progress": sys.stderr.isatty()}
     if args.lists:
         _print_estimates(
@@ -125,6 +128,11 @@ def evaluate(args: Namespace) -> None:
         return
     windows = evaluation_prefixes(split, args.part, max_len=recommender.model.config.max_len)
     asked["exclude_seen"] = args.exclude_seen
+    if args.segments is not None:
+        by = {name: SEGMENTATIONS[name] for name in args.segments or SEGMENTATIONS}
+        asked["samples"] = 1000 if args.intervals else 0
+        _print_segments(evaluate_segments(recommender.model, split, args.part, by=by, **asked), args.json)
+        return
     if args.intervals:
         _print_estimates(evaluate_with_intervals(recommender.model, windows, **asked), args.json)
         return
@@ -132,13 +140,35 @@ def evaluate(args: Namespace) -> None:
     print(json.dumps(metrics, indent=2) if args.json else f"{args.part}  {_format(metrics)}")
 
 
+def _print_segments(segments: Sequence[Segment], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([dataclasses.asdict(segment) for segment in segments], indent=2))
+        return
+    names = [name for name in segments[0].metrics if not name.startswith("MRR")]
+    rows = [["by", "segment", "users", "targets", *names]]
+    for x in segments:
+        numbers = [_with_interval(x.metrics[name]) for name in names]
+        rows.append([x.by, x.name, f"{x.users:,}", f"{x.targets:,}", *numbers])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(n) if place < 2 else cell.rjust(n)
+            for place, (cell, n) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells))
+
+
+def _with_interval(metric: Estimate) -> str:
+    interval = "" if metric.low is None else f"  [{metric.low:.4f}, {metric.high:.4f}]"
+    return f"{metric.value:.4f}{interval}"
+
+
 def _print_estimates(found: Mapping[str, Estimate], as_json: bool) -> None:
     if as_json:
         print(json.dumps({name: dataclasses.asdict(metric) for name, metric in found.items()}, indent=2))
         return
     for name, metric in found.items():
-        interval = "" if metric.low is None else f"  [{metric.low:.4f}, {metric.high:.4f}]"
-        print(f"{name:14}  {metric.value:.4f}{interval}")
+        print(f"{name:14}  {_with_interval(metric)}")
 
 
 def recommend(args: Namespace) -> None:

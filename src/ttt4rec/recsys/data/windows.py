@@ -82,6 +82,11 @@ class Windows:
         scored = offset >= self.leading[indices].repeat_interleave(lengths)
         return self.items[position][None], self.items[position + 1] * scored, cu_seqlens
 
+    def target_places(self, indices: Tensor) -> Tensor:
+        """Indices into ``items`` of the scored targets of some windows, in the order of ``packed_batch``."""
+        count = self.targets_per_window[indices]
+        return (self.starts + self.leading + 1)[indices].repeat_interleave(count) + _count_up(count)
+
     def seen(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """All that a user had before each scored target, also before the window.
 
@@ -93,8 +98,7 @@ class Windows:
             items: int64 [P], an item before it.
         """
         count = self.targets_per_window[indices]
-        nth = _count_up(count)
-        target = (self.starts + self.leading + 1)[indices].repeat_interleave(count) + nth
+        target = self.target_places(indices)
         before = target - self.begins[indices].repeat_interleave(count)
         rows = torch.arange(len(target)).repeat_interleave(before)
         return rows, self.items[(target - before).repeat_interleave(before) + _count_up(before)]

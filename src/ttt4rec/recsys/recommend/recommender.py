@@ -298,10 +298,12 @@ class Recommender:
             ValueError: its files are damaged or do not belong together.
         """
         folder = Path(folder)
-        model = TTT4Rec.load(folder, device)
-        for name in (IDS_FILE, HISTORIES_FILE):
+        for name in (CONFIG_FILE, WEIGHTS_FILE, IDS_FILE, HISTORIES_FILE):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no saved recommender: {name} is missing")
+                given = "is missing" if folder.is_dir() else "is missing, as is the folder"
+                advice = "; Recommender(model, histories).save(folder) writes it" if folder.is_dir() else ""
+                raise FileNotFoundError(f"{folder} holds no saved recommender: {name} {given}{advice}")
+        model = TTT4Rec.load(folder, device)
         check_together(folder, WEIGHTS_FILE, [IDS_FILE, HISTORIES_FILE])
         histories = read_histories(folder)
         consistent = is_consistent(histories)

@@ -47,7 +47,7 @@ def evaluate(
     if shared:
         windows = windows.take(torch.arange(parallel.rank(), len(windows), parallel.world_size()))
     metrics = RankingMetrics(cutoffs)
-    for ranks, _ in _ranks(model, windows, exclude_seen, progress):
+    for ranks, _ in ranked_targets(model, windows, exclude_seen, progress):
         metrics.update(ranks)
     if shared:
         metrics.add_up()
@@ -80,9 +80,10 @@ def evaluate_with_intervals(
     """
     metrics = RankingMetrics(cutoffs)
     gains, owners = [], []
-    for ranks, begins in _ranks(model, windows, exclude_seen, progress):
+    begins = windows.begins.unique()
+    for ranks, places in ranked_targets(model, windows, exclude_seen, progress):
         gains.append(metrics.gains(ranks))
-        owners.append(begins)
+        owners.append(torch.searchsorted(begins, places, right=True))
     users, place = torch.cat(owners).unique(return_inverse=True)
     if not len(users):
         raise ValueError("targets must be at least one; given none")
@@ -93,8 +94,10 @@ def evaluate_with_intervals(
 
 
 @torch.no_grad()
-def _ranks(model: TTT4Rec, windows: Windows, exclude_seen: bool, progress: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ranks ``[N]`` of targets, and where the histories of their users begin, batch by batch."""
+def ranked_targets(
+    model: TTT4Rec, windows: Windows, exclude_seen: bool, progress: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ranks ``[N]`` of targets, and their places in the windows' items, int64 ``[N]``, batch by batch."""
     training = model.training
     model.eval()
     device = model.embedding.weight.device
@@ -103,12 +106,12 @@ def _ranks(model: TTT4Rec, windows: Windows, exclude_seen: bool, progress: bool)
             for indices in _by_length(windows):
                 ids, targets, cu_seqlens = (x.to(device) for x in windows.packed_batch(indices))
                 (hidden, items), seen = model.predict(ids, targets, cu_seqlens), None
-                begins = windows.begins[indices].repeat_interleave(windows.targets_per_window[indices])
+                places = windows.target_places(indices)
                 count = len(items)
                 if exclude_seen:
                     new, seen = _new_targets(items, *(x.to(device) for x in windows.seen(indices)))
-                    hidden, items, begins = hidden[new], items[new], begins[new.cpu()]
-                yield model.ranks(hidden, items, seen), begins
+                    hidden, items, places = hidden[new], items[new], places[new.cpu()]
+                yield model.ranks(hidden, items, seen), places
                 bar.update(count)
     finally:
         model.train(training)
