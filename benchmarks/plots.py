@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tools import palette
+from ttt4rec import palette
 
 from .contests import FORWARD, TRAINING
 from .measurements import PLOTS, Result, Run

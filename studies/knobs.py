@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools import palette
-from ttt4rec import TTT4RecConfig
+from ttt4rec import TTT4RecConfig, palette
 
 from .models import PROTOCOL, TUNED
 from .study import Data, Settings, Study

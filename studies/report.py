@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tools import palette
 from tools.documents import ROOT, number, section, spread
+from ttt4rec import palette
 
 from . import costs, knobs
 from .grid import STUDIES

@@ -7,7 +7,8 @@ fonts that browsers take for the first one named.
 from collections.abc import Callable, Sequence
 from html import escape
 
-from . import palette
+from ttt4rec import palette
+
 from .documents import ROOT
 
 INK, LINE, EDGE, PAPER = "#1f2430", "#5b6275", "#b9bfcc", "#ffffff"

@@ -4,8 +4,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from tools import palette
 from tools.documents import ROOT, section, spread
+from ttt4rec import palette
 
 from ..runner import Result, read_results
 

@@ -19,7 +19,7 @@ CHAIN = (  # each may import those to its left
 )  # fmt: skip
 BACKENDS = ("eager", "kernels", "native", "reference")  # what computes operators; below the chain
 CONTRACT = ("arguments", "inner_models", "item_blocks", "precision")  # what operators and backends share
-HELPERS = ("atomic_files", "checks", "extras", "fields", "heap", "malloc")  # of no part, for all
+HELPERS = ("atomic_files", "checks", "extras", "fields", "heap", "malloc", "palette")  # of no part, for all
 TOPS = ("__init__", "recsys", "recsys.recbole", "recsys.rectools")  # what users import; nothing here does
 FILES = sorted(PACKAGE.rglob("*.py"))
 OLD_PATHS = {

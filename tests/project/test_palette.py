@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks import sides
 from studies.grid import STUDIES
-from tools import drawings, palette
+from tools import drawings
 from tools.documents import ROOT
+from ttt4rec import palette
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import numpy as np
 
 from ttt4rec.atomic_files import check_digest, read_json, replacing
 from ttt4rec.checks import printable
+from ttt4rec.models.mixers import MIXERS
 from ttt4rec.recsys.data import DataError, Id
 from ttt4rec.recsys.data.split import PARTS, Split
 from ttt4rec.recsys.recommend import Recommender
@@ -109,8 +110,9 @@ def write_report(runs: Sequence[str | os.PathLike[str]], folder: str | os.PathLi
         "## Training\n",
     ]
     if importlib.util.find_spec("matplotlib"):
-        plot_curves({run["name"]: run["epochs"] for run in read}, folder / CURVES_FILE)
-        tables.append(f"![loss and validation NDCG@10 by epoch]({CURVES_FILE})\n")
+        methods = {run["name"]: _method(run["settings"]) for run in read}
+        plot_curves({run["name"]: run["epochs"] for run in read}, folder / CURVES_FILE, methods)
+        tables.append(f"![loss and validation NDCG@10 by epoch, a star at the one that is kept]({CURVES_FILE})\n")
     rows = [[run["name"], *_summary(run["epochs"])] for run in read]
     tables.append(_table(["run", "epochs", "best", "NDCG@10 there", "loss there", "training s", "validation s"], rows))
     with replacing(folder / REPORT_FILE) as partial:
@@ -164,6 +166,15 @@ def _read(folder: Path) -> dict[str, Any]:
     if not epochs:
         raise DataError(f"{folder / METRICS_FILE} must hold at least one epoch; given none")
     return found
+
+
+def _method(settings: dict[str, Any]) -> str:
+    """What a run trained, as pictures name it."""
+    if settings.get("mixer") == "ttt":
+        inner = str(settings.get("inner"))
+        return f"TTT-{'MLP' if inner == 'mlp' else inner.capitalize()}"
+    mixer = MIXERS.get(str(settings.get("mixer")))
+    return "" if mixer is None else mixer.published
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

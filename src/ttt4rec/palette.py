@@ -6,6 +6,7 @@ from collections.abc import Iterable
 LINEAR, MLP, ATTENTION, GRU, MAMBA = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"
 METHODS = {
     "NARM": "#882255",
+    "HSTU": "#44aa99",
     "BERT4Rec": "#117733",
     "gated delta": "#661100",
     "Mamba-2": "#999933",
