@@ -53,14 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     model = TTT4Rec(TTT4RecConfig(num_items=histories.num_items, width=args.width, max_len=args.max_len))
     fit(model, split, args.out, options=TrainOptions(epochs=args.epochs), report=print_epoch)
-    model.save(args.out)
+    recommender = Recommender(model, histories)
+    recommender.save(args.out)  # for ttt4rec recommend, similar and serve
 
     metrics = evaluate(model, evaluation_prefixes(split, "test", max_len=args.max_len))
     print("test", "  ".join(f"{name} {metrics[name]:.4f}" for name in ("HR@10", "HR@50", "NDCG@10", "NDCG@50")))
 
     user = histories.user_ids[0]
     print(f"for user {user!r}, items not yet seen:")
-    for item, score in Recommender(model, histories).recommend(user_id=user, k=5, exclude_seen=True).items:
+    for item, score in recommender.recommend(user_id=user, k=5, exclude_seen=True).items:
         print(f"  {item!r}  {score:.3f}")  # an id may hold what moves a cursor
 
 

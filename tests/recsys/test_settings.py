@@ -49,11 +49,14 @@ def test_the_command_line_comes_before_the_file_and_the_file_before_the_preset(r
     assert found["exclude_seen"] is True
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
-def test_toml(run, tmp_path):
+def test_toml(run, tmp_path, capsys):
     lines = [f"data = {json.dumps(str(run / 'ring.inter'))}", "epochs = 1", "width = 16", "num-heads = 2", "seed = 3"]
     (tmp_path / "own.toml").write_text("\n".join([*lines, 'separator = "\\t"', "learning_rate = 1e-2"]))
-    assert main(["train", "--config", str(tmp_path / "own.toml"), "--out", str(tmp_path / "run")]) == 0
+    code = main(["train", "--config", str(tmp_path / "own.toml"), "--out", str(tmp_path / "run")])
+    if sys.version_info < (3, 11):
+        assert code == 2
+        assert "TOML needs Python 3.11 or newer: write JSON" in capsys.readouterr().err
+        return
     found = settings_of(tmp_path / "run")
     assert (found["seed"], found["learning_rate"], found["separator"]) == (3, 0.01, "\t")
 
@@ -170,3 +173,12 @@ def test_what_the_package_logs_is_shown_at_the_level_asked_for(run, capsys, monk
     assert main([*command, "--log-level", "debug"]) == 0
     assert "ttt4rec: compiling second\n" in capsys.readouterr().err
     assert not logging.getLogger("ttt4rec").handlers
+
+
+def test_the_service_logs_at_the_level_asked_for(monkeypatch):
+    from ttt4rec.recsys.serving.command import _loggers
+
+    logger = logging.getLogger("ttt4rec")
+    for level, expected in ((logging.NOTSET, logging.INFO), (logging.WARNING, logging.WARNING)):
+        monkeypatch.setattr(logger, "level", level)
+        assert _loggers()["ttt4rec"]["level"] == expected

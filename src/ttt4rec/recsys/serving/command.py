@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
@@ -18,8 +20,11 @@ from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.serving.app import LOCAL, Service
 from ttt4rec.recsys.serving.connections import Connection
 
-_LOGGERS = {**LOGGING_CONFIG["loggers"], "ttt4rec": {"handlers": ["default"], "level": "INFO", "propagate": False}}
-"""uvicorn's, and what is said here goes where its own goes."""
+
+def _loggers() -> dict[str, Any]:
+    """uvicorn's, and what is said here goes where its own goes, as much as ``--log-level`` asked for."""
+    level = logging.getLogger("ttt4rec").level or logging.INFO
+    return {**LOGGING_CONFIG["loggers"], "ttt4rec": {"handlers": ["default"], "level": level, "propagate": False}}
 
 
 def serve(folder: Path, options: ServeOptions) -> None:
@@ -68,7 +73,7 @@ def _serve(folder: Path, options: ServeOptions) -> None:
             host=options.host,
             port=options.port,
             http=Connection,
-            log_config={**LOGGING_CONFIG, "loggers": _LOGGERS},
+            log_config={**LOGGING_CONFIG, "loggers": _loggers()},
             access_log=False,
             proxy_headers=False,
         )
