@@ -356,6 +356,8 @@ def test_diversity_and_similar_items_on_the_command_line(folder, recommender, tm
         (["--user", "u1", "--titles", "config.json", "--encoding", "klingon"], "klingon"),
         (["--all-users", "--out", "nowhere/best.csv"], "in a folder that is there; given 'nowhere/best.csv'"),
         (["--history", "x", "--out", "best.parquet"], "must be .csv, .tsv or .jsonl"),
+        (["--user", "u1", "--encoding", "latin-1"], "--encoding must come with the --titles that it is of"),
+        (["--user", "u1", "--json", "--out", "best.csv"], "--json must come without --out"),
         (["--history", "i1,i2"], "--history must have ids between blanks; given 'i1,i2': write i1 i2"),
         (["--history", "i3", "i1, new"], "--history must have ids between blanks; given 'i1, new': write i1 new"),
         (["--users", os.devnull], "/dev/null must have at least one user; given an empty file"),

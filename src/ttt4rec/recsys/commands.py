@@ -173,8 +173,10 @@ def _print_estimates(found: Mapping[str, Estimate], as_json: bool) -> None:
 
 def recommend(args: Namespace) -> None:
     """Print the best items for a user or a history, or write those for many."""
+    if args.json and args.out is not None:
+        raise ValueError("--json must come without --out, whose suffix says what is written")
     recommender = Recommender.load(args.folder, _machine(args))
-    titles = None if args.titles is None else read_titles(Path(args.titles), args.encoding)
+    titles = _titles(args)
     wanted: dict[str, Any] = {name: getattr(args, name) for name in ("k", "min_score", "popular")}
     wanted["exclude_seen"] = not args.include_seen
     wanted |= {name: _ids_in(Path(getattr(args, name))) for name in ("allow", "deny") if getattr(args, name)}
@@ -220,8 +222,16 @@ def _no_item_left(args: Namespace) -> str:
 def similar(args: Namespace) -> None:
     """Print the items most like one."""
     recommender = Recommender.load(args.folder)
-    titles = None if args.titles is None else read_titles(Path(args.titles), args.encoding)
+    titles = _titles(args)
     _print_items(recommender.similar_items(args.item, k=args.k), titles)
+
+
+def _titles(args: Namespace) -> Mapping[str, str] | None:
+    if args.titles is not None:
+        return read_titles(Path(args.titles), args.encoding)
+    if args.encoding != "utf-8":
+        raise ValueError(f"--encoding must come with the --titles that it is of; given {args.encoding!r} alone")
+    return None
 
 
 def _print_items(items: list[tuple[Id, float]], titles: Mapping[str, str] | None) -> None:

@@ -11,7 +11,7 @@ from tests.support.recsys_data import make_model, make_split
 from ttt4rec.options import TRACKERS
 from ttt4rec.recsys import TrainOptions, fit
 from ttt4rec.recsys.training.callbacks import Callback
-from ttt4rec.recsys.training.console import Console, duration
+from ttt4rec.recsys.training.console import Console, describe_model, duration
 from ttt4rec.recsys.training.track import TRACKED_FILE, tracker
 
 OPTIONS = TrainOptions(epochs=3, targets_per_batch=512)
@@ -91,6 +91,18 @@ def test_what_the_console_shows(split, tmp_path, capsys):
         assert epochs[-1].endswith(f"best was epoch {best.epoch}")
 
 
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        ({"width": 20}, "ttt (mlp, backend eager), width 20, 1 block"),  # heads of 10 features are not compiled
+        ({"mixer": "gru", "num_blocks": 2}, "gru, width 16, 2 blocks"),
+    ],
+    ids=str,
+)
+def test_a_model_is_described_with_what_computes_it(split, config, shown):
+    assert describe_model(make_model(split, **config)) == shown
+
+
 def test_durations():
     assert [duration(x) for x in (0.2, 40, 300, 36_000)] == ["below 1 s", "40 s", "5 min", "10.0 h"]
 
@@ -120,7 +132,7 @@ for epochs, fail_at in ((2, None), (3, None), (4, 3)):
 def tracked(tmp_path_factory):
     """Two calls of fit for one run, and a third that fails, in a process of their own: the packages start threads."""
     folder = tmp_path_factory.mktemp("tracked")
-    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
     place = {"MLFLOW_TRACKING_URI": f"file:{folder / 'mlruns'}", "MLFLOW_ALLOW_FILE_STORE": "true"}
     command = [sys.executable, "-c", TRACK, str(folder)]
     done = subprocess.run(command, env=os.environ | offline | place, capture_output=True, text=True, check=False)

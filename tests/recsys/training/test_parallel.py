@@ -17,6 +17,7 @@ from ttt4rec.atomic_files import locked
 from ttt4rec.models.losses import Loss
 from ttt4rec.recsys.data.windows import evaluation_prefixes, training_windows
 from ttt4rec.recsys.training import parallel
+from ttt4rec.recsys.training.callbacks import Callback
 from ttt4rec.recsys.training.evaluate import evaluate
 from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, TrainOptions, fit
 
@@ -215,6 +216,30 @@ def test_processes_that_differ_are_refused(tmp_path, what):
         return type(model.embedding).__name__
 
     assert together(2, run) == ["Embedding"] * 2
+
+
+class Ends(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_epoch(self, report):
+        self.seen.append(report.epoch)
+        return True
+
+    def on_end(self, reports, error):
+        self.seen.append(len(reports))
+
+
+@pytest.mark.slow
+def test_the_first_of_several_processes_tells_callbacks_and_all_end_early(tmp_path):
+    split = make_split(tmp_path, users=8)
+
+    def run():
+        follower = Ends()
+        reports = fit(make_model(split), split, tmp_path / "run", OPTIONS, callbacks=[follower])
+        return len(reports), follower.seen
+
+    assert together(2, run) == [(1, [0, 1]), (1, [])]
 
 
 @pytest.mark.slow

@@ -91,17 +91,16 @@ def fit(
 @contextmanager
 def _followed(run: _Run, split: Split, callbacks: Sequence[Callback]) -> Iterator[Callbacks]:
     """Tell of the run's start and end, the first process alone."""
-    followers, error = Callbacks(callbacks), None
+    followers = Callbacks(callbacks)
     about = TrainingRun(run.model, split, run.options, run.folder, tuple(run.reports))
     try:
         parallel.from_first(lambda: followers.on_start(about))
         yield followers
-    except BaseException as raised:
-        error = raised
-        raise
-    finally:
-        if parallel.rank() == 0:
+    except BaseException as error:
+        if parallel.rank() == 0:  # the others may be beyond reach
             followers.on_end(run.reports, error)
+        raise
+    parallel.from_first(lambda: followers.on_end(run.reports, None))
 
 
 def _fit(
