@@ -196,7 +196,7 @@ def test_a_foreign_checkpoint_is_a_clear_error(tmp_path, name):
     (tmp_path / "run").mkdir()
     content = foreign(tmp_path, name)
     (tmp_path / "run" / CHECKPOINT_FILE).write_bytes(content)
-    with pytest.raises(ValueError, match=r"damaged|not a training checkpoint|belongs to a run") as error:
+    with pytest.raises(ValueError, match=r"damaged|not a training checkpoint|it does not say of which run") as error:
         fit(make_model(split), split, tmp_path / "run", OPTIONS)
     assert "\n" not in str(error.value)
     assert str(tmp_path / "run" / CHECKPOINT_FILE) in str(error.value)
