@@ -169,7 +169,7 @@ def test_ids_of_other_types_are_kept_and_come_back(trained, tmp_path, kind):
 
 
 def test_a_damaged_folder_is_a_clear_error(trained, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no saved recommender: config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"no saved recommender: config\.json is missing; Recommender"):
         Recommender.load(tmp_path)
     trained.save(tmp_path)
     ids = json.loads((tmp_path / "ids.json").read_text())

@@ -49,6 +49,7 @@ def test_the_command_line_comes_before_the_file_and_the_file_before_the_preset(r
     assert found["exclude_seen"] is True
 
 
+@pytest.mark.slow
 def test_toml(run, tmp_path, capsys):
     lines = [f"data = {json.dumps(str(run / 'ring.inter'))}", "epochs = 1", "width = 16", "num-heads = 2", "seed = 3"]
     (tmp_path / "own.toml").write_text("\n".join([*lines, 'separator = "\\t"', "learning_rate = 1e-2"]))
@@ -136,6 +137,7 @@ def test_defaults_without_effect_are_none_and_options_with_one_are_taken(tmp_pat
     assert "nowhere.csv must be a data file; there is no such file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_record_may_hold_what_has_no_effect(run, tmp_path):
     command = ["train", "--config", str(run / "run" / "run.json"), "--out", str(tmp_path / "run"), "--mixer", "gru"]
     assert main(command) == 0
