@@ -248,6 +248,10 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     data = command.add_argument_group("data")
     command.set_defaults(given=[], read={}, is_record=False)
     _add_fields(data, DataOptions)
+    about = "what is known of items beside their ids: a .csv, .tsv, .item, .jsonl or .parquet file with a row an item"
+    data.add_argument("--item-features", metavar="FILE", help=about)
+    about = "columns of it to learn from: numbers, names or lists of them (default: all)"
+    data.add_argument("--feature-columns", nargs="+", metavar="NAME", help=about)
     about = "drop users with fewer interactions"
     data.add_argument("--min-user", action="noted", type=_whole, default=5, metavar="N", help=about)
     about = "drop items with fewer interactions"

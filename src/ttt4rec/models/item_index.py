@@ -103,14 +103,14 @@ class ItemIndex:
             return None
         made = self._made
         if made is None or not made.is_of(table):
-            _count_fused_steps()
+            count_fused_steps()
             version, own = table._version, table.detach()
             made = self._made = _Made(own, version, _index(own))
         return made.items
 
 
 @functools.cache
-def _count_fused_steps() -> None:
+def count_fused_steps() -> None:
     """From now on have fused optimizers count as writes what they write, as PyTorch's other optimizers do."""
 
     def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -122,7 +122,7 @@ class Loss:
         drawn = self.draw()
         with without_autocast(h.device.type):
             dtype = torch.promote_types(h.dtype, torch.float32)
-            wide, own_rows, drawn_rows = (x.to(dtype) for x in (h, model.embedding(items), model.embedding(drawn)))
+            wide, own_rows, drawn_rows = (x.to(dtype) for x in (h, model.item_rows(items), model.item_rows(drawn)))
             positive = (wide * own_rows).sum(1)
             negative = wide @ drawn_rows.T
         own = drawn == items.unsqueeze(1)

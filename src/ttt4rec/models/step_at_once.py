@@ -26,6 +26,10 @@ def step_at_once(model: Any, ids: Tensor, pools: Sequence[BlockPool], slots: Ten
     if not all(isinstance(pool.mixer, StatePool) for pool in pools):  # other mixers' own
         return None
     tensors = [x for pool in pools for x in (*pool.mixer.tensors, pool.conv)]
+    if model.features is not None:
+        if model.features.training and model.features.id_dropout:
+            return None
+        tensors.append(model.served_items())  # the same one as long as nothing changes that it is made of
     step = prepared(pools[0].mixer, model, tensors, lambda: _prepare(model, pools))
     return None if step is None else step(ids.contiguous(), slots.contiguous())
 
@@ -46,7 +50,8 @@ def _prepare(model: Any, pools: Sequence[BlockPool]) -> Step | None:
     if embedding_norm is None or final_norm is None:
         return None
     whole = tuple(part for part in parts if part is not None)
-    table, dtype, C = embedding._parameters["weight"], pools[0].mixer.records.dtype, model.config.width
+    table = embedding._parameters["weight"] if model.features is None else model.served_items()
+    dtype, C = pools[0].mixer.records.dtype, model.config.width
     tensors: list[tuple[Any, tuple[int, ...]]] = [(table, (table.shape[0], C))]
     tensors += _there(*((x, (C,)) for norm in (embedding_norm, final_norm) for x in norm[:2]))
     if len(whole) < len(parts) or not fit(dtype, *zip(*tensors, strict=True)):

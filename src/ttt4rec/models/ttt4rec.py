@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,12 +26,13 @@ from ..operators.transforms import has_values
 from . import full_softmax
 from .blocks import FEED_FORWARDS, NORMS, Block, BlockPool, BlockState, make_norm
 from .cloze import hide_next, hide_some
+from .item_features import FeaturedItems, ItemFeatures, from_saved
 from .item_index import ItemIndex
 from .mixers import MIXERS, Mixer
 from .presets import preset
 from .step_at_once import step_at_once
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, FEATURES_FILE = "config.json", "model.safetensors", "features.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +160,10 @@ class TTT4Rec(nn.Module):
             model. It must take ``(x, mask=, cu_seqlens=, state=, return_state=)`` as ``TTTLayer`` does.
         device: of the parameters.
         dtype: of the parameters.
+        features: what is known of the items beside their ids, if anything is; see ``item_features``.
+
+    Raises:
+        ValueError: features are of another number of items.
     """
 
     def __init__(
@@ -166,10 +172,13 @@ class TTT4Rec(nn.Module):
         mixer: Callable[..., nn.Module] = make_mixer,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        features: ItemFeatures | None = None,
     ) -> None:
         super().__init__()
         factory: Any = {"device": device, "dtype": dtype}
         self.config = config
+        if features is not None and features.num_items != config.num_items:
+            raise ValueError(f"features must be of num_items, {config.num_items}; given those of {features.num_items}")
         self.embedding: Any = nn.Embedding(config.num_items + 1, config.width, padding_idx=0, **factory)
         self.dropout = nn.Dropout(config.dropout)
         self.embedding_norm = nn.LayerNorm(config.width, eps=1e-12, **factory)  # the release's
@@ -189,6 +198,7 @@ class TTT4Rec(nn.Module):
         self.norm = make_norm(config.norm, config.width, **factory)
         hides = not MIXERS[config.mixer].causal
         self.hidden_item = nn.Parameter(torch.empty(config.width, **factory)) if hides else None
+        self.features = None if features is None else FeaturedItems(features, config.width, **factory)
         self.reset_parameters()
         self.apply(draw)
 
@@ -263,11 +273,37 @@ class TTT4Rec(nn.Module):
         return torch.stack(found).mean(0)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        h = self.embedding(ids)
+        h = self.item_rows(ids)
         if self.hidden_item is not None:
             h = torch.where((ids == 0).unsqueeze(-1), self.hidden_item, h)
         y: Tensor = self.embedding_norm(self.dropout(h))
         return y
+
+    def item_table(self) -> Tensor:
+        """What items are read and scored by, ``[num_items + 1, width]``, row j of item j; row 0 is padding.
+
+        The weights of the embedding, or with features ``FeaturedItems.table`` of them: to be read, not written.
+        """
+        weight: Tensor = self.embedding.weight
+        return weight if self.features is None else self.features.table(weight)
+
+    def served_items(self) -> Tensor:
+        """``item_table`` as in evaluation mode, without a graph, and made once while nothing changes."""
+        weight: Tensor = self.embedding.weight
+        return weight if self.features is None else self.features.served(weight)
+
+    def item_rows(self, ids: Tensor) -> Tensor:
+        """Rows of ``item_table``, ``[..., width]``, of ids ``[...]``."""
+        rows: Tensor
+        if self.features is None or not isinstance(self.embedding, nn.Embedding):
+            rows = self.embedding(ids)
+        else:
+            rows = F.embedding(ids, self.item_table())
+        return rows
+
+    def one_item_table(self) -> AbstractContextManager[None]:
+        """Within it items' features are encoded once: for one forward, its loss and one backward."""
+        return nullcontext() if self.features is None else self.features.held()
 
     def predict(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states from which targets are to be predicted.
@@ -343,7 +379,7 @@ class TTT4Rec(nn.Module):
 
     def scores(self, h: Tensor) -> Tensor:
         """Scores of all items, ``[..., num_items]``, for hidden states ``[..., width]``; column j is item j + 1."""
-        return F.linear(h, self.embedding.weight[1:])
+        return F.linear(h, self.item_table()[1:])
 
     def nll(self, h: Tensor, items: Tensor, reduction: full_softmax.Reduction = "none") -> Tensor:
         """Negative log-likelihood of items, int64 ``[N]`` from 1, for hidden states ``[N, width]``.
@@ -352,12 +388,12 @@ class TTT4Rec(nn.Module):
         ``[N]``, or with reduction ``"sum"`` or ``"mean"``, which train faster, a scalar. See ``full_softmax.nll``.
         """
         if isinstance(self.embedding, nn.Embedding):
-            return full_softmax.nll(h, self.embedding.weight, items, reduction)
+            return full_softmax.nll(h, self.item_table(), items, reduction)
         return full_softmax.reduced(self.embedding.nll(h, items), reduction)  # a table of many processes
 
     def ranks(self, h: Tensor, items: Tensor, seen: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Ranks ``[N]`` of items among all items, 1 being the best; float64. See ``full_softmax.ranks``."""
-        return full_softmax.ranks(h, self.embedding.weight, items, seen)
+        return full_softmax.ranks(h, self.served_items(), items, seen)
 
     def top_k(
         self, h: Tensor, k: int, seen: tuple[Tensor, Tensor] | None = None, *, index: ItemIndex | None = None
@@ -367,10 +403,13 @@ class TTT4Rec(nn.Module):
         Who asks often while the items stay as they are keeps an ``ItemIndex`` and gives it here, which is faster.
         """
         best = full_softmax.top_k if index is None else index.top_k
-        return best(h, self.embedding.weight, k, seen)
+        return best(h, self.served_items(), k, seen)
 
     def with_items(self, num_items: int) -> "TTT4Rec":
         """A copy for a larger catalogue: items 1 to the old number as they are, the others as in a new model.
+
+        Of a model with features the others have none yet, and no id that counts, until ``features.replace`` and
+        ``features.learn`` give them some.
 
         Raises:
             ValueError: fewer items than the model has.
@@ -387,6 +426,8 @@ class TTT4Rec(nn.Module):
         with torch.no_grad():
             larger.embedding.weight[: len(old)] = old
         larger.embedding.weight.requires_grad_(old.requires_grad)
+        if larger.features is not None:
+            larger.features.replace(larger.features.given().extended(num_items))
         return larger
 
     def load_release_state_dict(self, state_dict: dict[str, Tensor], block: int = 0) -> None:
@@ -413,7 +454,12 @@ class TTT4Rec(nn.Module):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``config.json`` and ``model.safetensors``, with checksums (needs the extra ``ttt4rec[recsys]``)."""
-        write_together(Path(folder), WEIGHTS_FILE, self.state_dict(), {CONFIG_FILE: dataclasses.asdict(self.config)})
+        write_together(Path(folder), WEIGHTS_FILE, self.state_dict(), self.descriptions())
+
+    def descriptions(self) -> dict[str, Any]:
+        """What is saved beside the weights, by the names of files: the configuration and, if it has some, features."""
+        own: dict[str, Any] = {CONFIG_FILE: dataclasses.asdict(self.config)}
+        return own if self.features is None else own | {FEATURES_FILE: self.features.as_json()}
 
     @staticmethod
     def load(folder: str | os.PathLike[str], device: str = "cpu") -> "TTT4Rec":
@@ -433,9 +479,20 @@ class TTT4Rec(nn.Module):
             weights = read_sealed(folder / WEIGHTS_FILE)
             check_together(folder, WEIGHTS_FILE, [CONFIG_FILE])
             settings: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            model = TTT4Rec(TTT4RecConfig(**settings)).to(weights["embedding.weight"].dtype)
+            features = _saved_features(folder, weights)
+            model = TTT4Rec(TTT4RecConfig(**settings), features=features).to(weights["embedding.weight"].dtype)
             model.load_state_dict(weights)
         except (RuntimeError, TypeError, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{folder} does not hold a TTT4Rec model that this version can read: {reason}") from error
         return model.to(device).eval()
+
+
+def _saved_features(folder: Path, weights: dict[str, Tensor]) -> ItemFeatures | None:
+    """The features that a model was saved with, if it was; the weights decide, as the file may be of an older save."""
+    if "features.known" not in weights:
+        return None
+    if not (folder / FEATURES_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no saved model: {FEATURES_FILE} is missing")
+    check_together(folder, WEIGHTS_FILE, [FEATURES_FILE])
+    return from_saved(json.loads((folder / FEATURES_FILE).read_text(encoding="utf-8")), weights, "features.")

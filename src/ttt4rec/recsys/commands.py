@@ -22,11 +22,14 @@ from ttt4rec.models.ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.options import DataOptions, ServeOptions, TrainOptions
 from ttt4rec.recsys.data import Histories, Id, Interactions, build_histories, filter_k_core, keep_item_codes
 from ttt4rec.recsys.data.datasets import NAMED, load_interactions
+from ttt4rec.recsys.data.feature_table import FeatureTable, read_item_features
+from ttt4rec.recsys.data.item_features import item_features
 from ttt4rec.recsys.data.public import PUBLIC
 from ttt4rec.recsys.data.split import PARTS, Split, split_at, split_by_ratio, split_by_time, split_leave_one_out
 from ttt4rec.recsys.data.text import DataError, TextFile
 from ttt4rec.recsys.data.windows import evaluation_prefixes
 from ttt4rec.recsys.recommend import Recommender, offers
+from ttt4rec.recsys.recommend.new_items import take_features, with_new_items
 from ttt4rec.recsys.recommend.rerank import MaximalMarginalRelevance
 from ttt4rec.recsys.recommend.titles import read_titles
 from ttt4rec.recsys.training import parallel
@@ -78,11 +81,17 @@ def _train(args: Namespace, device: str) -> None:
             )
     options = _of_preset(args, options, split.num_targets("train"))
     config = _model_config(args, histories.num_items, trained)
+    table = _feature_table(args, trained)
+    features = None if table is None or trained is not None else item_features(table, split)
     _describe(interactions, split, args)
     _advise(args, options, split.num_targets("train"))
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        model = trained.model.with_items(histories.num_items) if trained else TTT4Rec(config).to(device)
+        model = (
+            trained.model.with_items(histories.num_items) if trained else TTT4Rec(config, features=features).to(device)
+        )
+    if table is not None:
+        print(take_features(model, table, histories), flush=True)
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--out must be a folder; given the file {folder}")
@@ -92,6 +101,10 @@ def _train(args: Namespace, device: str) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in _NO_SETTINGS}
     callbacks = [Console(), *(tracker(name, settings) for name in args.track)]
     reports = fit(model, split, folder, options, progress=progress, callbacks=callbacks)
+    if table is not None:
+        count = histories.num_items
+        model, histories = with_new_items(model, histories, table, leave_out=True)
+        print(f"{histories.num_items - count:,} items of {args.item_features} alone are offered by their features")
     windows = evaluation_prefixes(split, "test", max_len=model.config.max_len)
     metrics = evaluate_windows(model, windows, exclude_seen=args.exclude_seen, shared=True, progress=progress)
     if parallel.rank():
@@ -181,7 +194,7 @@ def recommend(args: Namespace) -> None:
     wanted["exclude_seen"] = not args.include_seen
     wanted |= {name: _ids_in(Path(getattr(args, name))) for name in ("allow", "deny") if getattr(args, name)}
     if args.diversity:
-        wanted["rerank"] = MaximalMarginalRelevance(recommender.model.embedding.weight, args.diversity)
+        wanted["rerank"] = MaximalMarginalRelevance(recommender.model.served_items(), args.diversity)
     if args.history is not None:
         _check_ids(recommender, args.history)
     if args.out is not None or args.user is args.history is None:
@@ -367,6 +380,19 @@ def _of_preset(args: Namespace, options: TrainOptions, num_targets: int) -> Trai
     options = TrainOptions.from_preset(args.preset, num_targets, **given)
     vars(args).update(dataclasses.asdict(options))
     return options
+
+
+def _feature_table(args: Namespace, trained: Recommender | None) -> FeatureTable | None:
+    """What is known of items, if a file is given."""
+    if args.item_features is None:
+        return None
+    if trained is not None and trained.model.features is None:
+        raise ValueError(
+            f"--item-features must be left out, as in {args.warm_start}, whose model --warm-start goes on with; given "
+            f"{args.item_features}; train anew to learn from features"
+        )
+    columns = args.feature_columns
+    return read_item_features(args.item_features, item_field=args.item_field, columns=columns, encoding=args.encoding)
 
 
 def _model_config(args: Namespace, num_items: int, trained: Recommender | None) -> TTT4RecConfig:

@@ -94,7 +94,7 @@ class UserStates:
             )
         self._streams = Streams(model, pool_bytes)
         self.index = ItemIndex()
-        self.index.prepare(model.embedding.weight)
+        self.index.prepare(model.served_items())
         self._earlier = EarlierStates(1 + self.num_slots // 32)
         self._seen = SeenItems(pool_bytes // PART_OF_POOL)
         self._free = list(range(self.num_slots))

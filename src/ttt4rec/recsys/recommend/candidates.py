@@ -101,7 +101,7 @@ class Chooser:
     def __init__(self, model: TTT4Rec, index: ItemIndex, histories: Histories, wanted: Wanted) -> None:
         self._wanted = wanted
         self._allowed = wanted.allowed(histories)
-        self._table, self._index = model.embedding.weight.detach(), index
+        self._table, self._index = model.served_items().detach(), index
         if self._allowed is not None:
             rows = torch.from_numpy(np.concatenate([[0], self._allowed])).to(self._table.device)
             self._table, self._index = self._table[rows], ItemIndex()

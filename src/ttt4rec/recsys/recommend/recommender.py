@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor
 from ttt4rec.atomic_files import check_together, write_together
 from ttt4rec.checks import check_integer
 from ttt4rec.models.item_index import ItemIndex
-from ttt4rec.models.ttt4rec import CONFIG_FILE, WEIGHTS_FILE, TTT4Rec
+from ttt4rec.models.ttt4rec import WEIGHTS_FILE, TTT4Rec
 from ttt4rec.recsys.data import DataError, Histories, Id, IntArray
+from ttt4rec.recsys.data.feature_table import FeatureTable, read_item_features
 from ttt4rec.recsys.recommend.candidates import Chooser, Rerank, Scores, Wanted
 from ttt4rec.recsys.recommend.folder import HISTORIES_FILE, IDS_FILE, as_files, is_consistent, read_histories
+from ttt4rec.recsys.recommend.new_items import with_new_items
 
 _HISTORIES_AT_ONCE = 512
 
@@ -190,12 +192,30 @@ class Recommender:
         codes, _ = self.histories.item_codes([item_id])
         if not len(codes):
             raise DataError(f"item_id must be one of the data's {self.histories.num_items} items; given {item_id!r}")
-        table = torch.nn.functional.normalize(self.model.embedding.weight.detach().float(), dim=1)
+        table = torch.nn.functional.normalize(self.model.served_items().detach().float(), dim=1)
         code = int(codes[0])
         likeness = table[1:] @ table[code]
         likeness[code - 1] = -torch.inf
         order = torch.argsort(likeness, descending=True, stable=True)[: min(k, len(likeness) - 1)].tolist()
         return [(self.histories.item_ids[place], float(likeness[place])) for place in order]
+
+    def add_items(self, source: object, **options: Any) -> Recommender:
+        """A recommender that offers items too that training never saw, by what their features say; nothing is trained.
+
+        Items that the model knows stay as they are, and so do all scores of theirs. ``OnlineRecommender.refresh`` takes
+        the new one's model and item ids.
+
+        Args:
+            source: a table of features with the columns that the model was trained with, or what ``read_item_features``
+                reads.
+            options: for ``read_item_features``.
+
+        Raises:
+            ValueError: the model was trained without features. DataError: the source cannot be read, a column is
+                missing or of another kind than in training, or a new item has no value that training saw.
+        """
+        table = source if isinstance(source, FeatureTable) else read_item_features(source, **options)
+        return Recommender(*with_new_items(self.model, self.histories, table))
 
     def popular_items(self, k: int = 10, *, window: float = 0.1) -> list[tuple[Id, int]]:
         """The k items with most interactions of late, and how many; equal ones in the order of the catalogue.
@@ -286,7 +306,7 @@ class Recommender:
         A full disk leaves the folder as it was. A kill while the files take their places may leave some of an older
         save, which ``load`` refuses.
         """
-        files = {CONFIG_FILE: asdict(self.model.config), **as_files(self.histories)}
+        files = self.model.descriptions() | as_files(self.histories)
         write_together(Path(folder), WEIGHTS_FILE, self.model.state_dict(), files)
 
     @staticmethod

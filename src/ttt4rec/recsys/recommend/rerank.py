@@ -17,7 +17,7 @@ class MaximalMarginalRelevance:
     and one that was chosen before.
 
     Args:
-        table: embeddings ``[num_items + 1, width]``, of item j in row j, such as ``model.embedding.weight``.
+        table: embeddings ``[num_items + 1, width]``, of item j in row j, such as ``model.served_items()``.
         diversity: from 0, which changes nothing, to 1, which asks for no relevance but the first item's.
 
     Raises:

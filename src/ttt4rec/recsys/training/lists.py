@@ -95,7 +95,7 @@ class _Measures:
         self._counts = np.concatenate([[0], split.train_counts()])
         users, everyone = _users_in_training(split)
         self._novelty = -np.log2(np.maximum(users, 1) / max(1, everyone))
-        table = recommender.model.embedding.weight.detach().float()
+        table = recommender.model.served_items().detach().float()
         self._directions = torch.nn.functional.normalize(table, dim=1).cpu().numpy()
         self._rows: list[list[float]] = []
         self._covered = np.zeros((len(self._cutoffs), split.histories.num_items + 1), dtype=bool)

@@ -29,6 +29,7 @@ from ttt4rec.precision import without_autocast
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from ttt4rec.models.item_features import FeaturedItems
     from ttt4rec.models.ttt4rec import TTT4Rec
 
 T = TypeVar("T")
@@ -162,13 +163,15 @@ class ShardedItems(nn.Module):
     Args:
         weight: the whole table ``[num_items + 1, C]``, the same in all processes; each keeps its part.
         mesh: the processes.
+        features: encoded by each process for its part of the items; of the model, which owns them.
     """
 
-    def __init__(self, weight: Tensor, mesh: DeviceMesh) -> None:
+    def __init__(self, weight: Tensor, mesh: DeviceMesh, features: FeaturedItems | None = None) -> None:
         super().__init__()
         from torch.distributed.tensor import Shard, distribute_tensor
 
         self.mesh = mesh
+        self._features = [] if features is None else [features]  # in a list it is no module of this one
         split = distribute_tensor(weight.detach(), mesh, [Shard(0)])
         self.weight = nn.Parameter(split, requires_grad=weight.requires_grad)
         padding = weight.new_zeros(weight.shape[0]).index_fill_(0, torch.tensor(0, device=weight.device), -torch.inf)
@@ -179,7 +182,7 @@ class ShardedItems(nn.Module):
         from torch.distributed.tensor import Shard
 
         item_blocks.check_range(ids[ids != 0], self.weight)
-        rows = F.embedding(self._of_all(ids.flatten(), 0), self.weight)
+        rows = F.embedding(self._of_all(ids.flatten(), 0), self._table())
         own: Tensor = rows.redistribute(placements=[Shard(0)]).to_local()  # type: ignore[attr-defined]
         embedded: Tensor = own[: ids.numel()].unflatten(0, ids.shape)
         return embedded
@@ -191,12 +194,22 @@ class ShardedItems(nn.Module):
         item_blocks.check_range(items, self.weight)
         with without_autocast(h.device.type):
             dtype = item_blocks.score_dtype(h, self.weight)
-            wide, table, no_padding = self._of_all(h.to(dtype), 0), self.weight.to(dtype), self.no_padding.to(dtype)
+            wide, table, no_padding = self._of_all(h.to(dtype), 0), self._table().to(dtype), self.no_padding.to(dtype)
             scores = F.linear(wide, table, no_padding)  # of all targets with this process's items
             losses = F.cross_entropy(scores, self._of_all(items, _IGNORED), reduction="none", ignore_index=_IGNORED)
         longest = len(losses) // world_size()
         local: Tensor = losses.to_local(grad_placements=[Partial()])  # type: ignore[attr-defined]
         return local[rank() * longest :][: len(items)]
+
+    def _table(self) -> Tensor:
+        from torch.distributed.tensor import DTensor, Shard
+
+        weight: Any = self.weight
+        if not self._features:
+            return self.weight
+        first = -(-weight.shape[0] // world_size()) * rank()  # DTensor gives all but the last as many rows
+        rows = self._features[0].table(weight.to_local(), first)
+        return DTensor.from_local(rows, self.mesh, [Shard(0)], shape=weight.shape, stride=weight.stride())
 
     def whole(self) -> nn.Embedding:
         """The table as it was before it was split, in every process."""
@@ -241,7 +254,7 @@ def distribute(model: TTT4Rec) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(model.embedding.weight.device.type, (world_size(),))
-    model.embedding = ShardedItems(model.embedding.weight, mesh)
+    model.embedding = ShardedItems(model.embedding.weight, mesh, model.features)
 
 
 def collect(model: TTT4Rec) -> None:

@@ -180,6 +180,8 @@ class _Run:
         self.train_windows = training_windows(split, max_len=model.config.max_len)
         self.valid_windows = training_windows(split, max_len=model.config.max_len, part="valid")
         counts = torch.from_numpy(split.train_counts()).to(self.device)
+        if model.features is not None:
+            model.features.learn(counts)
         self.loss = Loss.make(
             options.loss,
             counts,
@@ -263,7 +265,7 @@ class _Run:
         for piece in indices.tensor_split(min(self.options.accumulate, len(indices))):
             own, counts = parallel.share(piece)
             ids, targets, cu_seqlens = (x.to(self.device) for x in self.train_windows.packed_batch(own))
-            with parallel.scoring():
+            with parallel.scoring(), self.model.one_item_table():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast):
                     hidden, items = self.model.predict(ids, targets, cu_seqlens)
                     # 1, but for BERT4Rec, which predicts some of the targets, and for a process without a part
@@ -428,8 +430,8 @@ def _denormals_flushed() -> Iterator[None]:
 
 
 def _parts(model: TTT4Rec) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters by name: the items; weights of linear maps; all others, which do not decay."""
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    """Parameters by name: the items; weights of linear maps and of features; all others, which do not decay."""
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)}
     others = {name: p for name, p in model.named_parameters() if name != "embedding.weight"}
     return (
         {"embedding.weight": model.embedding.weight},
