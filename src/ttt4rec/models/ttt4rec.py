@@ -198,9 +198,11 @@ class TTT4Rec(nn.Module):
         self.norm = make_norm(config.norm, config.width, **factory)
         hides = not MIXERS[config.mixer].causal
         self.hidden_item = nn.Parameter(torch.empty(config.width, **factory)) if hides else None
-        self.features = None if features is None else FeaturedItems(features, config.width, **factory)
         self.reset_parameters()
         self.apply(draw)
+        self.features = None if features is None else FeaturedItems(features, config.width, **factory)
+        if self.features is not None:  # last, so that the others' weights are as without them
+            self.features.apply(draw)
 
     def reset_parameters(self) -> None:
         """Draw what is the model's own, BERT4Rec's hidden item, from N(0, 0.02); its modules have their own."""

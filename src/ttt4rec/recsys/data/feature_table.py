@@ -163,8 +163,8 @@ def _value(x: Any) -> Any:
         x = x.to_list()
     if isinstance(x, list | tuple | set | frozenset):
         parts = [_value(part) for part in (sorted(x) if isinstance(x, set | frozenset) else x)]
-        parts = [part for part in parts if part is not None] if any(isinstance(p, str) for p in parts) else parts
-        return parts or None
+        there = [part for part in parts if part is not None]
+        return (there if any(isinstance(part, str) for part in there) else parts) if there else None
     return None if x is None or type(x).__name__ in ("NAType", "NaTType") else x
 
 

@@ -57,8 +57,9 @@ def with_new_items(
         bare = [ids[row] for row in rows[~has].tolist()]
         shown = ", ".join(map(repr, bare[:5])) + (", ..." if len(bare) > 5 else "")
         raise DataError(
-            f"{table.name}: new items must have a value that training saw in {', '.join(c.name for c in features.columns)}; "
-            f"{len(bare)} have none: {shown}; leave them out, or train with them"
+            f"{table.name}: new items must have a value that training saw in one of the columns "
+            f"{', '.join(column.name for column in features.columns)}; {len(bare)} have none: {shown}; leave them out, "
+            "or train with them"
         )
     size = histories.num_items + len(rows)
     larger = model.with_items(size)
