@@ -270,6 +270,41 @@ def test_wrong_columns_and_numbers_of_items_are_refused():
         TTT4Rec(TTT4RecConfig(7), features=make_features())
 
 
+def test_forward_derivatives_of_rows():
+    """With respect to each parameter, where the table would otherwise be one that is kept."""
+    model = make_model(make_features()).eval().requires_grad_(False)
+    weights = torch.randn(ITEMS + 1, 32, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+
+    def total(given):
+        names = parameters | given
+        return torch.func.functional_call(model, names, (IDS,)).square().sum() + (weights * rows(names)).sum()
+
+    def rows(names):
+        own = {name.removeprefix("features."): x for name, x in names.items() if name.startswith("features.")}
+        return torch.func.functional_call(model.features, own, (names["embedding.weight"],))
+
+    for block in model.blocks:
+        block.mixer.backend = "reference"
+    for name in ("embedding.weight", "features.projection.weight", "features.values.weight"):
+        given, tangent = {name: parameters[name]}, {name: torch.randn_like(parameters[name])}
+        _, forwards = torch.func.jvp(total, (given,), (tangent,))
+        backwards = (torch.func.grad(total)(given)[name] * tangent[name]).sum()
+        assert_close(forwards, backwards, ROUNDING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_and_exported_models_have_features(training):
+    model = make_model(make_features()).train(training)
+    with torch.no_grad():
+        expected = model(IDS)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(IDS), expected, ROUNDING)
+    assert_close(compiled(IDS), expected, ROUNDING)
+    assert_close(torch.export.export(model, (IDS,)).module()(IDS), expected, ROUNDING)
+
+
 def test_under_autocast_rows_stay_float32():
     model = make_model(make_features(), dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

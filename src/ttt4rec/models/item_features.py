@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..checks import is_number
 from ..layers.initialisation import Device
+from ..operators.transforms import has_values, transformed
 from ..precision import without_autocast
 from .item_index import count_fused_steps
 
@@ -201,18 +202,21 @@ class FeaturedItems(nn.Module):
             if self.projection is not None:
                 table = table + self.projection(self.dense[first:last])
             if self.values is not None:
-                offsets = self.offsets[first : last + 1]
-                whole = len(counted) == len(self.known)
-                part = slice(None) if whole else slice(int(offsets[0]), int(offsets[-1]))
-                table = table + F.embedding_bag(
-                    self.categories[part],
-                    self.values.weight,
-                    offsets - offsets[0],
-                    mode="sum",
-                    per_sample_weights=self.weights[part],
-                    include_last_offset=True,
-                )
+                table = table + self._bags(self.values.weight, first, last)
         return table
+
+    def _bags(self, values: Tensor, first: int, last: int) -> Tensor:
+        """The weighted sums of the embeddings of items' values."""
+        offsets = self.offsets[first : last + 1]
+        part = slice(None) if last - first == len(self.known) else slice(int(offsets[0]), int(offsets[-1]))
+        codes, weights = self.categories[part], self.weights[part]
+        if transformed():  # embedding_bag has no forward-mode derivative
+            owners = torch.arange(last - first, device=offsets.device).repeat_interleave(offsets.diff())
+            rows = F.embedding(codes, values) * weights.unsqueeze(1)
+            return rows.new_zeros(last - first, rows.shape[1]).index_add(0, owners, rows)
+        return F.embedding_bag(
+            codes, values, offsets - offsets[0], mode="sum", per_sample_weights=weights, include_last_offset=True
+        )
 
     def table(self, ids: Tensor, first: int = 0) -> Tensor:
         """As ``forward``; within ``held`` the first call's result, and where nothing is differentiated ``served``."""
@@ -221,27 +225,28 @@ class FeaturedItems(nn.Module):
                 self._held.append(self(ids, first))
             return self._held[0]
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (ids, *self.parameters()))
-        if recorded or (self.training and self.id_dropout) or ids.shape != (len(self.known), ids.shape[1]):
+        random = self.training and self.id_dropout > 0
+        if recorded or random or len(ids) < len(self.known) or not has_values(ids):
             table: Tensor = self(ids, first)
             return table
         return self.served(ids)
 
+    @torch.no_grad()
     def served(self, ids: Tensor) -> Tensor:
         """Rows of all items from the embeddings of all ids, as in evaluation mode and without a graph.
 
-        They are kept, and made anew when something of what they are made of has changed, which is noticed as by
+        They are kept, and made again when something of what they are made of has changed, which is noticed as by
         ``ItemIndex``.
         """
         sources = [ids, *self.parameters(), *self.buffers()]
-        can_keep = not torch.compiler.is_compiling() and all(map(_has_version, sources))
-        kept = self._kept if can_keep else None
+        if not has_values(ids) or not all(map(_has_version, sources)):
+            return self._rows(ids, 0, self.known)
+        kept = self._kept
         if kept is None or not all(_is_same(x, *old) for x, old in zip(sources, kept[0], strict=True)):
             count_fused_steps()
-            made_of = [(x.detach(), x._version) for x in sources] if can_keep else []
+            made_of = [(x.detach(), x._version) for x in sources]
             with torch.inference_mode(False), torch.no_grad():
-                kept = made_of, self._rows(ids, 0, self.known)
-            if can_keep:
-                self._kept = kept
+                kept = self._kept = made_of, self._rows(ids, 0, self.known)
         return kept[1]
 
     @contextmanager
