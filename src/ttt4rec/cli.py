@@ -1,4 +1,4 @@
-"""The command line: ``ttt4rec train``, ``evaluate``, ``recommend``, ``similar``, ``report`` and ``serve``."""
+"""The command line: what ``ttt4rec`` and its commands, such as ``train`` and ``serve``, take."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
 
             with _log_on_stderr(args.log_level):
-                getattr(commands, args.command)(args)
+                getattr(commands, args.command.replace("-", "_"))(args)
         finally:
             print(end="", flush=True)  # so that a closed pipe is noticed here, not at the interpreter's exit
     except KeyboardInterrupt:
@@ -208,6 +208,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_evaluate(_command(commands, "evaluate", "HR, NDCG and MRR of a trained model over the full catalogue"))
     _add_recommend(_command(commands, "recommend", "the best items for a user or a history"))
     _add_similar(_command(commands, "similar", "the items that are most like one, by what is taken after it"))
+    _add_new_items(_command(commands, "add-items", "offer items that training never saw, by what their features say"))
     _add_serve(_command(commands, "serve", "take events and recommend over HTTP, by what users did until now"))
     report = _command(
         commands, "report", "configuration, data, curves and metrics of runs, such as seeds, side by side"
@@ -249,9 +250,9 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     command.set_defaults(given=[], read={}, is_record=False)
     _add_fields(data, DataOptions)
     about = "what is known of items beside their ids: a .csv, .tsv, .item, .jsonl or .parquet file with a row an item"
-    data.add_argument("--item-features", metavar="FILE", help=about)
+    data.add_argument("--item-features", action="noted", metavar="FILE", help=about)
     about = "columns of it to learn from: numbers, names or lists of them (default: all)"
-    data.add_argument("--feature-columns", nargs="+", metavar="NAME", help=about)
+    data.add_argument("--feature-columns", action="noted", nargs="+", metavar="NAME", help=about)
     about = "drop users with fewer interactions"
     data.add_argument("--min-user", action="noted", type=_whole, default=5, metavar="N", help=about)
     about = "drop items with fewer interactions"
@@ -341,6 +342,15 @@ def _add_similar(command: argparse.ArgumentParser) -> None:
     command.add_argument("item", metavar="ITEM", help="an item of the training data")
     command.add_argument("-k", "--k", type=_whole, default=10, metavar="N", help="how many items")
     _add_titles(command)
+
+
+def _add_new_items(command: argparse.ArgumentParser) -> None:
+    about = "folder that train wrote with --item-features; it takes the items, a service in it at its next start"
+    command.add_argument("folder", metavar="DIR", help=about)
+    about = "a file with the columns that the model learned from; items that the model knows stay as they are"
+    command.add_argument("features", metavar="FILE", help=about)
+    command.add_argument("--item-field", default="item_id", metavar="NAME", help="column of item ids")
+    command.add_argument("--encoding", default="utf-8", metavar="NAME", help="of a text file, such as latin-1")
 
 
 def _add_titles(command: argparse.ArgumentParser) -> None:

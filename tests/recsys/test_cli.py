@@ -283,7 +283,9 @@ def test_a_closed_pipe_ends_quietly(run, question, lines):
     assert process.returncode == 141
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"], ["similar"], ["report"], ["serve"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["evaluate"], ["recommend"], ["similar"], ["add-items"], ["report"], ["serve"]]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

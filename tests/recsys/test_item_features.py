@@ -368,6 +368,19 @@ def test_the_command_line_trains_with_features_and_offers_all_items(shop, capsys
     assert Recommender.load(shop / "next").histories.num_items == 48
 
 
+def test_the_command_line_adds_items(shop, capsys):
+    trained_on_colours().save(shop / "small")
+    frame = pandas.DataFrame({"sku": ["i1", "i999"], "colour": ["none", "colour 2"], "price": [0.0, 1.0], "text": None})
+    frame.to_json(shop / "new.jsonl", orient="records", lines=True)
+    add = ["add-items", str(shop / "small"), str(shop / "new.jsonl"), "--item-field", "sku"]
+    for count in (1, 0):
+        assert main(add) == 0
+        assert f"{count} new items of" in capsys.readouterr().out
+    assert main(["similar", str(shop / "small"), "i999", "-k", "6"]) == 0
+    similar = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert {colour_of(item) for item in similar} == {2}
+
+
 def test_the_command_line_refuses_what_does_not_fit(shop, capsys):
     train = ["train", str(shop / "events.csv"), *FEW]
     assert main([*train, *SHAPE, "--item-features", str(shop / "no.csv"), "--out", str(shop / "no")]) == 2

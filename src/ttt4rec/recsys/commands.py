@@ -247,6 +247,16 @@ def _titles(args: Namespace) -> Mapping[str, str] | None:
     return None
 
 
+def add_items(args: Namespace) -> None:
+    """Let a model take new items by their features, in its folder."""
+    recommender = Recommender.load(args.folder)
+    larger = recommender.add_items(args.features, item_field=args.item_field, encoding=args.encoding)
+    count = larger.histories.num_items - recommender.histories.num_items
+    if count:
+        larger.save(args.folder)
+    print(f"{count:,} new items of {args.features} in {args.folder}, which offers {larger.histories.num_items:,}")
+
+
 def _print_items(items: list[tuple[Id, float]], titles: Mapping[str, str] | None) -> None:
     for rank, (item, score) in enumerate(items, start=1):
         title = "" if titles is None else f"  {printable(titles.get(str(item), ''))}"
