@@ -27,7 +27,7 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]*)(#[^)\s]*)?(?=\))")
 FENCED = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 TEXT = {".py": "python", ".sh": "bash", ".cpp": "cpp", ".h": "cpp", ".toml": "toml", "": "text"}
 """Files that are shown as code, by suffix, and the language of which."""
-HELP = re.compile(r"<!-- help: (\w+) -->")
+HELP = re.compile(r"<!-- help: ([\w-]+) -->")
 RESOURCES = '<div id="resources"></div>'
 
 
