@@ -76,12 +76,16 @@ def as_parquet(path):
     return path
 
 
+VECTORS = pyarrow.array(FRAME["text"], pyarrow.list_(pyarrow.float32(), 2))
 SOURCES = {
     "columns": lambda _: FRAME,
     "rows": lambda _: iter([dict(zip(FRAME, row, strict=True)) for row in zip(*FRAME.values(), strict=True)]),
     "pandas": lambda _: pandas.DataFrame(FRAME),
     "polars": lambda _: polars.DataFrame(FRAME),
     "arrow": lambda _: pyarrow.table(FRAME),
+    "arrow, fixed sizes": lambda _: pyarrow.table({**FRAME, "text": VECTORS}),
+    "series": lambda _: {name: pandas.Series(values, index=[5, 6, 7]) for name, values in FRAME.items()},
+    "arrays": lambda _: pandas.DataFrame({**FRAME, "text": [np.array(x) for x in FRAME["text"]]}),
     "csv": lambda folder: as_csv(folder / "items.csv"),
     "item": lambda folder: as_item(folder / "items.item"),
     "jsonl": lambda folder: as_lines(folder / "items.jsonl"),

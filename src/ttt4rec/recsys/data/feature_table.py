@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
@@ -114,6 +115,7 @@ def _ids(name: str, field: str, values: Sequence[Any]) -> tuple[Id, ...]:
 
 def _column(name: str, field: str, values: Any, ids: Sequence[Id]) -> Dense | Categories:
     """A column as numbers or categories."""
+    values = _stacked(values)
     if isinstance(values, np.ndarray) and values.dtype.kind in "biuf" and values.ndim in (1, 2):
         dense: Dense = values.astype(np.float64).reshape(len(ids), -1)
     else:
@@ -150,6 +152,17 @@ def _column(name: str, field: str, values: Any, ids: Sequence[Id]) -> Dense | Ca
     return dense
 
 
+def _stacked(values: Any) -> Any:
+    """Vectors of one length as a matrix, without an object for each of their numbers; other values as they are."""
+    if not len(values) or not all(isinstance(x, list | tuple | np.ndarray) for x in values):
+        return values
+    try:
+        matrix = np.array(list(values))
+    except ValueError:  # of several lengths
+        return values
+    return matrix if matrix.dtype.kind in "biuf" and matrix.ndim == 2 and matrix.shape[1] else values
+
+
 def _value(x: Any) -> Any:
     """A value as float, text or list of such; None for a missing one, and anything else as it is."""
     if isinstance(x, str):
@@ -172,9 +185,15 @@ def _columns_of(name: str, source: Any) -> dict[str, Any]:
     if hasattr(source, "collect") and hasattr(source, "collect_schema"):
         raise DataError(f"features must be in a frame that is computed; given {name}; give its .collect()")
     if isinstance(source, Mapping):
-        return {str(field): source[field] for field in source}
+        return {
+            str(field): column if isinstance(column, list | tuple | np.ndarray) else _listed(column)
+            for field, column in source.items()
+        }
     if hasattr(source, "column_names") and hasattr(source, "schema"):  # Arrow's tables, Hugging Face's datasets
         return _arrow_columns(source if hasattr(source, "column") else source.with_format("arrow")[:])
+    if hasattr(source, "to_arrow"):  # polars, which without pyarrow goes by its columns
+        with contextlib.suppress(ImportError):
+            return _arrow_columns(source.to_arrow())
     if hasattr(source, "columns") and hasattr(source, "__getitem__"):
         return {str(field): _listed(source[field]) for field in source.columns}
     if isinstance(source, Iterable):
@@ -189,28 +208,21 @@ def _listed(column: Any) -> Any:
 
 def _arrow_columns(table: Any) -> dict[str, Any]:
     """Columns of an Arrow table; vectors without making objects of their numbers."""
-    from pyarrow import types
+    from pyarrow import compute, types
 
     found: dict[str, Any] = {}
     for field in table.column_names:
         column = table.column(field).combine_chunks()
         kind = column.type
         nested = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-        if (
-            nested
-            and (types.is_floating(kind.value_type) or types.is_integer(kind.value_type))
-            and not column.null_count
-        ):
-            flat = column.flatten().to_numpy(zero_copy_only=False)
-            if (
-                len(column)
-                and len(flat) % len(column) == 0
-                and set(column.value_lengths().unique().to_pylist()) == {len(flat) // len(column)}
-            ):
-                found[field] = flat.reshape(len(column), -1)
-                continue
-        plain = types.is_floating(kind) or types.is_integer(kind) or types.is_boolean(kind)
-        found[field] = column.to_numpy(zero_copy_only=False) if plain and not column.null_count else column.to_pylist()
+        numbers_of = kind.value_type if nested else kind
+        plain = types.is_floating(numbers_of) or types.is_integer(numbers_of) or types.is_boolean(numbers_of)
+        lengths = compute.list_value_length(column).unique().to_pylist() if nested else []
+        if plain and not column.null_count and len(lengths) <= 1 and lengths != [0]:
+            flat = (column.flatten() if nested else column).to_numpy(zero_copy_only=False)
+            found[field] = flat.reshape(-1, *lengths)
+        else:
+            found[field] = column.to_pylist()
     return found
 
 
