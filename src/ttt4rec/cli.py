@@ -252,7 +252,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     about = "what is known of items beside their ids: a .csv, .tsv, .item, .jsonl or .parquet file with a row an item"
     data.add_argument("--item-features", action="noted", metavar="FILE", help=about)
     about = "columns of it to learn from: numbers, names or lists of them (default: all)"
-    data.add_argument("--feature-columns", action="noted", nargs="+", metavar="NAME", help=about)
+    data.add_argument("--feature-columns", action="noted", nargs="+", default=(), metavar="NAME", help=about)
     about = "drop users with fewer interactions"
     data.add_argument("--min-user", action="noted", type=_whole, default=5, metavar="N", help=about)
     about = "drop items with fewer interactions"

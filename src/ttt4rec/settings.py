@@ -89,6 +89,8 @@ def _idle(settings: Mapping[str, Any], data_sets: Collection[str]) -> Iterator[t
         yield "calibration", f"--loss {loss}"
     if settings["split_by"] == "last":
         yield "split", "--split-by last"
+    if settings["item_features"] is None:
+        yield "feature_columns", "no --item-features"
     if settings["row_order"]:
         yield from ((name, "--row-order") for name in ("time_field", "date_format"))
     if settings["data"] in data_sets:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ttt4rec.atomic_files import check_together, write_together
 from ttt4rec.checks import check_integer
 from ttt4rec.models.item_index import ItemIndex
-from ttt4rec.models.ttt4rec import WEIGHTS_FILE, TTT4Rec
+from ttt4rec.models.ttt4rec import CONFIG_FILE, WEIGHTS_FILE, TTT4Rec
 from ttt4rec.recsys.data import DataError, Histories, Id, IntArray
 from ttt4rec.recsys.data.feature_table import FeatureTable, read_item_features
 from ttt4rec.recsys.recommend.candidates import Chooser, Rerank, Scores, Wanted
