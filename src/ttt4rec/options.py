@@ -168,6 +168,9 @@ class ServeOptions:
         time_unit: of the events' times, which count from 1970.
         max_ahead: seconds; an event of a later time is refused; inf: none is.
         no_flush: answer before the disk has flushed an event: a failure of the power may take the last ones.
+        demo: show a page at / where one takes items and watches the list follow; its events are logged like all others.
+        titles: with demo, a text file with a column of item ids and one of titles.
+        encoding: of the titles, such as latin-1.
     """
 
     host: str = "127.0.0.1"
@@ -177,6 +180,9 @@ class ServeOptions:
     time_unit: str = choice("s", PER_SECOND)
     max_ahead: float = 86400.0
     no_flush: bool = False
+    demo: bool = False
+    titles: str | None = None
+    encoding: str = "utf-8"
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -191,3 +197,5 @@ class ServeOptions:
         check_choices(self)
         if not is_number(self.max_ahead) or math.isnan(self.max_ahead):
             raise ValueError(f"max_ahead must be a number of seconds; given {self.max_ahead!r}")
+        if self.titles is not None and not self.demo:
+            raise ValueError("titles must come with demo, whose page shows them; given titles alone")

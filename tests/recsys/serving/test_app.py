@@ -27,11 +27,11 @@ def online():
     return OnlineRecommender(MODEL, ITEMS, MemoryEventLog(), pool_bytes=200_000)
 
 
-def ask(online, *requests):
+def ask(online, *requests, demo=None):
     """The answers to (method, path, options) that are sent at the same moment."""
 
     async def asking():
-        transport = httpx.ASGITransport(Service(online))
+        transport = httpx.ASGITransport(Service(online, demo=demo))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await asyncio.gather(*(client.request(*words, **options) for *words, options in requests))
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from ttt4rec.recsys.online import Batch, OnlineRecommender, SQLiteEventLog
 from ttt4rec.recsys.serving.answers import Answer, RefusedError, answer_to, mistaken, refusal, too_much
+from ttt4rec.recsys.serving.demo import Demo
 from ttt4rec.recsys.serving.description import describe
 from ttt4rec.recsys.serving.forms import ID, Events, Recommending
 from ttt4rec.recsys.serving.limits import BODY_SECONDS, MAX_BODIES_BYTES, MAX_BODY_BYTES, MAX_WAIT_SECONDS, MAX_WORKING
@@ -45,9 +46,10 @@ class Service:
         online: what is served.
         hosts: under which requests may come, without port; "*" for any. A browser tells by it whose site it believes
             to be on.
+        demo: a page to show at ``/``; None: there is none.
     """
 
-    def __init__(self, online: OnlineRecommender, hosts: Sequence[str] = LOCAL) -> None:
+    def __init__(self, online: OnlineRecommender, hosts: Sequence[str] = LOCAL, demo: Demo | None = None) -> None:
         self._online, self._hosts = online, {host.lower() for host in hosts}
         self._metrics = Metrics(online)
         self._upkeep = Upkeep(online, self._metrics.saved)
@@ -56,15 +58,19 @@ class Service:
         self._workers = ThreadPoolExecutor(MAX_WORKING)
         self._watchers = ThreadPoolExecutor(1)  # so that nobody's health waits for others' work
         self._held = 0  # bytes of bodies
-        self._description = json.dumps(describe()).encode()
+        self._description = json.dumps(describe(demo is not None)).encode()
         self._routes: dict[str, tuple[str, Callable[[Any], Awaitable[Answer]]]] = {
             "/events": ("POST", self._post_events),
-            "/recommendations": ("POST", self._post_recommendations),
+            "/recommendations": ("POST", self._at_work(self._recommend)),
             "/users/{user_id}": ("DELETE", self._delete_user),
             "/health": ("GET", self._get_health),
             "/metrics": ("GET", self._get_metrics),
-            "/openapi.json": ("GET", self._get_description),
+            "/openapi.json": ("GET", self._always(Answer(200, self._description))),
         }
+        if demo is not None:
+            self._routes |= {path: ("GET", self._always(answer)) for path, answer in demo.page().items()}
+            self._routes["/demo/items"] = ("POST", self._at_work(demo.find))
+            self._routes["/demo/visitor"] = ("POST", self._at_work(demo.visit))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI 3."""
@@ -166,8 +172,14 @@ class Service:
     async def _post_events(self, body: bytes) -> Answer:
         return await self._groups.answer(body)
 
-    async def _post_recommendations(self, body: bytes) -> Answer:
-        return await self._work(lambda: self._recommend(body))
+    def _at_work(self, function: Callable[[bytes], Answer]) -> Callable[[bytes], Awaitable[Answer]]:
+        return lambda body: self._work(lambda: function(body))
+
+    def _always(self, answer: Answer) -> Callable[[object], Awaitable[Answer]]:
+        async def get(_: object) -> Answer:
+            return answer
+
+        return get
 
     async def _delete_user(self, path: str) -> Answer:
         try:
@@ -181,9 +193,6 @@ class Service:
 
     async def _get_metrics(self, _: object) -> Answer:
         return await self._watch(self._metrics.shown)
-
-    async def _get_description(self, _: object) -> Answer:
-        return Answer(200, self._description)
 
     async def _work(self, function: Callable[[], Answer]) -> Answer:
         await self._places.take()

@@ -17,8 +17,10 @@ from ttt4rec.options import PER_SECOND, ServeOptions
 from ttt4rec.recsys.data import DataError
 from ttt4rec.recsys.online import OnlineRecommender, SQLiteEventLog
 from ttt4rec.recsys.recommend import Recommender
+from ttt4rec.recsys.recommend.titles import read_titles
 from ttt4rec.recsys.serving.app import LOCAL, Service
 from ttt4rec.recsys.serving.connections import Connection
+from ttt4rec.recsys.serving.demo import Demo
 
 
 def _loggers() -> dict[str, Any]:
@@ -33,7 +35,8 @@ def serve(folder: Path, options: ServeOptions) -> None:
     The folder receives the event log, which begins with the histories of the training data, and a snapshot of states.
 
     Raises:
-        DataError: another service works in the folder, or the data's times are beyond what events may have.
+        DataError: another service works in the folder, the data's times are beyond what events may have, or the titles
+            cannot be read.
         FileNotFoundError: the folder holds no recommender. ValueError: its files are damaged, or other ones.
         OSError: the event log cannot be opened or made.
     """
@@ -56,6 +59,7 @@ def _serve(folder: Path, options: ServeOptions) -> None:
     latest = recommender.histories.times.max(initial=0)
     if latest > horizon():
         raise DataError(f"times must be at most {horizon():.0f}; the data's latest is {latest}: give their --time-unit")
+    titles = None if options.titles is None else read_titles(Path(options.titles), options.encoding)
     log = SQLiteEventLog(folder / "events.db", flush=not options.no_flush)
     try:
         log.begin(recommender.histories)
@@ -67,7 +71,8 @@ def _serve(folder: Path, options: ServeOptions) -> None:
             snapshot=folder / "states.safetensors",
             horizon=horizon,
         )
-        service = Service(online, [*LOCAL, *options.allowed_host])
+        demo = Demo(online, recommender.histories, titles) if options.demo else None
+        service = Service(online, [*LOCAL, *options.allowed_host], demo)
         uvicorn.run(
             service,
             host=options.host,

@@ -10,12 +10,16 @@ from pydantic.json_schema import models_json_schema
 
 from ttt4rec.recsys.serving.forms import (
     Events,
+    Found,
     Health,
     Mistakes,
     Observed,
     Recommended,
     Recommending,
     Refusal,
+    Searching,
+    Visiting,
+    Visitor,
 )
 from ttt4rec.recsys.serving.limits import MAX_BODY_BYTES, MAX_ID
 
@@ -23,9 +27,13 @@ _COMPONENT = "#/components/schemas/{model}"
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
-def describe() -> dict[str, Any]:
-    """The document, of OpenAPI 3.1."""
-    forms, answers = (Events, Recommending), (Observed, Recommended, Health, Refusal, Mistakes)
+def describe(demo: bool = False) -> dict[str, Any]:
+    """The document, of OpenAPI 3.1; with the routes of the demo's page if there is one."""
+    forms: list[type[BaseModel]] = [Events, Recommending]
+    answers: list[type[BaseModel]] = [Observed, Recommended, Health, Refusal, Mistakes]
+    if demo:
+        forms += [Searching, Visiting]
+        answers += [Found, Visitor]
     models = [(form, "validation") for form in forms] + [(answer, "serialization") for answer in answers]
     _, schemas = models_json_schema(models, ref_template=_COMPONENT)  # type: ignore[arg-type]
     user = {"name": "user_id", "in": "path", "required": True}
@@ -42,8 +50,19 @@ def describe() -> dict[str, Any]:
             "/users/{user_id}": {"delete": forget},
             "/health": health,
             "/metrics": metrics,
-        },
+        }
+        | (_demo() if demo else {}),
         "components": {"schemas": schemas["$defs"]},
+    }
+
+
+def _demo() -> dict[str, Any]:
+    kinds = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript"}
+    page = {path: {"content": {kind: {"schema": {"type": "string"}}}} for path, kind in kinds.items()}
+    return {
+        **{path: {"get": _route("The demo's page", content)} for path, content in page.items()},
+        "/demo/items": {"post": _route("Items by their names", _json(Found), 422) | _takes(Searching)},
+        "/demo/visitor": {"post": _route("What the page shows", _json(Visitor), 422) | _takes(Visiting)},
     }
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from ttt4rec.recsys.online import Batch
-from ttt4rec.recsys.serving.limits import MAX_EVENTS, MAX_ID, MAX_K, MAX_USERS
+from ttt4rec.recsys.serving.limits import MAX_EVENTS, MAX_FOUND, MAX_ID, MAX_K, MAX_USERS
 
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 ID: TypeAdapter[str] = TypeAdapter(Id)
@@ -55,6 +55,20 @@ class Recommending(_Strict):
     exclude_seen: bool = True
 
 
+class Searching(_Strict):
+    """What the demo's page looks for; no words find everything."""
+
+    text: Annotated[str, Field(max_length=MAX_ID)] = ""
+    k: Annotated[int, Field(ge=1, le=MAX_FOUND)] = 30
+
+
+class Visiting(_Strict):
+    """Whose state the demo's page shows, and how long a list."""
+
+    user_id: Id
+    k: Annotated[int, Field(ge=1, le=MAX_FOUND)] = 30
+
+
 class Observed(BaseModel):
     """For each event whether it was new."""
 
@@ -72,6 +86,41 @@ class Recommended(BaseModel):
     """For each user the best items."""
 
     recommendations: list[list[Item]]
+
+
+class Named(BaseModel):
+    """An item as people know it."""
+
+    item_id: str
+    name: str
+
+
+class Read(Named):
+    """An item of a history, and how much it surprised."""
+
+    surprise: float
+
+
+class Ranked(Named):
+    """A recommendation with its name."""
+
+    score: float
+
+
+class Found(BaseModel):
+    """Items that were looked for, and how many there are in all."""
+
+    items: list[Named]
+    total: int
+
+
+class Visitor(BaseModel):
+    """Items of a history, the latest last, its length, the best items, and how far the state has moved."""
+
+    history: list[Read]
+    length: int
+    best: list[Ranked]
+    moved: float
 
 
 class Health(BaseModel):

@@ -2,6 +2,8 @@
 
 MAX_BODY_BYTES, MAX_EVENTS, MAX_USERS, MAX_K, MAX_ID = 1 << 20, 1000, 100, 1000, 200
 """Of a request."""
+MAX_FOUND = 100
+"""Items in a list of the demo's page."""
 MAX_HEADER_BYTES = 1 << 16
 MAX_BODIES_BYTES = 64 << 20
 """Of all requests that wait; more are answered by 503."""

@@ -1,0 +1,92 @@
+"""The demo: a page where one takes items and watches the list and the state follow, and what it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+
+import numpy as np
+
+from ttt4rec.recsys.data import Histories
+from ttt4rec.recsys.online import OnlineRecommender
+from ttt4rec.recsys.serving.answers import Answer
+from ttt4rec.recsys.serving.forms import Found, Named, Ranked, Read, Searching, Visiting, Visitor
+
+_PAGE = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+_HEADERS = (
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-cache"),
+)
+"""The page loads nothing from elsewhere, and stands in no other page."""
+_LATEST = 100
+"""Items of a history that are told."""
+
+
+class Demo:
+    """A page that ``Service`` shows at ``/``.
+
+    What is taken there is logged like every other event.
+
+    Args:
+        online: what is served.
+        histories: whose items one can search, those first that most took.
+        titles: names of items by the texts of their ids; an item without one is shown by its id.
+    """
+
+    def __init__(
+        self, online: OnlineRecommender, histories: Histories, titles: Mapping[str, str] | None = None
+    ) -> None:
+        self._online = online
+        names = titles or {}
+        self._names = {item: names.get(item) or item for item in map(str, histories.item_ids)}
+        taken = np.bincount(histories.items, minlength=histories.num_items + 1)[1:]
+        items = list(self._names)
+        self._searched = [
+            (items[place], f"{self._names[items[place]]} {items[place]}".casefold())
+            for place in np.argsort(-taken, kind="stable").tolist()
+        ]
+
+    def page(self) -> dict[str, Answer]:
+        """The files of the page, by their paths."""
+        folder = files("ttt4rec.recsys.serving") / "page"
+        return {
+            path: Answer(200, (folder / name).read_bytes(), f"{kind}; charset=utf-8", _HEADERS)
+            for path, (name, kind) in _PAGE.items()
+        }
+
+    def find(self, body: bytes) -> Answer:
+        """Items whose names or ids have all words of a search."""
+        form = Searching.model_validate_json(body)
+        words = form.text.casefold().split()
+        found = [item for item, text in self._searched if all(word in text for word in words)]
+        named = [Named(item_id=item, name=self._names[item]) for item in found[: form.k]]
+        return Answer(200, Found(items=named, total=len(found)).model_dump_json().encode())
+
+    def visit(self, body: bytes) -> Answer:
+        """A visitor's history, state and recommendations."""
+        form = Visiting.model_validate_json(body)
+        (best,) = self._online.recommend([form.user_id], form.k)
+        (moved,) = self._online.moved([form.user_id])
+        history = self._online.surprise(form.user_id)
+        visitor = Visitor(
+            length=len(history),
+            history=[
+                Read(item_id=item, name=self._name(item), surprise=surprise) for item, surprise in history[-_LATEST:]
+            ],
+            best=[Ranked(item_id=item, name=self._name(item), score=score) for item, score in best],
+            moved=moved,
+        )
+        return Answer(200, visitor.model_dump_json().encode())
+
+    def _name(self, item: str) -> str:
+        return self._names.get(item, item)  # a refreshed model may have others
