@@ -37,4 +37,5 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$hash" ]; then
   python -c "import torch" 2>/dev/null || install_torch
   pip install -qq --editable ".[$extras]"
   echo "$hash" >"$stamp"
+  echo "installed, $SECONDS s after the start" >&2
 fi

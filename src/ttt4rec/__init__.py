@@ -10,7 +10,7 @@ from .operators import flops
 
 flops.register()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Mixer",
