@@ -54,9 +54,9 @@ class Scan(NamedTuple):
     def new_checkpoints(self) -> Tensor:
         """Memory for the weights before every segment that is not its sequence's first, ``[number, H, weights]``.
 
-        That of a segment which begins at token t of all is number ``t // (segment K) - 1``. Those that no segment has
-        are zeros, so that a result is the same whenever it is computed. Two are spare: whether a size is 0 or 1 would
-        become a guard of traced programs.
+        The checkpoint of a segment that begins at token t of all is number ``t // (segment K) - 1``. Numbers that no
+        segment has are zeros, so that a result is the same whenever it is computed. Two are spare: whether a size is 0
+        or 1 would become a guard of traced programs.
         """
         number = self.q.shape[0] * self.q.shape[1] // (self.segment * self.token_scale.shape[0]) + 2
         return self.weights[0].new_zeros(number, self.q.shape[2], sum(w.shape[2:].numel() for w in self.weights))

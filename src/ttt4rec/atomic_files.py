@@ -123,7 +123,7 @@ def check_digest(path: Path, content: dict[str, Any]) -> None:
         ValueError: it is another one.
     """
     if path.name in content.get(_DIGESTS, {}) and file_digest(path) != content[_DIGESTS][path.name]:
-        raise ValueError(f"{path} is damaged, or of another run than what lies beside it")
+        raise ValueError(f"{path} is damaged, or of another run than the other files of its folder")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

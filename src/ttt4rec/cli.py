@@ -297,7 +297,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="DIR", help="folder that train wrote")
     command.add_argument("--part", default="test", choices=["valid", "test"], help="which targets")
     command.add_argument(
-        "--exclude-seen", action="store_true", help="rank only items new to the user, for such targets"
+        "--exclude-seen", action="store_true", help="rank only items new to the user, for targets that are new too"
     )
     command.add_argument("--intervals", action="store_true", help="with 95 %% intervals, by bootstrap over users")
     about = "a list for each user, against all of the part: precision, recall, coverage, ..., with intervals"

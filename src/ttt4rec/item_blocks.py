@@ -2,10 +2,10 @@
 
 The catalogue is an embedding table ``[num_items + 1, C]`` whose row 0 is padding and takes no part. The score of item j
 for hidden state h is their dot product. Scores are float32 (float64 where an input is). At most about
-``SCORES_PER_BLOCK`` of them are held at once: those of all hidden states with a block of items, so that an item's
-gradient is one product over all of them and written once; or, for a sum of losses where the catalogue is so small that
-the table may be visited more often, those of some hidden states with all items. The latter computes the gradients, in
-float32, together with the loss and holds them until the backward; nothing else takes memory.
+``SCORES_PER_BLOCK`` of them are held at once. Either all hidden states meet a block of items: an item's gradient is
+then one product over all of them and written once. Or some hidden states meet all items, for a sum of losses where the
+catalogue is so small that the table may be visited more often. That computes the gradients, in float32, together with
+the loss and holds them until the backward. Nothing else takes memory.
 
 A backend's part is the softmax of a block: ``log_sum_exp(scores)`` and ``to_gradient(scores, lse, column, grad)``.
 """
@@ -24,7 +24,7 @@ SCORES_PER_BLOCK = (1 << 23) - (1 << 16)
 MANY_ROWS = 256
 """Hidden states at a time with which a product takes longer than reading the table."""
 FEW_ROWS, CACHED_ROWS = 64, 256
-"""Hidden states at a time for which a visit of the table pays, and whose scores a CPU's cache still holds."""
+"""Hidden states at a time for which a visit of the table pays, and with scores that a CPU's cache still holds."""
 COLUMNS = 16
 """Widths of blocks are multiples of this: products with odd ones take a CPU twice the time."""
 
@@ -114,7 +114,7 @@ def is_one_block(h: Tensor, table: Tensor) -> bool:
 
 
 def blocks(h: Tensor, table: Tensor, seen: tuple[Tensor, Tensor] | None = None) -> Iterator[Block]:
-    """The catalogue block by block, each in the place of the one before; what a row has seen has score -inf.
+    """The catalogue block by block, each in the memory of the one before; what a row has seen has score -inf.
 
     Every product has the same shape, the last one overlapping the one before it: a narrow one could be summed in
     another order, and equal items would no longer score the same.

@@ -32,7 +32,7 @@ class DataOptions:
         encoding: of a text file, such as latin-1.
         date_format: how dates are written, such as %m/%d/%Y %H:%M; by default as in 2024-12-31T23:59:59.
         row_order: read no times: what comes first was first.
-        skip_bad_rows: leave out at most so many rows that cannot be understood.
+        skip_bad_rows: the most rows to leave out because they cannot be understood.
     """
 
     user_field: str = "user_id"
@@ -76,8 +76,8 @@ class TrainOptions:
     """How to train; the defaults are the paper's.
 
     Attributes:
-        epochs: at most so many passes over the training targets.
-        patience: stop after so many epochs without a better validation NDCG@10.
+        epochs: the most passes over the training targets.
+        patience: epochs without a better validation NDCG@10 after which training stops.
         learning_rate: of Adam.
         learning_rate_warmup: steps over which the learning rate rises to its full size; 0: none.
         weight_decay: share, times the learning rate, that each step takes off weights of linear maps and items.
@@ -88,7 +88,7 @@ class TrainOptions:
         num_negatives: negatives drawn for each piece of a step, shared by its targets; by each process for its own.
         popularity: negatives are drawn in proportion to an item's training count + 1 to this power; 0: all alike.
         calibration: gBCE's t, from 0 (binary cross-entropy) to 1.
-        exclude_seen: rank only items new to the user, for the targets that are such; see ``evaluate``.
+        exclude_seen: rank only items new to the user, for targets that are new too; see ``evaluate``.
         accumulate: pieces in which a step's gradients are computed, one after the other, to save memory.
         autocast: run the model in bfloat16 under autocast; weights, inner loop, scores and loss stay float32.
         deterministic: have torch use deterministic algorithms only, and raise where there is none.
@@ -146,7 +146,7 @@ class TrainOptions:
             given: fields that are to have these values.
 
         Raises:
-            ValueError: there is no such preset, or a field is out of range.
+            ValueError: the preset is unknown, or a field is out of range.
         """
         return TrainOptions(**preset(name).options(num_targets, given))
 
@@ -162,8 +162,8 @@ class ServeOptions:
     Attributes:
         host: where to listen; nobody is asked who they are, so let others in through a gateway only.
         port: 0: any that is free.
-        allowed_host: names, without port, under which requests may come beside localhost, 127.0.0.1 and [::1]; * for
-            any.
+        allowed_host: names, without port, under which requests may come, besides localhost, 127.0.0.1 and [::1]; *
+            for any.
         pool_bytes: memory for the states of users.
         time_unit: of the events' times, which count from 1970.
         max_ahead: seconds; an event of a later time is refused; inf: none is.

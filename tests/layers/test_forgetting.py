@@ -215,9 +215,9 @@ def test_states_of_other_layers_are_refused():
     x = torch.randn(1, 6, 8, dtype=torch.float64)
     (_, one), (_, other) = (layer(x, return_state=True) for layer in (forgets, keeps))
     for layer, state, said in ((forgets, other, "that forgets; given"), (keeps, one, "that does not forget; given")):
-        with pytest.raises(ValueError, match=f"state must be that of a layer {said}"):
+        with pytest.raises(ValueError, match=f"state must come from a layer {said}"):
             layer(x, state=state)
-        with pytest.raises(ValueError, match=f"state must be that of a layer {said}"):
+        with pytest.raises(ValueError, match=f"state must come from a layer {said}"):
             layer.make_pool(1).write(torch.tensor([0]), state)
 
 

@@ -104,7 +104,7 @@ def test_stack_needs_states_of_one_layer():
     with pytest.raises(ValueError, match="states must be at least one; given none"):
         TTTState.stack([])
     for options in ({"inner": "linear"}, {"backbone": "transformer"}, {"mini_batch_size": 3}):
-        with pytest.raises(ValueError, match="states must be those of one layer; given shapes"):
+        with pytest.raises(ValueError, match="states must all be of one layer; given shapes"):
             TTTState.stack([state, four_streams(**options)[1]])
 
 

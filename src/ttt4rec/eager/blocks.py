@@ -25,7 +25,7 @@ class BlockRates:
 
     @staticmethod
     def scales(token_scale: Tensor) -> Tensor:
-        """Those of a whole mini-batch, from s ``[K]``."""
+        """Scales of a whole mini-batch, from s ``[K]``."""
         return token_scale
 
     def __post_init__(self) -> None:
@@ -101,8 +101,8 @@ class BlockedLayer:
     def backward(self, d_out: Tensor, dW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Backward of ``output`` and ``update`` together, (38) and (39).
 
-        dW comes in as gradient of the updated weights and leaves, in place, as that of the weights before. Returns d
-        queries and d keys, without their ones, and dG.
+        dW comes in as gradient of the updated weights and leaves, in place, as gradient of the weights before. Returns
+        d queries and d keys, without their ones, and dG.
         """
         weights, rates, c, features = self._weights, self._rates, self._rates.complete, self._weights.features
         d_read, minus_d_scale = self.scaled_with_dot(d_out, -rates.scale, self._read)
@@ -135,7 +135,7 @@ class BlockedLayer:
 
     @staticmethod
     def scaled_with_dot(x: Tensor, scale: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows times ``[R, r]`` or ``[r]``, and their products with those of y, summed over features ``[R, r]``."""
+        """Rows times ``[R, r]`` or ``[r]``, and their products with y's rows, summed over features ``[R, r]``."""
         return x * scale.unsqueeze(-1), (x * y).sum(-1)
 
     def causal(self, pairs: Tensor, add: int) -> Tensor:
@@ -143,10 +143,10 @@ class BlockedLayer:
         return (pairs.add_(add) if add else pairs).tril_()
 
     def running(self, sums: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-        """From sums of every block ``[R, blocks, ...]``, for every block, those of all before it, and of all there are.
+        """From sums of every block ``[R, blocks, ...]``: for every block the sum of all before it, and the sum of all.
 
-        Or those of all after it, if there is something that is after the last: it may be larger by far, and is added to
-        the sum of the others.
+        Or the sum of all after it, if there is something that is after the last: it may be larger by far, and is added
+        to the sum of the others.
         """
         nothing = torch.zeros_like(sums[:, :1])
         if last is None:

@@ -1,8 +1,8 @@
 """Copies of the weights, from which the walk back replays.
 
 Of every ``segment`` mini-batches but a sequence's first the forward keeps the weights before them: a checkpoint.
-Checkpoints are ``[B L // (segment K) + 2, H, numbers]``, W and b of all layers in a row. That of a segment which begins
-at token t of the flattened tokens is number t // (segment K) - 1. Such a segment comes after a whole one, so no two
+Checkpoints are ``[B L // (segment K) + 2, H, numbers]``, W and b of all layers in a row. The checkpoint of a segment
+that begins at token t of the flattened tokens is number t // (segment K) - 1. It comes after a whole one, so no two
 begin among the same segment K tokens. The last two are spare: a size that may be 0 or 1 would bind traced programs.
 """
 
@@ -16,7 +16,7 @@ from ..arguments import Scan
 from .layout import MiniBatch, RowChunk
 
 HELD_BYTES, LEAST_HELD = 12 << 20, 8
-"""States before mini-batches that the walk back holds for a chunk of rows: so many bytes, and eight states at least."""
+"""States before mini-batches that the walk back holds for a chunk of rows: bytes, and eight states at least."""
 
 
 class Checkpoints:
@@ -65,8 +65,8 @@ def steps_ahead(mini_batches: int, room: int) -> int:
 
     That many mini-batches are served from a state before the first: go ahead, serve those behind from there with one
     state less, and go back to those before. If none is replayed more than t times, ``comb(room + t - 1, t)`` can be
-    served: those held all at once if t is 1, or those behind, as many with one state less, and those before, as many
-    with one time less.
+    served. If t is 1, they are held all at once. Else they are the ones behind, served with one state less, and the
+    ones before, served with one time less.
     """
     times = 1
     while comb(room + times - 1, times) < mini_batches:

@@ -48,7 +48,7 @@ def convolution_backward(given: Convolution, kept: tuple[Tensor, ...], grads: tu
 def _shifts(
     taps: Tensor, x: Tensor, y: Tensor, offsets: Tensor | None, lead: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Every tap but the last, the part of x ``[B, lead + L, C]`` it reads, and that of y ``[B, L, C]`` it goes to.
+    """Every tap but the last, the part of x ``[B, lead + L, C]`` it reads, and the part of y ``[B, L, C]`` it goes to.
 
     Last which tokens of these parts it does read, ``[B, n, 1]``; None: all.
     """

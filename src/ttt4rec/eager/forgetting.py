@@ -55,7 +55,7 @@ class Forgetting:
 
 
 class Gradients(NamedTuple):
-    """Those of one mini-batch, (41)."""
+    """Gradients of one mini-batch, (41)."""
 
     to_initial: list[Tensor]  # the share of the weights' that goes to the initial ones
     log_decay: Tensor  # of every token

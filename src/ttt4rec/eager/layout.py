@@ -16,7 +16,7 @@ from torch import Tensor
 CACHE_BYTES = 1 << 19
 """Rows are walked in chunks whose widest operand is about this large, so that elementwise passes stay in cache."""
 CHUNK_BYTES = 1 << 28
-"""The same on a GPU, which wants all rows at once: what several such operands take of its memory."""
+"""The same on a GPU, which wants all rows at once: what several operands of that size take of its memory."""
 
 
 @dataclass(frozen=True)

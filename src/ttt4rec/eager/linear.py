@@ -24,7 +24,7 @@ def linear_scan(scan: Scan, pieces: Pieces | None = None) -> tuple[Tensor, ...]:
 def linear_scan_backward(
     scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...], pieces: Pieces | None = None
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, inner_lr, token_scale, W1, b1, γ and β; those of the weights per sequence."""
+    """Gradients of q, k, v, inner_lr, token_scale, W1, b1, γ and β; the weights' per sequence."""
     return walk_backward(_replay_step, _backward_step, pieces or pieces_for(scan), scan, kept, grads)
 
 

@@ -33,7 +33,7 @@ def mlp_scan(scan: Scan, pieces: Pieces | None = None) -> tuple[Tensor, ...]:
 def mlp_scan_backward(
     scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...], pieces: Pieces | None = None
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, inner_lr, token_scale, the four weights, γ and β; those of the weights per sequence."""
+    """Gradients of q, k, v, inner_lr, token_scale, the four weights, γ and β; the weights' per sequence."""
     return walk_backward(_replay_step, _backward_step, pieces or pieces_for(scan), scan, kept, grads)
 
 

@@ -36,5 +36,5 @@ BLOCKS = Pieces(block=BLOCK, rates=BlockRates, weights=BlockedWeights, layer=Blo
 
 
 def pieces_for(scan: Scan) -> Pieces:
-    """Pairs of all tokens of a mini-batch, or, of more than a block, of those of a block."""
+    """Pairs of all tokens of a mini-batch or, where it has more than a block, of a block's tokens."""
     return PAIRS if scan.token_scale.numel() <= BLOCK else BLOCKS

@@ -26,7 +26,7 @@ CACHE_BYTES = 1 << 21
 
 
 STEPS = {"linear": linear_steps, "mlp": mlp_steps}
-"""Of every inner model: X, U of the layers, but for the first X, which is k."""
+"""Of every inner model: X, U of the layers, except the first X, which is k."""
 
 
 def token_step(step: TokenStep) -> tuple[Tensor]:
@@ -98,7 +98,7 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(offset: Tensor, K: int, records: Tensor) -> tuple[Tensor, list[_Chunk]]:
-    """The order in which streams go, by their place in the mini-batch, and which go together."""
+    """The order in which streams go, by their place in the mini-batch, and the groups that go together."""
     if not offset.is_cpu:
         return _everything(offset)
     size = max(1, CACHE_BYTES // (records[0].numel() * records.element_size()))

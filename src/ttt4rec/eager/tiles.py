@@ -46,7 +46,7 @@ class OutputNorm(Normalised):
         return self.jacobian_product(dO * gamma)
 
     def parameters(self, dO: Tensor, dgamma: Tensor, de: Tensor) -> tuple[Tensor, Tensor]:
-        """dγ and dβ before their sums over tokens, from those of the inner gradient, which are overwritten."""
+        """dγ and dβ before their sums over tokens, from the inner gradient's, which are overwritten."""
         return dgamma.addcmul_(dO, self.x_hat), de.add_(dO)
 
 
@@ -89,7 +89,7 @@ class Rates:
 
     @staticmethod
     def scales(token_scale: Tensor) -> Tensor:
-        """Those of a whole mini-batch, from s ``[K]``."""
+        """Scales of a whole mini-batch, from s ``[K]``."""
         return -token_scale[:, None].expand(token_scale.numel(), token_scale.numel()).tril()
 
     def __post_init__(self) -> None:
@@ -162,8 +162,8 @@ class DualLayer:
     def backward(self, d_out: Tensor, dW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Backward of ``output`` and ``update`` together, (16) to (20).
 
-        dW comes in as gradient of the updated weights and leaves, in place, as that of the weights before. Returns d
-        queries and d keys, without their ones, and dG.
+        dW comes in as gradient of the updated weights and leaves, in place, as gradient of the weights before. Returns
+        d queries and d keys, without their ones, and dG.
         """
         queries, keys, rates, c = self._queries, self._keys, self._rates, self._rates.complete
         dA = torch.bmm(d_out, self._G.mT)

@@ -26,8 +26,8 @@ def walk_forward(step: ForwardStep, pieces: Pieces, kept_widths: Sequence[int], 
     """Run ``step`` over every mini-batch of every sequence.
 
     ``step(pieces, q, k, v, gamma, beta, weights, rates, eps)`` returns the inner model's outputs at the queries and the
-    tensors ``[R, r, width]`` to keep, and updates the weights, one ``[R, in + 1, out]`` a layer, in place; q and k
-    have the one for the bias. Returns o, the outgoing weights, the kept, the checkpoints.
+    tensors ``[R, r, width]`` to keep. It updates the weights, one ``[R, in + 1, out]`` a layer, in place. q and k have
+    the one for the bias. Returns o, the outgoing weights, the kept, the checkpoints.
     """
     weights, starts = scan.weights, scan.starts
     dtype, operand, scale = weights[0].dtype, pieces.operand(scan), _scales(scan, pieces)

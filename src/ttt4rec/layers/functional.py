@@ -67,10 +67,10 @@ def ttt_linear(
         log_decay: ``ln a``, at most 0, of every token ``[B, L, H]``: how much stays of what was learned, the rest goes
             back to the initial weights when a mini-batch ends; None: nothing is forgotten.
         eps: added to the layer norm's variance.
-        backend: ``"reference"`` is the dual form under autograd; ``"triton"`` the fused kernels for GPUs; ``"native"``
-            the same algorithm in C++ for CPUs, compiled at its first use; ``"eager"`` the same written in PyTorch;
-            ``"auto"`` the first of ``"triton"``, ``"native"`` and ``"eager"`` that can run, or, within transforms of
-            ``torch.func`` and forward-mode differentiation, ``"reference"``.
+        backend: ``"reference"`` is the dual form under autograd. ``"triton"`` has the fused kernels for GPUs,
+            ``"native"`` the same algorithm in C++ for CPUs, compiled at its first use, and ``"eager"`` the same in
+            PyTorch. ``"auto"`` takes the first of these three that can run; within transforms of ``torch.func`` and
+            forward-mode differentiation it takes ``"reference"``.
 
     Returns:
         Outputs ``[B, L, H, D]`` in q's dtype, and the outgoing state. State and arithmetic are float32 (float64 for

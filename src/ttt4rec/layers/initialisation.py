@@ -31,7 +31,7 @@ class DrawNormal:
         self._module = weakref.ref(module)
 
     def __call__(self) -> None:
-        """Draw the module's weights anew."""
+        """Draw the module's weights again."""
         module = self._module()
         if module is None:
             raise ReferenceError("the module whose weights were to be drawn is gone; call its own reset_parameters")

@@ -19,7 +19,7 @@ def finish(
 ) -> Tensor:
     """Layer norm over the width, gate and output projection; zeros at padding.
 
-    The product is taken in o's dtype, which is that of autocast where that is enabled; what comes before is float32 at
+    The product is taken in o's dtype, or in autocast's where that is enabled; what comes before is float32 at
     least. Modules that something was done to (replaced by an adapter or a quantised one, hooked, parametrised) are
     called one by one.
 

@@ -77,7 +77,7 @@ class StatePool:
         self.reset(torch.arange(num_slots, device=like.device))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy prepares its own calls: addresses are those of this pool in this process."""
+        """A copy prepares its own calls: addresses belong to this pool in this process."""
         return self.__dict__ | {"prepared": None}
 
     def __repr__(self) -> str:

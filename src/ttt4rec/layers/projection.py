@@ -39,7 +39,7 @@ def project(
 ) -> tuple[list[Tensor], Tensor]:
     """Project x ``[B, L, C]`` to C features three times, rotate the first results, and compute the inner rates.
 
-    Products are taken in x's dtype, or in that of autocast; rates are float32 at least and never see autocast. Modules
+    Products are taken in x's dtype, or in autocast's; rates are float32 at least and never see autocast. Modules
     that something was done to (replaced by an adapter or a quantised one, hooked, parametrised) are called one by one.
 
     Args:
@@ -56,7 +56,7 @@ def project(
         One ``[B, L, H, D]`` a module, and the rates ``[B, L, H]``.
 
     Raises:
-        TypeError: x's dtype is not that of the weights.
+        TypeError: x's dtype is not the weights'.
     """
     device = x.device.type
     if backend == "reference" or not all(map(plain, linears)):
@@ -85,7 +85,7 @@ def plain(module: nn.Module) -> bool:
 
 
 def untouched(module: nn.Module) -> bool:
-    """Whether calling the module is calling its class's ``forward``, but for hooks of all modules."""
+    """Whether calling the module is calling its class's ``forward``, except hooks of all modules."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooks and "forward" not in module.__dict__
 

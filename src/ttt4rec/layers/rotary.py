@@ -15,7 +15,7 @@ def rotary_table(
     """Cosine and sine of the angles at places 0 to length - 1, ``[length, head_dim / 2]``; not to be changed.
 
     On a CPU they are kept: small calls would spend a twentieth of their time on making them. While tracing, within
-    transforms and under modes of PyTorch they are made anew, since such tensors are not what they seem.
+    transforms and under modes of PyTorch they are made again, since tensors there are not what they seem.
     """
     kept = device.type == "cpu" and not (
         torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack()

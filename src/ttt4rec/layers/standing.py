@@ -25,7 +25,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class Standing:
-    """A module and all below it, and some tensors beside it, as they stood when a call was prepared.
+    """A module and all below it, and some tensors besides, as they stood when a call was prepared.
 
     It holds modules, which tell of their parameters, and no tensor: where those that are there now have the addresses,
     types and shapes of those that were, the call serves, and what was replaced may go.

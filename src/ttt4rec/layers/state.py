@@ -106,7 +106,7 @@ class TTTState:
         for i, other in enumerate(shapes):
             if other != shapes[0]:
                 raise ValueError(
-                    f"states must be those of one layer; given shapes {shapes[0]} and, of number {i}, {other}"
+                    f"states must all be of one layer; given shapes {shapes[0]} and, of number {i}, {other}"
                 )
         tensors = [s.tensors() for s in states]
         return TTTState.from_tensors({name: torch.cat([t[name] for t in tensors]) for name in tensors[0]})

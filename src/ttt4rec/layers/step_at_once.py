@@ -117,7 +117,7 @@ _OWN = ("token_offset", "inner_lr_weight", "inner_lr_bias", "inner_norm_weight",
 
 
 def is_like(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether a module is of a kind, no subclass, and nothing was done to it but for its parameters."""
+    """Whether a module is of a kind, no subclass, and nothing was done to it, except to its parameters."""
     return type(module) is kind and untouched(module)
 
 

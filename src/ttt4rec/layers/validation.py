@@ -48,7 +48,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, total: int) -> None:
 
 
 def _need_no_look(x: Tensor, total: int) -> bool:
-    """Whether the values of a mask or of cu_seqlens for so many tokens are known, or cannot be looked at in tracing.
+    """Whether the values of a mask or of cu_seqlens for ``total`` tokens are known, or cannot be looked at in tracing.
 
     A look at a GPU's values waits for all that is queued there, so that the layers of a model, which are given the same
     tensor, look once. On a CPU a look is cheap and NumPy may write past the tensor's count of changes.
@@ -129,7 +129,7 @@ def check_pending_log_decay(state: TTTState, forgets: bool) -> None:
     pending, kinds = state.pending_log_decay, ("does not forget", "forgets")
     if (pending is not None) != forgets:
         raise ValueError(
-            f"state must be that of a layer that {kinds[forgets]}; given that of one that {kinds[not forgets]}"
+            f"state must come from a layer that {kinds[forgets]}; given one from a layer that {kinds[not forgets]}"
         )
     if pending is not None:
         check_shape("state's pending_log_decay", pending, tuple(state.pending_lr.shape), "[N, mini_batch_size - 1, H]")

@@ -29,7 +29,7 @@ class BlockState(NamedTuple):
 
 
 class BlockPool(NamedTuple):
-    """What a block remembers of the streams of a pool; the methods are those of ``StatePool``."""
+    """What a block remembers of the streams of a pool; the methods are as ``StatePool``'s."""
 
     mixer: StatePool
     conv: Tensor | None  # [num_slots, conv_kernel - 1, width]
@@ -228,7 +228,7 @@ class Block(nn.Module):
         ffn: one of ``FEED_FORWARDS``.
         ffn_width: its hidden size.
         conv_kernel: taps of the block's own convolution; None: it has none.
-        gates: whether there are gates, those of LiGR's blocks.
+        gates: whether there are gates, as in LiGR's blocks.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ def nll(h: Tensor, table: Tensor, items: Tensor, reduction: Reduction = "none", 
         float32 (float64), ``[N]`` or a scalar; it may be differentiated once, with respect to h and table.
 
     Raises:
-        ValueError: shapes do not fit, no such item, reduction or backend. TypeError: items are not int64.
+        ValueError: shapes do not fit, or the item, reduction or backend is unknown. TypeError: items are not int64.
             RuntimeError: the backend cannot run here.
     """
     _check(h, table, items)

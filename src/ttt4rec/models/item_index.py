@@ -37,7 +37,7 @@ class _Made:
 class ItemIndex:
     """``full_softmax.top_k`` for a table that seldom changes.
 
-    In float32 on a CPU, with a compiler, the table is read once and a byte for each of its numbers kept, beside 12
+    In float32 on a CPU, with a compiler, the table is read once and a byte for each of its numbers kept, and 12
     bytes an item. A call reads these bytes, finds by a proven bound which items may be among the best, and scores
     those. The result is exact: a score is one dot product in float32, taken in the same order whoever else is asked
     about. Where this cannot run, ``full_softmax.top_k`` does.
@@ -51,7 +51,7 @@ class ItemIndex:
         self._made: _Made | None = None
 
     def __reduce__(self) -> tuple[type["ItemIndex"], tuple[()]]:
-        """A copy is made anew: what is kept belongs to a table in this process."""
+        """A copy is made again: what is kept belongs to a table in this process."""
         return ItemIndex, ()
 
     def clear(self) -> None:

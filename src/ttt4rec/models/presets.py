@@ -20,7 +20,7 @@ class Preset(NamedTuple):
     Attributes:
         about: for the command line's help.
         model: fields of ``TTT4RecConfig``.
-        training: fields of ``TrainOptions``; the learning rate is that of steps of ``MOST`` targets.
+        training: fields of ``TrainOptions``; the learning rate belongs to steps of ``MOST`` targets.
         smaller_steps: whether small data get smaller steps, at rates that go with the root of their size.
         as_published: whether the paper's data sets get the paper's filter and length of history.
     """
@@ -32,7 +32,7 @@ class Preset(NamedTuple):
     as_published: bool = False
 
     def options(self, num_targets: int | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of ``TrainOptions`` for so many training targets (None: many), those that are given as they are."""
+        """Fields of ``TrainOptions`` for a number of training targets (None: many), given ones as they are."""
         chosen = {**self.training, **given}
         if self.smaller_steps:
             steps = MOST if num_targets is None else min(MOST, max(LEAST, num_targets // STEPS))

@@ -1,8 +1,8 @@
 """The inner loops for CPUs in C++, and a catalogue's softmax and best items, compiled for the machine at first use.
 
-The algorithm of the inner loops is that of the fused kernels and of ``ttt4rec.eager``, and so are the functions; what
-differs is where the numbers are: one row, a (sequence, head) pair, is walked at a time with its weights and tiles in
-the first cache, and only tokens, inner gradients and the weights at either end pass through memory.
+The inner loops have the algorithm and the functions of the fused kernels and of ``ttt4rec.eager``. What differs is
+where the numbers are: one row, a (sequence, head) pair, is walked at a time with its weights and tiles in the first
+cache, and only tokens, inner gradients and the weights at either end pass through memory.
 """
 
 import functools
@@ -66,7 +66,7 @@ _MULTIPLE = 8  # of features: the lanes of a vector
 
 
 def refusal(operator: str, arguments: Any) -> str | None:
-    """Why this backend cannot compute an operator, or its backward, on such arguments; None if it can.
+    """Why this backend cannot compute an operator, or its backward, on these arguments; None if it can.
 
     The first call for a shape compiles it.
     """

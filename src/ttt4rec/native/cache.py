@@ -68,7 +68,7 @@ def load(place: Path, name: str, functions: Sequence[str]) -> tuple[ctypes.CDLL 
         functions: what the library must have.
 
     Raises:
-        UntrustedError: such a library is somebody else's, or others can write to it.
+        UntrustedError: the library is somebody else's, or others can write to it.
     """
     wrong = ""
     for path in sorted(place.glob(f"{name}-*.so")):
@@ -117,8 +117,8 @@ def _check_owner(path: Path) -> None:
 def _check_parents(place: Path) -> None:
     """UntrustedError if others can move the folder away and put one in its place.
 
-    In a folder with the sticky bit, such as /tmp, they cannot. The group is that of the user alone on many systems,
-    where folders are made writable for it.
+    In a folder with the sticky bit, such as /tmp, they cannot. On many systems the group has the user alone, and
+    folders are made writable for it.
     """
     for parent in place.parents:
         found = parent.stat()

@@ -154,7 +154,7 @@ def _backward(
 
 
 def _d_decays(scan: Scan) -> list[Tensor]:
-    """Zeros for the gradients of the decays, and memory for those of the initial weights of every sequence."""
+    """Zeros for the gradients of the decays, and memory for the initial weights' of every sequence."""
     if scan.log_decay is None:
         return []
     return [scan.log_decay.new_zeros(scan.log_decay.shape, dtype=scan.weights[0].dtype)] + [
@@ -163,7 +163,7 @@ def _d_decays(scan: Scan) -> list[Tensor]:
 
 
 def _totals(d_decays: list[Tensor]) -> list[Tensor]:
-    """The same, with those of the initial weights summed."""
+    """The same, with the initial weights' summed."""
     return [*d_decays[:1], *(w.sum(0) for w in d_decays[1:])]
 
 

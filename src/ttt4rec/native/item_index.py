@@ -12,7 +12,7 @@ from .calls import INTEGER, POINTER, fields, run
 from .full_softmax import SHAPE
 
 GROUP, TILE, MOST_ROWS = 64, 6, 240
-"""Of item_index.cpp: items in a group, and hidden states in a tile. At most so many of them are taken at once."""
+"""Of item_index.cpp: items in a group, and hidden states in a tile. The most that are taken at once."""
 
 
 class IndexCall(ctypes.Structure):

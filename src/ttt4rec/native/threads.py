@@ -16,7 +16,7 @@ from ..precision import flushes_denormals
 PARTS = 8
 """Of the rows for each thread, so that a thread that the machine delays takes fewer of them."""
 ALONE = 1 << 14
-"""Up to so many numbers one thread takes: another would come too late."""
+"""The most numbers that one thread takes alone: another would come too late."""
 
 _executors: dict[int, ThreadPoolExecutor] = {}
 if hasattr(os, "register_at_fork"):

@@ -156,7 +156,7 @@ def layer_forward(given: LayerForward) -> tuple[Results, Results]:
 
 
 def layer_backward(given: LayerForward, _: Results, kept: Results, grads: Results) -> Results:
-    """Gradients of what the two parts give them, but for what lies between them; first those of what stands behind."""
+    """Gradients of what the two parts give them, without what lies between them; first of what stands behind."""
     o, *inside = kept
     between = (o, inside[0]) if given.around.convolutions else (o,)
     around = _Around(given)
@@ -187,7 +187,7 @@ def inside_backward(
 ) -> Results:
     """Gradients of w_lr, b_lr, τ, γ, β, x, the projections, the convolutions', what is forgotten's, the weights.
 
-    Those of the views, if they come, are completed where they are, and x's take the memory of o's.
+    The views' gradients, if they come, are completed where they are, and x's take the memory of o's.
     """
     assert not between
     (views, lr, scale, inner, checkpoints, *decays), (d_o, *d_gate) = kept, grads

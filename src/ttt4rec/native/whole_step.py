@@ -13,7 +13,7 @@ from .calls import INTEGER, POINTER, fields
 from .threads import share
 
 ALONE = 4 << 20
-"""Up to so many multiply-adds, a third of a millisecond, one thread takes: others come late and cost it time."""
+"""The most multiply-adds, a third of a millisecond, that one thread takes alone: others come late and cost it time."""
 
 
 class LayerCall(ctypes.Structure):
@@ -74,7 +74,7 @@ def layer_step(given: LayerParts) -> Step:
 
 
 def model_step(given: ModelParts) -> Step:
-    """Of ids and slots: hidden states ``[B, C]``; None, and nothing has changed, if one of them is not such."""
+    """Of ids and slots: hidden states ``[B, C]``; None, and nothing has changed, if one of them is wrong."""
     table, blocks = given.table, given.blocks
     library, num_slots, (rows, C) = _library(blocks[0].layer), blocks[0].layer.position.shape[0], table.shape
     calls = (BlockCall * len(blocks))(*map(_block, blocks))

@@ -49,7 +49,7 @@ def choose_backend(
 
     Raises:
         RuntimeError: ``"triton"`` was asked for and cannot run; it never falls back silently.
-        ValueError: there is no such backend.
+        ValueError: the backend is unknown.
     """
     check_backend(backend)
     if backend == "auto" and transformed():

@@ -1,4 +1,4 @@
-"""The causal convolutions in front of the inner loop, rotated or not, and those of a block."""
+"""The causal convolutions in front of the inner loop, rotated or not, and a block's."""
 
 from torch import Tensor
 
@@ -37,4 +37,4 @@ def _declare_convolution(count: int) -> Operator[Convolution]:
 
 
 CONVOLUTIONS = {count: _declare_convolution(count) for count in (1, 2)}
-"""By how many there are, since schemas are flat: a block's own, and those of queries and keys."""
+"""By how many there are, since schemas are flat: a block's own, or the queries' and keys'."""

@@ -1,4 +1,4 @@
-"""How many FLOPs the operators take, for ``torch.utils.flop_counter``: those of products, two for each multiply-add.
+"""How many FLOPs the operators take, for ``torch.utils.flop_counter``: products alone, two for each multiply-add.
 
 That module imports triton, which ``import ttt4rec`` is not to do. So the formulas are registered when it is loaded,
 before or after.
@@ -11,7 +11,7 @@ T tokens in mini-batches of at most K take, per head, with S the sum of the squa
 
 Forward, that are the products of the dual form: k W, q W and the update, and for every layer Q Kᵀ and its product with
 G. A backward takes two products for each, and computes again what the forward did not keep. In mini-batches of more
-than a block S is that of the blocks, and every layer has a product more, with the sums of the blocks before.
+than a block S is the blocks', and every layer has a product more, with the sums of the blocks before.
 """
 
 import importlib.abc
@@ -85,7 +85,7 @@ def _count(operator: Operator[Any], factors: Any, count: Callable[[Any, Any], in
 
 
 def _scan(scan: Scan, factors: tuple[int, int]) -> int:
-    """Of an inner loop: so many FLOPs by tokens times weights, and by pairs of tokens times features."""
+    """Of an inner loop: FLOPs by tokens times weights, and by pairs of tokens times features."""
     by_weights, by_pairs = factors
     (B, L, H, D), K, lengths = scan.q.shape, scan.token_scale.shape[0], scan.lengths
     tokens = [L] * B if lengths is None or not has_values(lengths) else lengths.tolist()
@@ -97,7 +97,7 @@ def _scan(scan: Scan, factors: tuple[int, int]) -> int:
 
 
 def _squares(tokens: int) -> int:
-    """Pairs of a mini-batch's tokens, of those of one block."""
+    """Pairs of a mini-batch's tokens that stand in one block."""
     n = MAX_MINI_BATCH_SIZE
     return tokens // n * n**2 + (tokens % n) ** 2
 

@@ -64,7 +64,7 @@ class Operator(Generic[A]):
         results: names of the results.
         fake: the results, empty, of the arguments by a backend.
         sample: small random arguments, of sizes and by a ``Draw``; options are its own.
-        function: the name of a backend's function, that of its backward without ``_backward``; None: the operator's.
+        function: the name of a backend's function, its backward's without ``_backward``; None: the operator's.
         constants: values of fields that are the operator's own, and no arguments of its schema.
         groups: names of the tensors of each field that is a tuple of tensors.
         gradients: of the backward, if there is one.
@@ -118,7 +118,7 @@ class Operator(Generic[A]):
         return self._sample(sizes, Draw(dtype, device), **options)
 
     def backward_sample(self, results: Results) -> tuple[Results, Results]:
-        """What the backward is given beside the arguments: what is kept of the results, and random gradients."""
+        """What the backward is given after the arguments: what is kept of the results, and random gradients."""
         grads = tuple(torch.randn_like(x) for x in results[: self._gradients.differentiable])
         return tuple(results[i] for i in self._kept), grads
 
@@ -229,5 +229,5 @@ def _one_or_all(results: Sequence[Tensor]) -> Any:
 
 
 def numbered(name: str, count: int) -> tuple[str, ...]:
-    """Names of so many arguments or results of one kind."""
+    """Names of ``count`` arguments or results of one kind."""
     return tuple(f"{name}_{i}" for i in range(count))

@@ -19,7 +19,7 @@ def _gradient_dtype(given: Projection, field: str) -> torch.dtype | None:
 
 
 def _sample(sizes: Sizes, draw: Draw, *, rotated: int = 2, by_row: bool = False) -> Projection:
-    """Places are those of every row by itself, or all rows'."""
+    """Places are every row's own, or all rows'."""
     B, L, H, D, K = sizes
     C, places = H * D, draw.places(K, B, L) if by_row else draw.places(K, L)
     weights = tuple(draw.weight(C, C, fan=C) for _ in range(3))

@@ -48,7 +48,7 @@ def _is_empty(x: Tensor) -> bool:
 
 
 def refuse_transforms(what: str) -> NoReturn:
-    """Raise RuntimeError, in the place of what PyTorch would do with what has no rules for transforms."""
+    """Raise RuntimeError, instead of what PyTorch would do with what has no rules for transforms."""
     raise RuntimeError(
         f"{what} has no autograd formula for this: it knows no transforms of torch.func (vmap, grad, jvp, ...), "
         f"forward-mode derivatives or second derivatives; {REFERENCE}"
@@ -61,7 +61,7 @@ def operator(
     """Make a function the operator ``ttt4rec::name``, which refuses transforms and derivatives that it does not have.
 
     Transforms are refused by kernels that PyTorch looks for only within them, so that other calls pay nothing. Forward
-    mode alone, without a transform, has no such place; there a level of it is refused, whether or not the arguments
+    mode alone, without a transform, has no place for that; there a level of it is refused, whether or not the arguments
     have tangents, which at that depth PyTorch no longer tells.
 
     Args:
@@ -93,8 +93,8 @@ def operator(
 def differentiate(name: str, save: Callable[[Any, Any, Any], None], backward: Callable[..., tuple[Any, ...]]) -> None:
     """Give an operator gradients: ``save(ctx, inputs, outputs)``, and ``backward(ctx, *grads)`` to one for each input.
 
-    ``register_autograd`` does the same, but for every call it looks whether inputs have defaults, which those of ours
-    have not. That takes time by the square of their number: with 14 inputs 75 µs, a twentieth of a small layer's call.
+    ``register_autograd`` does the same, but at every call it looks whether inputs have defaults; ours have
+    none. That takes time by the square of their number: with 14 inputs 75 µs, a twentieth of a small layer's call.
     """
     overload = getattr(torch.ops.ttt4rec, name).default
 

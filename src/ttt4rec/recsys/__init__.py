@@ -1,7 +1,7 @@
 """Sequential recommendation with TTT layers: data, splits, training, evaluation and recommendations.
 
 The folders hold the rest: ``data``, ``recommend``, ``training`` and ``online``; the adapters ``recbole`` and
-``rectools`` stand beside them.
+``rectools`` stand next to them.
 """
 
 import sys

@@ -5,9 +5,9 @@
     model = TTT4Rec(config, train.dataset).to(config["device"])
     Trainer(config, model).fit(train, valid)
 
-Every field of ``TTT4RecConfig`` may stand in RecBole's configuration under its own name, but for ``num_items`` and
-``max_len``, which are RecBole's ``MAX_ITEM_LIST_LENGTH`` and what the data say. Every mixer is to be had but the one
-that is trained to fill in hidden items, since RecBole gives one target a history. Nothing else imports this module.
+Every field of ``TTT4RecConfig`` may stand in RecBole's configuration under its own name, except
+``num_items``, which the data say, and ``max_len``, RecBole's ``MAX_ITEM_LIST_LENGTH``. Every mixer is available but the
+one that is trained to fill in hidden items, since RecBole gives one target a history. Nothing else imports this module.
 """
 
 import dataclasses

@@ -82,8 +82,8 @@ class TTTLayers(TransformerLayersBase):  # type: ignore[misc]
 class TTTLightningModule(TransformerLightningModule):  # type: ignore[misc]
     """RecTools' training, in which TTT layers begin as they were made.
 
-    RecTools draws every parameter of more than one dimension anew before it trains, also the scales and biases of the
-    inner norm and the inner learning rates, which are matrices ``[num_heads, ...]`` in a TTT layer.
+    RecTools draws every parameter of more than one dimension again before it trains. So it draws the scales and biases
+    of the inner norm and the inner learning rates too, which are matrices ``[num_heads, ...]`` in a TTT layer.
     """
 
     def on_train_start(self) -> None:

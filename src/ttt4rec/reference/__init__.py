@@ -1,8 +1,8 @@
-"""The specification in PyTorch, written to be read beside the mathematics.
+"""The specification in PyTorch, written to be read with the mathematics.
 
 Notation (Sun et al. 2024, arXiv 2407.04620): B sequences, L tokens, H heads, D head dimension, K tokens in a
-mini-batch. ``W1, b1`` (and ``W2, b2``) are the weights of the inner model, which are the layer's state; ``s_i`` is
-the token scale, ``lr_j`` the inner learning rate of token j, and ``η[i, j] = s_i · lr_j`` for i >= j.
+mini-batch. ``W1, b1`` (and ``W2, b2``) are the weights of the inner model, the layer's state. ``s_i`` is the token
+scale, ``lr_j`` the inner learning rate of token j, and ``η[i, j] = s_i · lr_j`` for i >= j.
 
 Everything here takes any float dtype and computes in it; nothing is cast, cached or changed in place.
 """

@@ -39,7 +39,7 @@ def inner_loss(
 ) -> Tensor:
     """Return the inner loss (2), a scalar, for k and v ``[B, H, n, D]``.
 
-    The sum runs over sequences and heads too. They share no weights, so its gradient is that of each alone.
+    The sum runs over sequences and heads too. They share no weights, so its gradient is each one's own.
     """
     error = layer_norm(model(k, weights), ln_weight, ln_bias, eps) - (v - k)
     return 0.5 * error.square().sum()

@@ -216,7 +216,7 @@ CONTENTS = {
     "numbers": (lambda users, tensors: ([[], *range(6)], tensors), "its users are not texts that all differ"),
     "one of them twice": (lambda users, tensors: ([*users[1:], users[1]], tensors), "its users are not texts that all"),
     "no list": (lambda users, tensors: (dict.fromkeys(users), tensors), "its users are not texts that all differ"),
-    "too few": (lambda users, tensors: (users[1:], tensors), "its tensors are not those of its 6 users"),
+    "too few": (lambda users, tensors: (users[1:], tensors), "its tensors do not belong to its 6 users"),
     "another dtype": (lambda users, tensors: (users, {name: x.float() for name, x in tensors.items()}), "float"),
     "another shape": (lambda users, tensors: (users, tensors | {"hidden": tensors["hidden"][:, :3].clone()}), ""),
 }

@@ -45,7 +45,7 @@ def events(*pairs):
 def test_what_there_is_not(online):
     nowhere, users, method = ask(online, ("GET", "/nowhere", {}), ("DELETE", "/users", {}), ("GET", "/events", {}))
     assert (nowhere.status_code, users.status_code) == (404, 404)
-    assert nowhere.json() == {"detail": "there is no such path; see /openapi.json"}
+    assert nowhere.json() == {"detail": "the path is unknown; see /openapi.json"}
     assert (method.status_code, method.headers["allow"]) == (405, "POST")
 
 

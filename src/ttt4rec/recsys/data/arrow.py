@@ -127,7 +127,7 @@ class _Coded(NamedTuple):
     Attributes:
         codes: of the rows.
         names: Arrow's array of the ids of all codes.
-        new: those of them, as Python's objects, that were not there before.
+        new: the ones among them, as Python's objects, that were not there before.
     """
 
     codes: Codes32

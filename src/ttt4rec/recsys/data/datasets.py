@@ -60,7 +60,7 @@ def load_interactions(source: object, **options: Any) -> Interactions:
 
     Args:
         source: the name, the path or the table.
-        options: for a file or a table, those of ``read_interactions``.
+        options: for a file or a table, as ``read_interactions`` takes them.
 
     Raises:
         DataError: the name is unknown, no source can be reached, or the file or table cannot be read.

@@ -19,7 +19,7 @@ _WHOLE = re.compile(r"0|-?[1-9]\d*", re.ASCII)
 
 
 def kind_of(ids: Sequence[Id]) -> type[Id]:
-    """The type of some ids, which is one for all; that of texts if there are none."""
+    """The type of some ids, which is one for all; ``str`` if there are none."""
     return type(ids[0]) if ids else str
 
 
@@ -47,7 +47,7 @@ def as_kind(value: Id, kind: type[Id]) -> Id | None:
 
 
 def all_as_kind(ids: Sequence[Id], kind: type[Id]) -> tuple[Id, ...]:
-    """Ids as those of a kind; DataError if one cannot be written so."""
+    """Ids as a kind has them; DataError if one cannot be written so."""
     if kind_of(ids) is kind:
         return tuple(ids)
     found = tuple(x for value in ids if (x := as_kind(value, kind)) is not None)

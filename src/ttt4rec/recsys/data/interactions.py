@@ -108,7 +108,7 @@ class Histories:
         return code
 
     def find_user(self, user_id: Id) -> int | None:
-        """Code of an original user id, as ``user_code`` finds it; None when the data has no such user."""
+        """Code of an original user id, as ``user_code`` finds it; None when the data does not have it."""
         return _code(self._user_codes, user_id, kind_of(self.user_ids))
 
     def item_codes(self, item_ids: Sequence[Id]) -> tuple[IntArray, tuple[Id, ...]]:
@@ -151,7 +151,7 @@ def filter_k_core(interactions: Interactions, *, min_user: int, min_item: int) -
     if not len(kept):
         raise DataError(
             f"there must be users with >= {min_user} and items with >= {min_item} interactions among themselves; "
-            f"given none of {len(interactions)} interactions that are left after such a filter; lower the bounds"
+            f"given none of {len(interactions)} interactions that are left after that filter; lower the bounds"
         )
     return interactions.take(kept)
 
@@ -192,7 +192,7 @@ def build_histories(interactions: Interactions) -> Histories:
 def keep_item_codes(histories: Histories, item_ids: Sequence[Id]) -> Histories:
     """The histories with items coded as an earlier model knows them: its ids first, then those that are new.
 
-    Ids of another type than the model's become those of its type that are written alike; DataError if there are none.
+    Ids of another type than the model's become ids of its type that are written alike; DataError if there are none.
     """
     own = all_as_kind(histories.item_ids, kind_of(item_ids)) if item_ids else histories.item_ids
     codes = {item: code for code, item in enumerate(dict.fromkeys((*item_ids, *own)), start=1)}

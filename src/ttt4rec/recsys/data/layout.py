@@ -50,7 +50,7 @@ class _Parts:
 
 
 def read_rows(lines: Iterable[str], separator: str) -> Reader:
-    """The rows of lines. Fields may be quoted, but for those between tabs or separators of several characters."""
+    """The rows of lines. Fields may be quoted, except between tabs or separators of several characters."""
     if len(separator) > 1:
         return _Parts(lines, separator)
     quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
@@ -68,7 +68,7 @@ class Columns:
 
 
 def find_separator(path: Path, line: str, options: DataOptions) -> str:
-    """The separator that is given or by which a file's first line has the fields asked for; else that of its suffix.
+    """The separator that is given or by which a file's first line has the fields asked for; else its suffix's.
 
     Raises:
         DataError: the suffix has none either.

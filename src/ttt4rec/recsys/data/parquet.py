@@ -43,7 +43,7 @@ def read_parquet(path: Path, options: DataOptions) -> Interactions:
 
 
 def _rows_per_batch(metadata: Any) -> int:
-    """So many rows that a batch of them, before what repeats is packed, has a bounded number of bytes.
+    """Rows of a batch, so few that it has a bounded number of bytes before what repeats is packed.
 
     It goes by the sizes of all columns: asked for one column's, pyarrow ends the process if the file is damaged.
     """

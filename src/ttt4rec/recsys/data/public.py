@@ -1,7 +1,7 @@
 """The public datasets of the TTT4Rec paper, as their publishers and as RecBole distribute them.
 
 A file in the cache directory is used; otherwise it is fetched, where its publisher offers an address. Checksums are
-compared where one is known to the public; of the other files the sha256 is written beside them at first use, and
+compared where one is known to the public; of the other files the sha256 is written next to them at first use, and
 compared from then on. The numbers of users, items and interactions are told, with the published ones if they differ.
 """
 
@@ -148,8 +148,8 @@ def _time_of(atomic: Path, dataset: PublicDataset) -> str:
         header = [field.partition(":")[0].strip() for field in text.lines.readline().split("\t")]
     if "num_repeat" in header:
         raise DataError(
-            f"{atomic} must have every interaction on its own, as the paper's data have; given a file whose repeats "
-            "are merged (it has a column num_repeat); to read it all the same, give its path, not the dataset's name"
+            f"{atomic} must have every interaction on its own, as the paper's data have; given one with merged "
+            "repeats (a column num_repeat); to read it all the same, give its path, not the dataset's name"
         )
     return next((name for name in dataset.atomic_times if name in header), "timestamp")
 

@@ -1,6 +1,6 @@
 """Text files by pyarrow's parser, several times as fast as Python's, where both read the same.
 
-Whatever it stumbles over is left to Python's reader, which reads it or says what is wrong and in which line.
+Whatever it stumbles over is left to Python's reader: it reads it, or says what is wrong and in which line.
 """
 
 from __future__ import annotations

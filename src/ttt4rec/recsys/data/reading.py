@@ -44,12 +44,12 @@ def read_interactions(
     """Read a delimited text file, or a Parquet file.
 
     ``.parquet`` is told by its suffix, in either case; text files may be packed, with ``.gz`` behind their names.
-    RecBole's atomic files (``.inter``, header ``name:type``) and ``.tsv`` have tabs between fields, ``.csv`` commas;
-    where the first line has the three columns, or as many as ``columns``, by another of tab, comma, semicolon, ``|``
-    and ``::``, that one is taken. Fields between commas and other characters may be quoted; those between tabs, or
-    separators of several characters, are not. Blank lines are passed over, other columns ignored.
+    RecBole's atomic files (``.inter``, header ``name:type``) and ``.tsv`` have tabs between fields, ``.csv`` commas.
+    Another of tab, comma, semicolon, ``|`` and ``::`` is taken if by it the first line has the three columns, or as
+    many as ``columns``. Fields between commas and other characters may be quoted, fields between tabs or separators
+    of several characters not. Blank lines are passed over, other columns ignored.
 
-    Ids of text files are strings, those of Parquet files strings, whole numbers or UUIDs, coded in the order of their
+    Ids of text files are strings, Parquet files' are strings, whole numbers or UUIDs, coded in the order of their
     first appearance. Times are numbers, or moments such as 2010-10-19T23:55:27Z (UTC unless they say otherwise), which
     become seconds since 1970; a file has the one or the other. They are int64 when all of them are whole
     ("874965478.0" is) and float64 otherwise. Rows stay in the order of the file, on which histories fall back where
@@ -65,12 +65,12 @@ def read_interactions(
         encoding: of a text file, such as latin-1.
         date_format: how times are written that are dates, as ``datetime.strptime`` takes it; None: as in ISO 8601.
         row_order: read no times, but number the rows.
-        skip_bad_rows: leave out at most so many rows that cannot be understood, and say on stderr how many there were.
+        skip_bad_rows: the most rows to leave out because they cannot be understood; stderr says how many there were.
 
     Raises:
-        DataError: no such file, no such column, no rows, rows that cannot be understood (it names the file, the first
-            bad line, how many there are and where), a row of more than 4 MiB, or a whole time that float64, beside
-            fractions, would round.
+        DataError: the file or a column is missing, there are no rows, a row has more than 4 MiB, float64 would round a
+            whole time that stands among fractions, or rows cannot be understood. The last one names the file, the
+            first bad line, how many there are and where.
     """
     options = DataOptions(
         user_field, item_field, time_field, separator, tuple(columns or ()), encoding, date_format, row_order,

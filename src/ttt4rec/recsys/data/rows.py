@@ -70,7 +70,7 @@ class Problems:
     Args:
         name: of the source.
         place: what its places are called, ``"line"`` or ``"row"``.
-        skip: so many bad rows may be left out.
+        skip: the most bad rows to leave out.
     """
 
     def __init__(self, name: str | Path, place: str, skip: int = 0) -> None:

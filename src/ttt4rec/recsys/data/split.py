@@ -170,7 +170,7 @@ def split_at(histories: Histories, valid_from: float, test_from: float) -> Split
 
 
 def _by_first_appearance(codes: IntArray, ids: tuple[Id, ...]) -> tuple[IntArray, tuple[Id, ...]]:
-    """Codes given out anew in the order in which they come, and the ids of these."""
+    """Codes given out again in the order in which they come, and the ids of these."""
     old, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
     order = np.argsort(first)
     new = np.empty_like(order)

@@ -143,7 +143,7 @@ class Times:
 
 
 def join_times(name: str, chunks: Sequence[TimeChunk]) -> TimeArray:
-    """One array of float64; DataError for a whole time that float64, beside fractions, would round."""
+    """One array of float64; DataError for a whole time among fractions that float64 would round."""
     times: NDArray[np.float64] = np.concatenate(chunks, dtype=np.float64, casting="unsafe")
     for chunk in chunks:
         if chunk.dtype == np.int64 and bool((np.abs(chunk.astype(np.float64)) <= _EXACT).all()):

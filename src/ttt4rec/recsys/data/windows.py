@@ -74,7 +74,7 @@ class Windows:
             ValueError: there are no indices.
         """
         if indices.numel() == 0:
-            raise ValueError("indices must be those of at least one window; given none")
+            raise ValueError("indices must name at least one window; given none")
         lengths = self.lengths[indices]
         cu_seqlens = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         offset = _count_up(lengths)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ttt4rec.recsys.online.events import Known
 
 LONG = 1024
-"""Items that are read again as a whole: they cost a few calls of the model; every so many a state is kept."""
+"""Items that are read again as a whole: they cost a few calls of the model, and a state is kept after them."""
 _NEAREST, _RATIO, _CUTS = 16, 4, 3  # distances from the end: 16, 64, 256
 
 
@@ -26,11 +26,11 @@ class Earlier:
 class EarlierStates:
     """For some users copies of their states after beginnings of their histories.
 
-    They lie the closer together the nearer they are to the history's end, by powers of four, so that they are few, and
-    an event that comes d places before the end is read from a state at most some sixteen times as far away.
+    They lie the closer together the nearer they are to the history's end, by powers of four, so that they are few. An
+    event that comes d places before the end is read from a state at most some sixteen times as far away.
 
     Args:
-        num_users: of so many users, the last ones for whom a state was kept.
+        num_users: of how many users states are kept; the last ones who had one made.
     """
 
     def __init__(self, num_users: int) -> None:
@@ -42,7 +42,7 @@ class EarlierStates:
         return (earlier.known for earlier in self._kept.get(user, ()))
 
     def go_back(self, user: str, length: int) -> Earlier:
-        """The state after so many items; the later ones are of another history now and dropped."""
+        """The state after ``length`` items; the later ones are of another history now and dropped."""
         self._kept[user] = [earlier for earlier in self._kept[user] if earlier.known.length <= length]
         return self._kept[user][0]
 

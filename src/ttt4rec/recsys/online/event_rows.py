@@ -58,7 +58,7 @@ def check_file(database: sqlite3.Connection) -> None:
     wrong = [text for (text,) in database.execute("PRAGMA integrity_check(3)") if text != "ok"]
     made = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name != 'sqlite_sequence' ORDER BY rowid"
     if sorted(sql for (sql,) in database.execute(made)) != sorted(SCHEMA):
-        wrong.append("the tables are not those of an event log")
+        wrong.append("the tables are not an event log's")
     if database.execute("SELECT name FROM sqlite_sequence WHERE name != 'users'").fetchone():
         wrong.append("the sequence belongs to no table")
     if database.execute("PRAGMA encoding").fetchone() != ("UTF-8",):
@@ -129,7 +129,7 @@ def add_user(database: sqlite3.Connection, name: str) -> User:
 
 
 def add_rows(database: sqlite3.Connection, user: User, rows: Sequence[Row]) -> None:
-    """Put events where their times belong, behind those of the same time; only what lies behind is written again."""
+    """Put events where their times belong, behind others of the same time; only what lies behind is written again."""
     behind = _later_than(database, user, min(time for _, time, _ in rows))
     place = user.length - len(behind)
     mark = mark_at(database, user, place)

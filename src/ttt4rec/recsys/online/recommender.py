@@ -37,9 +37,9 @@ class OnlineRecommender:
 
     The event log is the truth. An event is logged before it takes effect, and whatever is kept in memory is made
     from the log: after a crash nothing is lost that ``observe`` returned for. A recommendation is the same as by
-    one pass of the model over the user's whole history in the log, up to rounding, whether its state was kept,
-    evicted, or loaded from a snapshot; ``docs/online.md`` has the details. All methods may be called from several
-    threads at once.
+    one pass of the model over the user's whole history in the log, up to rounding. Whether its state was kept, evicted
+    or loaded from a snapshot changes nothing; ``docs/online.md`` has the details. All methods may be called from
+    several threads at once.
 
     Args:
         model: a trained model with the TTT mixer; put into evaluation mode, its weights must not change any more.
@@ -85,7 +85,7 @@ class OnlineRecommender:
         """Log a batch of events and let them take effect.
 
         Args:
-            user_ids: who acted, one entry an event; a user who was never seen before begins a history.
+            user_ids: who acted, one entry an event; a user never seen before begins a history.
             item_ids: on what.
             event_ids: see ``Event``; an event that was logged before under its id is passed over.
             times: see ``Event``; an event that comes too late is put in its place in the history.
@@ -164,7 +164,7 @@ class OnlineRecommender:
 
         Args:
             user_ids: for whom. One without history, or of whose history the model knows no item, gets an empty list.
-            k: how many; fewer come back when not so many are left.
+            k: how many; fewer come back when fewer are left.
             exclude_seen: leave out every item of the history.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Seen items: codes of what is in users' histories, kept beside their states, so that nobody reads the log for them."""
+"""Seen items: codes of what is in users' histories, kept with their states, so that nobody reads the log for them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class SeenItems:
     """Codes of the histories of some users, as far as their states have read them; 0 where the model knows no item.
 
     Args:
-        most_bytes: of all codes together. Beyond, those of the users asked for least recently go, whose histories are
-            read from the log when they are wanted again.
+        most_bytes: of all codes together. Beyond, the codes of users asked for least recently go, and their histories
+            are read from the log when they are wanted again.
     """
 
     def __init__(self, most_bytes: int) -> None:
@@ -42,7 +42,7 @@ class SeenItems:
         return found[found > 0]
 
     def read_on(self, user: str, start: int, codes: Sequence[int]) -> None:
-        """A state has read ``codes`` after so many items. What was kept of another number of items is no beginning."""
+        """A state has read ``codes`` after ``start`` items. What was kept of another number is no beginning."""
         if start != len(self._codes.get(user, ())):
             self.drop(user)
             return
@@ -53,7 +53,7 @@ class SeenItems:
             self.drop(next(iter(self._codes)))
 
     def go_back(self, user: str, length: int) -> None:
-        """A state has read so many items only."""
+        """A state has read ``length`` items only."""
         if user in self._codes:
             self._number -= len(self._codes[user]) - length
             del self._codes[user][length:]

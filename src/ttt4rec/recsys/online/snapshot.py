@@ -80,7 +80,7 @@ def load_snapshot(path: str | os.PathLike[str], states: UserStates) -> int:
 
 
 def fingerprint(states: UserStates) -> str:
-    """Of weights, configuration, inner rates and item ids: all that a state depends on beside the history."""
+    """Of weights, configuration, inner rates and item ids: all that a state depends on besides the history."""
     config, tensors = asdict(states.model.config), states.model.state_dict()
     layers = [layer for layer in states.model.modules() if isinstance(layer, TTTLayer)]
     rates = [float(layer.inner_lr_scale) * layer.adapt for layer in layers]
@@ -102,5 +102,5 @@ def _read(path: Path, model: str) -> tuple[list[str], dict[str, Tensor]]:
     if not (isinstance(users, list) and all(map(is_text, users)) and len(set(users)) == len(users)):
         raise ValueError("its users are not texts that all differ")
     if any(len(x) != len(users) for x in tensors.values()):
-        raise ValueError(f"its tensors are not those of its {len(users)} users")
+        raise ValueError(f"its tensors do not belong to its {len(users)} users")
     return users, tensors

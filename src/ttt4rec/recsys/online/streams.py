@@ -70,7 +70,7 @@ class Streams:
         return torch.stack(found).mean(0)
 
     def reset(self, slots: Sequence[int]) -> None:
-        """Begin anew in some slots; nothing of what they held remains."""
+        """Begin again in some slots; nothing of what they held remains."""
         if slots:
             where = self._where(slots)
             for pool in self._pools:
@@ -92,7 +92,7 @@ class Streams:
         """Put what ``export`` gave into some slots.
 
         Raises:
-            ValueError: the tensors are those of another model. KeyError: some are missing.
+            ValueError: the tensors belong to another model. KeyError: some are missing.
         """
         where = self._where(slots)
         for number, pool in enumerate(self._pools):

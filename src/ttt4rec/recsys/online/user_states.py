@@ -24,7 +24,7 @@ from ttt4rec.recsys.online.seen import PART_OF_POOL, SeenItems
 from ttt4rec.recsys.online.streams import Streams
 
 USERS_AT_ONCE = 512
-"""Users who are brought up to the log, and whose hidden states are handed out, together."""
+"""Users brought up to the log together, and their hidden states handed out together."""
 
 
 @dataclass
@@ -216,10 +216,10 @@ class UserStates:
     def load(self, users: Sequence[str], tensors: dict[str, Tensor]) -> None:
         """Put what ``export`` gave, of other users than are there, into free slots.
 
-        What was read is compared with the log when a user is asked for the first time, and begun anew if it differs.
+        What was read is compared with the log when a user is asked for the first time, and begun again if it differs.
 
         Raises:
-            ValueError: the tensors are those of another model. KeyError: some are missing.
+            ValueError: the tensors belong to another model. KeyError: some are missing.
         """
         with self._lock:
             slots = self._free[-len(users) :]
@@ -326,7 +326,7 @@ class UserStates:
                 self._drop([user])
 
     def _make_room(self, number: int) -> None:
-        """Evict users until so many slots are free; those moved to the end by the caller stay."""
+        """Evict users until ``number`` slots are free; those moved to the end by the caller stay."""
         evicted = list(itertools.islice(self._readings, max(0, number - len(self._free))))
         self.counts["evictions"] += len(evicted)
         self._drop(evicted)

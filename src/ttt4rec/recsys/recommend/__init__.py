@@ -1,4 +1,4 @@
-"""Recommending by a trained model: to whom, from what, in which form."""
+"""Recommending by a trained model."""
 
 from ttt4rec.recsys.recommend.candidates import best_items
 from ttt4rec.recsys.recommend.folder import HISTORIES_FILE, IDS_FILE

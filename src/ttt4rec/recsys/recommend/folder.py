@@ -1,4 +1,4 @@
-"""What a recommender's folder holds beside the model: histories, and the ids of users and items with their types."""
+"""What a recommender's folder holds besides the model: histories, and the ids of users and items with their types."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class _Delimited:
 
 
 class _Parquet:
-    """As a table of Parquet, a group of rows a call; its columns' types are those of the first call with rows."""
+    """As a table of Parquet, a group of rows a call; its columns have the types of the first call with rows."""
 
     def __init__(self, path: Path, titles: Mapping[str, str] | None) -> None:
         self._path, self._titles = path, titles
@@ -127,7 +127,7 @@ def sink(out: Path | None, titles: Mapping[str, str] | None, *, named: bool) -> 
         named: whether lines on stdout name the user.
 
     Raises:
-        DataError: the suffix is none that is known, or there is no such folder. OSError: the file cannot be written.
+        DataError: the suffix is none that is known, or the folder is missing. OSError: the file cannot be written.
     """
     if out is None:
         yield _Lines(None, titles, named)

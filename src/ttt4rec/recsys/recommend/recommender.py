@@ -117,21 +117,21 @@ class Recommender:
         Args:
             user_id: a user of the data.
             history: original item ids, oldest first; the last ``max_len`` known ones are read.
-            users: several users; one whom the data do not know, or who has no history, gets no items.
-            k: how many; fewer come back when not so many are left.
+            users: several users; one without history, or unknown to the data, gets no items.
+            k: how many; fewer come back when fewer are left.
             exclude_seen: leave out every item of the history.
             allow: offer nothing but these items, such as what is in stock; ids that the model does not know are passed
                 over.
             deny: offer none of these.
             min_score: offer nothing of a lower score.
             popular: offer who has no history with a known item, or is unknown, what is popular of late: see
-                ``popular_items``. Such recommendations are marked, and min_score does not apply to them.
+                ``popular_items``. These are marked, and min_score does not apply to them.
             rerank: chooses k of five times as many candidates, such as ``rerank.MaximalMarginalRelevance``.
 
         Raises:
-            ValueError: not exactly one of user_id, history and users is given, k is below 1, or the model's scores are
-                NaN; the user is unknown or the history holds no known item, and not what is popular is asked for; no
-                item is allowed.
+            ValueError: not exactly one of user_id, history and users is given, k is below 1, no item is allowed, or the
+                model's scores are NaN. Also, unless what is popular is asked for: the user is unknown, or the history
+                holds no known item.
         """
         given = [name for name, x in (("user_id", user_id), ("history", history), ("users", users)) if x is not None]
         if len(given) != 1:
@@ -183,7 +183,7 @@ class Recommender:
     def similar_items(self, item_id: Id, *, k: int = 10) -> list[tuple[Id, float]]:
         """The k items whose embeddings are most like an item's, and the cosines, most alike first.
 
-        Such items come next after the same histories: they are alike in use, not in content.
+        They come next after the same histories: they are alike in use, not in content.
 
         Raises:
             ValueError: the model does not know the item, or k is below 1.
@@ -222,7 +222,7 @@ class Recommender:
 
         Args:
             k: how many; fewer come back when fewer items have been taken of late.
-            window: the share of all interactions that is of late, the latest ones; those of the same time count too.
+            window: the share of all interactions that is of late, the latest ones; others of the same time count too.
 
         Raises:
             ValueError: k is below 1, or window not above 0 and at most 1.

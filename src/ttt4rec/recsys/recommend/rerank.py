@@ -18,7 +18,7 @@ class MaximalMarginalRelevance:
 
     Args:
         table: embeddings ``[num_items + 1, width]``, of item j in row j, such as ``model.served_items()``.
-        diversity: from 0, which changes nothing, to 1, which asks for no relevance but the first item's.
+        diversity: from 0, where nothing changes, to 1, where no relevance counts but the first item's.
 
     Raises:
         ValueError: diversity is out of range.

@@ -26,7 +26,7 @@ def read_titles(path: Path, encoding: str = "utf-8") -> dict[str, str]:
     the first two columns of all lines are.
 
     Raises:
-        DataError: the file is not there, is no such text, or has fewer than two columns.
+        DataError: the file is not there, is no text of that encoding, or has fewer than two columns.
     """
     titles: dict[str, str] = {}
     encoding = DataOptions(encoding=encoding).encoding

@@ -1,4 +1,4 @@
-"""What a request is answered, and which errors are whose."""
+"""What a request is answered: results, the client's mistakes, and ours."""
 
 from __future__ import annotations
 

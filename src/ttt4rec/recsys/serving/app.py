@@ -113,7 +113,7 @@ class Service:
         headers = dict(scope["headers"])
         self._check_host(headers.get(b"host", b"").decode("latin-1"))
         if route not in self._routes:
-            return refusal(404, "there is no such path; see /openapi.json")
+            return refusal(404, "the path is unknown; see /openapi.json")
         method, handle = self._routes[route]
         if scope["method"] != method:
             return refusal(405, f"the method must be {method}", (b"allow", method.encode()))

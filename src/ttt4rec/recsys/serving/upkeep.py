@@ -1,4 +1,4 @@
-"""What is done beside the requests: states are saved and the event log is checked now and then."""
+"""What is done besides requests: states are saved and the event log is checked now and then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who waits for what: places for so many requests at once, and groups of requests that are answered together."""
+"""Who waits for what: places for requests at work, and groups of requests that are answered together."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class _Waiting(Generic[T]):
 
 
 class Line(Generic[T]):
-    """Those who wait, in the order in which they came; who has waited enough is told None.
+    """Those who wait, in the order of their coming; whoever has waited enough is told None.
 
-    That a turn never comes costs little, so that those who are turned away take no time from those who are served.
+    That a turn never comes costs little, so that who is turned away takes no time from the others.
 
     Args:
         seconds: enough.
@@ -47,7 +47,7 @@ class Line(Generic[T]):
         return one.turn
 
     def next(self, most: float = float("inf")) -> _Waiting[T] | None:
-        """The one who came first, if his body has at most so many bytes; he waits no more."""
+        """The first that came, if its body has at most ``most`` bytes; it waits no more."""
         while self._waiting:
             one = self._waiting[0]
             if not one.turn.done() and len(one.body) > most:
@@ -71,7 +71,7 @@ class Line(Generic[T]):
 
 
 class Places:
-    """For so many at work; who comes while all are taken waits in line.
+    """Places for requests at work; who comes while all are taken waits in line.
 
     Args:
         free: how many.
