@@ -5,5 +5,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" recsys,plot
 ttt4rec train ml-100k --dropout 0.5 --patience 10 --out runs/ml-100k "$@"
 echo "trained, $SECONDS s after the start" >&2
-ttt4rec recommend runs/ml-100k --user 196 --k 10
+recommend=(ttt4rec recommend runs/ml-100k --user 196 --k 10)
+"${recommend[@]}" --titles ml-100k || "${recommend[@]}" # where the titles cannot be fetched, by ids
 echo "recommended, $SECONDS s after the start" >&2

@@ -297,7 +297,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="DIR", help="folder that train wrote")
     command.add_argument("--part", default="test", choices=["valid", "test"], help="which targets")
     command.add_argument(
-        "--exclude-seen", action="store_true", help="rank only items new to the user, for targets that are new too"
+        "--exclude-seen", action="store_true", help="rank only targets new to the user, among items new to the user"
     )
     command.add_argument("--intervals", action="store_true", help="with 95 %% intervals, by bootstrap over users")
     about = "a list for each user, against all of the part: precision, recall, coverage, ..., with intervals"
@@ -354,8 +354,12 @@ def _add_new_items(command: argparse.ArgumentParser) -> None:
 
 
 def _add_titles(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--titles", metavar="FILE", help="a text file with a column of item ids and one of titles")
-    command.add_argument("--encoding", default="utf-8", metavar="NAME", help="of the titles, such as latin-1")
+    command.add_argument(
+        "--titles", metavar="FILE", help="a text file with a column of item ids and one of titles; or ml-100k"
+    )
+    command.add_argument(
+        "--encoding", default="utf-8", metavar="NAME", help="how the titles are encoded, such as latin-1"
+    )
 
 
 def _add_serve(command: argparse.ArgumentParser) -> None:

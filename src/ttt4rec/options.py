@@ -29,9 +29,9 @@ class DataOptions:
         time_field: column of times, numbers or dates.
         separator: between the fields of a text file; by default what its suffix or its first line says.
         columns: names of the columns of a text file that has no header line.
-        encoding: of a text file, such as latin-1.
+        encoding: a text file's encoding, such as latin-1.
         date_format: how dates are written, such as %m/%d/%Y %H:%M; by default as in 2024-12-31T23:59:59.
-        row_order: read no times: what comes first was first.
+        row_order: read no times; rows stand in the order of the events.
         skip_bad_rows: the most rows to leave out because they cannot be understood.
     """
 
@@ -78,7 +78,7 @@ class TrainOptions:
     Attributes:
         epochs: the most passes over the training targets.
         patience: epochs without a better validation NDCG@10 after which training stops.
-        learning_rate: of Adam.
+        learning_rate: Adam's.
         learning_rate_warmup: steps over which the learning rate rises to its full size; 0: none.
         weight_decay: share, times the learning rate, that each step takes off weights of linear maps and items.
         targets_per_batch: scored targets in one step.
@@ -88,7 +88,7 @@ class TrainOptions:
         num_negatives: negatives drawn for each piece of a step, shared by its targets; by each process for its own.
         popularity: negatives are drawn in proportion to an item's training count + 1 to this power; 0: all alike.
         calibration: gBCE's t, from 0 (binary cross-entropy) to 1.
-        exclude_seen: rank only items new to the user, for targets that are new too; see ``evaluate``.
+        exclude_seen: rank only targets new to the user, among items new to the user; see ``evaluate``.
         accumulate: pieces in which a step's gradients are computed, one after the other, to save memory.
         autocast: run the model in bfloat16 under autocast; weights, inner loop, scores and loss stay float32.
         deterministic: have torch use deterministic algorithms only, and raise where there is none.
@@ -160,29 +160,29 @@ class ServeOptions:
     """How to serve a recommender over HTTP.
 
     Attributes:
-        host: where to listen; nobody is asked who they are, so let others in through a gateway only.
-        port: 0: any that is free.
+        host: address to listen on; nobody is asked who they are, so let others in through a gateway only.
+        port: to listen on; 0: any that is free.
         allowed_host: names, without port, under which requests may come, besides localhost, 127.0.0.1 and [::1]; *
             for any.
-        pool_bytes: memory for the states of users.
-        time_unit: of the events' times, which count from 1970.
-        max_ahead: seconds; an event of a later time is refused; inf: none is.
-        no_flush: answer before the disk has flushed an event: a failure of the power may take the last ones.
         demo: show a page at / where one takes items and watches the list follow; its events are logged like all others.
-        titles: with demo, a text file with a column of item ids and one of titles.
-        encoding: of the titles, such as latin-1.
+        titles: with demo, a text file with a column of item ids and one of titles; or ml-100k.
+        encoding: the titles' encoding, such as latin-1.
+        pool_bytes: memory for the states of users.
+        time_unit: unit of the events' times, which count from 1970.
+        max_ahead: seconds by which an event may lie in the future; a later one is refused; inf: none is.
+        no_flush: answer before the disk has flushed an event: a failure of the power may take the last ones.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     allowed_host: tuple[str, ...] = ()
+    demo: bool = False
+    titles: str | None = None
+    encoding: str = "utf-8"
     pool_bytes: int = 1 << 30
     time_unit: str = choice("s", PER_SECOND)
     max_ahead: float = 86400.0
     no_flush: bool = False
-    demo: bool = False
-    titles: str | None = None
-    encoding: str = "utf-8"
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -193,9 +193,9 @@ class ServeOptions:
         check_integer("port", self.port, least=0)
         if self.port > 65535:
             raise ValueError(f"port must be at most 65535; given {self.port}")
+        if self.titles is not None and not self.demo:
+            raise ValueError("titles must come with demo, whose page shows them; given titles alone")
         check_integer("pool_bytes", self.pool_bytes)
         check_choices(self)
         if not is_number(self.max_ahead) or math.isnan(self.max_ahead):
             raise ValueError(f"max_ahead must be a number of seconds; given {self.max_ahead!r}")
-        if self.titles is not None and not self.demo:
-            raise ValueError("titles must come with demo, whose page shows them; given titles alone")

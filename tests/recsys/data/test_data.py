@@ -23,6 +23,7 @@ from ttt4rec.recsys.data import (
     keep_item_codes,
     read_interactions,
 )
+from ttt4rec.recsys.recommend.titles import read_titles
 
 HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 ROWS = "u1\ti9\t4\t30\nu2\ti9\t1\t20\nu1\ti3\t5\t10\n"
@@ -298,7 +299,7 @@ def test_dataset_comes_from_the_wheel_once(tmp_path: Path, capsys: pytest.Captur
     path = datasets.fetch_ml_100k(folder, get_wheel=lambda _: WHEEL, get_url=no_url)
     assert path.read_bytes() == CONTENT
     assert list(folder.iterdir()) == [path]
-    assert "fetching ml-100k from recbole==1.2.1" in capsys.readouterr().err
+    assert "fetching ml-100k.inter from recbole==1.2.1" in capsys.readouterr().err
     assert datasets.fetch_ml_100k(folder, get_wheel=no_wheel, get_url=no_url) == path
     assert capsys.readouterr().err == ""
 
@@ -338,6 +339,22 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match=r"the cache directory .* must be writable"):
         datasets.fetch_ml_100k(tmp_path / "file" / "cache", get_wheel=lambda _: WHEEL, get_url=no_url)
+
+
+def test_titles_come_from_the_wheel_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"item_id:token\tmovie_title:token_seq\trelease_year:token\n1\tToy Story\t1995\n2\tGoldenEye\t1995\n"
+    wheel = zipped("recbole/dataset_example/ml-100k/ml-100k.item", content)
+    monkeypatch.setattr(datasets, "RECBOLE_WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
+    monkeypatch.setenv("TTT4REC_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"ml-100k\.item must have the sha256"):
+        datasets.fetch_ml_100k_titles(tmp_path, get_wheel=lambda _: wheel)
+    monkeypatch.setattr(datasets, "ML_100K_TITLES_SHA256", hashlib.sha256(content).hexdigest())
+    path = datasets.fetch_ml_100k_titles(tmp_path, get_wheel=lambda _: wheel)
+    assert (path, path.read_bytes()) == (tmp_path / "ml-100k.item", content)
+    assert read_titles(Path("ml-100k")) == {"1": "Toy Story", "2": "GoldenEye"}
+    monkeypatch.chdir(tmp_path)
+    Path("ml-100k").write_text("item_id\ttitle\n1\tthe reader's own\n")
+    assert read_titles(Path("ml-100k")) == {"1": "the reader's own"}
 
 
 def test_pip_is_asked_for_one_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,11 +30,12 @@ from ttt4rec.recsys.data.tables import read_table
 from ttt4rec.recsys.data.text import DataError
 
 ML_100K_SHA256 = "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"
+ML_100K_TITLES_SHA256 = "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"
 RECBOLE_WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
 RECBOLE_REQUIREMENT = "recbole==1.2.1"
 GROUPLENS_URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 
-_WHEEL_MEMBER = "recbole/dataset_example/ml-100k/ml-100k.inter"
+_WHEEL_FOLDER = "recbole/dataset_example/ml-100k/"
 _LARGEST_MEMBER = 1 << 24  # of ml-100k's 2 MB; the checksum can be compared only when it is unpacked
 _ZIP_MEMBER = "ml-100k/u.data"
 _HEADER = b"user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
@@ -123,42 +124,53 @@ def fetch_ml_100k(
     Raises:
         DataError: no source gave the right file, or ``folder`` cannot be written.
     """
-    path = folder / "ml-100k.inter"
-    if path.is_file():
-        if _sha256(path.read_bytes()) == ML_100K_SHA256:
-            return path
-        print(f"{path} does not have the expected checksum; fetching it again", file=sys.stderr)
     sources: dict[str, Callable[[], bytes]] = {
-        f"{RECBOLE_REQUIREMENT} by pip": lambda: _from_wheel(get_wheel),
+        f"{RECBOLE_REQUIREMENT} by pip": lambda: _from_wheel(get_wheel, "ml-100k.inter"),
         GROUPLENS_URL: lambda: _from_archive(get_url(GROUPLENS_URL)),
     }
+    return _fetched(folder / "ml-100k.inter", ML_100K_SHA256, sources)
+
+
+def fetch_ml_100k_titles(folder: Path, *, get_wheel: Callable[[Path], bytes] = download_wheel) -> Path:
+    """Path of ``ml-100k.item``, which has the films' titles; as ``fetch_ml_100k``, from the wheel alone."""
+    sources = {f"{RECBOLE_REQUIREMENT} by pip": lambda: _from_wheel(get_wheel, "ml-100k.item")}
+    return _fetched(folder / "ml-100k.item", ML_100K_TITLES_SHA256, sources)
+
+
+def _fetched(path: Path, sha256: str, sources: dict[str, Callable[[], bytes]]) -> Path:
+    if path.is_file():
+        if _sha256(path.read_bytes()) == sha256:
+            return path
+        print(f"{path} does not have the expected checksum; fetching it again", file=sys.stderr)
     reasons = []
     for name, source in sources.items():
-        print(f"fetching ml-100k from {name} into {folder} (GroupLens terms: research use)", file=sys.stderr)
+        print(f"fetching {path.name} from {name} into {path.parent} (GroupLens terms: research use)", file=sys.stderr)
         try:
             content = source()
-            _expect(content, ML_100K_SHA256, path.name)
+            _expect(content, sha256, path.name)
         except _FAILURES as error:
             reasons.append(f"{name}: {error}")
             continue
         _keep(path, content)
         return path
     raise DataError(
-        f"cannot fetch ml-100k ({'; '.join(reasons)}); "
-        f"put {_WHEEL_MEMBER} of the recbole 1.2.1 wheel (sha256 {ML_100K_SHA256}) at {path} by hand"
+        f"cannot fetch {path.name} ({'; '.join(reasons)}); "
+        f"put {_WHEEL_FOLDER}{path.name} of the recbole 1.2.1 wheel (sha256 {sha256}) at {path} by hand"
     )
 
 
 _DATASETS: dict[str, Callable[[Path], Path]] = {"ml-100k": fetch_ml_100k}
 NAMED = (*_DATASETS, *PUBLIC)
 """Data sets that have names."""
+TITLES: dict[str, Callable[[Path], Path]] = {"ml-100k": fetch_ml_100k_titles}
+"""Files with the titles of the items of data sets by name, fetched into a folder."""
 
 
-def _from_wheel(get_wheel: Callable[[Path], bytes]) -> bytes:
+def _from_wheel(get_wheel: Callable[[Path], bytes], name: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         wheel = get_wheel(Path(folder))
     _expect(wheel, RECBOLE_WHEEL_SHA256, "the wheel")
-    return _member(wheel, _WHEEL_MEMBER)
+    return _member(wheel, f"{_WHEEL_FOLDER}{name}")
 
 
 def _from_archive(archive: bytes) -> bytes:

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from ttt4rec.options import DataOptions
+from ttt4rec.recsys.data.datasets import TITLES, cache_directory
 from ttt4rec.recsys.data.layout import own_separator, read_rows
 from ttt4rec.recsys.data.text import DataError, TextFile, long_fields
 
@@ -28,6 +29,8 @@ def read_titles(path: Path, encoding: str = "utf-8") -> dict[str, str]:
     Raises:
         DataError: the file is not there, is no text of that encoding, or has fewer than two columns.
     """
+    if str(path) in TITLES and not path.exists():
+        path = TITLES[str(path)](cache_directory())
     titles: dict[str, str] = {}
     encoding = DataOptions(encoding=encoding).encoding
     try:

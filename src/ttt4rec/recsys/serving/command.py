@@ -56,10 +56,10 @@ def _serve(folder: Path, options: ServeOptions) -> None:
 
     torch.set_num_threads(1)  # requests come in parallel
     recommender = Recommender.load(folder)
+    titles = None if options.titles is None else read_titles(Path(options.titles), options.encoding)
     latest = recommender.histories.times.max(initial=0)
     if latest > horizon():
         raise DataError(f"times must be at most {horizon():.0f}; the data's latest is {latest}: give their --time-unit")
-    titles = None if options.titles is None else read_titles(Path(options.titles), options.encoding)
     log = SQLiteEventLog(folder / "events.db", flush=not options.no_flush)
     try:
         log.begin(recommender.histories)
