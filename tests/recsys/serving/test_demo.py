@@ -87,19 +87,21 @@ def test_items_are_found_by_all_words_those_first_that_most_took(shown):
 
 def test_a_visitor_sees_what_the_recommender_knows(shown):
     online = shown[0]
-    online.observe(["ada"] * 6, ["i1", "i2", "i3", "i7", "i2", "i4"])
+    online.observe(["visitor-ada"] * 6, ["i1", "i2", "i3", "i7", "i2", "i4"])
     stranger, ada = (
         answer.json()
-        for answer in asked(shown, *(post("/demo/visitor", user_id=user, k=4) for user in ("nobody", "ada")))
+        for answer in asked(
+            shown, *(post("/demo/visitor", user_id=user, k=4) for user in ("visitor-nobody", "visitor-ada"))
+        )
     )
     assert stranger == {"history": [], "length": 0, "best": [], "moved": 0.0}
-    assert [(one["item_id"], one["surprise"]) for one in ada["history"]] == online.surprise("ada")
+    assert [(one["item_id"], one["surprise"]) for one in ada["history"]] == online.surprise("visitor-ada")
     assert [one["name"] for one in ada["history"]][2:4] == ["Film 3", "<b>Seven</b> & Störche"]
-    assert [(one["item_id"], one["score"]) for one in ada["best"]] == online.recommend(["ada"], 4)[0]
-    assert ada["moved"] == online.moved(["ada"])[0] > 0
+    assert [(one["item_id"], one["score"]) for one in ada["best"]] == online.recommend(["visitor-ada"], 4)[0]
+    assert ada["moved"] == online.moved(["visitor-ada"])[0] > 0
     assert ada["length"] == 6
-    online.observe(["bob"] * 150, ["i5", "i6"] * 75)
-    (bob,) = asked(shown, post("/demo/visitor", user_id="bob"))
+    online.observe(["visitor-bob"] * 150, ["i5", "i6"] * 75)
+    (bob,) = asked(shown, post("/demo/visitor", user_id="visitor-bob"))
     assert (len(bob.json()["history"]), bob.json()["length"]) == (100, 150)
 
 
@@ -108,9 +110,12 @@ def test_bad_questions_are_refused(shown):
         post("/demo/items", text="x" * 201),
         post("/demo/items", k=101),
         post("/demo/visitor"),
-        post("/demo/visitor", user_id="u", k=0),
+        post("/demo/visitor", user_id="visitor-u", k=0),
+        post("/demo/visitor", user_id="u7"),  # of the training data: what users did is nobody's to see
     )
-    assert [answer.status_code for answer in asked(shown, *bad)] == [422] * 4
+    answers = asked(shown, *bad)
+    assert [answer.status_code for answer in answers] == [422] * 5
+    assert "should match pattern '^visitor-.'" in answers[-1].text
 
 
 def test_titles_without_the_page_are_a_mistake(tmp_path, capsys):

@@ -63,9 +63,9 @@ class Searching(_Strict):
 
 
 class Visiting(_Strict):
-    """Whose state the demo's page shows, and how long a list."""
+    """Whose state the demo's page shows, and how long a list. It tells of its own visitors, of nobody else."""
 
-    user_id: Id
+    user_id: Annotated[str, Field(pattern="^visitor-.", max_length=MAX_ID)]
     k: Annotated[int, Field(ge=1, le=MAX_FOUND)] = 30
 
 
