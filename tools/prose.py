@@ -1,10 +1,12 @@
 """Our own rules for English that is read once: ``python -m tools.prose [FILE...]``.
 
 A sentence has at most ``LONGEST`` words, at most ``MOST_RELATIVES`` relative pronouns, and nothing of ``AVOID``. Code,
-tables, formulas and generated parts are passed over. Without files, all documents are looked at, except ``UNREVISED``.
+tables, formulas and generated parts are passed over. Of Python files docstrings and messages are read: every text of
+at least ``FEWEST`` words. Without files, all documents and the package's sources are looked at, except ``UNREVISED``.
 """
 
 import argparse
+import ast
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,8 +35,10 @@ AVOID = {
     r"(?:in order to|utili[sz]e|obviously|simply|note that)": "leave it out",
 }
 """Patterns of words, and what to write instead."""
-UNREVISED = ("docs/adaptation.md", "docs/emulation.md")
-"""Documents that were written before these rules."""
+FEWEST = 4
+"""Words of what is prose in a program: shorter texts are names, keys and parts of messages."""
+UNREVISED = ("src/ttt4rec/kernels",)
+"""Folders whose sources were written before these rules."""
 FOLDERS = ("", "docs", "benchmarks", "studies")
 
 
@@ -48,7 +52,34 @@ class Finding(NamedTuple):
 def documents() -> list[Path]:
     """The documents that are held to the rules."""
     found = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.md"))]
-    return [path for path in found if str(path.relative_to(ROOT)) not in (*UNREVISED, "CHANGELOG.md")]
+    return [path for path in found if path.name != "CHANGELOG.md"]
+
+
+def sources() -> list[Path]:
+    """The package's files, which are held to the rules too."""
+    unrevised = [ROOT / folder for folder in UNREVISED]
+    return [path for path in sorted((ROOT / "src").rglob("*.py")) if not any(map(path.is_relative_to, unrevised))]
+
+
+def texts(source: str) -> Iterator[tuple[int, str]]:
+    """Where each docstring and message of a program begins, and its words as Markdown; what is filled in is code."""
+    tree = ast.parse(source)
+    statements = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    inside = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "x" for part in node.values]
+            text = "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in inside:
+            text = node.value
+        else:
+            continue
+        if node in statements:  # a docstring; names of arguments are code
+            text = re.sub(r"^ +(?:\w+:(?= ))?", "", text, flags=re.M)
+        else:  # what is indented in a message is code
+            text = re.sub(r"^ +\S.*\n", "\n", text, flags=re.M)
+        if len(text.split()) >= FEWEST:
+            yield node.lineno, text
 
 
 def sentences(text: str) -> Iterator[tuple[int, str]]:
@@ -88,14 +119,20 @@ def findings(text: str) -> list[Finding]:
     return found
 
 
+def python_findings(source: str) -> list[Finding]:
+    """What breaks a rule in a program's docstrings and messages."""
+    return [Finding(begin + line - 1, message) for begin, text in texts(source) for line, message in findings(text)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what breaks a rule; 1 if anything does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE")
     given = parser.parse_args(argv)
     failed = 0
-    for path in given.files or documents():
-        for line, message in findings(path.read_text()):
+    for path in given.files or [*documents(), *sources()]:
+        look = python_findings if path.suffix == ".py" else findings
+        for line, message in look(path.read_text()):
             print(f"{path}:{line}: {message}")
             failed = 1
     return failed

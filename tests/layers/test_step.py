@@ -297,7 +297,7 @@ def test_bad_arguments_of_the_model():
         model.step(torch.ones(2, dtype=torch.int64), pools, torch.zeros_like(slots))
     others, longer = TTT4Rec(model.config).make_pools(2), model.make_pools(3)
     for foreign in ([pools[0], others[1]], [others[0], pools[1]], [pools[0], longer[1]], pools[::-1]):
-        with pytest.raises(ValueError, match="pools must be those of one make_pools"):
+        with pytest.raises(ValueError, match="pools must come from one make_pools"):
             model.step(torch.ones(2, dtype=torch.int64), foreign, slots)
     with pytest.raises(ValueError, match="ids must be of items, from 1; given a 0"):
         model.step(torch.tensor([3, 0]), pools, slots)

@@ -106,7 +106,7 @@ def test_what_is_wrong_changes_nothing(case):
 
 
 def test_pools_of_another_model_are_refused():
-    with pytest.raises(ValueError, match="pools must be those of one make_pools"):
+    with pytest.raises(ValueError, match="pools must come from one make_pools"):
         make_model().step(torch.tensor([1]), make_model().make_pools(1), torch.tensor([0]))
 
 

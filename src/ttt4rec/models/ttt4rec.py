@@ -125,7 +125,7 @@ class TTT4RecConfig:
         """The shape of a preset, ``"best"``, ``"paper"`` or ``"fast"``; given fields have the values given.
 
         Raises:
-            ValueError: there is no such preset, or a field is out of range.
+            ValueError: the preset is unknown, or a field is out of range.
         """
         return TTT4RecConfig(num_items, **{**preset(name).model, **given})
 
@@ -370,7 +370,7 @@ class TTT4Rec(nn.Module):
         for block, pool in zip(self.blocks, pools, strict=True):  # all of them, before the first one changes
             foreign = isinstance(block.mixer, TTTLayer) and pool.mixer.layer is not block.mixer
             if foreign or pool.mixer.num_slots != pools[0].mixer.num_slots:
-                raise ValueError("pools must be those of one make_pools; given one of another model, block or size")
+                raise ValueError("pools must come from one make_pools; given one of another model, block or size")
         if ids.is_cpu and has_values(ids) and not bool(ids.all()):
             raise ValueError("ids must be of items, from 1; given a 0, which pads")
         h = self._embed(ids)
@@ -443,9 +443,9 @@ class TTT4Rec(nn.Module):
     def load_release_checkpoint(self, state_dict: dict[str, Tensor]) -> None:
         """Load all weights of a recommender that the original TTT4Rec release trained, which RecBole saved.
 
-        Its file is read with ``torch.load(path, weights_only=False)["state_dict"]`` where RecBole is installed: beside
-        the weights it holds objects of RecBole's. Items keep the codes that RecBole gave them, so that ``num_items`` is
-        the number of rows of its table less one. The row of padding, which there is random, becomes zero here.
+        Its file is read with ``torch.load(path, weights_only=False)["state_dict"]`` where RecBole is installed:
+        besides the weights it holds objects of RecBole's. Items keep the codes that RecBole gave them, so that
+        ``num_items`` is the number of rows of its table less one. The row of padding, random there, becomes zero here.
 
         Raises:
             ValueError: keys or shapes do not fit; nothing is loaded then.

@@ -496,7 +496,7 @@ def _describe(interactions: Interactions, split: Split, args: Namespace) -> None
 
 
 def _advise(args: Namespace, options: TrainOptions, num_targets: int) -> None:
-    """Say so if an epoch has few steps, which nobody asked for: three such epochs show next to nothing."""
+    """Say so if an epoch has few steps, which nobody asked for: three of these epochs show next to nothing."""
     steps = -(-num_targets // options.targets_per_batch)
     if args.preset is None and "targets_per_batch" not in args.given and steps < _FEW_STEPS:
         advice = "--preset best or --targets-per-batch N makes smaller ones, which learn in fewer epochs"

@@ -211,7 +211,7 @@ def test_processes_that_differ_are_refused(tmp_path, what):
         model = make_model(split, width=32 if second and what == "width" else 16)
         model.to(torch.float64 if second and what == "dtype" else torch.float32)
         others = {"data": other, "no validation": dataclasses.replace(split, valid_end=split.train_end)}
-        with pytest.raises(ValueError, match=r"must be given the same data, .* those of 1 differ from those of 0"):
+        with pytest.raises(ValueError, match=r"must be given the same data, .* given others to 1 than to 0"):
             fit(model, others.get(what, split) if second else split, tmp_path / "run", options)
         return type(model.embedding).__name__
 

@@ -146,7 +146,7 @@ class EventLog(Protocol):
         Args:
             user_ids: whose histories.
             known: for each user any number of beginnings, the longest first.
-            limit: items at most, of all users together, those of the first users first; None: all.
+            limit: items at most, of all users together, the first users' first; None: all.
 
         Raises:
             OSError: the store cannot be read. DamagedLogError: a part of what was asked for is damaged.
@@ -172,7 +172,7 @@ class SQLiteEventLog:
     while it lasts. Only the owner may read a file that is made here.
 
     Args:
-        path: the file, made if missing; two more, ``-wal`` and ``-shm``, lie beside it while it is open.
+        path: the file, made if missing; two more, ``-wal`` and ``-shm``, lie next to it while it is open.
         flush: whether ``append`` waits for the disk. If not (``synchronous=NORMAL``), a process that is killed still
             loses nothing; but when the power fails or the system crashes, the last batches for which ``append``
             returned may be gone. The log stays whole, with those before them.
@@ -297,7 +297,7 @@ class SQLiteEventLog:
             return _append(database, events)
 
     def _wipe(self, patience: float) -> None:
-        """Empty the ``-wal`` file, in which what was deleted still stands; seconds to wait for those who read it."""
+        """Empty the ``-wal`` file, where deleted events still stand; seconds to wait for others who read it."""
         with self._locks[0], suppress(sqlite3.OperationalError):
             self._unwiped = True
             try:
@@ -318,7 +318,7 @@ class SQLiteEventLog:
             event_rows.check_file(database)
 
     def _make_private(self) -> None:
-        """Make the file, if it is missing, for its owner alone; SQLite gives the others beside it the same mode."""
+        """Make the file, if it is missing, for its owner alone; SQLite gives the others next to it the same mode."""
         try:
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:

@@ -44,7 +44,7 @@ def differences(saved: Any, own: dict[str, Any]) -> list[str]:
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
-    """Put a checkpoint in the place of the old one; OSError, and the old one stays, when it cannot be written."""
+    """Replace a checkpoint by a new one; OSError, and the old one stays, when it cannot be written."""
     text = json.dumps(progress)
     write_tensors(path, tensors, {"kind": _KIND, "progress": text, "checksum": header_checksum(tensors, text)})
 

@@ -33,8 +33,9 @@ def evaluate(
         model: put into evaluation mode, and back if it was training.
         windows: whose targets to rank; ``evaluation_prefixes`` gives the paper's protocol.
         cutoffs: the k of HR@k, NDCG@k and MRR@k.
-        exclude_seen: rank only items that the user has not had before, for the targets that are such items; a repeated
-            target, which could not be recommended, is passed over. Otherwise all items are ranked for all targets.
+        exclude_seen: rank only targets that the user has not had before, among items that the user has not had; a
+            repeated target, which could not be recommended, is passed over. Otherwise all items are ranked for all
+            targets.
         shared: all processes of ``torch.distributed`` call this, and each ranks the targets of a part of the windows.
         progress: show a progress bar.
 

@@ -49,7 +49,7 @@ def estimates(names: Sequence[str], sums: Floats, weights: Floats, samples: int,
 
 
 def bootstrap(sums: Floats, weights: Floats, samples: int, seed: int) -> Floats:
-    """Ends ``[2, M]`` of the middle 95 % of the ratios of sums when users are drawn anew, with replacement.
+    """Ends ``[2, M]`` of the middle 95 % of the ratios of sums when users are drawn again, with replacement.
 
     Args:
         sums: ``[U, M]``, of each user.

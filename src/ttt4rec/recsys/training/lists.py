@@ -35,12 +35,12 @@ def evaluate_lists(
 ) -> dict[str, Estimate]:
     """Metrics of the k best items for every user who has items in a part.
 
-    A user's list is made from the history before the part; relevant are the part's different items, without those of
-    the history if seen items are left out. A user without a relevant item is passed over. For each cutoff k:
+    A user's list is made from the history before the part; relevant are the part's different items, without the
+    history's if seen items are left out. A user without a relevant item is passed over. For each cutoff k:
 
     - ``precision@k``: the share of k that is relevant; ``recall@k``: the share of the relevant that is in the list;
       ``HR@k``: whether any is; ``MAP@k``: the precisions at the places of relevant items, summed, by the number of
-      relevant items; ``NDCG@k``: gains of 1 / log2(1 + rank), by those of the best list there could be;
+      relevant items; ``NDCG@k``: gains of 1 / log2(1 + rank), by the gains of the best list there could be;
     - ``novelty@k``: mean of -log2 of the share of users who have an item in training (a single one, where nobody has);
       ``popularity@k``: mean of the interactions that an item has in training;
     - ``diversity@k``: mean of 1 - cosine of the embeddings of two items of a list, by this model's own table;

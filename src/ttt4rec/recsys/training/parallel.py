@@ -129,7 +129,7 @@ def check_alike(given: Any) -> None:
     if others:
         raise ValueError(
             "all processes must be given the same data, options and model, of the same seed; "
-            f"those of {', '.join(map(str, others))} differ from those of 0"
+            f"given others to {', '.join(map(str, others))} than to 0"
         )
 
 
@@ -234,7 +234,7 @@ def check_whole(model: TTT4Rec) -> None:
     if isinstance(model.embedding, ShardedItems):
         raise ValueError(
             "the model's item table is split between processes, as an error in training left it; call "
-            "ttt4rec.recsys.parallel.collect(model) in all of them, or make the model anew"
+            "ttt4rec.recsys.parallel.collect(model) in all of them, or make the model again"
         )
 
 
@@ -294,7 +294,7 @@ def scoring() -> Any:
 
 
 def add_up_gradients(model: TTT4Rec) -> None:
-    """Sum the gradients of what all processes keep; those of the item table are complete already."""
+    """Sum the gradients of what all processes keep; the item table's are complete already."""
     for name, parameter in model.named_parameters():
         if name != "embedding.weight" and parameter.grad is not None:
             add_up(parameter.grad)
@@ -320,7 +320,7 @@ def whole(x: Tensor) -> Tensor:
 def hand_out(tensors: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The first process's tensors, given to all of them one after the other.
 
-    One whose name ends with that of a split parameter, as Adam's moments of it do, is split like it.
+    One whose name ends with a split parameter's, as Adam's moments do, is split like it.
     """
     if world_size() == 1:
         return tensors

@@ -16,7 +16,7 @@ class _Silent:
 def progress_bar(*, total: int, unit: str, desc: str, enabled: bool) -> Any:
     """A tqdm bar on stderr that disappears when it is done; silent unless enabled.
 
-    A silent one is none of tqdm's, which would take a lock and start a thread that does: a process forked at such a
-    moment would wait for the lock for ever.
+    A silent one is none of tqdm's, which would take a lock and start a thread that does: a process forked at that
+    moment would always wait for the lock.
     """
     return tqdm(total=total, unit=unit, desc=desc, leave=False) if enabled else nullcontext(_Silent())

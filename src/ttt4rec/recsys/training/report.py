@@ -83,7 +83,7 @@ def describe_data(split: Split) -> dict[str, float]:
 
 
 def write_report(runs: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str]) -> Path:
-    """Write ``report.md`` about one run or several, such as seeds, and with matplotlib ``curves.png`` beside it.
+    """Write ``report.md`` about one run or several, such as seeds, and with matplotlib ``curves.png`` next to it.
 
     Args:
         runs: folders that ``ttt4rec train`` wrote.
@@ -139,7 +139,7 @@ def write_card(folder: Path, recommender: Recommender, about: dict[str, Any]) ->
         parameters=sum(p.numel() for p in recommender.model.parameters()),
         item=printable(_literal(recommender.histories.item_ids[0])),
         data=_table(["", "count"], _side_by_side([about["data"]])),
-        seen=", but for those the user had before" if settings["exclude_seen"] else "",
+        seen=", except items the user had before" if settings["exclude_seen"] else "",
         metrics=_table(["metric", "value"], [[name, f"{value:.4f}"] for name, value in about["test"].items()]),
         settings=_table(["option", "value"], _side_by_side([settings])),
     )

@@ -70,8 +70,8 @@ def fit(
 
     Raises:
         ValueError: the folder's checkpoint is damaged or belongs to another run, another run is using the folder, there
-            are no targets to train on or to validate, the model knows too few items, training diverged, or the
-            processes have not joined, differ in what they were given or are too many for the items.
+            are no targets to train on or to validate, the model knows too few items, or training diverged. Of several
+            processes: they have not joined, differ in what they were given, or are too many for the items.
         OSError: the folder cannot be written or the disk is full; the last checkpoint stays whole.
     """
     options = options or TrainOptions()
@@ -419,7 +419,7 @@ def _deterministic(enabled: bool) -> Iterator[None]:
 def _denormals_flushed() -> Iterator[None]:
     """Numbers too small to be normal count as zero for a while: a CPU takes many times as long for them.
 
-    Gradients of scores that a loss has pushed far down are such numbers; those of gBCE made a step four times as long.
+    Gradients of scores that a loss has pushed far down are denormal; gBCE's made a step four times as long.
     """
     before = flushes_denormals()
     torch.set_flush_denormal(True)
