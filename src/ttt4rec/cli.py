@@ -303,7 +303,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     about = "a list for each user, against all of the part: precision, recall, coverage, ..., with intervals"
     command.add_argument("--lists", action="store_true", help=about)
     command.add_argument("--include-seen", action="store_true", help="with --lists: items of the history too")
-    about = "a table by length of history, popularity of the item and new users, or by those of them that are named"
+    about = "a table by length of history, popularity of the item and new users, or by the ones that are named"
     command.add_argument("--segments", nargs="*", choices=("history", "popularity", "users"), help=about)
     command.add_argument("--cutoffs", type=_whole, nargs="+", default=[10, 50], metavar="K", help="the k of HR@k")
     command.add_argument("--json", action="store_true", help="print JSON")

@@ -195,6 +195,8 @@ class ServeOptions:
             raise ValueError(f"port must be at most 65535; given {self.port}")
         if self.titles is not None and not self.demo:
             raise ValueError("titles must come with demo, whose page shows them; given titles alone")
+        if self.encoding != "utf-8" and self.titles is None:
+            raise ValueError(f"encoding must come with the titles that it is of; given {self.encoding!r} alone")
         check_integer("pool_bytes", self.pool_bytes)
         check_choices(self)
         if not is_number(self.max_ahead) or math.isnan(self.max_ahead):

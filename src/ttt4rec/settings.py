@@ -66,7 +66,7 @@ def check_effects(given: Collection[str], settings: Mapping[str, Any], data_sets
         data_sets: names of data, which are read in one way.
 
     Raises:
-        ValueError: there are such settings; all of them are named.
+        ValueError: some have no effect; all of them are named.
     """
     found = [f"--{name.replace('_', '-')} with {why}" for name, why in _idle(settings, data_sets) if name in given]
     if found:

@@ -134,7 +134,7 @@ def test_an_option_that_other_data_would_need_is_refused(tmp_path, capsys, data,
 )
 def test_defaults_without_effect_are_none_and_options_with_one_are_taken(tmp_path, capsys, options):
     assert main(["train", "nowhere.csv", "--out", str(tmp_path / "run"), *options]) == 2
-    assert "nowhere.csv must be a data file; there is no such file" in capsys.readouterr().err
+    assert "nowhere.csv must be a data file; it does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def test_unusable_files(tmp_path: Path, name: str, text: str, expected: str) -> 
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    assert "there is no such file" in message_of(tmp_path / "absent.inter")
+    assert "it does not exist" in message_of(tmp_path / "absent.inter")
     assert "given a folder" in message_of(tmp_path, separator="\t")
     binary = tmp_path / "a.inter"
     binary.write_bytes(b"user_id\xff")
@@ -395,7 +395,7 @@ def test_loading_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert datasets.load_interactions(str(path)).user_ids == ("u1", "u2")
     with pytest.raises(DataError, match=r"the data must be one of 'ml-100k', .* the path .*; given 'ml-100'"):
         datasets.load_interactions("ml-100")
-    with pytest.raises(DataError, match="there is no such file"):
+    with pytest.raises(DataError, match="it does not exist"):
         datasets.load_interactions("absent.inter")
 
 

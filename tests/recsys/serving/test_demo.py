@@ -121,6 +121,8 @@ def test_bad_questions_are_refused(shown):
 def test_titles_without_the_page_are_a_mistake(tmp_path, capsys):
     with pytest.raises(ValueError, match="titles must come with demo"):
         ServeOptions(titles="films.tsv")
+    with pytest.raises(ValueError, match="encoding must come with the titles"):
+        ServeOptions(demo=True, encoding="latin-1")
     assert ServeOptions(titles="films.tsv", demo=True).encoding == "utf-8"
     split = make_split(tmp_path)
     Recommender(make_model(split), split.histories).save(tmp_path)

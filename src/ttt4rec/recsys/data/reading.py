@@ -86,7 +86,7 @@ def read_file(path: Path, options: DataOptions) -> Interactions:
 
         return read_parquet(path, options)
     if not path.is_file():
-        raise DataError(f"{path} must be a data file; {'given a folder' if path.is_dir() else 'there is no such file'}")
+        raise DataError(f"{path} must be a data file; {'given a folder' if path.is_dir() else 'it does not exist'}")
     try:
         return _read_text(path, options)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

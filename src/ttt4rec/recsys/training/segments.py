@@ -18,7 +18,7 @@ from ttt4rec.recsys.training.intervals import Estimate, estimates
 from ttt4rec.recsys.training.metrics import RankingMetrics
 
 _LENGTHS = (5, 10, 20, 50, 100)
-"""The longest histories of the segments, but for the last one, which has no bound."""
+"""The longest histories of the segments, except the last one, which has no bound."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def evaluate_segments(
         part: whose targets to rank, each from the at most ``max_len`` items before it.
         by: how targets are told apart, by name.
         cutoffs: the k.
-        exclude_seen: rank only items new to the user, for the targets that are such.
+        exclude_seen: rank only targets new to the user, among items new to the user.
         samples: resamples of users for intervals; 0: none.
         seed: of the resamples.
         progress: show a progress bar.
