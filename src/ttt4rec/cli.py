@@ -249,7 +249,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     data = command.add_argument_group("data")
     command.set_defaults(given=[], read={}, is_record=False)
     _add_fields(data, DataOptions)
-    about = "what is known of items beside their ids: a .csv, .tsv, .item, .jsonl or .parquet file with a row an item"
+    about = "what is known of items, next to their ids: a .csv, .tsv, .item, .jsonl or .parquet file with a row an item"
     data.add_argument("--item-features", action="noted", metavar="FILE", help=about)
     about = "columns of it to learn from: numbers, names or lists of them (default: all)"
     data.add_argument("--feature-columns", action="noted", nargs="+", default=(), metavar="NAME", help=about)

@@ -266,7 +266,7 @@ def test_features_that_do_not_fit_are_refused(changes, match):
 def test_wrong_columns_and_numbers_of_items_are_refused():
     with pytest.raises(ValueError, match="must be dense or of categories; given 'x'"):
         FeatureColumn("x", "dense", (0.0,), ())
-    with pytest.raises(ValueError, match="features must be of num_items, 7; given those of 6"):
+    with pytest.raises(ValueError, match="features must be of num_items, 7; given 6"):
         TTT4Rec(TTT4RecConfig(7), features=make_features())
 
 

@@ -27,7 +27,7 @@ DENSE, CATEGORIES = "dense", "categories"
 
 @dataclasses.dataclass(frozen=True)
 class FeatureColumn:
-    """What is known of one feature: by it items are encoded alike, those of training and those that come later.
+    """What is known of one feature: by it the items of training and later ones are encoded alike.
 
     Attributes:
         name: of the column.
@@ -72,7 +72,7 @@ class ItemFeatures:
     Attributes:
         columns: what is encoded.
         dense: float32 ``[num_items + 1, F]``, the components of all dense columns, zero where one is missing.
-        categories: int64 ``[n]``, numbers of values, those of all columns counted on; the items' one behind the other.
+        categories: int64 ``[n]``, numbers of values, counted on from column to column; the items' one behind the other.
         weights: float32 ``[n]``, what each of them counts.
         offsets: int64 ``[num_items + 2]``; item j has categories[offsets[j]:offsets[j + 1]].
         known: bool ``[num_items + 1]``, of which items the ids count too: those that training sees.
@@ -117,7 +117,7 @@ class ItemFeatures:
         return self.known.shape[0] - 1
 
     def extended(self, num_items: int) -> ItemFeatures:
-        """For so many items; the new ones have no features, and their ids do not count."""
+        """For ``num_items`` items; the new ones have no features, and their ids do not count."""
         more = num_items - self.num_items
         offsets = torch.cat((self.offsets, self.offsets[-1:].expand(more)))
         return dataclasses.replace(
@@ -125,7 +125,7 @@ class ItemFeatures:
         )
 
     def updated(self, items: Tensor, given: ItemFeatures) -> ItemFeatures:
-        """With other features for items, int64 ``[n]``, all different: those of the items 1, 2, ..., n of ``given``."""
+        """With other features for items, int64 ``[n]``, all different: what items 1, 2, ..., n of ``given`` have."""
         dense, replaced = self.dense.clone(), torch.zeros_like(self.known)
         dense[items], replaced[items] = given.dense[1:].to(dense), True
         old, new = self.owners(), torch.cat((items.new_zeros(1), items))[given.owners()]
@@ -160,7 +160,7 @@ class FeaturedItems(nn.Module):
 
     Attributes:
         columns: what the features are.
-        id_dropout: share of the ids that are left out in training mode, anew at every call.
+        id_dropout: share of the ids that are left out in training mode, other ones at every call.
     """
 
     dense: Tensor
@@ -185,7 +185,7 @@ class FeaturedItems(nn.Module):
         self._kept: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # made of what, as of which version
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy makes its table anew."""
+        """A copy makes its own table."""
         return self.__dict__ | {"_held": None, "_kept": None}
 
     def forward(self, ids: Tensor, first: int = 0) -> Tensor:
@@ -275,7 +275,7 @@ class FeaturedItems(nn.Module):
         self.known[1 : len(counts) + 1] |= (counts > 0).to(self.known.device)
 
     def as_json(self) -> dict[str, Any]:
-        """What a file has beside the weights."""
+        """What a file has, next to the weights."""
         return {"columns": [column.as_json() for column in self.columns], "id_dropout": self.id_dropout}
 
 

@@ -160,7 +160,7 @@ class TTT4Rec(nn.Module):
             model. It must take ``(x, mask=, cu_seqlens=, state=, return_state=)`` as ``TTTLayer`` does.
         device: of the parameters.
         dtype: of the parameters.
-        features: what is known of the items beside their ids, if anything is; see ``item_features``.
+        features: what is known of the items, next to their ids, if anything is; see ``item_features``.
 
     Raises:
         ValueError: features are of another number of items.
@@ -178,7 +178,7 @@ class TTT4Rec(nn.Module):
         factory: Any = {"device": device, "dtype": dtype}
         self.config = config
         if features is not None and features.num_items != config.num_items:
-            raise ValueError(f"features must be of num_items, {config.num_items}; given those of {features.num_items}")
+            raise ValueError(f"features must be of num_items, {config.num_items}; given {features.num_items}")
         self.embedding: Any = nn.Embedding(config.num_items + 1, config.width, padding_idx=0, **factory)
         self.dropout = nn.Dropout(config.dropout)
         self.embedding_norm = nn.LayerNorm(config.width, eps=1e-12, **factory)  # the release's
@@ -459,7 +459,7 @@ class TTT4Rec(nn.Module):
         write_together(Path(folder), WEIGHTS_FILE, self.state_dict(), self.descriptions())
 
     def descriptions(self) -> dict[str, Any]:
-        """What is saved beside the weights, by the names of files: the configuration and, if it has some, features."""
+        """What is saved with the weights, by the names of files: the configuration and, if it has some, features."""
         own: dict[str, Any] = {CONFIG_FILE: dataclasses.asdict(self.config)}
         return own if self.features is None else own | {FEATURES_FILE: self.features.as_json()}
 

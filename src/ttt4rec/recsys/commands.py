@@ -399,7 +399,7 @@ def _feature_table(args: Namespace, trained: Recommender | None) -> FeatureTable
     if trained is not None and trained.model.features is None:
         raise ValueError(
             f"--item-features must be left out, as in {args.warm_start}, whose model --warm-start goes on with; given "
-            f"{args.item_features}; train anew to learn from features"
+            f"{args.item_features}; train without --warm-start to learn from features"
         )
     columns = args.feature_columns or None
     return read_item_features(args.item_features, item_field=args.item_field, columns=columns, encoding=args.encoding)

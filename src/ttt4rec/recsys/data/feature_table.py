@@ -57,8 +57,8 @@ def read_item_features(
 
     A column of numbers is one number an item; of lists of numbers, all of one length, a vector; of texts, a category;
     of lists of texts, a category with several values. A missing or blank value is allowed. In a text file a column
-    whose fields are all numbers is one of numbers, a field in brackets is a list as JSON has it, and ``a|b`` has the
-    values a and b; RecBole's header ``name:type`` says the type.
+    whose fields are all numbers is one of numbers. A field in brackets is a list as JSON has it, and ``a|b`` has the
+    values a and b. RecBole's header ``name:type`` says the type.
 
     Args:
         source: the path of a ``.csv``, ``.tsv``, ``.item``, ``.jsonl`` (also ``.gz``) or ``.parquet`` file; or a data
@@ -68,7 +68,7 @@ def read_item_features(
         encoding: of a text file.
 
     Raises:
-        DataError: there is no such file or column, an item occurs twice, or a value cannot be understood; it names item
+        DataError: the file or a column is missing, an item occurs twice, or a value cannot be understood; it names item
             and column.
     """
     if isinstance(source, str | os.PathLike):
@@ -164,7 +164,7 @@ def _stacked(values: Any) -> Any:
 
 
 def _value(x: Any) -> Any:
-    """A value as float, text or list of such; None for a missing one, and anything else as it is."""
+    """A value as float, text or list of them; None for a missing one, and anything else as it is."""
     if isinstance(x, str):
         return x.strip() or None
     if isinstance(x, numbers.Number) and not isinstance(x, complex):

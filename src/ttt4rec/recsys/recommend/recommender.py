@@ -202,7 +202,7 @@ class Recommender:
     def add_items(self, source: object, **options: Any) -> Recommender:
         """A recommender that offers items too that training never saw, by what their features say; nothing is trained.
 
-        Items that the model knows stay as they are, and so do all scores of theirs. ``OnlineRecommender.refresh`` takes
+        Items that the model knows keep their rows and all their scores. ``OnlineRecommender.refresh`` takes
         the new one's model and item ids.
 
         Args:
