@@ -1,7 +1,7 @@
 """TTTState: what a TTT layer remembers of a stream."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import add_safe_globals
+from torch.utils import _pytree
 
 from ..atomic_files import read_sealed, write_sealed
 
@@ -16,6 +18,9 @@ from ..atomic_files import read_sealed, write_sealed
 @dataclass(frozen=True)
 class TTTState:
     """The state of N streams, each at its own position, also inside a mini-batch.
+
+    To ``torch.utils._pytree`` it is a node whose leaves are its tensors, so that it goes into and out of exported
+    programs, and ``torch.load`` reads it with ``weights_only=True``.
 
     A stream that stops inside a mini-batch keeps the weights with which that mini-batch began and its tokens so far,
     rather than their gradient sums: ``(2D + 1)(K - 1)`` numbers a head instead of a second copy of the weights, and
@@ -157,3 +162,29 @@ class TTTState:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "TTTState":
         return TTTState.from_tensors({name: function(x) for name, x in self.tensors().items()})
+
+
+def _flatten(state: TTTState) -> tuple[list[Tensor], tuple[str, ...]]:
+    named = state.tensors()
+    return list(named.values()), tuple(named)
+
+
+def _flatten_with_names(state: TTTState) -> tuple[list[tuple[_pytree.KeyEntry, Tensor]], tuple[str, ...]]:
+    named = state.tensors()
+    return [(_pytree.MappingKey(name), x) for name, x in named.items()], tuple(named)
+
+
+def _unflatten(leaves: Iterable[Any], names: tuple[str, ...]) -> TTTState:
+    return TTTState.from_tensors(dict(zip(names, leaves, strict=True)))
+
+
+_pytree.register_pytree_node(
+    TTTState,
+    _flatten,
+    _unflatten,
+    serialized_type_name="ttt4rec.TTTState",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+    flatten_with_keys_fn=_flatten_with_names,
+)
+add_safe_globals([TTTState])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.serialization import add_safe_globals
 
 from ..checks import check_shape
 from ..layers.convolution import CausalConv, convolve
@@ -26,6 +27,9 @@ class BlockState(NamedTuple):
 
     mixer: Any
     conv: Tensor | None
+
+
+add_safe_globals([BlockState])
 
 
 class BlockPool(NamedTuple):
