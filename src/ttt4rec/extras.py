@@ -17,6 +17,8 @@ _EXTRAS = {
     "tensorboard": "track",
     "wandb": "track",
     "mlflow": "track",
+    "transformers": "hf",
+    "huggingface_hub": "hf",
 }
 """The extra of ttt4rec that brings a package."""
 

@@ -64,6 +64,25 @@ def load_release_model(model: nn.Module, state_dict: Mapping[str, Tensor], num_b
     _load(model, {key: x for key, x in state_dict.items() if key != _UNUSED}, names)
 
 
+def load_release_language_model(
+    model: nn.Module, state_dict: Mapping[str, Tensor], num_blocks: int, tied: bool
+) -> None:
+    """Load the weights of a release's language model into one of ``TTTForCausalLM``'s form.
+
+    Args:
+        model: with ``model.embed_tokens``, ``model.layers``, ``model.norm`` and ``lm_head``.
+        state_dict: the release's.
+        num_blocks: of the model.
+        tied: whether ``lm_head`` is the embeddings, which then may stand for both.
+    """
+    names = {name: name for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
+    for i in range(num_blocks):
+        names |= {f"model.layers.{i}.{theirs}": f"model.layers.{i}.{ours}" for theirs, ours in _BLOCK_NAMES.items()}
+    if tied and "model.embed_tokens.weight" in state_dict:
+        state_dict = {"lm_head.weight": state_dict["model.embed_tokens.weight"], **state_dict}
+    _load(model, state_dict, names)
+
+
 def _load(module: nn.Module, state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
     given = {key: x for key, x in state_dict.items() if not _is_buffer(key)}
     unknown = sorted(key for key in given if key not in names)

@@ -138,7 +138,7 @@ class TTTLayer(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape_of(H, width), **factory)))
         for module in self.children():
             draw(module)
-        self._reset_own_parameters()
+        self.reset_own_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all of the layer again: weights from N(0, 0.02), biases and offsets zero, norms one; convolutions too.
@@ -149,9 +149,10 @@ class TTTLayer(nn.Module):
             reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
             if reset is not None:  # what stands in a linear map's place may have none
                 reset()
-        self._reset_own_parameters()
+        self.reset_own_parameters()
 
-    def _reset_own_parameters(self) -> None:
+    def reset_own_parameters(self) -> None:
+        """As ``reset_parameters``, but for the modules in the layer, which stay as they are."""
         for name, parameter in self.named_parameters(recurse=False):
             if name in ("W1", "W2", "inner_lr_weight"):
                 nn.init.normal_(parameter, std=STD)
