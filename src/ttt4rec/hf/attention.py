@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
 
 from ..layers.ttt import TTTLayer
 from .cache import place_of, read_on
@@ -49,8 +51,8 @@ class TTTAttention(nn.Module):
             kwargs: what else attention needs, such as rotary embeddings.
 
         Raises:
-            ValueError: encoder_hidden_states are given, the padding has gaps, packed sequences are in several rows or
-                go on from a cache, or a cache goes on behind padding.
+            ValueError: encoder_hidden_states are given, the padding has gaps, packed sequences are in several rows
+                or there is a cache for them, or a cache goes on behind padding.
         """
         if encoder_hidden_states is not None:
             raise ValueError("a TTT layer stands in for self-attention; given encoder_hidden_states to attend to")
@@ -115,9 +117,10 @@ def with_ttt_attention(model_class: type[Model]) -> type[Model]:
             self.config.ttt_attention = None
             replace_attention(self, **options)
 
-        def _init_weights(self, module: nn.Module) -> None:
-            super()._init_weights(module)
-            draw_own(module)
+        def initialize_weights(self) -> None:
+            super().initialize_weights()  # by each model in the model, which know nothing of TTT layers
+            with torch.no_grad(), guard_torch_init_functions():  # what was loaded stays
+                self.apply(draw_own)
 
     Replaced.__name__ = Replaced.__qualname__ = model_class.__name__  # as which it is saved
     return Replaced

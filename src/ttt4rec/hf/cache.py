@@ -29,27 +29,20 @@ class TTTCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.reset()
 
-    def advance(self, state: Any, length: int, sequences: Sequences) -> None:
-        """Take the state behind a call over so many tokens; None for packed sequences, of which none is kept.
-
-        Nothing can go on behind packed sequences, or behind padding, whose predictions are none.
-        """
+    def advance(self, state: Any, length: int, ends_in_padding: bool) -> None:
+        """Take the state behind a call over so many tokens."""
         self.length += length
-        if sequences.cu_seqlens is not None:
-            self._end = "packed sequences must be whole, without a cache to go on from"
-        elif sequences.end_in_padding:
-            self._end = "attention_mask must pad on the left where a cache goes on; given padding on the right"
-        if state is not None:
-            self._take(state)
+        self._ends_in_padding = ends_in_padding
+        self._take(state)
 
     def check_goes_on(self) -> None:
-        """Raise unless the next token of each row can follow.
+        """Raise unless the next token of each row follows a token.
 
         Raises:
-            ValueError: before it stands padding, or are packed sequences.
+            ValueError: a row ended in padding, whose predictions are none.
         """
-        if self._end:
-            raise ValueError(self._end)
+        if self._ends_in_padding:
+            raise ValueError("attention_mask must pad on the left where a cache goes on; given padding on the right")
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -69,7 +62,7 @@ class TTTCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget all streams."""
         self.state: Any = None
         self.length = self.batch_size = 0
-        self._end = ""
+        self._ends_in_padding = False
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -156,18 +149,15 @@ def read_on(module: Callable[..., Any], x: Tensor, sequences: Sequences, place: 
     """What a layer or block makes of x ``[B, L, width]``; it goes on from the state in its place, and leaves the next.
 
     Raises:
-        ValueError: the place cannot go on, or packed sequences are to go on from it.
+        ValueError: the place cannot go on, or sequences are packed.
     """
     mask, cu_seqlens = sequences
     if place is None:
         y: Tensor = module(x, mask=mask, cu_seqlens=cu_seqlens)
         return y
+    if cu_seqlens is not None:
+        raise ValueError("packed sequences leave no state to go on from; give use_cache=False")
     place.check_goes_on()
-    if cu_seqlens is not None and place.length:
-        raise ValueError("packed sequences must be whole; given a cache to go on from")
-    if cu_seqlens is None:
-        y, state = module(x, mask=mask, state=place.state, return_state=True)
-    else:
-        y, state = module(x, cu_seqlens=cu_seqlens), None
-    place.advance(state, x.shape[1], sequences)
+    y, state = module(x, mask=mask, state=place.state, return_state=True)
+    place.advance(state, x.shape[1], sequences.end_in_padding)
     return y

@@ -126,8 +126,8 @@ def model_card(
     return ModelCard("\n".join(parts))
 
 
-_USE = """A sequential recommender whose layers learn while they read a history. It takes ids of items, from 1, and gives
-scores of all items.
+_USE = """A sequential recommender whose layers learn while they read a history. It takes ids of items, from 1, and
+gives scores of all items.
 
 ```python
 import torch
