@@ -86,6 +86,8 @@ def test_a_core_install_names_the_extra(tmp_path, hidden):
         ("recbole", "recbole"),
         ("rectools.models", "rectools"),
         ("tqdm", "recsys"),
+        ("transformers.cache_utils", "hf"),
+        ("huggingface_hub", "hf"),
         *((package, "serve") for package in ("httptools", "prometheus_client", "pydantic", "uvicorn.config")),
     ],
 )
@@ -96,6 +98,21 @@ def test_every_extra_is_named(package, extra):
         str(error)
         == f'it needs the package {package.split(".")[0]}, which is not installed: pip install "ttt4rec[{extra}]"'
     )
+
+
+@pytest.mark.parametrize(("name", "package"), [("TTTForCausalLM", "transformers"), ("push_to_hub", "huggingface_hub")])
+def test_a_name_of_the_hub_without_its_package_names_the_extra(monkeypatch, name, package):
+    from ttt4rec import hf
+
+    for module in [x for x in sys.modules if x.startswith("ttt4rec.hf.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        MissingPackageError, match=rf'ttt4rec\.hf\.{name} needs the package {package}, .*"ttt4rec\[hf\]"'
+    ):
+        getattr(hf, name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = hf.nothing
 
 
 @pytest.mark.parametrize("package", ["httptools", "prometheus_client", "pydantic", "uvicorn"])

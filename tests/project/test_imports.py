@@ -20,6 +20,7 @@ CHAIN = (  # each may import those to its left
 BACKENDS = ("eager", "kernels", "native", "reference")  # what computes operators; below the chain
 CONTRACT = ("arguments", "inner_models", "item_blocks", "precision")  # what operators and backends share
 HELPERS = ("atomic_files", "checks", "extras", "fields", "heap", "malloc", "palette")  # of no part, for all
+LEAF = "hf"  # which may import models and what they do; nothing imports it
 TOPS = ("__init__", "recsys", "recsys.recbole", "recsys.rectools")  # what users import; nothing here does
 FILES = sorted(PACKAGE.rglob("*.py"))
 OLD_PATHS = {
@@ -60,7 +61,7 @@ def test_old_paths_give_the_same_objects(module):
 
 def test_every_module_belongs_somewhere():
     parts = {part_of(module_of(file)) for file in FILES}
-    assert parts == {*CHAIN, *BACKENDS, *CONTRACT, *HELPERS, *TOPS}
+    assert parts == {*CHAIN, *BACKENDS, *CONTRACT, *HELPERS, *TOPS, LEAF}
 
 
 @pytest.mark.parametrize("folder", BACKENDS)
@@ -85,7 +86,7 @@ def test_helpers_need_only_each_other(part):
     assert reachable(part) <= set(HELPERS)
 
 
-@pytest.mark.parametrize("part", CHAIN)
+@pytest.mark.parametrize("part", [*CHAIN, LEAF])
 def test_nothing_above_the_operators_names_a_backend(part):
     """But the reference, which has no operators."""
     named = {name for file in files_of(part) for name in parts_imported(file)}
@@ -106,7 +107,7 @@ def test_what_is_not_of_the_recommender_needs_only_torch_and_einops_at_import():
     allowed = {*sys.stdlib_module_names, "torch", "einops"}
     for file in FILES:
         part = part_of(module_of(file))
-        if part not in ("kernels", "cli") and not part.startswith("recsys"):
+        if part not in ("kernels", "cli", LEAF) and not part.startswith("recsys"):
             assert foreign(file, top_level_only=True) <= allowed, file
 
 
@@ -116,6 +117,15 @@ def test_what_serves_is_imported_only_when_asked_for():
         part = part_of(module_of(file))
         assert part == "recsys.serving" or not web & foreign(file), file
         assert part == "recsys.serving" or "recsys.serving" not in parts_imported_at_once(file), file
+
+
+def test_the_leaf_needs_models_and_nothing_needs_it():
+    assert not [file for file in FILES if part_of(module_of(file)) != LEAF and LEAF in parts_imported(file)]
+    allowed = {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub"}
+    for file in files_of(LEAF):
+        assert parts_imported(file) <= {LEAF, *CHAIN[:3], *CONTRACT, *HELPERS}, file
+        assert foreign(file) <= allowed, file
+        assert file.name != "__init__.py" or foreign(file) <= set(sys.stdlib_module_names)  # names are looked up later
 
 
 @pytest.mark.parametrize("toolkit", ["recbole", "rectools"])
