@@ -79,7 +79,8 @@ LAYER_CALLS = {
     "no token": (ValueError, {"x": zeros(2, 0, 8)}, ["token", "[2, 0, 8]"]),
     "no sequence": (ValueError, {"x": zeros(0, 6, 8)}, ["sequence", "[0, 6, 8]"]),
     "integer x": (TypeError, {"x": zeros(2, 6, 8, dtype=torch.int64)}, ["x must", "torch.int64"]),
-    "mask of integers": (TypeError, {"mask": torch.ones(2, 6).long()}, ["mask must be bool", "torch.int64"]),
+    "mask of floats": (TypeError, {"mask": torch.ones(2, 6)}, ["mask must be bool", "torch.float32"]),
+    "mask of other integers": (ValueError, {"mask": torch.full((2, 6), 2)}, ["mask must be of 0 and 1", "2 to 2"]),
     "mask of another length": (ValueError, {"mask": torch.ones(2, 5).bool()}, ["mask", "[2, 6]", "[2, 5]"]),
     "mask of one row": (ValueError, {"mask": torch.ones(6).bool()}, ["mask", "[6]"]),
     "mask with a gap": (

@@ -6,7 +6,7 @@ The backend "auto" alone is in ``test_operators``.
 import pytest
 import torch
 
-from tests.support.checks import BACKBONES, INNERS, assert_close, gradients
+from tests.support.checks import BACKBONES, INNERS, assert_close, assert_states_close, gradients
 from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer
 
 CALLS = [(inner, backbone, where) for inner in INNERS for backbone in BACKBONES for where in ("packed", "state")]
@@ -59,3 +59,69 @@ def test_model(inner, backbone):
         parameters = list(model.parameters())
         for actual, expected in zip(gradients([h_compiled], parameters), gradients([h], parameters), strict=True):
             assert_close(actual, expected, SINGLE)
+
+
+def padded(B, L):
+    mask = torch.ones(B, L, dtype=torch.bool)
+    mask[0, L // 2 :] = False
+    mask[-1, : L // 3] = False
+    return torch.randn(B, L, 8), mask
+
+
+def packed(*bounds):
+    return torch.randn(1, bounds[-1], 8), torch.tensor(bounds)
+
+
+def streams(layer, B, L, seen):
+    return torch.randn(B, L, 8), layer(torch.randn(B, seen, 8), return_state=True)[1].detach()
+
+
+def counted(function):
+    """The function compiled for all sizes, and the programs that were made."""
+    programs = []
+
+    def keep(graph, inputs):
+        programs.append(graph)
+        return graph.forward
+
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=keep), programs
+
+
+CALLS_OF_ANY_SIZE = {  # PyTorch takes sizes that are equal at first for one size: none here is K - 1 or a width
+    "mask": (lambda layer, x, mask: layer(x, mask=mask, return_state=True), [(5, 7), (2, 13), (9, 4), (4, 2)]),
+    "packed": (lambda layer, x, bounds: layer(x, cu_seqlens=bounds, return_state=True),
+               [(0, 5, 5, 9), (0, 2, 3, 7), (0, 1, 2, 3, 12, 20), (0, 3, 10)]),
+    "state": (lambda layer, x, state: layer(x, state=state, return_state=True), [(5, 7, 6), (2, 13, 1), (9, 4, 11)]),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("inner", "backbone", "where"),
+    [("mlp", "mamba", "mask"), ("linear", "transformer", "packed"), ("mlp", "mamba", "state")],
+)
+def test_one_program_serves_all_sizes(inner, backbone, where):
+    torch._dynamo.reset()
+    layer = TTTLayer(8, 2, inner=inner, backbone=backbone, mini_batch_size=4)
+    call, sizes = CALLS_OF_ANY_SIZE[where]
+    make = {"mask": padded, "packed": packed, "state": lambda *size: streams(layer, *size)}[where]
+    compiled, programs = counted(call)
+    for size in sizes:
+        given = make(*size)
+        (y, state), (expected, expected_state) = compiled(layer, *given), call(layer, *given)
+        assert_close(y, expected, SINGLE, str(size))
+        assert_states_close(state, expected_state, SINGLE)
+    assert len(programs) == 1
+
+
+@pytest.mark.slow
+def test_one_program_steps_any_number_of_streams():
+    torch._dynamo.reset()
+    layer = TTTLayer(8, 2, inner="mlp", backbone="mamba", mini_batch_size=4)
+    pool, other = layer.make_pool(12), layer.make_pool(12)
+    step, programs = counted(lambda x, pool, slots: layer.step(x, pool, slots))
+    for B in (5, 2, 11, 5, 7, 9):
+        x, slots = torch.randn(B, 8), torch.randperm(12)[:B]
+        assert_close(step(x, pool, slots), layer.step(x, other, slots), SINGLE)
+    assert_states_close(pool.read(torch.arange(12)), other.read(torch.arange(12)), SINGLE)
+    assert len(programs) == 1

@@ -1,15 +1,19 @@
 """``torch.export`` with sizes that stay open: one program, and the same numbers at sizes it was not made with."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
 from torch.export import Dim, export
+from torch.utils._pytree import tree_leaves
 
-from tests.support.checks import assert_close, make_layer
-from ttt4rec import TTT4Rec, TTT4RecConfig, TTTState, item_blocks
+from tests.support.checks import assert_close, assert_states_close, make_layer
+from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer, item_blocks
 
 SIZES = [(3, 7), (5, 13), (2, 4), (1, 2), (1, 1), (4, 1), (8, 16)]  # of batch and length, the first that of the export
-BATCH_AND_LENGTH = {0: Dim("B"), 1: Dim("L")}
+BATCH = Dim("B")
+BATCH_AND_LENGTH = {0: BATCH, 1: Dim("L")}
 
 
 class Call(nn.Module):
@@ -85,21 +89,25 @@ def test_packed_sequences():
 
 
 def test_a_stream_goes_on():
+    """A program, also a saved one, takes a state and gives one."""
     layer = make_layer("mlp", "mamba", width=16)
-    names = list(layer(torch.randn(1, 1, 16).double(), return_state=True)[1].tensors())
-
-    def run(layer, x, *tensors):
-        return layer(x, state=TTTState.from_tensors(dict(zip(names, tensors, strict=True))))
+    call = Call(layer, lambda layer, x, state: layer(x, state=state, return_state=True))
 
     def arguments(B, L):
         state = layer(torch.randn(B, 6, 16).double(), return_state=True)[1].detach()
-        return torch.randn(B, L, 16).double(), *state.tensors().values()
+        return torch.randn(B, L, 16).double(), state
 
-    call = Call(layer, run)
-    program = exported(call, arguments(*SIZES[0]), ((BATCH_AND_LENGTH, *[{0: BATCH_AND_LENGTH[0]}] * len(names)),))
+    first = arguments(*SIZES[0])
+    dynamic = (BATCH_AND_LENGTH, [{0: BATCH_AND_LENGTH[0]}] * len(tree_leaves(first[1])))  # a list for a node
+    file = io.BytesIO()
+    torch.export.save(export(call, first, dynamic_shapes=(dynamic,)), file)
+    program = torch.export.load(file).module()
     for size in SIZES:
         given = arguments(*size)
-        assert_close(program(*given), call(*given), name=str(size))
+        y, state = program(*given)
+        expected, expected_state = call(*given)
+        assert_close(y, expected, name=str(size))
+        assert_states_close(state, expected_state)
 
 
 def test_the_reference_with_a_batch_of_any_size():
@@ -143,3 +151,22 @@ def test_the_loss_of_any_number_of_targets(reduction, block, monkeypatch):
 
 def ids_of(B, L):
     return torch.randint(1, 21, (B, L)) * masked(B, L)
+
+
+@pytest.mark.slow
+def test_a_library_compiled_ahead_of_time(tmp_path):
+    """AOTInductor: a model with padding at sizes it was not compiled for, and a layer of the reference in it."""
+    model = TTT4Rec(TTT4RecConfig(20, 16, 1, 2, mini_batch_size=4, inner="linear")).eval()
+    layer = TTTLayer(16, 2, mini_batch_size=4, backend="reference").eval()
+
+    def run(both, ids, x):
+        return both[0].scores(both[0](ids)), both[1](x)
+
+    call = Call(nn.ModuleList((model, layer)), run)
+    program = export(call, (ids_of(*SIZES[0]), torch.randn(3, 6, 16)), dynamic_shapes=((BATCH_AND_LENGTH, {0: BATCH}),))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "library.pt2"))
+    library = torch._inductor.aoti_load_package(path)
+    for B, L in SIZES[:4]:
+        ids, x = ids_of(B, L), torch.randn(B, 6, 16)
+        for found, expected in zip(library(ids, x), call(ids, x), strict=True):
+            assert_close(found, expected, 1e-5, f"{B}, {L}")

@@ -13,10 +13,13 @@ from tests.support.checks import (
     assert_states_close,
     assert_states_identical,
     gradients,
+    inner_inputs,
     make_layer,
     relative_error,
+    run_inner,
 )
 from ttt4rec import TTTLayer, TTTState
+from ttt4rec.models.blocks import Block
 
 WIDTH = 8
 everywhere = [(inner, backbone) for inner in INNERS for backbone in BACKBONES]
@@ -393,3 +396,15 @@ def initial_state(layer):
         torch.zeros(1, dtype=torch.int64),
         conv if layer.backbone == "mamba" else None,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_masks_of_integers(dtype):
+    """As tokenizers give them; also for the inner loop alone and for a block with a convolution of its own."""
+    mask = torch.tensor([[True] * 4 + [False] * 2, [False] * 2 + [True] * 4])
+    layer, x = make_layer("linear", "mamba"), sequence(6, batch=2)
+    assert torch.equal(layer(x, mask=mask.to(dtype)), layer(x, mask=mask))
+    block = Block(WIDTH, layer, ffn_width=8, conv_kernel=4).double()
+    assert torch.equal(block(x, mask=mask.to(dtype)), block(x, mask=mask))
+    inputs = inner_inputs("linear", B=2, L=6, H=2, D=4, K=4)
+    assert torch.equal(*(run_inner("linear", inputs, mask=given)[0] for given in (mask, mask.to(dtype))))

@@ -3,6 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_map,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
 
 from tests.support.checks import (
     BACKBONES,
@@ -13,6 +21,7 @@ from tests.support.checks import (
     state_tensors,
 )
 from ttt4rec import TTTLayer, TTTState
+from ttt4rec.models.blocks import BlockState
 
 WIDTH = 8
 all_layers = pytest.mark.parametrize(
@@ -194,3 +203,25 @@ def test_a_state_is_immutable():
     _, state = four_streams()
     with pytest.raises(AttributeError):
         state.position = torch.zeros(4, dtype=torch.int64)
+
+
+@all_layers
+def test_a_state_is_a_pytree(inner, backbone):
+    _, state = four_streams(inner, backbone)
+    leaves, spec = tree_flatten(state)
+    assert [id(x) for x in leaves] == [id(x) for x in state.tensors().values()]
+    assert_states_identical(tree_unflatten(leaves, spec), state)
+    assert_states_identical(tree_map(lambda x: x[1:3], state), state[1:3])
+    assert treespec_loads(treespec_dumps(spec)) == spec
+    named, _ = tree_flatten_with_path(state)
+    assert {path[0].key: id(x) for path, x in named} == {name: id(x) for name, x in state.tensors().items()}
+
+
+@all_layers
+def test_torch_load_trusts_a_state(inner, backbone, tmp_path):
+    layer, state = four_streams(inner, backbone)
+    together = {"layer": layer.state_dict(), "states": [BlockState(state.detach(), torch.ones(2))]}
+    torch.save(together, tmp_path / "all.pt")
+    (loaded,) = torch.load(tmp_path / "all.pt", weights_only=True)["states"]
+    assert_states_identical(loaded.mixer, state)
+    assert torch.equal(loaded.conv, torch.ones(2))

@@ -17,7 +17,7 @@ from ..operators.transforms import has_values
 from ..precision import autocast_dtype, without_autocast
 from .spans import Spans, dense_spans, last_tokens
 from .state import TTTState
-from .validation import check_inner_loop_arguments, check_log_decay
+from .validation import as_mask, check_inner_loop_arguments, check_log_decay
 
 
 class Rates(NamedTuple):
@@ -61,8 +61,8 @@ def ttt_linear(
         ln_bias: β ``[H, D]``.
         mini_batch_size: K.
         state: where the streams stopped; None starts at the initial weights.
-        mask: bool ``[B, L]``, True for tokens, which must be adjacent in a row. Padding yields zeros and leaves the
-            state alone.
+        mask: bool ``[B, L]``, True for tokens, which must be adjacent in a row; or as integers, 1 and 0. Padding yields
+            zeros and leaves the state alone.
         cu_seqlens: int ``[N + 1]``: the sequences ``[cu[n], cu[n+1])`` packed in q ``[1, total, H, D]``.
         log_decay: ``ln a``, at most 0, of every token ``[B, L, H]``: how much stays of what was learned, the rest goes
             back to the initial weights when a mini-batch ends; None: nothing is forgotten.
@@ -134,6 +134,7 @@ def inner_loop(
 ) -> tuple[Tensor, TTTState]:
     """The inner loop of an inner model, whose weights are ``initial``; the rest as in ``ttt_linear``."""
     inner_lr, token_scale, log_decay = rates
+    mask = as_mask(mask)
     check_inner_loop_arguments(model, tokens, inner_lr, token_scale, initial, layer_norm, K, state, mask, cu_seqlens)
     check_log_decay(log_decay, inner_lr, state)
     backend = choose_backend(backend, tokens[0], tokens[0].shape[-1], K, model.name)

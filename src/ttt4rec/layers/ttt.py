@@ -25,6 +25,7 @@ from .spans import Spans
 from .state import TTTState
 from .step_at_once import step_at_once
 from .validation import (
+    as_mask,
     check_conv_state,
     check_cu_seqlens,
     check_layer_input,
@@ -181,8 +182,8 @@ class TTTLayer(nn.Module):
 
         Args:
             x: the input, any float dtype the parameters have.
-            mask: bool ``[B, L]``, True for real tokens, padding on the right or the left. Padding yields zeros and
-                never touches the state; each real token gets what it gets alone.
+            mask: bool ``[B, L]``, True for real tokens, padding on the right or the left; or as integers, 1 and 0.
+                Padding yields zeros and never touches the state; each real token gets what it gets alone.
             cu_seqlens: int ``[N + 1]``: N sequences packed one behind the other in x ``[1, total, width]``.
             state: continue these streams, at any token; None starts them.
             return_state: also return the state after the last token.
@@ -195,6 +196,7 @@ class TTTLayer(nn.Module):
             TypeError: a wrong dtype.
         """
         check_layer_input(x, self.width, mask, cu_seqlens)
+        mask = as_mask(mask)
         if mask is not None:
             check_mask(mask, *x.shape[:2])
             x = x.masked_fill(~mask.unsqueeze(-1), 0)  # whatever padding holds, NaN included, stays out of gradients

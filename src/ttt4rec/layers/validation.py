@@ -17,6 +17,21 @@ _right: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Masks and cu_seqlens found right, for as long as they live, and what they were at that time."""
 
 
+def as_mask(mask: Tensor | None) -> Tensor | None:
+    """A mask as bool; it may be of integers, 1 for tokens and 0 for padding, as tokenizers give it.
+
+    Raises:
+        ValueError: an integer is neither. TypeError: it is of floats, which others add to scores.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask must be bool, or integers with 1 for real tokens; given {mask.dtype}")
+    if has_values(mask) and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(f"mask must be of 0 and 1 if it is of integers; given {int(mask.min())} to {int(mask.max())}")
+    return mask.bool()
+
+
 def check_mask(mask: Tensor, B: int, L: int) -> None:
     """Raise unless mask is bool ``[B, L]`` with the True entries of each row adjacent."""
     if mask.dtype != torch.bool:

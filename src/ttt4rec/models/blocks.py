@@ -16,7 +16,7 @@ from ..layers.initialisation import Device
 from ..layers.pool import StatePool
 from ..layers.rotary import rotary_table
 from ..layers.spans import Spans
-from ..layers.validation import check_slots
+from ..layers.validation import as_mask, check_slots
 from ..operators import choose_backend
 from ..operators.transforms import check_has_values
 from ..reference import rotate
@@ -272,7 +272,7 @@ class Block(nn.Module):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, BlockState]:
         """h ``[B, L, width]`` to the same shape, or (h, state); mask and cu_seqlens as in ``TTTLayer``."""
-        conv_state = None
+        conv_state, mask = None, as_mask(mask)
         if state is not None:
             N = h.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
             check_block_state(state, N, self._context)
