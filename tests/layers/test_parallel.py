@@ -89,3 +89,46 @@ def test_only_the_first_process_goes_on_from_a_state():
             return str(error)
 
     assert together(2, run)[1] == "state must be given to the first process of the group alone; given to number 1"
+
+
+@pytest.mark.slow
+def test_a_layer_whose_weights_are_split_by_fsdp():
+    """``fully_shard``: masks, states, gradients, and pools while the weights are whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    layer, slots = make_layer("mlp", "mamba", backend="eager"), torch.tensor([2, 0])
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    mask = torch.tensor([[True] * 9, [True] * 5 + [False] * 4])
+
+    def read(x):
+        y, state = layer(x, mask=mask, return_state=True)
+        more, behind = layer(x, state=state, return_state=True)
+        return torch.cat((y, more), 1), behind
+
+    def step():
+        pool = layer.make_pool(3)
+        return torch.stack([layer.step(x[:, t], pool, slots) for t in range(6)])
+
+    def run():
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+        y, behind, grad_x, grads = results(layer, x, read)
+        with pytest.raises(ValueError, match=r"weights must be whole .* as after layer\.unshard"):
+            layer.make_pool(3)
+        layer.unshard()
+        stepped = step()
+        pool = layer.make_pool(3)
+        layer.reshard()
+        register_fsdp_forward_method(layer, "step")
+        again = torch.stack([layer.step(x[:, t], pool, slots) for t in range(6)])
+        return y, behind, grad_x, [g.full_tensor() for g in grads], stepped, again
+
+    y, behind, grad_x, grads = results(layer, x, read)
+    for found in together(2, run):
+        assert_close(found[0], y)
+        assert_states_close(found[1], behind)
+        assert_close(found[2], grad_x)
+        for g, expected in zip(found[3], grads, strict=True):
+            assert_close(g, expected)
+        for steps in found[4:]:
+            assert_close(steps, step())

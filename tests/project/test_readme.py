@@ -15,6 +15,7 @@ TOGETHER = [
     ["README.md"], ["docs/layer.md"], ["docs/recommender.md", "docs/online.md"], ["docs/data.md"],
     ["docs/recommending.md"], ["docs/metrics.md"], ["docs/runs.md"], ["docs/item-features.md"],
     pytest.param(["docs/huggingface.md"], marks=pytest.mark.slow),
+    pytest.param(["docs/parallel.md"], marks=pytest.mark.slow),
 ]  # fmt: skip
 """Pages whose blocks run one after the other, each with the names of those before it."""
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]+))?\)")

@@ -52,7 +52,7 @@ class StatePool:
         prepared: the step's call of compiled code, and for what it stands; see ``standing.prepared``.
 
     Raises:
-        ValueError: num_slots is below 1.
+        ValueError: num_slots is below 1, or the layer's weights are split among processes.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class StatePool:
         if not isinstance(num_slots, int) or num_slots < 1:
             raise ValueError(f"num_slots must be an integer of at least 1; given {num_slots!r}")
         self.num_slots, self.mini_batch_size, self.layer = num_slots, layer.mini_batch_size, layer
-        initial, layer_norm = layer.initial_state()
+        initial, layer_norm = _whole(layer)
         H, D = layer_norm[0].shape
         self._model = INNER_MODELS[layer.inner]
         self.hidden = self._model.hidden(initial)
@@ -131,7 +131,7 @@ class StatePool:
             TypeError: slots are not int64, or the state has another dtype.
         """
         check_slots(slots, self.num_slots, self.position.device)
-        initial, layer_norm = self.layer.initial_state()
+        initial, layer_norm = _whole(self.layer)
         K, like = self.mini_batch_size, self.records.new_empty(1, 1, *layer_norm[0].shape)
         shapes = [(name, tuple(w.shape)) for name, w in zip(self._model.weights, initial, strict=True)]
         check_state(state, slots.numel(), shapes, K, like)
@@ -166,9 +166,18 @@ class StatePool:
         check_slots(slots, self.num_slots, self.position.device)
         for x in (self.records, self.position, *([] if self.conv is None else [self.conv])):
             x.index_fill_(0, slots, 0)
-        initial, _ = self.layer.initial_state()
+        initial, _ = _whole(self.layer)
         for target, W in zip(self._record.parts(self.records)[0], matrices(initial), strict=True):
             target.index_copy_(0, slots, W.to(target.dtype).expand(slots.numel(), *W.shape))
+
+
+def _whole(layer: Streaming) -> tuple[Sequence[Tensor], tuple[Tensor, Tensor]]:
+    """What a stream starts with, if this process has it."""
+    initial, layer_norm = layer.initial_state()
+    kind = type(initial[0]).__name__
+    if kind == "DTensor":  # whose module takes seconds to import
+        raise ValueError(f"weights must be whole for streams of a pool, as after layer.unshard(); given a {kind}")
+    return initial, layer_norm
 
 
 def _moved(x: Tensor, by: Tensor) -> Tensor:
