@@ -9,11 +9,10 @@ from torch.export import Dim, export
 from torch.utils._pytree import tree_leaves
 
 from tests.support.checks import assert_close, assert_states_close, make_layer
-from ttt4rec import TTT4Rec, TTT4RecConfig, TTTLayer, item_blocks
+from ttt4rec import TTT4Rec, TTT4RecConfig, item_blocks
 
 SIZES = [(3, 7), (5, 13), (2, 4), (1, 2), (1, 1), (4, 1), (8, 16)]  # of batch and length, the first that of the export
-BATCH = Dim("B")
-BATCH_AND_LENGTH = {0: BATCH, 1: Dim("L")}
+BATCH_AND_LENGTH = {0: Dim("B"), 1: Dim("L")}
 
 
 class Call(nn.Module):
@@ -155,21 +154,15 @@ def ids_of(B, L):
 
 @pytest.mark.slow
 def test_a_library_compiled_ahead_of_time(tmp_path):
-    """AOTInductor: a model with padding at sizes it was not compiled for, and a layer of the reference in it."""
-    model = TTT4Rec(TTT4RecConfig(20, 16, 1, 2, mini_batch_size=4, inner="linear")).eval()
-    layer = TTTLayer(16, 2, mini_batch_size=4, backend="reference").eval()
-
-    def run(both, ids, x):
-        return both[0].scores(both[0](ids)), both[1](x)
-
-    call = Call(nn.ModuleList((model, layer)), run)
-    program = export(call, (ids_of(*SIZES[0]), torch.randn(3, 6, 16)), dynamic_shapes=((BATCH_AND_LENGTH, {0: BATCH}),))
+    """AOTInductor: a model with padding on either side, at sizes that it was not compiled for."""
+    model = TTT4Rec(TTT4RecConfig(20, 16, 1, 2, mini_batch_size=4, inner="linear", ffn="none")).eval()
+    call = Call(model, lambda model, ids: model.scores(model(ids)))
+    program = export(call, (ids_of(*SIZES[0]),), dynamic_shapes=((BATCH_AND_LENGTH,),))
     quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # to compile, not to run
     path = torch._inductor.aoti_compile_and_package(
         program, package_path=str(tmp_path / "library.pt2"), inductor_configs=quick
     )
     library = torch._inductor.aoti_load_package(path)
-    for B, L in SIZES[:4]:
-        ids, x = ids_of(B, L), torch.randn(B, 6, 16)
-        for found, expected in zip(library(ids, x), call(ids, x), strict=True):
-            assert_close(found, expected, 1e-5, f"{B}, {L}")
+    for size in SIZES:
+        ids = ids_of(*size)
+        assert_close(library(ids), call(ids), 1e-5, str(size))  # the same operators; what is around is reordered
