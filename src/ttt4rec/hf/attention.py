@@ -1,4 +1,4 @@
-"""TTT layers in the place of self-attention, in models that transformers defines."""
+"""TTT layers instead of self-attention, in models that transformers defines."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -39,7 +39,7 @@ class TTTAttention(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Map hidden_states ``[B, L, width]`` to the same shape; beside it stand no attention weights.
+        """Map hidden_states ``[B, L, width]`` to the same shape; there are no attention weights.
 
         Args:
             hidden_states: the input.
@@ -65,7 +65,7 @@ class TTTAttention(nn.Module):
 def replace_attention(
     model: PreTrainedModel, layers: Sequence[int] | None = None, *, num_heads: int | None = None, **options: Any
 ) -> None:
-    """Put new TTT layers in the place of a model's self-attention; what is left of it keeps its weights.
+    """Put new TTT layers instead of a model's self-attention; what is left of it keeps its weights.
 
     What was done is kept in ``model.config.ttt_attention``, so that ``with_ttt_attention`` can load what was saved.
 
@@ -76,7 +76,7 @@ def replace_attention(
         options: more of ``TTTLayer``, such as ``inner`` and ``mini_batch_size``.
 
     Raises:
-        ValueError: there are no such blocks, some were replaced before, or an option is out of range.
+        ValueError: no block has that attention, some were replaced before, or an option is out of range.
     """
     if getattr(model.config, "ttt_attention", None) is not None:
         raise ValueError(f"model must have its own attention; given one with {model.config.ttt_attention}")

@@ -30,7 +30,7 @@ class TTTCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.reset()
 
     def advance(self, state: Any, length: int, ends_in_padding: bool) -> None:
-        """Take the state behind a call over so many tokens."""
+        """Take the state behind a call over ``length`` tokens."""
         self.length += length
         self._ends_in_padding = ends_in_padding
         self._take(state)
@@ -49,7 +49,7 @@ class TTTCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of what a mask for so many new tokens covers."""
+        """Length and offset of what a mask for ``query_length`` new tokens covers."""
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -70,7 +70,7 @@ class TTTCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row so many times."""
+        """Repeat each row ``repeats`` times."""
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:

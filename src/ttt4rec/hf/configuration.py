@@ -1,4 +1,4 @@
-"""The shape of the language model, and that of the original release in its terms."""
+"""The shape of the language model, also from the settings of the original release."""
 
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -23,7 +23,7 @@ _RELEASE_SAME = (
 
 
 class TTTConfig(PreTrainedConfig):  # type: ignore[misc]
-    """The shape of ``TTTForCausalLM``; other arguments are those of every ``PreTrainedConfig``.
+    """The shape of ``TTTForCausalLM``; it takes all other arguments of ``PreTrainedConfig``, too.
 
     Attributes:
         vocab_size: number of tokens.
@@ -85,7 +85,7 @@ class TTTConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def layer_options(self) -> dict[str, Any]:
-        """What each ``TTTLayer`` is made with, beside its width and heads."""
+        """What each ``TTTLayer`` is made with, but its width and heads."""
         return {name: getattr(self, name) for name in _LAYER} | {"rope_theta": self.rotary_base}
 
     @classmethod

@@ -37,7 +37,7 @@ def find_sequences(attention_mask: Tensor | None, position_ids: Tensor | None, l
 
     Raises:
         TypeError: attention_mask is no tensor.
-        ValueError: sequences are packed in several rows, or beside padding.
+        ValueError: sequences are packed in several rows, or with padding.
     """
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         kind = type(attention_mask).__name__

@@ -17,8 +17,8 @@ def read_part(
     A process waits for the state of the one before it, so a single layer's parts are read one after the other. In a
     model they overlap: while the second process reads its part with the first layer, the first one is at the second
     layer. On the way back gradients of states go from each process to the one before it. Therefore every process calls
-    ``backward`` from its outputs, and not ``torch.autograd.grad``, which goes no further than it is asked to. Gradients
-    of weights are those of a process's part, to be summed over the group.
+    ``backward`` from its outputs, and not ``torch.autograd.grad``, which goes no further than it is asked to. Each
+    process has the gradients of weights for its part, to be summed over the group.
 
     Args:
         module: a ``TTTLayer`` or another module that is called with ``state`` and ``return_state``, with the same
@@ -28,7 +28,7 @@ def read_part(
         group: the processes; None: all of them.
 
     Returns:
-        Outputs ``[B, L, width]``, and the state behind the part: the last process has that of the whole sequences.
+        Outputs ``[B, L, width]``, and the state behind the part: the last process has the state of the whole sequences.
 
     Raises:
         ValueError: a state is given to another process than the first.

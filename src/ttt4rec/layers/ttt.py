@@ -153,7 +153,7 @@ class TTTLayer(nn.Module):
         self.reset_own_parameters()
 
     def reset_own_parameters(self) -> None:
-        """As ``reset_parameters``, but for the modules in the layer, which stay as they are."""
+        """As ``reset_parameters``; but the modules in the layer stay as they are."""
         for name, parameter in self.named_parameters(recurse=False):
             if name in ("W1", "W2", "inner_lr_weight"):
                 nn.init.normal_(parameter, std=STD)
