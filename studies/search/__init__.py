@@ -1,0 +1,1 @@
+"""Search of a recipe by Optuna, on validation alone."""
