@@ -1,7 +1,7 @@
 """The studies there are."""
 
 from . import knobs, paper
-from .models import LOSSES, MIXERS, MORE_MIXERS, PROTOCOL, RATES, TUNED, tried
+from .models import FORGETTING, LOSSES, MIXERS, MORE_MIXERS, PROTOCOL, RATES, TUNED, tried
 from .study import Data, Study
 
 ML_100K, ML_1M, GOWALLA_1K, AMAZON = map(Data, ("ml-100k", "ml-1m", "gowalla-1k", "amazon-video-games"))
@@ -28,6 +28,12 @@ STUDIES = {
         "Losses",
         datasets=(ML_100K, ML_1M, AMAZON),
         variants={label: TUNED[label] for label in LOSSES},
+        common=PROTOCOL,
+    ),
+    "forgetting": Study(
+        "Layers that forget",
+        datasets=(ML_100K, GOWALLA_1K, AMAZON, ML_1M),
+        variants=FORGETTING,
         common=PROTOCOL,
     ),
     "knobs": knobs.STUDY,

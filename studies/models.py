@@ -70,6 +70,13 @@ TUNED: dict[str, Settings] = {
     label: {**settings, "learning_rate": rates_of(label)} for label, settings in (MIXERS | MORE_MIXERS | LOSSES).items()
 }
 
+FORGETTING: dict[str, Settings] = {label: TUNED[label] for label in ("TTT-Linear", "TTT-MLP")} | {
+    f"{label}, decay {kind}": {**TUNED[label], "forget": gate}
+    for label in ("TTT-Linear", "TTT-MLP")
+    for kind, gate in (("constant", "constant"), ("by token", "token"))
+}
+"""Layers that forget, at the learning rates that are best for those that do not."""
+
 
 def tried(kinds: dict[str, Settings], rates: Sequence[float]) -> dict[str, Settings]:
     """Every kind with every learning rate."""
