@@ -9,16 +9,19 @@ import torch
 
 from ttt4rec.recsys.data.windows import evaluation_prefixes
 from ttt4rec.recsys.training.evaluate import evaluate
+from ttt4rec.recsys.training.segments import evaluate_segments
 
 from ..runner import keep, load_split
 from ..study import Data
 from .ablation import MODES, ablated
+from .drift import SEGMENTATIONS
 from .report import RUNS_FILE, read, write
 from .switches import Population, best_possible, gains, joined
 from .training import MIXERS, trained
 
 SEEDS = (0, 1, 2)
 SPLITS = ("3:2:5", "6:2:2")
+DRIFTING = [mixer for mixer in MIXERS if "K =" not in mixer and "constant" not in mixer]
 MAX_LEN, BEFORE = 50, 20  # of a window; items of the other user before the switch, where real users are joined
 TRAINED_ON, TESTED_ON, SWITCH = 1500, 4000, 30  # made-up users, and the event at which those of the test switch
 
@@ -90,7 +93,32 @@ def accuracy(data, models):
             yield {"study": "accuracy", "mixer": mixer, "seed": seed}, result
 
 
-STUDIES: dict[str, Study] = {"ablation": ablation, "made-up": made_up, "joined": pairs, "accuracy": accuracy}
+def drift(data, models):
+    """Users of Gowalla: targets by how much their histories have changed, and by the time before them."""
+    split = load_split(data, Data("gowalla-1k"))
+    for seed in SEEDS:
+        for mixer in DRIFTING:
+
+            def result(seed=seed, mixer=mixer):
+                model = trained(mixer, split, models / f"gowalla-1k-{mixer}-325-live-{seed}", seed, max_len=MAX_LEN)
+                found = evaluate_segments(model, split, by=SEGMENTATIONS, cutoffs=(10,))
+                rows = [{"by": x.by, "segment": x.name, "targets": x.targets} | _means(x.metrics) for x in found]
+                return {"segments": rows}
+
+            yield {"study": "drift", "mixer": mixer, "seed": seed}, result
+
+
+def _means(metrics):
+    return {name: estimate.value for name, estimate in metrics.items()}
+
+
+STUDIES: dict[str, Study] = {
+    "ablation": ablation,
+    "made-up": made_up,
+    "joined": pairs,
+    "accuracy": accuracy,
+    "drift": drift,
+}
 
 
 def main() -> None:

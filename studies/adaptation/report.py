@@ -77,6 +77,21 @@ def recovery_table(results: Sequence[Result], study: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def drift_table(results: Iterable[Result]) -> str:
+    """NDCG@10 by mixer and kind of target."""
+    cells = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        if result["study"] == "drift":
+            for segment in result["segments"]:
+                cells[segment["by"], segment["segment"], segment["targets"]][result["mixer"]].append(segment["NDCG@10"])
+    mixers = list(dict.fromkeys(mixer for runs in cells.values() for mixer in runs))
+    lines = [f"| | | targets | {' | '.join(mixers)} |", "|" + " --- |" * (3 + len(mixers))]
+    for (by, segment, targets), runs in cells.items():
+        values = [spread(runs[mixer]) for mixer in mixers]
+        lines.append(f"| {by} | {segment} | {targets:,} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(results: Sequence[Result], study: str) -> None:
     """NDCG@10 against events since the switch: mean of the seeds, and their range as a band."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -108,7 +123,7 @@ def plot(results: Sequence[Result], study: str) -> None:
 def write() -> None:
     """Bring tables and plots up to date."""
     results, document = read(), DOCUMENT.read_text()
-    texts = {"ablation": ablation_table(results), "accuracy": accuracy_table(results)}
+    texts = {"ablation": ablation_table(results), "accuracy": accuracy_table(results), "drift": drift_table(results)}
     for study in SWITCHES:
         texts[study] = recovery_table(results, study)
         if any(result["study"] == study for result in results):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from studies.adaptation import __main__ as runner
-from studies.adaptation import report
+from studies.adaptation import drift, report
 from studies.adaptation.ablation import ablated, read
 from studies.adaptation.switches import Population, best_possible, discounted, gains, joined
 from studies.adaptation.training import MIXERS, adapting
@@ -15,7 +15,9 @@ from tests.support.checks import assert_close
 from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.data.split import split_by_ratio
+from ttt4rec.recsys.training.segments import Targets
 
+NUMBERS = {"ablation": 4, "drift": len(runner.DRIFTING)}
 SMALL = Population(items=30, length=12, dimensions=3)
 
 
@@ -106,15 +108,33 @@ def test_every_study_makes_its_results(study, tmp_path, monkeypatch):
     for name, value in {"TESTED_ON": 4, "TRAINED_ON": 4, "SWITCH": 6, "MAX_LEN": 10, "BEFORE": 5}.items():
         monkeypatch.setattr(runner, name, value)
     runs = list(runner.STUDIES[study](tmp_path, tmp_path))
-    assert len({str(key) for key, _ in runs}) == len(runs) == (12 if study == "ablation" else 3 * len(MIXERS))
+    assert len({str(key) for key, _ in runs}) == len(runs) == 3 * NUMBERS.get(study, len(MIXERS))
     result = runs[0][1]()
     if study == "ablation":
         assert result["test"].keys() == {"live", "frozen", "off", "live, windows of 50"}
         assert runs[3][1]()["test"].keys() == {"off"}
     elif study == "accuracy":
         assert 0 <= result["test"]["NDCG@10"] <= result["test"]["HR@10"] <= 1
+    elif study == "drift":
+        assert sum(row["targets"] for row in result["segments"]) == 2 * small.num_targets("test")
     else:
         assert len(result["curve"]) == (11 if study == "made-up" else 9)
+
+
+def test_targets_are_told_apart_by_what_is_new_and_by_the_time_before():
+    split = make_split(80)
+    items, times = split.histories.items, split.histories.times
+    items[:50] = np.tile(np.arange(1, 11), 5)
+    items[45:48] = [20, 21, 22]  # 3 of the 10 before place 50 are not among the 40 before those
+    times[50:] += 3600 * 25 - 1
+    targets = Targets(np.array([0, 0]), np.array([50, 49]), items[[50, 49]])
+    names, number = drift.by_change(split, targets)
+    assert [names[n] for n in number] == ["up to 30 % new", "shorter histories"]
+    items[44] = 23
+    names, number = drift.by_change(split, targets)
+    assert names[number[0]] == "30 to 60 % new"
+    names, number = drift.by_gap(split, targets)
+    assert [names[n] for n in number] == ["within a week", "within an hour"]
 
 
 def test_tables():
@@ -124,6 +144,9 @@ def test_tables():
     assert "| 3:2:5 | adapting | live | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 |" in report.ablation_table(runs)
     runs = [{"study": "accuracy", "mixer": "GRU", "seed": seed, "test": metrics} for seed in (0, 1)]
     assert "| GRU | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 |" in report.accuracy_table(runs)
+    segment = {"by": "time", "segment": "later", "targets": 1234, "NDCG@10": 0.5}
+    runs = [{"study": "drift", "mixer": "GRU", "seed": seed, "segments": [segment]} for seed in (0, 1)]
+    assert "| time | later | 1,234 | 0.5000 ± 0.0000 |" in report.drift_table(runs)
     curve = [n / 100 for n in range(59)]  # the gain of event n + 1
     text = report.recovery_table([{"study": "made-up", "mixer": "GRU", "curve": curve, "switch": 30}], "made-up")
     assert "| GRU | 0.2600 | 0.3000 | 0.3100 | 0.3300 | 0.3700 | 0.4450 | 0.5400 | 0.4400 |" in text
