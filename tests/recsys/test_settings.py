@@ -100,6 +100,7 @@ def test_a_file_without_options_is_one_line(tmp_path, capsys, name, text, messag
         (["--preset", "fast", "--calibration", "0.5"], "--calibration with --loss sampled"),
         (["--ffn", "none", "--ffn-width", "8"], "--ffn-width with --ffn none"),
         (["--split-by", "last", "--split", "3:1:1"], "--split with --split-by last"),
+        (["--feature-columns", "kind"], "--feature-columns with no --item-features"),
         (["--row-order", "--date-format", "%Y"], "--date-format with --row-order"),
     ],
     ids=str,
