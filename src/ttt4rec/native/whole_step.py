@@ -58,38 +58,51 @@ class ModelCall(ctypes.Structure):
     )
 
 
-def layer_step(given: LayerParts) -> Step:
-    """Of inputs ``[B, C]`` and slots: outputs; None, and nothing has changed, if slots are not B different places."""
-    library, call, num_slots, work = _library(given), _layer(given), given.position.shape[0], _work(given)
-    tables = given.around.cos, given.around.sin
+class _LayerStep:
+    """See ``layer_step``; it keeps the tables that its call points into, which nobody else does for sure."""
 
-    def step(x: Tensor, slots: Tensor, _kept: object = tables) -> Tensor | None:  # nobody else keeps them for sure
-        if not _are_places(library, slots, num_slots):
+    def __init__(self, given: LayerParts) -> None:
+        self._library, self._call, self._num_slots = _library(given), _layer(given), given.position.shape[0]
+        self._work, self._tables = _work(given), (given.around.cos, given.around.sin)
+
+    def __call__(self, x: Tensor, slots: Tensor) -> Tensor | None:
+        if not _are_places(self._library, slots, self._num_slots):
             return None
         y = torch.empty_like(x)
-        _run(library.ttt_layer_step, call, slots, x, y, work)
+        _run(self._library.ttt_layer_step, self._call, slots, x, y, self._work)
         return y
 
-    return step
+
+class _ModelStep:
+    """See ``model_step``; it keeps the tables, as a layer's step does."""
+
+    def __init__(self, given: ModelParts) -> None:
+        blocks = given.blocks
+        layer, (self._rows, self._width), self._dtype = blocks[0].layer, given.table.shape, given.table.dtype
+        self._library, self._num_slots = _library(layer), layer.position.shape[0]
+        calls = (BlockCall * len(blocks))(*map(_block, blocks))
+        norms = _norm(given.embedding_norm), _norm(given.norm)
+        self._call = ModelCall(len(blocks), calls, *norms, given.table.data_ptr())
+        self._tables = [(block.layer.around.cos, block.layer.around.sin) for block in blocks]
+        self._work = sum(_work(block.layer) + 3 * block.up[0].numel() for block in blocks)
+
+    def __call__(self, ids: Tensor, slots: Tensor) -> Tensor | None:
+        library = self._library
+        if not _are_within(library, ids, 1, self._rows - 1) or not _are_places(library, slots, self._num_slots):
+            return None
+        y = torch.empty(ids.shape[0], self._width, dtype=self._dtype, device="cpu")
+        _run(library.ttt_model_step, self._call, slots, ids, y, self._work)
+        return y
+
+
+def layer_step(given: LayerParts) -> Step:
+    """Of inputs ``[B, C]`` and slots: outputs; None, and nothing has changed, if slots are not B different places."""
+    return _LayerStep(given)
 
 
 def model_step(given: ModelParts) -> Step:
     """Of ids and slots: hidden states ``[B, C]``; None, and nothing has changed, if one of them is wrong."""
-    table, blocks = given.table, given.blocks
-    library, num_slots, (rows, C) = _library(blocks[0].layer), blocks[0].layer.position.shape[0], table.shape
-    calls = (BlockCall * len(blocks))(*map(_block, blocks))
-    call = ModelCall(len(blocks), calls, _norm(given.embedding_norm), _norm(given.norm), table.data_ptr())
-    tables = [(block.layer.around.cos, block.layer.around.sin) for block in blocks]
-    work = sum(_work(block.layer) + 3 * block.up[0].numel() for block in blocks)
-
-    def step(ids: Tensor, slots: Tensor, _kept: object = tables) -> Tensor | None:
-        if not _are_within(library, ids, 1, rows - 1) or not _are_places(library, slots, num_slots):
-            return None
-        y = table.new_empty(ids.shape[0], C)
-        _run(library.ttt_model_step, call, slots, ids, y, work)
-        return y
-
-    return step
+    return _ModelStep(given)
 
 
 def _library(layer: LayerParts) -> ctypes.CDLL:
