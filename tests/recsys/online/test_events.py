@@ -164,6 +164,20 @@ def test_a_commit_is_flushed_before_it_is_acknowledged(path):
     assert log._writer.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
 
+def test_many_commits_are_moved_to_the_file_together(path):
+    """After some 16 MB of them."""
+    log = SQLiteEventLog(path)
+    wal = path.with_name(f"{path.name}-wal")
+    before = path.stat().st_size
+    for n in range(3):
+        log.append([Event("u", f"{n} {number} {'i' * 3000}") for number in range(500)])
+    assert wal.stat().st_size > 1000 * 4096
+    assert path.stat().st_size == before
+    for n in range(3, 12):
+        log.append([Event("u", f"{n} {number} {'i' * 3000}") for number in range(500)])
+    assert path.stat().st_size > 4000 * 4096
+
+
 def test_processes_share_a_file(path):
     """From the first moment, when each of them would make it."""
 
