@@ -184,16 +184,22 @@ class Around(NamedTuple):
     inner: str  # the inner model's name
 
 
-class LayerForward(NamedTuple):
-    """A whole layer over sequences that begin, which fill its tokens."""
+class WholeLayer(NamedTuple):
+    """A whole layer, of which sequences that begin are computed at once."""
 
     around: Around
-    x: Tensor  # [B, L, C], as the layer's tensors are
-    weights: tuple[Tensor, ...]  # initial W1, b1[, W2, b2] [H, ...], likewise
-    starts: Tensor | None  # first token of each sequence in the flattened tokens, int64 [N]; None: every row is one
-    lengths: Tensor | None  # int64 [N], or None
+    weights: tuple[Tensor, ...]  # initial W1, b1[, W2, b2] [H, ...], as the others
     segment: int  # mini-batches between two checkpoints
     forgetting: tuple[Tensor, ...] = ()  # of its gates the bias [H] and, if they read the input, the weight [H, C]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that have gradients; first the three of what is behind the inner loop."""
+        a = self.around
+        return (
+            a.output, a.norm_weight, a.norm_bias, a.lr_weight, a.lr_bias, a.token_offset, a.ln_weight, a.ln_bias,
+            *a.projections, *a.convolutions, *self.forgetting, *self.weights,
+        )  # fmt: skip
 
     @property
     def hidden(self) -> int:

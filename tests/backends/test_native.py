@@ -28,7 +28,7 @@ from ttt4rec import TTTState, native
 from ttt4rec.arguments import TokenStep
 from ttt4rec.native import build, full_softmax, inner_loop, step, threads
 from ttt4rec.native.item_index import IndexCall
-from ttt4rec.native.whole_layer import AroundCall, ProductCall
+from ttt4rec.native.whole_layer import PassCall, ProductCall
 from ttt4rec.native.whole_step import BlockCall, LayerCall, ModelCall, NormCall
 from ttt4rec.operators import token_step
 
@@ -119,8 +119,8 @@ CALLS = {  # what crosses into C++, and what there tells its size
     NormCall: (build.STEP, "ttt_norm_call_size"),
     BlockCall: (build.STEP, "ttt_block_call_size"),
     ModelCall: (build.STEP, "ttt_model_call_size"),
-    AroundCall: (build.AROUND, "ttt_around_call_size"),
-    ProductCall: (build.AROUND, "ttt_product_call_size"),
+    PassCall: (build.PASS, "ttt_pass_call_size"),
+    ProductCall: (build.PASS, "ttt_product_call_size"),
     full_softmax._Call: (build.SOFTMAX, "softmax_call_size"),
     full_softmax.TotalCall: (build.SOFTMAX, "softmax_total_call_size"),
     IndexCall: (build.SOFTMAX, "index_call_size"),

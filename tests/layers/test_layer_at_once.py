@@ -1,6 +1,7 @@
 """A layer's forward and backward as one node of autograd: the numbers of its parts, taken where nobody could tell."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -182,18 +183,95 @@ CHANGES = {
     "another backend": lambda layer: setattr(layer, "backend", "eager"),
     "another dtype": lambda layer: layer.norm.float(),
     "a gate of another dtype": lambda layer: setattr(layer, "forget_bias", nn.Parameter(layer.forget_bias.float())),
+    "a patched method": lambda layer: setattr(layer, "initial_state", lambda: TTTLayer.initial_state(layer)),
     "strides": lambda layer: setattr(layer.query, "weight", nn.Parameter(layer.query.weight.t().contiguous().t())),
 }
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["at first", "later"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_was_done_to_a_layer_goes_by_the_parts(change, taken, monkeypatch):
+def test_what_was_done_to_a_layer_goes_by_the_parts(change, before, taken, monkeypatch):
+    """Also after passes were prepared."""
     layer = make_layer(forget="constant" if "gate" in change else "none")
-    CHANGES[change](layer)
     x = torch.randn(1, 9, WIDTH, dtype=torch.float64)
+    if before:
+        layer(x)
+        taken.clear()
+    CHANGES[change](layer)
     for a, b in zip(results(layer, x), by_parts(layer, x, monkeypatch), strict=True):
         assert torch.equal(a, b)
     assert not taken
+
+
+def test_an_input_of_another_dtype_is_refused_as_by_the_parts():
+    layer = make_layer(backbone="transformer", dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="dtype"):
+        layer(torch.randn(1, 9, WIDTH))
+
+
+def replaced(layer):
+    layer.query.weight = nn.Parameter(2 * layer.query.weight.detach())
+
+
+def loaded(layer):
+    layer.load_state_dict({name: 2 * w for name, w in layer.state_dict().items()}, assign=True)
+
+
+def moved(layer):
+    layer.W1.data = 2 * layer.W1.data
+
+
+SETTINGS = {
+    "scale": lambda layer: layer.set_inner_lr_scale(0.3),
+    "rate": lambda layer: setattr(layer, "base_lr", 0.3),
+    "rotation": lambda layer: setattr(layer, "rope_theta", 3.0),
+    "norm": lambda layer: setattr(layer.norm, "eps", 0.1),
+    "mini-batches": lambda layer: (
+        setattr(layer, "mini_batch_size", 4),
+        setattr(layer, "token_offset", nn.Parameter(layer.token_offset[:4].detach())),
+    ),
+    "a replaced weight": replaced,
+    "loaded weights": loaded,
+    "a moved weight": moved,
+    "a frozen weight": lambda layer: layer.value.weight.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("change", SETTINGS)
+def test_what_was_set_since_the_last_call_is_seen(change, taken, monkeypatch):
+    layer, x = make_layer(), torch.randn(2, 9, WIDTH, dtype=torch.float64)
+    before = layer(x)
+    SETTINGS[change](layer)
+
+    def call():
+        y = layer(x)
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), trained)]
+
+    own = call()
+    assert len(taken) == 2
+    monkeypatch.setattr(ttt, "layer_at_once", lambda *_: None)
+    for a, b in zip(own, call(), strict=True):
+        assert_close(a, b)
+    assert torch.equal(before, own[0]) == (change == "a frozen weight")
+
+
+COPIES = {"copy": copy.deepcopy, "pickle": lambda layer: pickle.loads(pickle.dumps(layer))}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copies_prepare_their_own_passes(copied, taken):
+    layer, x = make_layer(), torch.randn(2, 9, WIDTH, dtype=torch.float64)
+    y = layer(x)
+    other = copied(layer)
+    assert layer.prepared is not None
+    assert other.prepared is None
+    with torch.no_grad():
+        layer.query.weight.zero_()
+    assert torch.equal(other(x), y)
+    other(x).sum().backward()
+    assert layer.query.weight.grad is None
+    assert len(taken) == 3
 
 
 def test_who_looks_on_sees_the_parts(taken):

@@ -8,54 +8,76 @@ parts. So what stands behind the inner loop is a node of its own, and what that 
 through the inner loop begins.
 """
 
-from itertools import chain
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..arguments import LayerForward
+from ..arguments import WholeLayer
 from ..inner_models import INNER_MODELS
 from ..operators.backends import shortcut
 from ..operators.transforms import is_batched, refuse_transforms, transformed
 from .forgetting import GATES
 from .functional import segment_length
-from .step_at_once import fit, layer_around, unobserved
+from .standing import prepared
+from .step_at_once import fit, layer_around, patched, unobserved
 
 LARGEST = 1 << 16
 """Numbers of the input of which the whole layer is one node."""
 
 
+class _Passes(NamedTuple):
+    """A layer's passes, prepared."""
+
+    compute: Any  # of a backend: forwards and backwards of all parts
+    order: Callable[[list[Tensor | None]], tuple[Tensor, ...]]  # of all tensors those of ``WholeLayer``, in their order
+    dtype: torch.dtype
+
+
 def layer_at_once(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
     """As ``TTTLayer.forward`` of checked arguments; None if the parts must do it."""
-    if layer.backend not in ("auto", "native") or not layer.adapt or layer.max_inner_step is not None:
+    if layer.backend not in ("auto", "native") or x.dtype not in (torch.float32, torch.float64):
         return None
     if type(x) is not Tensor or not x.is_cpu or not x.numel() or not unobserved():
         return None
-    given = _arguments(layer, x.contiguous(), cu_seqlens)
-    if given is None:
+    found = prepared(layer, layer, (), lambda tensors: _prepare(layer, tensors))
+    if found is None:
         return None
-    whole = _tensors(given, _WHOLE)
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in whole)
+    (compute, order, dtype), tensors = found
+    if x.dtype is not dtype:
+        return None
+    x, parameters = x.contiguous(), order(tensors)
+    spans = None if cu_seqlens is None else (cu_seqlens[:-1].long(), cu_seqlens.diff().long())
+    recorded = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
     between: tuple[Tensor, ...] = ()
     for part in (_WHOLE,) if x.numel() <= LARGEST or not recorded else (_INSIDE, _OUTSIDE):
-        passes = shortcut(f"{part.name}_passes", layer.backend, given)
-        if passes is None:
-            return None
+        given = parameters[part.own] if part is _OUTSIDE else (*parameters[part.own], x)
         if recorded:
-            tensors = whole if part is _WHOLE else _tensors(given, part)
-            between = _Node.apply(part, passes, given, len(tensors), *tensors, *between)  # type: ignore[no-untyped-call]
+            between = _Node.apply(part, compute, spans, len(given), *given, *between)  # type: ignore[no-untyped-call]
         else:
-            between, _ = passes[0](given)
+            between, _ = compute.forward(given, between, spans)
     (y,) = between
     return y
 
 
-def _arguments(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> LayerForward | None:
-    """What a layer computes with; None if something was done to a part of it."""
-    if x.dtype not in (torch.float32, torch.float64):
+def _prepare(layer: Any, tensors: list[Tensor | None]) -> _Passes | None:
+    """None if something was done to the layer or a part of it, or no backend has its passes."""
+    if not layer.adapt or layer.max_inner_step is not None or patched(layer):
         return None
-    around, model = layer_around(layer, x.dtype), INNER_MODELS.get(layer.inner)
+    given = _whole_layer(layer)
+    make = None if given is None else shortcut("layer_passes", layer.backend, given)
+    if given is None or make is None:
+        return None
+    place = {id(x): i for i, x in enumerate(tensors)}
+    return _Passes(make(given), itemgetter(*(place[id(x)] for x in given.tensors)), given.weights[0].dtype)
+
+
+def _whole_layer(layer: Any) -> WholeLayer | None:
+    """What a layer computes with; None if something was done to a part of it."""
+    model, dtype = INNER_MODELS.get(layer.inner), layer.token_offset.dtype
+    around = layer_around(layer, dtype) if dtype in (torch.float32, torch.float64) else None
     if around is None or model is None:
         return None
     H, D = layer.num_heads, layer.head_dim
@@ -63,47 +85,32 @@ def _arguments(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> LayerForward
     weights: tuple[Any, ...] = tuple(layer._parameters.get(name) for name in model.weights)
     gates = {name: shape_of(H, layer.width) for name, shape_of in GATES[layer.forget].items()}
     forgetting: tuple[Any, ...] = tuple(layer._parameters.get(name) for name in gates)
-    if not fit(x.dtype, (*weights, *forgetting), [*((H, *shapes[name]) for name in model.weights), *gates.values()]):
+    if not fit(dtype, (*weights, *forgetting), [*((H, *shapes[name]) for name in model.weights), *gates.values()]):
         return None
-    starts, lengths = (None, None) if cu_seqlens is None else (cu_seqlens[:-1].long(), cu_seqlens.diff().long())
     segment = segment_length(model, tuple(w[None] for w in weights), layer.mini_batch_size)
-    return LayerForward(around, x, weights, starts, lengths, segment, forgetting)
+    return WholeLayer(around, weights, segment, forgetting)
 
 
 class _Part(NamedTuple):
-    """A node: what it is called in a backend, and which tensors of the arguments have gradients in it."""
+    """A node: its passes, and which of the layer's parameters have gradients in it."""
 
-    name: str
-    single: tuple[str, ...]
-    groups: tuple[str, ...]
-    has_x: bool
-
-
-_BEHIND = ("output", "norm_weight", "norm_bias")
-_BEFORE = ("lr_weight", "lr_bias", "token_offset", "ln_weight", "ln_bias")
-_GROUPS = ("projections", "convolutions")
-_WHOLE = _Part("layer", (*_BEHIND, *_BEFORE), _GROUPS, True)
-_INSIDE = _Part("inside", _BEFORE, _GROUPS, True)
-_OUTSIDE = _Part("outside", _BEHIND, (), False)
+    forward: str
+    backward: str
+    own: slice
 
 
-def _tensors(given: LayerForward, part: _Part) -> tuple[Tensor, ...]:
-    """What has gradients in a part, in the order in which its backward gives them."""
-    around = given.around
-    single = tuple(getattr(around, name) for name in part.single)
-    groups = tuple(chain.from_iterable(getattr(around, name) for name in part.groups))
-    return *single, *((given.x, *groups, *given.forgetting, *given.weights) if part.has_x else ())
+_WHOLE = _Part("forward", "backward", slice(None))
+_INSIDE = _Part("inside_forward", "inside_backward", slice(3, None))
+_OUTSIDE = _Part("outside_forward", "outside_backward", slice(3))
 
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: _Part, passes: Any, given: LayerForward, own: int, *flat: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, part: _Part, compute: Any, spans: Any, own: int, *flat: Tensor) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...]
-        outputs, kept = passes[0](given, *flat[own:])
+        outputs, kept = getattr(compute, part.forward)(flat[:own], flat[own:], spans)
         ctx.save_for_backward(*flat, *kept)
-        # Of the arguments only parameters stay; x, which is autograd's to keep, tells its shape behind the inner loop.
-        x = given.x.new_empty(1).expand(given.x.shape)
-        ctx.work = part, passes[1], given._replace(x=x), own, len(flat), len(flat) + len(kept)
+        ctx.work = getattr(compute, part.backward), spans, own, len(flat), len(flat) + len(kept)
         return outputs
 
     @staticmethod
@@ -124,10 +131,6 @@ class _Derivative(torch.autograd.Function):
         refuse_transforms("TTTLayer")
 
 
-def _gradients(
-    part: _Part, backward: Any, given: LayerForward, own: int, inputs: int, kept: int, *tensors: Tensor
-) -> tuple[Tensor, ...]:
+def _gradients(backward: Any, spans: Any, own: int, inputs: int, kept: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Of a node's ``own`` tensors and what other parts gave it, of ``tensors``: these, what was kept, and gradients."""
-    if part.has_x:
-        given = given._replace(x=tensors[len(part.single)])
-    return backward(given, tensors[own:inputs], tensors[inputs:kept], tensors[kept:])  # type: ignore[no-any-return]
+    return backward(tensors[:own], tensors[own:inputs], spans, tensors[inputs:kept], tensors[kept:])  # type: ignore[no-any-return]

@@ -9,12 +9,11 @@ import contextlib
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .pool import StatePool
-
+Prepared = TypeVar("Prepared")
 OPTIONS = (
     *("adapt", "backbone", "backend", "base_lr", "conv_kernel", "forget", "head_dim", "inner", "inner_lr_scale"),
     *("max_inner_step", "mini_batch_size", "num_heads", "rope_theta", "width"),  # of a layer
@@ -51,13 +50,13 @@ class Standing:
         self._kinds = [*map(type, tensors)]
         self._seen = self._look(tensors)
 
-    def stands(self, root: nn.Module, beside: Sequence[Tensor | None]) -> bool:
-        """Whether all of it is as it was."""
+    def tensors(self, root: nn.Module, beside: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        """All parameters of the module, in the order of its modules, and the other tensors, if all is as it was."""
         if root is not self._root:
-            return False
+            return None
         tensors = self._all_tensors(beside)
         # their types come first: of another type they may have no address
-        return [*map(type, tensors)] == self._kinds and self._look(tensors) == self._seen
+        return tensors if [*map(type, tensors)] == self._kinds and self._look(tensors) == self._seen else None
 
     def _all_tensors(self, beside: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [*chain.from_iterable(map(dict.values, self._parameters)), *beside]
@@ -78,22 +77,38 @@ class Standing:
         )
 
 
+def all_tensors(root: nn.Module, beside: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """All parameters of a module, in the order of its modules, and the other tensors."""
+    return [*chain.from_iterable(m._parameters.values() for m in root.modules()), *beside]
+
+
 def prepared(
-    pool: StatePool, root: nn.Module, beside: Sequence[Tensor | None], prepare: Callable[[], Callable[..., Any] | None]
-) -> Callable[..., Any] | None:
-    """What ``prepare`` returned when it was last called for a pool, if all that it saw still stands; or else now.
+    keeper: Any,
+    root: nn.Module,
+    beside: Sequence[Tensor | None],
+    prepare: Callable[[list[Tensor | None]], Prepared | None],
+) -> tuple[Prepared, list[Tensor | None]] | None:
+    """What ``prepare`` returned when it was last called for a keeper, if all that it saw still stands; or else now.
 
     Args:
-        pool: keeps the call, and goes with it: a table of all pools would never let go of a model that has its own.
+        keeper: keeps it as its attribute ``prepared``, and goes with it: a table of all keepers would never let go of
+            one that is part of its own root.
         root: the module that the call computes.
         beside: tensors that are no parameters of it, or None.
-        prepare: makes the call, or returns None if it cannot be made.
+        prepare: makes the call from all tensors, or returns None if it cannot be made.
+
+    Returns:
+        The call and all tensors as ``all_tensors`` has them; or None.
     """
-    standing, call = pool.prepared or (None, None)
-    if standing is not None and standing.stands(root, beside):
-        return call
-    pool.prepared, call = None, prepare()
-    if call is not None:
-        with contextlib.suppress(RuntimeError, ValueError):  # then it is prepared anew every time
-            pool.prepared = Standing(root, beside), call
-    return call
+    if keeper.prepared is not None:
+        kept: tuple[Standing, Prepared] = keeper.prepared
+        tensors = kept[0].tensors(root, beside)
+        if tensors is not None:
+            return kept[1], tensors
+    tensors = all_tensors(root, beside)
+    keeper.prepared, call = None, prepare(tensors)
+    if call is None:
+        return None
+    with contextlib.suppress(RuntimeError, ValueError):  # then it is prepared anew every time
+        keeper.prepared = Standing(root, beside), call
+    return call, tensors

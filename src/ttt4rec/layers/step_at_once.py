@@ -27,8 +27,8 @@ def step_at_once(layer: Any, x: Tensor, pool: StatePool, slots: Tensor) -> Tenso
         return None
     if x.dtype is not pool.records.dtype:
         return None
-    step = prepared(pool, layer, pool.tensors, lambda: _prepare(layer, pool))
-    return None if step is None else step(x.contiguous(), slots.contiguous())
+    found = prepared(pool, layer, pool.tensors, lambda _: _prepare(layer, pool))
+    return None if found is None else found[0](x.contiguous(), slots.contiguous())
 
 
 def _prepare(layer: Any, pool: StatePool) -> Step | None:

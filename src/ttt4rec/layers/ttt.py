@@ -68,6 +68,7 @@ class TTTLayer(nn.Module):
 
     Attributes:
         inner_lr_scale: what all inner rates are multiplied with; see ``set_inner_lr_scale``.
+        prepared: passes in compiled code, and for what they stand; see ``standing.prepared``.
 
     Raises:
         ValueError: an option is out of range.
@@ -112,6 +113,7 @@ class TTTLayer(nn.Module):
         self.adapt, self.max_inner_step, self.backend = adapt, max_inner_step, backend
         self.forget: str = forget
 
+        self.prepared: Any = None
         self.inner_lr_scale = 1.0  # a number: a buffer that is not saved would be lost where layers are made empty
 
         factory: Any = {"device": device, "dtype": dtype}
@@ -140,6 +142,10 @@ class TTTLayer(nn.Module):
         for module in self.children():
             draw(module)
         self.reset_own_parameters()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy prepares its own passes."""
+        return self.__dict__ | {"prepared": None}
 
     def reset_parameters(self) -> None:
         """Draw all of the layer again: weights from N(0, 0.02), biases and offsets zero, norms one; convolutions too.

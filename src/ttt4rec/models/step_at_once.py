@@ -30,8 +30,8 @@ def step_at_once(model: Any, ids: Tensor, pools: Sequence[BlockPool], slots: Ten
         if model.features.training and model.features.id_dropout:
             return None
         tensors.append(model.served_items())  # the same one as long as nothing changes that it is made of
-    step = prepared(pools[0].mixer, model, tensors, lambda: _prepare(model, pools))
-    return None if step is None else step(ids.contiguous(), slots.contiguous())
+    found = prepared(pools[0].mixer, model, tensors, lambda _: _prepare(model, pools))
+    return None if found is None else found[0](ids.contiguous(), slots.contiguous())
 
 
 def _prepare(model: Any, pools: Sequence[BlockPool]) -> Step | None:

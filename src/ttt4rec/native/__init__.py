@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import BestItems, FullSoftmax, ItemTable, LayerForward, LayerParts, ModelParts, Scan, TokenStep
+from ..arguments import BestItems, FullSoftmax, ItemTable, LayerParts, ModelParts, Scan, TokenStep, WholeLayer
 from ..item_blocks import score_dtype
 from . import build
 from .cache import BuildError
@@ -33,7 +33,7 @@ from .inner_loop import (
 )
 from .item_index import best_items, index_items
 from .step import forgetting_token_step, token_step
-from .whole_layer import inside_passes, layer_passes, outside_passes
+from .whole_layer import layer_passes
 from .whole_step import layer_step, model_step
 
 __all__ = [
@@ -44,7 +44,6 @@ __all__ = [
     "full_softmax_total_nll",
     "full_softmax_total_nll_backward",
     "index_items",
-    "inside_passes",
     "layer_passes",
     "layer_step",
     "linear_forgetting_scan",
@@ -56,7 +55,6 @@ __all__ = [
     "mlp_scan",
     "mlp_scan_backward",
     "model_step",
-    "outside_passes",
     "refusal",
     "softmax_refusal",
     "token_step",
@@ -80,10 +78,10 @@ def refusal(operator: str, arguments: Any) -> str | None:
         layer = arguments if isinstance(arguments, LayerParts) else arguments.blocks[0].layer
         (H, C), records = layer.around.lr_weight.shape, layer.records
         return shape_refusal(records.device, layer.around.inner, C // H, layer.hidden, records.dtype, build.STEP)
-    if isinstance(arguments, LayerForward):
-        (H, C), x, inner = arguments.around.lr_weight.shape, arguments.x, arguments.around.inner
-        surroundings = shape_refusal(x.device, "linear", C // H, 0, x.dtype, build.AROUND)
-        inside = shape_refusal(x.device, inner, C // H, arguments.hidden, x.dtype, build.INNER_LOOP)
+    if isinstance(arguments, WholeLayer):
+        (H, C), w, inner = arguments.around.lr_weight.shape, arguments.weights[0], arguments.around.inner
+        surroundings = shape_refusal(w.device, "linear", C // H, 0, w.dtype, build.PASS)
+        inside = shape_refusal(w.device, inner, C // H, arguments.hidden, w.dtype, build.INNER_LOOP)
         return surroundings or inside
     if isinstance(arguments, Scan):
         dtype, sources = arguments.weights[0].dtype, build.INNER_LOOP

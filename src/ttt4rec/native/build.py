@@ -28,12 +28,12 @@ SCALARS = {torch.float32: "float", torch.float64: "double"}
 Sources = tuple[str, ...]
 INNER_LOOP: Sources = ("inner_loop.cpp",)
 STEP: Sources = ("step.cpp", "whole_step.cpp")
-AROUND: Sources = ("around.cpp",)
+PASS: Sources = ("pass.cpp",)
 SOFTMAX: Sources = ("full_softmax.cpp", "item_index.cpp")
 _FUNCTIONS = {
     INNER_LOOP: ("ttt_forward", "ttt_backward"),
     STEP: ("ttt_step", "ttt_layer_step", "ttt_model_step", "ttt_are_within", "ttt_are_different"),
-    AROUND: ("ttt_before", "ttt_after", "ttt_back_after", "ttt_back_before", "ttt_product"),
+    PASS: ("ttt_pass", "ttt_pass_phase", "ttt_pass_units", "ttt_pass_memory", "ttt_product"),
     SOFTMAX: (
         *("softmax_forward", "softmax_backward", "softmax_turn", "softmax_exponentials", "softmax_log_of_sums"),
         *("softmax_gradients", "softmax_hidden", "index_items", "index_search", "index_seen", "index_bounds"),

@@ -26,8 +26,8 @@ _PATIENCE = 30
 _PATIENCE_WIPING = 0.5
 """The same where others of this process wait meanwhile."""
 _PAGES_AHEAD = 4000
-"""Pages, 16 MB, that the write-ahead log has before they are moved to where they belong: SQLite's own 1,000 are those
-of seven requests of 64 users, and many a page would be moved again and again."""
+"""Pages, 16 MB, that the write-ahead log has before they are moved to where they belong: seven requests of 64
+users fill SQLite's own 1,000, and many a page would be moved again and again."""
 _CHECKED_AT_ONCE = 2048
 """Events; others wait while these are read."""
 

@@ -1,44 +1,45 @@
-// What surrounds the inner loop in a whole layer, forwards and back: what whole_layer.py calls. Between the products with
-// weights, each number is read and written once, sequence by sequence. Numbers in brackets are equations of
-// docs/mathematics.md.
+// What surrounds the inner loop in a whole layer, forwards and back. Between the products with weights, each number is read
+// and written once, sequence by sequence. Numbers in brackets are equations of docs/mathematics.md.
+
+#pragma once
 
 #include <algorithm>
 
 #include "dense.h"
 #include "tiles.h"
 
-namespace {
-
-// Tokens are [total, C], rates [total, H]. Views [total, 3C + H] begin with one product: query, key, value, or with the Mamba
-// backbone query, value, gate; their gradients end with those of the rates' z. Without convolutions q and k are parts of
-// the views, turned where they lie. What sequences add to a parameter's gradient is summed by each alone.
-struct AroundCall {  // as whole_layer.py's
-  int64_t H, K, taps, stride;  // taps: of the convolutions, 0 without; stride: between tokens of q, k and their gradients
+// Tokens are [total, C], rates and decays [total, H]. Views [total, width] begin with one product: query, key, value, or
+// with the Mamba backbone query, value, gate; their gradients end with those of the rates' z and, if gates of what is
+// forgotten read the input, of the gates'. Without convolutions q and k are parts of the views, turned where they lie. What
+// sequences add to a parameter's gradient is summed by each alone.
+struct Surroundings {
+  int64_t H, K, taps, width, stride;  // taps: of the convolutions, 0 without; stride: between tokens of q, k and their gradients
   const int64_t *starts, *lengths;  // of each sequence
   double norm_eps, most_rate;       // a rate is most_rate σ(z)
   const T *cos, *sin, *lr_weight, *lr_bias, *norm_weight, *norm_bias;
   const T *query_conv, *query_bias, *key_conv, *key_bias;  // [C, taps], [C]
+  const T *forget_bias, *forget_weight;                    // [H], [H, C]; null where nothing is forgotten, or by no input
   const T* x;
   T* views;
-  T *q, *k, *lr;
+  T *q, *k, *lr, *log_decay;
   const T* o;
   T* h;
   // backward
-  const T* d_lr;
+  const T *d_lr, *d_log_decay;
   T *d_o, *dq, *dk, *d_views;  // d_o comes as dh
-  T *d_norm_weight, *d_norm_bias, *d_lr_bias;                // [N, C], [N, C], [N, H]
-  T *d_query_conv, *d_query_bias, *d_key_conv, *d_key_bias;  // [N, taps, C], [N, C]
+  T *d_norm_weight, *d_norm_bias, *d_lr_bias, *d_forget_bias;  // [N, C], [N, C], [N, H], [N, H]
+  T *d_query_conv, *d_query_bias, *d_key_conv, *d_key_bias;    // [N, taps, C], [N, C]
 };
 
 constexpr int GROUPED = 16;  // tokens whose sum is formed by itself before it is added to that of the others
 
 class Around {
  public:
-  explicit Around(const AroundCall& call)
-      : call_(call), C_(call.H * D), W_(3 * C_ + call.H), arena_(numbers(call)), query_taps_(arena_.take(call.taps * C_)),
+  explicit Around(const Surroundings& call)
+      : call_(call), C_(call.H * D), arena_(numbers(call)), query_taps_(arena_.take(call.taps * C_)),
         key_taps_(arena_.take(call.taps * C_)), value_(arena_.take(C_)), slope_(arena_.take(C_)), x_hat_(arena_.take(C_)) {
     for (T** sums : {&first_, &second_, &third_, &fourth_}) *sums = arena_.take((call.taps + 1) * C_);
-    for (int c = 0; c < C_; ++c) {
+    for (int c = 0; c < C_ && call.query_conv != nullptr; ++c) {  // behind the inner loop they are not wanted
       for (int j = 0; j < call.taps; ++j) {
         query_taps_[j * C_ + c] = call.query_conv[c * call.taps + j];
         key_taps_[j * C_ + c] = call.key_conv[c * call.taps + j];
@@ -46,8 +47,8 @@ class Around {
     }
   }
 
-  // q, k and lr: convolutions (33), rotations and rates (31).
-  void before(int64_t n) const {
+  // q and k: convolutions (33) and rotations.
+  TTT_ONCE void before(int64_t n) const {
     for (int64_t i = 0; i < call_.lengths[n]; ++i) {
       const int64_t t = call_.starts[n] + i;
       T *q = call_.q + t * call_.stride, *k = call_.k + t * call_.stride;
@@ -57,9 +58,18 @@ class Around {
       }
       turn(i, 1, q);
       turn(i, 1, k);
+    }
+  }
+
+  // Rates (31), and ln a of (42).
+  void rates(int64_t n) const {
+    for (int64_t t = call_.starts[n]; t < call_.starts[n] + call_.lengths[n]; ++t) {
       for (int h = 0; h < call_.H; ++h) {
-        const T z = dot(C_, call_.x + t * C_, call_.lr_weight + h * C_) + call_.lr_bias[h];
+        const T z = logit(t, h, call_.lr_weight, call_.lr_bias);
         call_.lr[t * call_.H + h] = T(call_.most_rate) / (1 + std::exp(-z));
+        if (call_.forget_bias == nullptr) continue;
+        const T f = logit(t, h, call_.forget_weight, call_.forget_bias);
+        call_.log_decay[t * call_.H + h] = -(std::log1p(std::exp(-std::abs(f))) + (f < 0 ? 0 : f));
       }
     }
   }
@@ -78,6 +88,7 @@ class Around {
   // h once more, and (35) but for its products.
   void back_after(int64_t n) const {
     T *gamma_sum = call_.d_norm_weight + n * C_, *beta_sum = call_.d_norm_bias + n * C_;
+    for (T* sum : {gamma_sum, beta_sum}) std::fill_n(sum, C_, T(0));
     const int64_t end = call_.starts[n] + call_.lengths[n];
     for (int64_t begin = call_.starts[n]; begin < end; begin += GROUPED) {
       for (T* sums : {first_, second_}) std::fill_n(sums, C_, T(0));
@@ -90,39 +101,53 @@ class Around {
   // The views' gradients, (32), but for v's and the gate's: turned back, and through the convolutions.
   void back_before(int64_t n) const {
     const int64_t start = call_.starts[n], length = call_.lengths[n];
+    T *rates = call_.d_lr_bias + n * call_.H, *gates = call_.d_forget_bias;
+    std::fill_n(rates, call_.H, T(0));
+    if (gates != nullptr) std::fill_n(gates += n * call_.H, call_.H, T(0));
     for (int64_t begin = 0; begin < length; begin += GROUPED) {
-      std::fill_n(first_, call_.H, T(0));
-      for (int64_t i = begin; i < length && i < begin + GROUPED; ++i) back_before_token(i, start + i, first_);
-      for (int h = 0; h < call_.H; ++h) call_.d_lr_bias[n * call_.H + h] += first_[h];
+      for (T* sums : {first_, second_}) std::fill_n(sums, call_.H, T(0));
+      for (int64_t i = begin; i < length && i < begin + GROUPED; ++i) back_before_token(i, start + i, first_, second_);
+      for (int h = 0; h < call_.H; ++h) rates[h] += first_[h];
+      for (int h = 0; gates != nullptr && h < call_.H; ++h) gates[h] += second_[h];
     }
     if (call_.taps > 0) back_convolutions(n);
   }
 
  private:
-  const AroundCall& call_;
-  const int C_, W_;
+  const Surroundings& call_;
+  const int C_;
   Arena arena_;
   T *query_taps_, *key_taps_, *value_, *slope_, *x_hat_, *first_, *second_, *third_, *fourth_;
 
-  static size_t numbers(const AroundCall& call) {
+  static size_t numbers(const Surroundings& call) {
     const int C = call.H * D;
     return 2 * Arena::rounded(call.taps * C) + 3 * Arena::rounded(C) + 4 * Arena::rounded((call.taps + 1) * C);
   }
 
-  const T* gate(int64_t t) const { return call_.views + t * W_ + 2 * C_; }
+  const T* gate(int64_t t) const { return call_.views + t * call_.width + 2 * C_; }
 
   // Rotates all heads of a sequence's i-th token, or turns them back.
-  void turn(int64_t i, T sign, T* x) const {
+  TTT_ONCE void turn(int64_t i, T sign, T* x) const {
     const int64_t place = i % call_.K * (D / 2);
     for (int at = 0; at < C_; at += D) rotate(call_.cos + place, call_.sin + place, sign, x + at);
   }
 
-  void back_before_token(int64_t i, int64_t t, T* d_bias) const {
-    T* dz = call_.d_views + t * W_ + 3 * C_;
+  // Of a token and head; without a weight the input is not read.
+  T logit(int64_t t, int h, const T* weight, const T* bias) const {
+    return weight == nullptr ? bias[h] : dot(C_, call_.x + t * C_, weight + h * C_) + bias[h];
+  }
+
+  void back_before_token(int64_t i, int64_t t, T* d_bias, T* d_gate_bias) const {
+    T* dz = call_.d_views + t * call_.width + 3 * C_;
     for (int h = 0; h < call_.H; ++h) {
-      const T lr = call_.lr[t * call_.H + h];
-      dz[h] = call_.most_rate == 0 ? 0 : call_.d_lr[t * call_.H + h] * lr * (1 - lr / T(call_.most_rate));
+      const int64_t at = t * call_.H + h;
+      const T lr = call_.lr[at];
+      dz[h] = call_.most_rate == 0 ? 0 : call_.d_lr[at] * lr * (1 - lr / T(call_.most_rate));
       d_bias[h] += dz[h];
+      if (call_.forget_bias == nullptr) continue;
+      const T df = call_.d_log_decay[at] * std::expm1(call_.log_decay[at]);
+      d_gate_bias[h] += df;
+      if (call_.forget_weight != nullptr) dz[call_.H + h] = df;
     }
     turn(i, -1, call_.dq + t * call_.stride);
     turn(i, -1, call_.dk + t * call_.stride);
@@ -131,8 +156,10 @@ class Around {
   // From dq and dk, turned back already.
   void back_convolutions(int64_t n) const {
     const int64_t start = call_.starts[n], length = call_.lengths[n], taps = call_.taps * C_;
+    for (T* sum : {call_.d_query_conv, call_.d_key_conv}) std::fill_n(sum + n * taps, taps, T(0));
+    for (T* sum : {call_.d_query_bias, call_.d_key_bias}) std::fill_n(sum + n * C_, C_, T(0));
     for (int64_t i = 0; i < length; ++i) {
-      T* d = call_.d_views + (start + i) * W_;
+      T* d = call_.d_views + (start + i) * call_.width;
       std::fill_n(d, C_, T(0));
       back_convolve(i, length, start, query_taps_, call_.dq, d);
       back_convolve(i, length, start, key_taps_, call_.dk, d);
@@ -156,7 +183,7 @@ class Around {
     for (int c = 0; c < C_; c += LANES) {
       V total = load(bias + c);
       for (int64_t j = std::max<int64_t>(back - i, 0); j <= back; ++j) {
-        total += load(taps + j * C_ + c) * load(call_.views + (t - back + j) * W_ + c);
+        total += load(taps + j * C_ + c) * load(call_.views + (t - back + j) * call_.width + c);
       }
       store(y + c, total);
     }
@@ -180,7 +207,7 @@ class Around {
       store(d_bias + c, load(d_bias + c) + d);
       for (int64_t j = std::max<int64_t>(back - i, 0); j <= back; ++j) {
         T* sum = d_taps + j * C_ + c;
-        store(sum, load(sum) + d * load(call_.views + (t - back + j) * W_ + c));
+        store(sum, load(sum) + d * load(call_.views + (t - back + j) * call_.width + c));
       }
     }
   }
@@ -191,7 +218,7 @@ class Around {
     T *h = call_.h + at, *d_o = call_.d_o + at;
     const T inverse = standardise(C_, o, call_.norm_eps, x_hat_);
     if (call_.taps > 0) gelu<true, false>(C_, gate(t), value_, slope_);
-    T* d_gate = call_.taps > 0 ? call_.d_views + t * W_ + 2 * C_ : nullptr;
+    T* d_gate = call_.taps > 0 ? call_.d_views + t * call_.width + 2 * C_ : nullptr;
     V total{}, along{};
     for (int c = 0; c < C_; c += LANES) {
       const V x_hat = load(x_hat_ + c), normed = load(gamma + c) * x_hat + load(beta + c);
@@ -220,64 +247,3 @@ class Around {
     for (int c = 0; c < n; c += LANES) store(total + c, load(total + c) + load(x + c));
   }
 };
-
-// C [rows, N] = A B, N a multiple of LANES; A[i][m] = a[i * row + m * column]. GROUP_OF_ROWS rows are a part of the work.
-// Of a long sum, some terms at a time are summed before they are added to the others.
-struct ProductCall {
-  int64_t rows, M, N, row, column, b_stride, c_stride;
-  const T *a, *b;
-  T* c;
-};
-constexpr int GROUP_OF_ROWS = 16, SUMMED = 256;
-
-void multiply(const ProductCall& call, int64_t begin, int64_t end) {
-  const Strides strides{call.row, call.column, call.b_stride, call.c_stride, call.c_stride};
-  for (int64_t m = 0; m < call.M; m += SUMMED) {
-    const T *a = call.a + begin * call.row + m * call.column, *b = call.b + m * call.b_stride;
-    const int terms = std::min<int64_t>(SUMMED, call.M - m);
-    T* c = call.c + begin * call.c_stride;
-    if (m == 0) {
-      wide_product<From::nothing>(end - begin, call.N, terms, a, b, c, strides);
-    } else {
-      wide_product<From::matrix>(end - begin, call.N, terms, a, b, c, strides);
-    }
-  }
-}
-
-template <void (Around::*PART)(int64_t) const>
-int for_all(const AroundCall* call, int64_t begin, int64_t end) try {
-  const Around around(*call);
-  for (int64_t n = begin; n < end; ++n) (around.*PART)(n);
-  return 0;
-} catch (const std::bad_alloc&) {
-  return 1;
-}
-
-}  // namespace
-
-// For whole_layer.py, to be compared with its own.
-TTT_EXPORT int64_t ttt_around_call_size() { return sizeof(AroundCall); }
-TTT_EXPORT int64_t ttt_product_call_size() { return sizeof(ProductCall); }
-
-// Sequences begin to end - 1 of N. Each returns 1 if there is no memory.
-TTT_EXPORT int ttt_before(const AroundCall* call, int64_t begin, int64_t end) {
-  return for_all<&Around::before>(call, begin, end);
-}
-
-TTT_EXPORT int ttt_after(const AroundCall* call, int64_t begin, int64_t end) {
-  return for_all<&Around::after>(call, begin, end);
-}
-
-TTT_EXPORT int ttt_back_after(const AroundCall* call, int64_t begin, int64_t end) {
-  return for_all<&Around::back_after>(call, begin, end);
-}
-
-TTT_EXPORT int ttt_back_before(const AroundCall* call, int64_t begin, int64_t end) {
-  return for_all<&Around::back_before>(call, begin, end);
-}
-
-// Groups of rows begin to end - 1. Returns 0.
-TTT_EXPORT int ttt_product(const ProductCall* call, int64_t begin, int64_t end) {
-  multiply(*call, begin * GROUP_OF_ROWS, std::min(end * GROUP_OF_ROWS, call->rows));
-  return 0;
-}
