@@ -15,11 +15,18 @@ from tests.support.online_data import MemoryEventLog, history, run_threads
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.online import events
 from ttt4rec.recsys.online.events import DamagedLogError, Event, Known, SQLiteEventLog, Tail, events_of
+from ttt4rec.recsys.online.postgres import PostgresEventLog
 
 
-@pytest.fixture(params=["sqlite", "memory"])
+@pytest.fixture(params=["sqlite", "postgres", "memory"])
 def log(request, tmp_path):
-    return SQLiteEventLog(tmp_path / "log.db") if request.param == "sqlite" else MemoryEventLog()
+    if request.param == "memory":
+        yield MemoryEventLog()
+        return
+    sqlite = request.param == "sqlite"
+    database = tmp_path / "log.db" if sqlite else request.getfixturevalue("server").conninfo()
+    with closing((SQLiteEventLog if sqlite else PostgresEventLog)(database)) as made:
+        yield made
 
 
 def read(log, user, *known, limit=None):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import sqlite3
 from collections.abc import Iterator, Sequence
-from hashlib import blake2b
-from typing import NamedTuple
+
+from ttt4rec.recsys.online import event_chain
+from ttt4rec.recsys.online.event_chain import NO_TIME, DamageError, MarkedRow, Row, User, checksum
 
 APPLICATION, VERSION = 0x74747434, 2  # "ttt4"
 SCHEMA = (
@@ -16,30 +16,6 @@ SCHEMA = (
     "event TEXT, mark INTEGER NOT NULL, PRIMARY KEY (user, number)) WITHOUT ROWID",
     "CREATE UNIQUE INDEX events_of_users ON events (user, event) WHERE event IS NOT NULL",
 )
-NO_TIME = -math.inf
-
-Row = tuple[str, float, "str | None"]
-"""Item, time and event id, as a history holds them in order."""
-
-
-class DamageError(Exception):
-    """What the log holds is not what was written; the message says what and where."""
-
-
-class User(NamedTuple):
-    """A row of ``users``: the time of the latest event, and the mark after the whole history."""
-
-    id: int
-    name: str
-    length: int
-    latest: float
-    mark: int
-
-
-def checksum(*values: object) -> int:
-    """64 bits of texts and numbers, exact ones: 1 and 1.0 differ."""
-    code = repr(values).encode("utf-8", "backslashreplace")  # whatever a damaged row holds
-    return int.from_bytes(blake2b(code, digest_size=8).digest(), "little", signed=True)
 
 
 def create(database: sqlite3.Connection) -> None:
@@ -72,11 +48,7 @@ def find_user(database: sqlite3.Connection, name: str) -> User | None:
     row = database.execute(
         "SELECT id, name, length, latest, mark, checksum FROM users WHERE name = ?", (name,)
     ).fetchone()
-    if row is None:
-        return None
-    if checksum(*row[:-1]) != row[-1]:
-        raise DamageError(f"the checksum of user {name!r} is wrong")
-    return User(*row[:-1])
+    return None if row is None else event_chain.checked_user(row)
 
 
 def mark_at(database: sqlite3.Connection, user: User, length: int) -> int:
@@ -90,33 +62,25 @@ def mark_at(database: sqlite3.Connection, user: User, length: int) -> int:
     return row[0]  # type: ignore[no-any-return]
 
 
-def read_rows(
-    database: sqlite3.Connection, user: User, start: int, stop: int, mark: int
-) -> Iterator[tuple[str, float, str | None, int]]:
-    """Events ``start`` to ``stop`` with their marks, compared with these; ``mark`` is the one before the first."""
+def read_rows(database: sqlite3.Connection, user: User, start: int, stop: int, mark: int) -> Iterator[MarkedRow]:
+    """Events ``start`` to ``stop``, compared with their marks; ``mark`` is the one before the first."""
     query = "SELECT number, item, time, event, mark FROM events WHERE user = ? AND number >= ? AND number < ?"
     place = start
     try:
-        for number, *row in database.execute(query + " ORDER BY number", (user.id, start, stop)):
-            if number != place:
-                break
-            mark = checksum(mark, *row[:-1])
-            if mark != row[-1]:
-                raise DamageError(f"the checksum of event {place} of user {user.name!r} is wrong")
-            yield row[0], row[1], row[2], mark
+        rows = database.execute(query + " ORDER BY number", (user.id, start, stop))
+        for row in event_chain.compared(user, start, stop, mark, rows):
+            yield row
             place += 1
     except sqlite3.OperationalError as error:
         if "decode" not in str(error):  # as UTF-8
             raise
         raise DamageError(f"event {place} of user {user.name!r} is no text") from error
-    if place < stop:
-        raise DamageError(f"event {place} of user {user.name!r} is missing")
-    if stop == user.length and mark != user.mark:
-        raise DamageError(f"the events of user {user.name!r} do not end as they were written")
 
 
-def has_event(database: sqlite3.Connection, user: User, event_id: str) -> bool:
-    """Whether the user's history holds an event with this id."""
+def has_event(database: sqlite3.Connection, user: User | None, event_id: str) -> bool:
+    """Whether the user's history, if there is one, holds an event with this id."""
+    if user is None:
+        return False
     found = database.execute("SELECT 1 FROM events WHERE user = ? AND event = ?", (user.id, event_id))
     return found.fetchone() is not None
 
@@ -125,23 +89,17 @@ def add_user(database: sqlite3.Connection, name: str) -> User:
     """Begin a history."""
     row = (name, 0, NO_TIME, 0, 0)
     added = database.execute("INSERT INTO users (name, length, latest, mark, checksum) VALUES (?, ?, ?, ?, ?)", row)
-    return User(int(added.lastrowid or 0), name, 0, NO_TIME, checksum(name))
+    return event_chain.new_user(int(added.lastrowid or 0), name)
 
 
 def add_rows(database: sqlite3.Connection, user: User, rows: Sequence[Row]) -> None:
     """Put events where their times belong, behind others of the same time; only what lies behind is written again."""
     behind = _later_than(database, user, min(time for _, time, _ in rows))
     place = user.length - len(behind)
-    mark = mark_at(database, user, place)
+    numbered, changed = event_chain.marked(user, place, mark_at(database, user, place), [*behind, *rows])
     if behind:
         database.execute("DELETE FROM events WHERE user = ? AND number >= ?", (user.id, place))
-    ordered = sorted([*behind, *rows], key=lambda row: row[1])
-    numbered = []
-    for number, row in enumerate(ordered, start=place):
-        mark = checksum(mark, *row)
-        numbered.append((user.id, number, *row, mark))
-    database.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", numbered)
-    changed = user._replace(length=place + len(ordered), latest=ordered[-1][1], mark=mark)
+    database.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", [(user.id, *row) for row in numbered])
     database.execute(
         "UPDATE users SET length = ?, latest = ?, mark = ?, checksum = ? WHERE id = ?",
         (*changed[2:], checksum(*changed), user.id),
@@ -152,17 +110,11 @@ def _later_than(database: sqlite3.Connection, user: User, time: float) -> list[R
     """The events at a history's end that are later, compared with their marks."""
     if time >= user.latest:
         return []
-    place = user.length
     backwards = "SELECT number, time FROM events WHERE user = ? ORDER BY number DESC"
-    for number, other in database.execute(backwards, (user.id,)):
-        if not isinstance(other, int | float):
-            raise DamageError(f"event {number} of user {user.name!r} has no time")
-        if other <= time:
-            break
-        place = number
+    place = event_chain.later_from(user, time, database.execute(backwards, (user.id,)))
     before = max(0, place - 1)  # which is compared too, since it says that none of those before is later
     found = list(read_rows(database, user, before, user.length, mark_at(database, user, before)))
-    return [row[:-1] for row in found[place - before :]]
+    return [(item, other, event) for _, item, other, event, _ in found[place - before :]]
 
 
 def delete_user(database: sqlite3.Connection, name: str) -> None:

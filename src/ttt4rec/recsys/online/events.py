@@ -11,14 +11,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from ttt4rec.recsys.data import DataError, Histories
-from ttt4rec.recsys.online import event_rows
+from ttt4rec.recsys.online import event_chain, event_rows
 from ttt4rec.recsys.online.group_commit import GroupCommit
 
 _PATIENCE = 30
@@ -165,6 +166,46 @@ class EventLog(Protocol):
         ...
 
 
+@runtime_checkable
+class CheckedEventLog(EventLog, Protocol):
+    """A log that compares itself with checksums.
+
+    Attributes:
+        damage: what was found damaged since the log was opened; None: nothing.
+    """
+
+    damage: str | None
+
+    def check(self, stop: Callable[[], bool] = bool) -> None:
+        """Read the whole log, which others use meanwhile, and compare it with its checksums.
+
+        Args:
+            stop: asked before each user; ends the check when it says True.
+
+        Raises:
+            DamagedLogError: names the first damaged event, user or page. OSError: the log cannot be read.
+        """
+        ...
+
+
+def check_histories(log: EventLog, users: Sequence[str], stop: Callable[[], bool]) -> None:
+    """Read all histories of some users, piece by piece; see ``CheckedEventLog.check``."""
+    for user in users:
+        if stop():
+            return
+        known: tuple[Known, ...] = ()
+        while not (tail := log.read([user], [known], _CHECKED_AT_ONCE)[0]).is_whole:
+            known = (Known(tail.start + len(tail.items), tail.marks[-1]),)
+
+
+def by_user(events: Sequence[Event]) -> dict[str, list[int]]:
+    """Places of every user's events in a batch."""
+    places: dict[str, list[int]] = {}
+    for place, event in enumerate(events):
+        places.setdefault(event.user_id, []).append(place)
+    return places
+
+
 class SQLiteEventLog:
     """An ``EventLog`` in an SQLite file, for any number of threads, and of processes of one machine.
 
@@ -267,22 +308,10 @@ class SQLiteEventLog:
             logger.warning("what was forgotten stands in %s-wal until nobody else reads the log", self.path)
 
     def check(self, stop: Callable[[], bool] = bool) -> None:
-        """Read the whole log, which others use meanwhile, and compare it with its checksums.
-
-        Args:
-            stop: asked before each user; ends the check when it says True.
-
-        Raises:
-            DamagedLogError: names the first damaged event, user or page. OSError: the log cannot be read.
-        """
+        """See ``CheckedEventLog``."""
         with closing(self._connect()) as database, self._whole(database, writing=False):
             event_rows.check_file(database)
-        for user in self.users():
-            if stop():
-                return
-            known: tuple[Known, ...] = ()
-            while not (tail := self.read([user], [known], _CHECKED_AT_ONCE)[0]).is_whole:
-                known = (Known(tail.start + len(tail.items), tail.marks[-1]),)
+        check_histories(self, self.users(), stop)
 
     def users(self) -> list[str]:
         """All users that have a history, in the order in which these began."""
@@ -371,7 +400,7 @@ class SQLiteEventLog:
         except BaseException as error:
             if database.in_transaction:
                 database.execute("ROLLBACK")
-            if isinstance(error, event_rows.DamageError | UnicodeDecodeError) or "malformed" in str(error):
+            if isinstance(error, event_chain.DamageError | UnicodeDecodeError) or "malformed" in str(error):
                 self.damage = str(error)
                 raise DamagedLogError(
                     f"the event log {self.path} is damaged: {error}; restore the file from a backup, or forget "
@@ -408,24 +437,15 @@ def _marks(database: sqlite3.Connection) -> tuple[int, int]:
 
 def _append(database: sqlite3.Connection, events: Sequence[Event]) -> list[bool]:
     """Log a batch; which of the events are new."""
-    by_user: dict[str, list[int]] = {}
-    for number, event in enumerate(events):
-        by_user.setdefault(event.user_id, []).append(number)
     new = [False] * len(events)
-    for name, numbers in by_user.items():
+    for name, numbers in by_user(events).items():
         user = event_rows.find_user(database, name)
-        rows, ids = [], set()
-        newest = user.latest if user else event_rows.NO_TIME
-        for number in numbers:
-            event = events[number]
-            if event.event_id is not None:
-                if event.event_id in ids or (user and event_rows.has_event(database, user, event.event_id)):
-                    continue
-                ids.add(event.event_id)
-            new[number] = True
-            time = newest if event.time is None else event.time
-            newest = max(newest, time)
-            rows.append((event.item_id, time, event.event_id))
+        latest = user.latest if user else event_chain.NO_TIME
+        is_new, rows = event_chain.new_rows(
+            [events[number] for number in numbers], latest, partial(event_rows.has_event, database, user)
+        )
+        for number, value in zip(numbers, is_new, strict=True):
+            new[number] = value
         if rows:
             event_rows.add_rows(database, user or event_rows.add_user(database, name), rows)
     return new
@@ -436,11 +456,7 @@ def _read(database: sqlite3.Connection, name: str, known: Sequence[Known], limit
     user = event_rows.find_user(database, name)
     if user is None:
         return Tail(0, [], [], 0)
-    start, mark = 0, event_rows.mark_at(database, user, 0)
-    for length, seen in known:
-        if length <= user.length and event_rows.mark_at(database, user, length) == seen:
-            start, mark = length, seen
-            break
+    start, mark = event_chain.beginning(user, known, partial(event_rows.mark_at, database, user))
     stop = int(min(user.length, start + limit))
     rows = list(event_rows.read_rows(database, user, start, stop, mark)) if start < stop else []
-    return Tail(start, [row[0] for row in rows], [row[3] for row in rows], user.length)
+    return Tail(start, [row[1] for row in rows], [row[-1] for row in rows], user.length)

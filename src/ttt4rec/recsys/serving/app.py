@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ttt4rec.recsys.online import Batch, OnlineRecommender, SQLiteEventLog
+from ttt4rec.recsys.online import Batch, OnlineRecommender
+from ttt4rec.recsys.online.events import CheckedEventLog
 from ttt4rec.recsys.serving.answers import Answer, RefusedError, answer_to, mistaken, refusal, too_much
 from ttt4rec.recsys.serving.demo import Demo
 from ttt4rec.recsys.serving.description import describe
@@ -236,7 +237,7 @@ class Service:
 
     def _health(self) -> Answer:
         log = self._online.log
-        if isinstance(log, SQLiteEventLog) and log.damage is not None:
+        if isinstance(log, CheckedEventLog) and log.damage is not None:
             return refusal(503, f"the event log is damaged: {log.damage}")
         log.read(["nobody"], [[]])
         return Answer(200, json.dumps({"status": "ok"}).encode())

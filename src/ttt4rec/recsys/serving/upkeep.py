@@ -6,7 +6,8 @@ import logging
 import threading
 from collections.abc import Callable
 
-from ttt4rec.recsys.online import OnlineRecommender, SQLiteEventLog
+from ttt4rec.recsys.online import OnlineRecommender
+from ttt4rec.recsys.online.events import CheckedEventLog
 from ttt4rec.recsys.serving.limits import CHECK_SECONDS, SNAPSHOT_SECONDS
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,7 @@ class Upkeep:
     """Threads that keep a recommender in order from ``begin`` to ``end``.
 
     Args:
-        online: its log is checked if it is a ``SQLiteEventLog``.
+        online: its log is checked if it is a ``CheckedEventLog``.
         saved: called after every snapshot.
     """
 
@@ -46,7 +47,7 @@ class Upkeep:
 
     def _check_now_and_then(self) -> None:
         log = self._online.log
-        while isinstance(log, SQLiteEventLog) and not self._ending.wait(CHECK_SECONDS):
+        while isinstance(log, CheckedEventLog) and not self._ending.wait(CHECK_SECONDS):
             try:
                 log.check(self._ending.is_set)
             except OSError as error:  # /health tells it from now on
