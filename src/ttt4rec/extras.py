@@ -10,6 +10,7 @@ _EXTRAS = {
     "matplotlib": "plot",
     "recbole": "recbole",
     "rectools": "rectools",
+    "psycopg": "postgres",
     "httptools": "serve",
     "prometheus_client": "serve",
     "pydantic": "serve",

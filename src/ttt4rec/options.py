@@ -171,6 +171,8 @@ class ServeOptions:
         time_unit: unit of the events' times, which count from 1970.
         max_ahead: seconds by which an event may lie in the future; a later one is refused; inf: none is.
         no_flush: answer before the disk has flushed an event: a failure of the power may take the last ones.
+        log: PostgreSQL database of the event log, as postgresql://user@host/database, for several services on one log;
+            None: a file in the folder.
     """
 
     host: str = "127.0.0.1"
@@ -183,6 +185,7 @@ class ServeOptions:
     time_unit: str = choice("s", PER_SECOND)
     max_ahead: float = 86400.0
     no_flush: bool = False
+    log: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field.

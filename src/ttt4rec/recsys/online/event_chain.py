@@ -9,10 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from ttt4rec.recsys.online.events import Event, Known
+from typing import NamedTuple, Protocol
 
 NO_TIME = -math.inf
 
@@ -20,6 +17,25 @@ Row = tuple[str, float, "str | None"]
 """Item, time and event id, as a history holds them in order."""
 MarkedRow = tuple[int, str, float, "str | None", int]
 """Number, item, time, event id and mark."""
+
+
+class Act(Protocol):
+    """What an ``Event`` says of its user."""
+
+    @property
+    def item_id(self) -> str:
+        """What was taken."""
+        ...
+
+    @property
+    def event_id(self) -> str | None:
+        """Which event it is."""
+        ...
+
+    @property
+    def time(self) -> float | None:
+        """When."""
+        ...
 
 
 class DamageError(Exception):
@@ -55,7 +71,7 @@ def new_user(number: int, name: str) -> User:
     return User(number, name, 0, NO_TIME, checksum(name))
 
 
-def new_rows(events: Sequence[Event], latest: float, is_logged: Callable[[str], bool]) -> tuple[list[bool], list[Row]]:
+def new_rows(events: Sequence[Act], latest: float, is_logged: Callable[[str], bool]) -> tuple[list[bool], list[Row]]:
     """Which of one user's events are new, and their rows.
 
     Args:
@@ -119,7 +135,7 @@ def later_from(user: User, time: float, backwards: Iterable[tuple[int, object]])
     return place
 
 
-def beginning(user: User, known: Sequence[Known], mark_at: Callable[[int], int]) -> tuple[int, int]:
+def beginning(user: User, known: Sequence[tuple[int, int]], mark_at: Callable[[int], int]) -> tuple[int, int]:
     """Length and mark of the first of the known beginnings that is one of the history; of the empty one if none is."""
     for length, mark in known:
         if length <= user.length and mark_at(length) == mark:

@@ -21,7 +21,7 @@ from ttt4rec.recsys.online.events import (
     events_of,
 )
 from ttt4rec.recsys.online.group_commit import GroupCommit
-from ttt4rec.recsys.online.postgres_session import Session
+from ttt4rec.recsys.online.postgres_session import Session, UnknownOutcomeError
 
 T = TypeVar("T")
 _DAMAGED = (errors.DataCorrupted, errors.IndexCorrupted, event_chain.DamageError)
@@ -144,7 +144,9 @@ class PostgresEventLog:
             ) from error
         except psycopg.Error as error:
             what = "write to" if session is self._writer else "read"
-            raise OSError(f"cannot {what} the event log in {session.name}, which is as before: {error}") from error
+            reason = " ".join(str(error).split())
+            state = "" if isinstance(error, UnknownOutcomeError) else ", which is as before"
+            raise OSError(f"cannot {what} the event log in {session.name}{state}: {reason}") from error
 
 
 def _append(database: psycopg.Connection[Any], events: Sequence[Event]) -> list[bool]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
 from ttt4rec.atomic_files import locked
+from ttt4rec.extras import require
 from ttt4rec.models.ttt4rec import CONFIG_FILE
 from ttt4rec.options import PER_SECOND, ServeOptions
 from ttt4rec.recsys.data import DataError
@@ -21,6 +23,9 @@ from ttt4rec.recsys.recommend.titles import read_titles
 from ttt4rec.recsys.serving.app import LOCAL, Service
 from ttt4rec.recsys.serving.connections import Connection
 from ttt4rec.recsys.serving.demo import Demo
+
+if TYPE_CHECKING:
+    from ttt4rec.recsys.online.postgres import PostgresEventLog
 
 
 def _loggers() -> dict[str, Any]:
@@ -32,7 +37,8 @@ def _loggers() -> dict[str, Any]:
 def serve(folder: Path, options: ServeOptions) -> None:
     """Serve a recommender until the process is told to end.
 
-    The folder receives the event log, which begins with the histories of the training data, and a snapshot of states.
+    The folder receives the event log, unless that is elsewhere, and a snapshot of states. The log begins with the
+    histories of the training data.
 
     Raises:
         DataError: another service works in the folder, the data's times are beyond what events may have, or the titles
@@ -60,8 +66,7 @@ def _serve(folder: Path, options: ServeOptions) -> None:
     latest = recommender.histories.times.max(initial=0)
     if latest > horizon():
         raise DataError(f"times must be at most {horizon():.0f}; the data's latest is {latest}: give their --time-unit")
-    log = SQLiteEventLog(folder / "events.db", flush=not options.no_flush)
-    try:
+    with closing(_open_log(folder, options)) as log:
         log.begin(recommender.histories)
         online = OnlineRecommender(
             recommender.model,
@@ -82,5 +87,12 @@ def _serve(folder: Path, options: ServeOptions) -> None:
             access_log=False,
             proxy_headers=False,
         )
-    finally:
-        log.close()
+
+
+def _open_log(folder: Path, options: ServeOptions) -> SQLiteEventLog | PostgresEventLog:
+    if options.log is None:
+        return SQLiteEventLog(folder / "events.db", flush=not options.no_flush)
+    require("an event log in PostgreSQL", "psycopg")
+    from ttt4rec.recsys.online.postgres import PostgresEventLog
+
+    return PostgresEventLog(options.log, flush=not options.no_flush)
