@@ -166,7 +166,7 @@ def test_unusable_files(tmp_path: Path, name: str, text: str, expected: str) -> 
 
 def test_unreadable_files(tmp_path: Path) -> None:
     assert "it does not exist" in message_of(tmp_path / "absent.inter")
-    assert "given a folder" in message_of(tmp_path, separator="\t")
+    assert "given a folder without one" in message_of(tmp_path, separator="\t")
     binary = tmp_path / "a.inter"
     binary.write_bytes(b"user_id\xff")
     assert f"{binary} line 1 must be UTF-8 text; given byte 0xff" in message_of(binary)

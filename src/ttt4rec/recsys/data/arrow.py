@@ -47,8 +47,26 @@ def check_schema(name: str, schema: Any, options: DataOptions) -> None:
             raise ColumnTypeError(f"{name} must have {wanted} in column {field!r}; given {kind}")
 
 
+def kind(column_type: Any) -> str:
+    """What a column is to its reader: one source's columns of a name are of one kind."""
+    from pyarrow import types
+
+    plain = column_type.value_type if types.is_dictionary(column_type) else column_type
+    if types.is_temporal(plain):
+        return "moments"
+    if _is_uuid(plain):
+        return "UUIDs"
+    return "texts" if _is_text(plain) else "numbers"
+
+
 def read_batches(
-    name: str, place: str, batches: Iterable[Any], options: DataOptions, *, first: int = 1
+    name: str,
+    place: str,
+    batches: Iterable[Any],
+    options: DataOptions,
+    *,
+    first: int = 1,
+    locate: Callable[[int], str] | None = None,
 ) -> Interactions:
     """Interactions of record batches, whose schema ``check_schema`` has seen.
 
@@ -60,6 +78,7 @@ def read_batches(
         batches: read one after the other.
         options: how.
         first: number of the first row.
+        locate: what a row is called in messages, by its number; None: by name, place and number.
 
     Raises:
         DataError: there are no rows, or some cannot be understood. pyarrow's errors pass through.
@@ -67,7 +86,8 @@ def read_batches(
     rows, times = Rows(), Times(options.date_format)
     fields = (options.user_field, options.item_field)
     encoders = [_Encoder(), _Encoder()]
-    problems = Problems(name, place, options.skip_bad_rows)
+    locate = locate or (lambda number: f"{name} {place} {number}")
+    problems = Problems(name, place, options.skip_bad_rows, locate)
     begin, read = first, 0
     for table in _tables(batches, lambda: max(len(encoder.ids) for encoder in encoders)):
         coded = []
@@ -77,7 +97,7 @@ def read_batches(
             except UnicodeDecodeError as error:
                 row = begin + _first_undecodable(table.column(field))
                 given = f"in column {field!r}; given byte {error.object[error.start]:#04x}"
-                raise DataError(f"{name} {place} {row} must be UTF-8 text {given}") from error
+                raise DataError(f"{locate(row)} must be UTF-8 text {given}") from error
         found, bad = _read_times(table, (coded[0].codes < 0) | (coded[1].codes < 0), options, times, read)
         problems.add((begin + row, what) for row, what in sorted(bad.items()))
         begin += table.num_rows

@@ -41,9 +41,11 @@ def read_interactions(
     row_order: bool = False,
     skip_bad_rows: int = 0,
 ) -> Interactions:
-    """Read a delimited text file, or a Parquet file.
+    """Read a delimited text file, a Parquet file, or a folder of Parquet files.
 
-    ``.parquet`` is told by its suffix, in either case; text files may be packed, with ``.gz`` behind their names.
+    ``.parquet`` is told by its suffix, in either case. A folder's files are read one after the other, in the order of
+    their paths; folders in it that are called ``name=value`` make a column. Text files may be packed, with ``.gz``
+    behind their names.
     RecBole's atomic files (``.inter``, header ``name:type``) and ``.tsv`` have tabs between fields, ``.csv`` commas.
     Another of tab, comma, semicolon, ``|`` and ``::`` is taken if by it the first line has the three columns, or as
     many as ``columns``. Fields between commas and other characters may be quoted, fields between tabs or separators
@@ -56,7 +58,7 @@ def read_interactions(
     times are equal.
 
     Args:
-        path: of the file.
+        path: of the file or folder.
         user_field: column of users' ids.
         item_field: column of items' ids.
         time_field: column of times.
@@ -81,12 +83,12 @@ def read_interactions(
 
 def read_file(path: Path, options: DataOptions) -> Interactions:
     """As ``read_interactions``."""
-    if path.suffix.lower() == ".parquet":
+    if path.suffix.lower() == ".parquet" or path.is_dir():
         from ttt4rec.recsys.data.parquet import read_parquet
 
         return read_parquet(path, options)
     if not path.is_file():
-        raise DataError(f"{path} must be a data file; {'given a folder' if path.is_dir() else 'it does not exist'}")
+        raise DataError(f"{path} must be a data file; it does not exist")
     try:
         return _read_text(path, options)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,12 @@ class Problems:
         name: of the source.
         place: what its places are called, ``"line"`` or ``"row"``.
         skip: the most bad rows to leave out.
+        locate: what the first bad row is called, by its number; None: by name, place and number.
     """
 
-    def __init__(self, name: str | Path, place: str, skip: int = 0) -> None:
-        self._name, self._place, self._skip = str(name), place, skip
+    def __init__(self, name: str | Path, place: str, skip: int = 0, locate: Callable[[int], str] | None = None) -> None:
+        self._place, self._skip = place, skip
+        self._locate = locate or (lambda number: f"{name} {place} {number}")
         self._first, self._count = list[tuple[int, str]](), 0
 
     def add(self, found: Iterable[tuple[int, str]]) -> None:
@@ -95,7 +97,7 @@ class Problems:
         (number, what), place = self._first[0], self._place
         where = ", ".join(str(number) for number, _ in self._first) + (", ..." if self._count > _NAMED else "")
         count = f"the first of {self._count} bad {place}s: {where}" if self._count > 1 else f"the only bad {place}"
-        message = f"{self._name} {place} {number}: {what} ({count})"
+        message = f"{self._locate(number)}: {what} ({count})"
         if self._count > self._skip:
             if not good:
                 raise DataError(f"{message}; no row can be understood")
