@@ -2,8 +2,8 @@
 
     python -m benchmarks.folders FOLDER --rows 20000000 --files 40
 
-makes the folder if it is not there: made-up users, items and times, and a column of text that nobody reads. Each step runs
-in a process of its own with what the steps before left in memory; ``--limit`` bounds its memory (RLIMIT_DATA).
+makes the folder if it is not there: made-up users, items and times, and a column of text that nobody
+reads. The steps run in one process, whose memory ``--limit`` bounds (RLIMIT_DATA).
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def main() -> None:
     if not given.folder.exists():
         write(given.folder, given.rows, given.files)
     size = sum(path.stat().st_size for path in given.folder.rglob("*.parquet"))
-    print(f"{size / 1e6:,.0f} MB in files; events, peak MB, peak and rest in bytes an event, seconds of CPU", flush=True)
+    print(
+        f"{size / 1e6:,.0f} MB in files; events, peak MB, peak and rest in bytes an event, seconds of CPU", flush=True
+    )
     if given.limit:
         resource.setrlimit(resource.RLIMIT_DATA, (given.limit, given.limit))
     measure(given.folder, given.core, given.max_len)

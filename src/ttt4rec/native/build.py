@@ -1,9 +1,10 @@
 """Compiling the C++ sources at their first use, and keeping the result.
 
-A library is made for one shape (head dimension, inner model, scalar type), for the very processor it runs on, with the
-system's compiler: ``$CXX``, ``c++``, ``g++`` or ``clang++``. It is kept in the folder of ``cache``, so that only the
-first process ever waits. Its name has a key of shape, sources and processor, and behind it a mark of the compiler:
-where there is no compiler, or where it fails, a library that any other one made serves.
+A library is made for one shape (head dimension, inner model, scalar type). Wheels bring those of usual shapes, see
+``packaged``. Any other is made for the very processor it runs on, with the system's compiler: ``$CXX``, ``c++``,
+``g++`` or ``clang++``. It is kept in the folder of ``cache``, so that only the first process ever waits. Its name has a
+key of shape, sources and processor, and behind it a mark of the compiler: where there is no compiler, or where it
+fails, a library that any other one made serves.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ..inner_models import LINEAR, MLP
-from . import cache
+from . import cache, packaged
 from .cache import BuildError, UntrustedError
 
 INNER_MODELS = {model.name: model for model in (LINEAR, MLP)}  # of which there are sources
@@ -41,7 +42,7 @@ _FUNCTIONS = {
 }
 _SOURCES = Path(__file__).parent
 _FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
     "-fvisibility=hidden",  # or libraries of different shapes share what has the same name in both
 )  # fmt: skip
 _log = logging.getLogger(__name__)
@@ -70,6 +71,34 @@ def library(inner: str, head_dim: int, hidden: int, scalar: str, sources: Source
     Raises:
         BuildError: there is none and it cannot be compiled here, or others could have put one into the cache.
     """
+    options = _options(inner, head_dim, hidden, scalar)
+    shape = f"{Path(sources[0]).stem}-d{head_dim}-f{hidden}-{scalar}"
+    brought = packaged.load(f"{shape}-{_key(options, sources)}", _FUNCTIONS[sources])
+    if brought is not None:
+        return brought
+    options = ("-march=native", *options)
+    try:
+        return _library(f"{shape}-{_key(options, sources, _processor())}", options, sources)
+    except OSError as error:
+        raise BuildError(f"the cache of compiled libraries cannot be used: {error}") from error
+
+
+def compile_for(
+    level: packaged.Level, folder: Path, inner: str, head_dim: int, hidden: int, scalar: str, sources: Sources
+) -> None:
+    """Make a library that the package is to bring; the arguments are otherwise those of ``library``.
+
+    Raises:
+        BuildError: it cannot be compiled here.
+    """
+    options = _options(inner, head_dim, hidden, scalar)
+    name = f"{Path(sources[0]).stem}-d{head_dim}-f{hidden}-{scalar}-{_key(options, sources)}"
+    command = (*compiler(), *level.flags, *options, *(str(_SOURCES / source) for source in sources))
+    _compile(command, folder / level.name, name)
+
+
+def _options(inner: str, head_dim: int, hidden: int, scalar: str) -> tuple[str, ...]:
+    """What the compiler is told for a shape, whatever the processor."""
     record = INNER_MODELS[inner].record(head_dim, hidden, 1)
     constants = {
         "HEAD_DIM": head_dim,
@@ -79,12 +108,11 @@ def library(inner: str, head_dim: int, hidden: int, scalar: str, sources: Source
         "ROW_AT": ",".join(map(str, record.row_at)),
         "ROW": record.row_size,
     }
-    options = (*_FLAGS, "-shared", "-fPIC", *(f"-DTTT_{name}={value}" for name, value in constants.items()))
-    try:
-        key = cache.digest("\n".join([*options, *sources, _sources(), _processor()]).encode())
-        return _library(f"{Path(sources[0]).stem}-d{head_dim}-f{hidden}-{scalar}-{key}", options, sources)
-    except OSError as error:
-        raise BuildError(f"the cache of compiled libraries cannot be used: {error}") from error
+    return (*_FLAGS, "-shared", "-fPIC", *(f"-DTTT_{name}={value}" for name, value in constants.items()))
+
+
+def _key(options: tuple[str, ...], sources: Sources, *more: str) -> str:
+    return cache.digest("\n".join([*options, *sources, _sources(), *more]).encode())
 
 
 def _library(name: str, options: tuple[str, ...], sources: Sources) -> ctypes.CDLL:

@@ -59,20 +59,22 @@ def folder() -> Path:
     return place
 
 
-def load(place: Path, name: str, functions: Sequence[str]) -> tuple[ctypes.CDLL | None, str]:
+def load(place: Path, name: str, functions: Sequence[str], *, own: bool = True) -> tuple[ctypes.CDLL | None, str]:
     """A library of the folder whose name begins so, if there is one that is whole; else what is wrong with the others.
 
     Args:
         place: the folder.
         name: all of the libraries' names before the digest, or a beginning of it.
         functions: what the library must have.
+        own: whether the folder is the cache, and not a part of the package, which is trusted as its modules are.
 
     Raises:
         UntrustedError: the library is somebody else's, or others can write to it.
     """
     wrong = ""
     for path in sorted(place.glob(f"{name}-*.so")):
-        _check_owner(path)
+        if own:
+            _check_owner(path)
         try:
             if digest(path.read_bytes()) != path.stem.rpartition("-")[2]:
                 raise OSError("its bytes are not those that were written")

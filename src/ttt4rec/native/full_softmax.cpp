@@ -9,6 +9,10 @@
 
 #include "tiles.h"
 
+#if defined(__x86_64__) && defined(__GLIBC__)
+asm(".symver log, log@GLIBC_2.2.5");  // the newer name, of the same function, would ask for a system of 2019
+#endif
+
 namespace {
 
 constexpr int CHUNK = 64;
