@@ -11,6 +11,8 @@ out="$(mkdir -p "$1" && cd "$1" && pwd)" kind="${2:-}"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/tree" "$work/sdist"
+pip install -q --target "$work/tools" "setuptools>=77"
+export PYTHONPATH="$work/tools"
 git ls-files -z | xargs -0 cp --parents -t "$work/tree" # no more than what is under version control
 (
   cd "$work/tree"

@@ -15,7 +15,7 @@ from tests.support.crash import fork, wait
 from tests.support.online_data import ITEMS, MODELS, assert_up_to_date, history, make_online
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.online import postgres_session
-from ttt4rec.recsys.online.events import DamagedLogError, Event, events_of
+from ttt4rec.recsys.online.events import DamagedLogError, Event, Known, events_of
 from ttt4rec.recsys.online.postgres import PostgresEventLog
 from ttt4rec.recsys.online.sharing import service_of
 
@@ -194,6 +194,27 @@ def test_damage_is_named(log, table, change, message):
     log.forget(["u"])
     log.append([Event("u", "e")])
     assert history(log, "u") == ["e"]
+
+
+def test_no_table_is_read_as_a_whole(monkeypatch, log):
+    """Also before the server has counted what is in it."""
+    log.append([Event(f"u{n % 500}", "a", f"e{n}") for n in range(5000)])
+    users, plans = [f"u{n}" for n in range(50)], []
+    known = [[Known(3, tail.marks[2])] for tail in log.read(users, [[]] * 50)]
+    for session in (log._reader, log._writer):
+        execute = session._connection.execute
+
+        def explained(query, *given, execute=execute, **options):
+            plain = query if isinstance(query, bytes) else query.encode()
+            if plain.startswith(b"SELECT") and b"ttt4rec_" in plain:
+                plans.append("".join(line for (line,) in execute(b"EXPLAIN " + plain, *given).fetchall()))
+            return execute(query, *given, **options)
+
+        monkeypatch.setattr(session._connection, "execute", explained)
+    assert [len(tail.items) for tail in log.read(users, known)] == [7] * 50
+    log.append([Event(user, "b", "e0") for user in users])
+    assert len(plans) == 5
+    assert not [plan for plan in plans if "Seq Scan on" in plan]
 
 
 def test_a_late_event_in_a_long_history(log):

@@ -14,6 +14,13 @@ from psycopg import errors
 T = TypeVar("T")
 _PATIENCE = 30.0
 """Seconds to ask what became of a commit."""
+_SETTINGS = (
+    b"SET extra_float_digits = 1",  # every bit of a time
+    # What is looked up is few rows of many, by indices; a server without statistics yet would read whole tables.
+    b"SET enable_seqscan = off",
+    b"SET enable_hashjoin = off",
+    b"SET enable_mergejoin = off",
+)
 _AGAIN = (errors.DeadlockDetected, errors.SerializationFailure)
 _ATTEMPTS = 10
 
@@ -86,7 +93,8 @@ class Session:
             raise psycopg.OperationalError("it was closed")
         connection = psycopg.connect(self._conninfo, autocommit=True, client_encoding="UTF8")
         try:
-            connection.execute("SET extra_float_digits = 1")  # every bit of a time
+            for setting in _SETTINGS:
+                connection.execute(setting)
             (commit,) = connection.execute("SHOW synchronous_commit").fetchone() or ("off",)
             if not self._flush:
                 connection.execute("SET synchronous_commit = off")
