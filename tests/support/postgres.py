@@ -50,7 +50,7 @@ class Server:
             except psycopg.OperationalError:
                 assert self._process.poll() is None, (self.folder / "messages").read_text()
                 assert monotonic() < deadline
-                sleep(0.02)
+                sleep(0.05)
 
     def kill(self):
         """At once, as a crash would."""

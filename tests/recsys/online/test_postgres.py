@@ -57,6 +57,7 @@ def test_a_commit_is_flushed_whatever_the_default(conninfo, default, flush, used
         assert log._writer.run(lambda database: database.execute("SHOW synchronous_commit").fetchone()) == (used,)
 
 
+@pytest.mark.slow
 def test_a_server_that_never_flushes_is_refused(server, conninfo):
     server.execute("ALTER SYSTEM SET fsync = off")
     server.kill()
@@ -122,6 +123,7 @@ def test_a_connection_that_breaks_at_a_commit_leaves_no_doubt(monkeypatch, log):
     assert history(log, "u") == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_an_outcome_that_nobody_knows_is_called_so(monkeypatch, server, log):
     log.append([Event("u", "a")])
     monkeypatch.setattr(postgres_session, "_PATIENCE", 0.1)

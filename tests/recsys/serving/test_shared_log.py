@@ -34,6 +34,7 @@ def test_a_service_goes_on_for_one_that_was_killed(tmp_path, server):
     assert not list(tmp_path.glob("*/events.db"))
 
 
+@pytest.mark.slow
 def test_a_database_that_is_not_there(folder_of_a_model, tmp_path, capsys):
     assert main(["serve", str(folder_of_a_model), "--log", f"postgresql://nobody@/x?host={tmp_path}"]) != 0
     message = capsys.readouterr().err
