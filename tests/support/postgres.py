@@ -14,7 +14,7 @@ from time import monotonic, sleep
 import psycopg
 
 _PATIENCE = 60
-_OPTIONS = "-c", "listen_addresses=", "-c", "shared_buffers=8MB", "-c", "max_connections=40"
+_OPTIONS = "-c", "listen_addresses=", "-c", "shared_buffers=8MB", "-c", "max_connections=40", "-c", "autovacuum=off"
 
 
 class Server:

@@ -219,6 +219,11 @@ def test_no_table_is_read_as_a_whole(monkeypatch, log):
     assert not [plan for plan in plans if "Seq Scan on" in plan]
 
 
+def test_nothing_is_compiled_to_read_one_row(log):
+    plan = log._writer.run(lambda database: database.execute("EXPLAIN SELECT used FROM ttt4rec_log").fetchall())
+    assert "JIT" not in str(plan)
+
+
 def test_a_late_event_in_a_long_history(log):
     log.append([Event("u", str(time), time=time) for time in range(500)])
     log.append([Event("u", "late", time=99.5), Event("u", "last")])

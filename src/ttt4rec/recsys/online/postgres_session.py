@@ -20,6 +20,7 @@ _SETTINGS = (
     b"SET enable_seqscan = off",
     b"SET enable_hashjoin = off",
     b"SET enable_mergejoin = off",
+    b"SET jit = off",  # which the price of the one row of ttt4rec_log, without an index, would call up
 )
 _AGAIN = (errors.DeadlockDetected, errors.SerializationFailure)
 _ATTEMPTS = 10
