@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 
 from ttt4rec.recsys.online import event_chain
 from ttt4rec.recsys.online.event_chain import NO_TIME, DamageError, MarkedRow, Row, User, checksum
@@ -67,10 +68,11 @@ def read_rows(database: sqlite3.Connection, user: User, start: int, stop: int, m
     query = "SELECT number, item, time, event, mark FROM events WHERE user = ? AND number >= ? AND number < ?"
     place = start
     try:
-        rows = database.execute(query + " ORDER BY number", (user.id, start, stop))
-        for row in event_chain.compared(user, start, stop, mark, rows):
-            yield row
-            place += 1
+        # closed, or an error that is kept would keep the moment at which the connection reads
+        with closing(database.execute(query + " ORDER BY number", (user.id, start, stop))) as rows:
+            for row in event_chain.compared(user, start, stop, mark, rows):
+                yield row
+                place += 1
     except sqlite3.OperationalError as error:
         if "decode" not in str(error):  # as UTF-8
             raise
@@ -111,7 +113,8 @@ def _later_than(database: sqlite3.Connection, user: User, time: float) -> list[R
     if time >= user.latest:
         return []
     backwards = "SELECT number, time FROM events WHERE user = ? ORDER BY number DESC"
-    place = event_chain.later_from(user, time, database.execute(backwards, (user.id,)))
+    with closing(database.execute(backwards, (user.id,))) as rows:
+        place = event_chain.later_from(user, time, rows)
     before = max(0, place - 1)  # which is compared too, since it says that none of those before is later
     found = list(read_rows(database, user, before, user.length, mark_at(database, user, before)))
     return [(item, other, event) for _, item, other, event, _ in found[place - before :]]
