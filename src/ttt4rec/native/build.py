@@ -1,6 +1,6 @@
 """Compiling the C++ sources at their first use, and keeping the result.
 
-A library is made for one shape (head dimension, inner model, scalar type). Wheels bring those of usual shapes, see
+A library is made for one shape (head dimension, inner model, scalar type). Wheels bring libraries of usual shapes, see
 ``packaged``. Any other is made for the very processor it runs on, with the system's compiler: ``$CXX``, ``c++``,
 ``g++`` or ``clang++``. It is kept in the folder of ``cache``, so that only the first process ever waits. Its name has a
 key of shape, sources and processor, and behind it a mark of the compiler: where there is no compiler, or where it
@@ -86,7 +86,7 @@ def library(inner: str, head_dim: int, hidden: int, scalar: str, sources: Source
 def compile_for(
     level: packaged.Level, folder: Path, inner: str, head_dim: int, hidden: int, scalar: str, sources: Sources
 ) -> None:
-    """Make a library that the package is to bring; the arguments are otherwise those of ``library``.
+    """Make a library that the package is to bring; the other arguments are as for ``library``.
 
     Raises:
         BuildError: it cannot be compiled here.

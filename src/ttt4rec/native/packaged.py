@@ -1,7 +1,7 @@
 """Libraries that a wheel brings, so that no compiler is needed: one for each shape and for each class of processors.
 
 They are called by pointers alone and know nothing of PyTorch or Python, so they serve any version of both. What is
-loaded is the best that the processor can run. Without such a folder, as in a source tree, there are none.
+loaded is the best that the processor can run. A source tree has no folder of libraries.
 """
 
 import ctypes

@@ -61,7 +61,7 @@ def test_bad_rows_are_named_by_their_file(tmp_path):
 def test_files_that_do_not_belong_together(tmp_path):
     write(tmp_path / "a.parquet", ["u"], ["x"], [1])
     write(tmp_path / "b.parquet", ["u"], [5], [1])
-    like = r"b\.parquet must have columns like those of .*a\.parquet, which are texts, texts, numbers; given texts, num"
+    like = r"b\.parquet must have columns like .*a\.parquet, which are texts, texts, numbers; given texts, num"
     with pytest.raises(DataError, match=like):
         read_interactions(tmp_path)
     parquet.write_table(arrow.table({"user_id": ["u"]}), tmp_path / "b.parquet")

@@ -91,7 +91,7 @@ class _Files:
         found = tuple(reading.kind(schema.field(name).type) for name in self._options.fields.values())
         if self._kinds is not None and found != self._kinds:
             raise DataError(
-                f"{self.current} must have columns like those of {self._paths[0]}, which are {', '.join(self._kinds)}; "
+                f"{self.current} must have columns like {self._paths[0]}, which are {', '.join(self._kinds)}; "
                 f"given {', '.join(found)}"
             )
         self._kinds = found

@@ -35,7 +35,7 @@ class PostgresEventLog:
     same users follow each other. Every row is compared with its checksum when it is read. The tables, ``ttt4rec_log``,
     ``_users`` and ``_events``, are made if missing, in the first schema of the search path.
 
-    A connection that breaks, since the server was started again say, is made anew at the next call. Should it break
+    A connection that breaks, since the server was started again say, is replaced at the next call. Should it break
     while a batch is committed, the server is asked what became of it for up to 30 seconds.
 
     Deleted rows stay in the server's files until it vacuums, and in its write-ahead logs and backups until these go.
@@ -72,7 +72,7 @@ class PostgresEventLog:
 
         Raises:
             OSError: also if the connection broke while the batch was committed, and the server cannot be asked what
-                became of it; the message says so. Send such a batch again, with event ids.
+                became of it; the message says so. Send that batch again, with event ids.
         """
         return self._commits.append(events) if events else []
 

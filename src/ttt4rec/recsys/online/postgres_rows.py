@@ -129,7 +129,7 @@ def logged(database: Connection, ids: Sequence[tuple[int, str]]) -> set[tuple[in
 
 
 def marks(database: Connection, places: Sequence[tuple[User, int]]) -> list[int]:
-    """The marks after so many events of users; not compared with the events."""
+    """The marks after given numbers of users' events; not compared with the events."""
     inside = [(user.id, length - 1) for user, length in places if 0 < length < user.length]
     found: dict[tuple[int, int], int] = {}
     if inside:
@@ -157,9 +157,9 @@ def read(database: Connection, spans: Sequence[Span]) -> list[list[MarkedRow]]:
     rows: Iterable[Any] = ()
     if asked:
         rows = database.execute(
-            "SELECT place, number, item, whole, fraction, event, mark FROM ttt4rec_events "
-            "JOIN unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[]) AS asked (owner, start, stop, place) "
-            "USING (owner) WHERE number >= start AND number < stop ORDER BY place, number",
+            b"SELECT place, number, item, whole, fraction, event, mark FROM ttt4rec_events "
+            b"JOIN unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[]) AS asked (owner, start, stop, place) "
+            b"USING (owner) WHERE number >= start AND number < stop ORDER BY place, number",
             tuple(map(list, zip(*asked, strict=True))),
             binary=True,
         )
@@ -203,10 +203,10 @@ def write(database: Connection, changes: Sequence[Change]) -> None:
         for *_, after in changes
     ]
     database.execute(
-        "UPDATE ttt4rec_users AS old SET length = new.length, whole = new.whole, fraction = new.fraction, "
-        "mark = new.mark, checksum = new.checksum FROM unnest("
-        "%s::bigint[], %s::bigint[], %s::bigint[], %s::float8[], %s::bigint[], %s::bigint[]) "
-        "AS new (id, length, whole, fraction, mark, checksum) WHERE old.id = new.id",
+        b"UPDATE ttt4rec_users AS old SET length = new.length, whole = new.whole, fraction = new.fraction, "
+        b"mark = new.mark, checksum = new.checksum FROM unnest("
+        b"%s::bigint[], %s::bigint[], %s::bigint[], %s::float8[], %s::bigint[], %s::bigint[]) "
+        b"AS new (id, length, whole, fraction, mark, checksum) WHERE old.id = new.id",
         tuple(map(list, zip(*changed, strict=True))),
     )
 

@@ -1,4 +1,4 @@
-"""A connection to PostgreSQL that is made anew when it broke, and whose transactions have one outcome."""
+"""A connection to PostgreSQL that is replaced when it broke, and whose transactions have one outcome."""
 
 from __future__ import annotations
 
