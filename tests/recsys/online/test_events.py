@@ -18,7 +18,7 @@ from ttt4rec.recsys.online.events import DamagedLogError, Event, Known, SQLiteEv
 from ttt4rec.recsys.online.postgres import PostgresEventLog
 
 
-@pytest.fixture(params=["sqlite", "postgres", "memory"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow), "memory"])
 def log(request, tmp_path):
     if request.param == "memory":
         yield MemoryEventLog()

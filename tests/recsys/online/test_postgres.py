@@ -19,6 +19,8 @@ from ttt4rec.recsys.online.events import DamagedLogError, Event, Known, events_o
 from ttt4rec.recsys.online.postgres import PostgresEventLog
 from ttt4rec.recsys.online.sharing import service_of
 
+pytestmark = pytest.mark.slow  # it wants PostgreSQL's programs, which the quick tests do not
+
 
 @pytest.fixture
 def conninfo(server):
@@ -57,7 +59,6 @@ def test_a_commit_is_flushed_whatever_the_default(conninfo, default, flush, used
         assert log._writer.run(lambda database: database.execute("SHOW synchronous_commit").fetchone()) == (used,)
 
 
-@pytest.mark.slow
 def test_a_server_that_never_flushes_is_refused(server, conninfo):
     server.execute("ALTER SYSTEM SET fsync = off")
     server.kill()
@@ -123,7 +124,6 @@ def test_a_connection_that_breaks_at_a_commit_leaves_no_doubt(monkeypatch, log):
     assert history(log, "u") == ["a", "b"]
 
 
-@pytest.mark.slow
 def test_an_outcome_that_nobody_knows_is_called_so(monkeypatch, server, log):
     log.append([Event("u", "a")])
     monkeypatch.setattr(postgres_session, "_PATIENCE", 0.1)
@@ -288,7 +288,6 @@ class Services:
             wait(child)
 
 
-@pytest.mark.slow
 def test_a_service_is_killed_and_others_take_its_users(conninfo):
     """Nothing that was acknowledged is lost, and nothing that is sent again counts twice."""
     users = [f"user {n}" for n in range(12)]
