@@ -20,6 +20,7 @@ OWN = "tests/emulator/emulated.py"  # small kernels for the emulator itself
 COMPILED = [  # the files with tests marked so
     "kernels/test_inner_loop_kernels.py",
     "kernels/test_long_mini_batches.py",
+    "kernels/test_segments.py",
     "kernels/test_step_kernels.py",
     "kernels/test_triton_backend.py",
     "operators/test_projection.py",

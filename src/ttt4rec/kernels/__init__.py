@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import eager
 from ..arguments import MAX_MINI_BATCH_SIZE, Scan, TokenStep
-from . import blocks, linear_backward, linear_forward, mlp_backward, mlp_forward, step
+from . import blocks, linear_backward, linear_forward, mlp_forward, segments, step
 from .convolution import convolution, convolution_backward
 from .limits import scan_refusal
 from .output import output, output_backward
@@ -57,7 +57,7 @@ def token_step(given: TokenStep) -> tuple[Tensor]:
 linear_scan = _by_length(linear_forward.linear_scan, blocks.linear_scan)
 linear_scan_backward = _by_length(linear_backward.linear_scan_backward, blocks.linear_scan_backward)
 mlp_scan = _by_length(mlp_forward.mlp_scan, blocks.mlp_scan)
-mlp_scan_backward = _by_length(mlp_backward.mlp_scan_backward, blocks.mlp_scan_backward)
+mlp_scan_backward = _by_length(segments.mlp_scan_backward, blocks.mlp_scan_backward)
 # With decays mini-batches of any length go in blocks, and a step as in PyTorch.
 linear_forgetting_scan, linear_forgetting_scan_backward = blocks.linear_scan, blocks.linear_scan_backward
 mlp_forgetting_scan, mlp_forgetting_scan_backward = blocks.mlp_scan, blocks.mlp_scan_backward

@@ -76,18 +76,21 @@ def load_steps(k, G, inner_lr, mini_batch, H, tile: tl.constexpr):
     return k_rows, G_rows, tl.where(rows, lr, 0.0)
 
 
-def new_states(scan: Scan) -> tuple[Tensor, Tensor | None]:
-    """Memory for a copy of every mini-batch of one segment of each sequence, and where each sequence's copies begin.
+def places(scan: Scan) -> tuple[int, Tensor | None]:
+    """How many copies of mini-batches one segment of each sequence needs, and where each sequence's begin.
 
-    Without reading lengths on the host there is memory for the most that sequences of such tokens can need.
+    Without reading lengths on the host that is the most that sequences of such tokens can need.
     """
     (B, L), K, lengths, segment = scan.q.shape[:2], scan.token_scale.numel(), scan.lengths, scan.segment
-    first = None
     if lengths is None:
-        number = B * min(segment, triton.cdiv(L, K))
-    else:
-        N = lengths.numel()
-        needed = (lengths.long() + (K - 1)).div(K, rounding_mode="floor").clamp_max(segment)
-        number, first = min(N * segment, B * L // K + N), needed.cumsum(0) - needed
+        return B * min(segment, triton.cdiv(L, K)), None
+    N = lengths.numel()
+    needed = (lengths.long() + (K - 1)).div(K, rounding_mode="floor").clamp_max(segment)
+    return min(N * segment, B * L // K + N), needed.cumsum(0) - needed
+
+
+def new_states(scan: Scan) -> tuple[Tensor, Tensor | None]:
+    """Memory for a copy of every mini-batch of one segment of each sequence, and where each sequence's copies begin."""
+    number, first = places(scan)
     numbers, H = sum(w.shape[2:].numel() for w in scan.weights), scan.q.shape[2]
     return torch.empty(number, H, numbers, dtype=torch.float32, device=scan.q.device), first

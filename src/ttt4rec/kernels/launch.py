@@ -29,7 +29,8 @@ class Blocks(NamedTuple):
     chunks: int = 1  # into which an inner MLP's 4D hidden features are cut; one: the state stays in registers
 
 
-HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for bfloat16 and float16
+Table = dict[tuple[str, int], dict[int, Blocks]]
+HALF: Table = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for bfloat16 and float16
     ("linear_forward", 16): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
     ("linear_forward", 32): {8: Blocks(2, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(2, 2), 64: Blocks(4, 2)},
     ("linear_forward", 64): {16: Blocks(4, 2), 32: Blocks(4, 2), 64: Blocks(8, 1)},
@@ -47,7 +48,7 @@ HALF = {  # (op, padded head dimension): {largest mini-batch size: blocks}, for 
     ("mlp_backward", 64): {16: Blocks(4, 1, chunks=8), 32: Blocks(8, 1, chunks=8), 64: Blocks(8, 1, chunks=8)},
     ("mlp_backward", 128): {16: Blocks(8, 1, chunks=8), 32: Blocks(8, 1, chunks=16), 64: Blocks(8, 1, chunks=16)},
 }
-SINGLE = {  # the same for float32, whose products are three tensor-core products, or none
+SINGLE: Table = {  # the same for float32, whose products are three tensor-core products, or none
     ("linear_forward", 16): {8: Blocks(1, 1, heads=2), 16: Blocks(1, 1), 64: Blocks(4, 1)},
     ("linear_forward", 32): {16: Blocks(2, 1), 64: Blocks(4, 1)},
     ("linear_forward", 64): {64: Blocks(8, 1)},
@@ -65,7 +66,7 @@ SINGLE = {  # the same for float32, whose products are three tensor-core product
     ("mlp_backward", 64): {64: Blocks(8, 1, chunks=8)},
     ("mlp_backward", 128): {64: Blocks(8, 1, chunks=16)},
 }
-HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice
+HALF_BY_ARCHITECTURE: dict[str, Table] = {  # where an architecture wants another choice
     "sm_90": {  # by predicted time, and within three hundredths of it by spills
         ("linear_forward", 16): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
         ("linear_forward", 32): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 2), 32: Blocks(2, 2), 64: Blocks(4, 2)},
@@ -78,6 +79,9 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice
         ("mlp_backward", 16): {8: Blocks(2, 2, heads=2), 16: Blocks(2, 2), 32: Blocks(4, 1), 64: Blocks(4, 1)},
         ("mlp_backward", 32): {16: Blocks(4, 2), 32: Blocks(8, 1, chunks=2), 64: Blocks(4, 1)},
         ("mlp_backward", 64): {16: Blocks(4, 2, chunks=4), 32: Blocks(8, 1, chunks=8), 64: Blocks(8, 1, chunks=8)},
+        ("segment_replay", 64): {16: Blocks(4, 3, chunks=4)},
+        ("segment_outputs", 64): {16: Blocks(4, 2, chunks=4)},
+        ("segment_walk", 64): {16: Blocks(4, 2, chunks=4)},
     },
     "sm_80": {
         ("linear_backward", 32): {8: Blocks(4, 1, heads=2), 16: Blocks(2, 1), 32: Blocks(2, 1), 64: Blocks(4, 1)},
@@ -109,7 +113,7 @@ HALF_BY_ARCHITECTURE = {  # where an architecture wants another choice
     },
 }
 
-SINGLE_BY_ARCHITECTURE = {
+SINGLE_BY_ARCHITECTURE: dict[str, Table] = {
     "sm_80": {("mlp_backward", 32): {32: Blocks(8, 1, chunks=2), 64: Blocks(8, 1, chunks=4)}},  # by shared memory
     "gfx942": {
         ("linear_forward", 64): {64: Blocks(4, 1)},
@@ -148,7 +152,7 @@ class Launch(NamedTuple):
     """A kernel with everything it needs to run, or to be compiled only."""
 
     kernel: Any
-    grid: tuple[int]
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     blocks: Blocks
 
@@ -180,11 +184,21 @@ def blocks(
     return next(choice for largest, choice in sizes.items() if needed <= largest)
 
 
+def has_cut(op: str, q: Tensor, mini_batch_size: int) -> bool:
+    """Whether the table has a cut of a kernel here for tokens ``[B, L, H, D]`` and that mini-batch size."""
+    sizes = _table(q.dtype, architecture()).get((op, padded(q.shape[3])), {})
+    return any(mini_batch_size <= largest for largest in sizes)
+
+
 def choices(op: str, padded_head_dim: int, dtype: torch.dtype, architecture: str) -> dict[int, Blocks]:
     """The cuts of a kernel by the largest mini-batch size each is for."""
+    return _table(dtype, architecture)[op, padded_head_dim]
+
+
+def _table(dtype: torch.dtype, architecture: str) -> Table:
     single = dtype == torch.float32
     table, own = (SINGLE, SINGLE_BY_ARCHITECTURE) if single else (HALF, HALF_BY_ARCHITECTURE)
-    return (table | own.get(architecture, {}))[op, padded_head_dim]
+    return table | own.get(architecture, {})
 
 
 def padded(size: int) -> int:

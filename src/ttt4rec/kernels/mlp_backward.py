@@ -161,6 +161,23 @@ def through_inner_gradient(minus_dG2, E_W2, G2_rows, Z2, k_rows, v, mini_batch, 
 
 
 @triton.jit
+def through_chunk_inputs(taken, part, before, K, minus_dZ2, dZ1_W1, tile: tl.constexpr):
+    """Through a chunk of Z2 and Z1, (27) and (28): dW1, db1 and dW2 before the mini-batch, and -dZ1 W1ᵀ with it.
+
+    Before the mini-batch are Z1, W1 and W2; the part of -dZ1 is what does not pass through Z2.
+    """
+    dW1, db1, dW2 = taken
+    Z1, W1, W2 = before
+    X2, slope, _curve = gelu(Z1)
+    part += dot(minus_dZ2, W2, tile) * slope
+    dZ1_W1 = dot(part, tl.trans(W1), tile, dZ1_W1)
+    db1 -= token_sums(part, tile)
+    dW1 -= dot(tl.trans(K), part, tile)
+    dW2 -= dot(tl.trans(minus_dZ2), X2, tile)
+    return (dW1, db1, dW2), dZ1_W1
+
+
+@triton.jit
 def through_inputs(held, minus_dZ1, d_state, K, minus_dZ2, memory, waiting, tile: tl.constexpr):
     """Through Z2 and Z1, chunk by chunk, (27) and (28): dW1, db1 and dW2 before the mini-batch, and -dZ1 W1ᵀ."""
     d_weights, contiguous, scratch = waiting
@@ -171,15 +188,10 @@ def through_inputs(held, minus_dZ1, d_state, K, minus_dZ2, memory, waiting, tile
     for chunk in tl.range(0, tile.chunks, num_stages=1):
         Z1, state = take_before(held, memory, chunk, tile)
         W1, _b1, W2 = state
-        dW1, db1, dW2 = take_chunk(d_state, d_weights, contiguous, place, chunk, tile)
+        taken = take_chunk(d_state, d_weights, contiguous, place, chunk, tile)
         part = take_part(minus_dZ1, scratch, place, chunk, tile)
-        X2, slope, _curve = gelu(Z1)
-        part += dot(minus_dZ2, W2, tile) * slope
-        dZ1_W1 = dot(part, tl.trans(W1), tile, dZ1_W1)
-        db1 -= token_sums(part, tile)
-        dW1 -= dot(tl.trans(K), part, tile)
-        dW2 -= dot(tl.trans(minus_dZ2), X2, tile)
-        d_state = put_chunk((dW1, db1, dW2), d_weights, contiguous, place, chunk, tile)
+        taken, dZ1_W1 = through_chunk_inputs(taken, part, (Z1, W1, W2), K, minus_dZ2, dZ1_W1, tile)
+        d_state = put_chunk(taken, d_weights, contiguous, place, chunk, tile)
     wait_for_stores(tile)
     return d_state, dZ1_W1
 

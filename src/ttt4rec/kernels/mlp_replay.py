@@ -50,29 +50,37 @@ def first_weights(weights, strides, checkpoints, place, begin, segment, chunk, t
 
 
 @triton.jit
+def replayed(state, b2, tokens, rates, last_scale, place, m, chunk, tile: tl.constexpr):
+    """A chunk and b2 after the complete mini-batch m, from those before it, made as the forward made them."""
+    _, k, _, G2_kept, Z1_kept = tokens
+    inner_lr, _ = rates
+    _, _, _, _, H = place
+    _, _, W2 = state
+    mini_batch = mini_batch_place(m * tile.mini_batch, place, tile_offsets(H, tile), tile)
+    k_rows, G2_rows, own_rates = load_steps(k, G2_kept, inner_lr, mini_batch, H, tile)
+    Z1 = load_hidden(Z1_kept, mini_batch, chunk, H, tile)
+    X2, slope, _curve = gelu(Z1)
+    G1 = product(dot(expanded(G2_rows, tile), W2, tile), slope)
+    lr = own_rates[:, None]
+    U2 = product(lr, G2_rows)
+    b2 = subtracted(b2, last_scale, token_sums(U2, tile))
+    K, U2 = expanded(k_rows, tile), expanded(U2, tile)
+    return updated_state(state, K, lr, G1, U2, X2, last_scale, tile), b2
+
+
+@triton.jit
 def replay(state, b2, tokens, rates, states, number, place, begin, end, chunk, tile: tl.constexpr):
     """Copy a chunk before each of mini-batches begin to end - 1, and b2, to the states from that number on.
 
     Given are those before the first. Updates are made as the forward made them; only complete mini-batches have one.
     """
-    _, k, _, G2_kept, Z1_kept = tokens
-    inner_lr, token_scale = rates
+    _, token_scale = rates
     _, head, _, _, H = place
-    W1, b1, W2 = state
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
-    store_hidden_copy(states, number, (W1, b1, W2), b2, head, H, chunk, tile)
+    store_hidden_copy(states, number, state, b2, head, H, chunk, tile)
     for m in tl.range(begin, end - 1):
-        mini_batch = mini_batch_place(m * tile.mini_batch, place, tile_offsets(H, tile), tile)
-        k_rows, G2_rows, own_rates = load_steps(k, G2_kept, inner_lr, mini_batch, H, tile)
-        Z1 = load_hidden(Z1_kept, mini_batch, chunk, H, tile)
-        X2, slope, _curve = gelu(Z1)
-        G1 = product(dot(expanded(G2_rows, tile), W2, tile), slope)
-        lr = own_rates[:, None]
-        U2 = product(lr, G2_rows)
-        b2 = subtracted(b2, last_scale, token_sums(U2, tile))
-        K, U2 = expanded(k_rows, tile), expanded(U2, tile)
-        W1, b1, W2 = updated_state((W1, b1, W2), K, lr, G1, U2, X2, last_scale, tile)
-        store_hidden_copy(states, number + (m + 1 - begin), (W1, b1, W2), b2, head, H, chunk, tile)
+        state, b2 = replayed(state, b2, tokens, rates, last_scale, place, m, chunk, tile)
+        store_hidden_copy(states, number + (m + 1 - begin), state, b2, head, H, chunk, tile)
 
 
 @triton.jit
