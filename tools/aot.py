@@ -7,6 +7,7 @@ Not under the interpreter.
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import sys
@@ -19,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ttt4rec import kernels
-from ttt4rec.kernels import launch
+from ttt4rec.kernels import launch, segments
 from ttt4rec.kernels.convolution import prepare_convolution, prepare_convolution_backward
 from ttt4rec.kernels.linear_backward import prepare_linear_scan_backward
 from ttt4rec.kernels.linear_forward import prepare_linear_scan
@@ -35,11 +36,18 @@ from ttt4rec.operators.samples import Sizes
 from . import sass
 from .loops import Code, loops
 
+
+def _of_a_segment(number: int) -> Callable[..., Any]:
+    """What prepares one of the three kernels of a backward by segments."""
+    return lambda scan, kept, grads: list(itertools.islice(segments.prepare(scan, kept, grads)[1], number + 1))
+
+
 KERNELS: dict[str, tuple[Operator[Any], Callable[..., Any], dict[str, Any]]] = {
     "linear_forward": (SCANS["linear"], prepare_linear_scan, {"segment": 16}),
     "linear_backward": (SCANS["linear"], prepare_linear_scan_backward, {"segment": 16}),
     "mlp_forward": (SCANS["mlp"], prepare_mlp_scan, {"segment": 16}),
     "mlp_backward": (SCANS["mlp"], prepare_mlp_scan_backward, {"segment": 16}),
+    **{op: (SCANS["mlp"], _of_a_segment(i), {"segment": 16}) for i, op in enumerate(segments.OPS)},
     "projection_forward": (projection, prepare_projection, {}),
     "projection_backward": (projection, prepare_projection_backward, {}),
     "convolution_forward": (CONVOLUTIONS[2], prepare_convolution, {}),
@@ -55,7 +63,7 @@ BLOCK_KERNELS = (
     "scaled", "causal", "running",
 )  # fmt: skip
 """What stands between the products of long mini-batches, as ``blocks/gelu``; of TTT-MLP, whose rows are widest."""
-INNER_LOOPS = ("linear_forward", "linear_backward", "mlp_forward", "mlp_backward")
+INNER_LOOPS = ("linear_forward", "linear_backward", "mlp_forward", "mlp_backward", *segments.OPS)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -71,7 +79,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Cost:
     """What one compiled kernel needs; loop is the walk over the mini-batches.
 
-    That is the longest loop, or, where that one goes from segment to segment, what lies in loops inside it.
+    That is the longest loop, or, where that one goes from segment to segment, what lies in loops inside it. A kernel
+    with a program for each mini-batch counts as a whole.
     """
 
     registers: int  # per thread
@@ -120,9 +129,16 @@ def compile_for(
     """
     kernel, prepared = compiled(architecture, op, Sizes(2, length, 4, head_dim, mini_batch_size), dtype)
     count = _amd_cost if architecture.startswith("gfx") else _nvidia_cost
+    chunks = max(1, prepared.arguments[-1].chunks) if op in INNER_LOOPS else 1
+    return count(kernel, _times(op, chunks), whole=op == "segment_outputs")
+
+
+def _times(op: str, chunks: int) -> Times:
     if op not in INNER_LOOPS:
-        return count(kernel, (1, 1, 1))
-    return count(kernel, (0, 1, max(1, prepared.arguments[-1].chunks)))
+        return 1, 1, 1
+    if op == "segment_replay":  # a program has one chunk
+        return chunks, chunks, chunks
+    return (1, chunks, 1) if op in segments.OPS else (0, 1, chunks)
 
 
 def compiled(architecture: str, op: str, sizes: Sizes, dtype: torch.dtype) -> tuple[Any, launch.Launch]:
@@ -152,7 +168,7 @@ def _prepare(op: str, sizes: Sizes, dtype: torch.dtype) -> launch.Launch:
     if op == "mlp_step":
         options = {"inner": "mlp"}
     given = operator.sample(sizes, dtype, "meta", **options)
-    if not op.endswith("backward"):
+    if not op.endswith("backward") and op not in segments.OPS:
         return prepare(given)[-1]  # type: ignore[no-any-return]
     return prepare(given, *operator.backward_sample(operator(given, "triton")))[-1]  # type: ignore[no-any-return]
 
@@ -181,10 +197,11 @@ def _widest(op: str, launches: list[launch.Launch]) -> launch.Launch:
     return max(own, key=lambda each: each.arguments[-1].features)
 
 
-def _nvidia_cost(compiled: Any, times: Times) -> Cost:
+def _nvidia_cost(compiled: Any, times: Times, *, whole: bool) -> Cost:
     cubin = compiled.asm["cubin"]
     code = sass.code(sass.decoded(sass.disassembly(cubin)))
-    return _cost(compiled, times, registers_of(cubin), code, r"\b(LDL|STL)\b", unlike_sums(code.instructions))
+    unlike = unlike_sums(code.instructions)
+    return _cost(compiled, times, registers_of(cubin), code, r"\b(LDL|STL)\b", unlike, whole=whole)
 
 
 def registers_of(cubin: bytes) -> int:
@@ -193,7 +210,7 @@ def registers_of(cubin: bytes) -> int:
     return int(re.findall(r"REG:(\d+)", usage)[-1])
 
 
-def _amd_cost(compiled: Any, times: Times) -> Cost:
+def _amd_cost(compiled: Any, times: Times, *, whole: bool) -> Cost:
     code = compiled.asm["amdgcn"]
     registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
     instructions: list[str] = []
@@ -211,7 +228,7 @@ def _amd_cost(compiled: Any, times: Times) -> Cost:
         if re.match(r"s_(branch|setpc|endpgm)", text):
             final.add(i)
     spill = r"scratch_(load|store)|buffer_(load|store)\S* .*\bs32\b"
-    return _cost(compiled, times, registers, Code(instructions, jumps, final), spill, 0)
+    return _cost(compiled, times, registers, Code(instructions, jumps, final), spill, 0, whole=whole)
 
 
 def unlike_sums(instructions: Sequence[str]) -> int:
@@ -237,12 +254,14 @@ def _parts(text: str) -> list[str]:
     return [name, *(re.sub(r"\.reuse|[-|]", "", operand.strip()) for operand in operands.split(","))]
 
 
-def _cost(compiled: Any, times: Times, registers: int, code: Code, spill: str, unlike: int) -> Cost:
-    """Count in the longest loop that has products, which is that of the segments, and in those of it that have some."""
+def _cost(compiled: Any, times: Times, registers: int, code: Code, spill: str, unlike: int, *, whole: bool) -> Cost:
+    """Count in the longest loop that has products, or in the whole kernel, and in loops inside it that have some."""
     spills = {i for i, text in enumerate(code.instructions) if re.search(spill, text)}
     products = {i for i, text in enumerate(code.instructions) if re.search(r"MMA|v_mfma", text)}
     everywhere = loops(code)
     multiply = [body for body in everywhere if body & products] or everywhere
+    if whole:
+        multiply = [set(range(len(code.instructions))), *(body for body in multiply if body & products)]
     longest = multiply[0] if multiply else set()
     counts = {i: times[min(sum(i in body for body in multiply) - 1, 2)] for i in longest}
     return Cost(

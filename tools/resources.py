@@ -77,7 +77,7 @@ def configurations(architecture: str) -> Iterator[str]:
     Not what ``launch.compiler_refusal`` refuses under any Triton. Of float32 only those of at most 16 tokens and 64
     features (TTT-MLP: 16): the compiler takes minutes over larger ones, which spill by the thousand.
     """
-    for op, head_dim in launch.HALF:
+    for op, head_dim in launch.HALF | launch.HALF_BY_ARCHITECTURE.get(architecture, {}):
         longest = 32 if (op, architecture) == ("mlp_backward", "sm_100") else MAX_MINI_BATCH_SIZE
         sizes = launch.choices(op, head_dim, torch.bfloat16, architecture)
         yield from (f"{op}:{head_dim}:{size}:bf16" for size in sizes if size <= longest)

@@ -66,13 +66,14 @@ def candidates(op: str, head_dim: int, mini_batch_size: int) -> Iterator[launch.
 
     With two stages loads are asynchronous, but begin behind the last use of their only buffer; three load ahead.
     """
-    backward, rows = op.endswith("backward"), launch.padded(mini_batch_size)
+    rows, mlp = launch.padded(mini_batch_size), not op.startswith("linear")
+    held = {"segment_outputs": 0, "segment_replay": 1}.get(op, 1 if op.endswith("forward") else 2)
     heads = (1, 2) if rows == 16 and head_dim <= 32 else (1,)
     chunks: tuple[int, ...] = (1,)
-    if op.startswith("mlp"):
+    if mlp:
         chunks = (1, 2) if head_dim <= 32 else (1, 2, 4, 8) if head_dim <= 64 else (4, 8, 16)
     for warps in (1, 2, 4, 8):
-        numbers = launch.padded(head_dim) ** 2 * (8 if op.startswith("mlp") else 1) * (2 if backward else 1)
+        numbers = launch.padded(head_dim) ** 2 * (8 if mlp else 1) * held
         for cut in (launch.Blocks(warps, s, h, c) for s in (1, 2, 3) for h in heads for c in chunks):
             if numbers * cut.heads / cut.chunks <= 320 * 32 * warps:  # the state and twice as much of others per thread
                 yield cut

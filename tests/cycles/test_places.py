@@ -59,5 +59,18 @@ def test_chunks_of_the_state_wait_in_the_cache():
     assert places_of(taken) == [Place.CACHE]
 
 
+@pytest.mark.parametrize("copies", [Place.CACHE, Place.MEMORY])
+def test_weights_of_a_segments_mini_batch_are_where_the_copies_are(copies):
+    W2 = at("segment_places.py", "return tl.load(weights + tile.head_dim"), at("segment_walk.py", "load_W2_of_slot(", 1)
+    stored = at("segment_places.py", "tl.store(weights + W_at"), at("segment_replay.py", "store_weights_in_slot(slots")
+    assert places_of(W2, copies=copies) == [copies]
+    assert places_of(stored, name="STG.E", copies=copies) == [copies]
+
+
+def test_what_ends_was_read_when_it_began():
+    W1, W2 = (at("segment_walk.py", f"load_{name}_of_slot(") for name in ("W1", "W2"))
+    assert places_of((W1,), (W2,), copies=Place.MEMORY) == [Place.MEMORY, Place.CACHE]
+
+
 def test_only_global_memory_has_places():
     assert places_of((LOADED,), name="LDS") == [Place.NEAR]

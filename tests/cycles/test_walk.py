@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.cycles.listing import instructions
-from tools.cycles.walk import longest_loop, mini_batch_loops
+from tools.cycles.walk import longest_loop, mini_batch_loops, one_trip
 
 
 def program(listing):
@@ -85,3 +85,14 @@ def test_a_replay_goes_over_mini_batches_inside_its_chunks():
 def test_a_kernel_without_products_is_refused():
     with pytest.raises(ValueError, match="must have a loop with matrix products"):
         mini_batch_loops(program("@a: FADD\nBRA ? ->a\nEXIT"), 1, replays=False)
+
+
+def test_a_loop_over_mini_batches_alone_has_chunks_inside():
+    listing = "MOV\n@walk: FMUL\n@chunk: FFMA\nHMMA\nBRA ? ->chunk\nBRA ? ->walk\nEXIT"
+    assert names(one_trip(program(listing), 2, whole=False)) == "FMUL " + 2 * "FFMA HMMA BRA " + "BRA"
+
+
+def test_a_program_for_a_mini_batch_goes_from_beginning_to_end():
+    listing = "MOV\n@chunk: FFMA\nHMMA\nBRA ? ->chunk\nFADD\nEXIT"
+    assert names(one_trip(program(listing), 2, whole=True)) == "MOV " + 2 * "FFMA HMMA BRA " + "FADD EXIT"
+    assert names(one_trip(program("MOV\nHMMA\nEXIT"), 1, whole=True)) == "MOV HMMA EXIT"

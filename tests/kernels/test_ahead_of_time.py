@@ -40,13 +40,20 @@ UNSPILLED = {  # D and K without a spill in the loop, on sm_90 and sm_100
     "linear_forward": [(D, K) for D in (16, 32, 64) for K in (8, 16, 32, 64) if (D, K) != (64, 64)],  # 3, under 3.6.0
     "linear_backward": [(16, 8), (16, 16), (16, 32), (32, 8), (32, 16), (64, 16)],
     "mlp_forward": [(16, 8), (16, 16), (32, 8), (32, 16)],
-    "mlp_backward": [],
 }
 FEW_SPILLS = [  # of some 1,500 instructions, where the oldest Triton leaves fewer than a table's costs may differ by
     *(("3.6.0", architecture, "mlp_forward", 16, 16) for architecture in ("sm_90", "sm_100")),
     ("3.6.0", "sm_100", "linear_backward", 32, 8),
 ]
-PRODUCTS = {"linear_forward": 6, "linear_backward": 18, "mlp_forward": 56, "mlp_backward": 168}
+PRODUCTS = {
+    "linear_forward": 6,
+    "linear_backward": 18,
+    "mlp_forward": 56,
+    "mlp_backward": 168,
+    "segment_replay": 24,
+    "segment_outputs": 64,
+    "segment_walk": 104,
+}
 """FLOPs of a token's products with weights, as multiples of D²."""
 LARGEST_PRODUCT = {"sm_80": 4096, "gfx942": 16384}
 """FLOPs of an instruction at most, where an instruction is a warp's; elsewhere several warps make one."""
@@ -119,7 +126,7 @@ def test_all_kernels_fit_and_the_important_ones_do_not_spill(version: str, archi
         assert r.tensor_core > 0
         assert r.loop_instructions > 100  # fewer, and the loop was not found
         shape = r.head_dim, r.mini_batch_size
-        if architecture in ("sm_90", "sm_100") and r.dtype == "bf16" and shape in UNSPILLED[r.op]:
+        if architecture in ("sm_90", "sm_100") and r.dtype == "bf16" and shape in UNSPILLED.get(r.op, []):
             most = 8 if (version, architecture, r.op, *shape) in FEW_SPILLS else 0
             if architecture == "sm_90":
                 most = CHOSEN_WITH_SPILLS.get((r.op, *shape), most)

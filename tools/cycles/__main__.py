@@ -63,7 +63,7 @@ def report(of: Kernel, machine: Machine, *, counterfactuals: bool = True, lines:
     text = [
         f"{of.op}, D = {of.sizes.D}, K = {of.sizes.K}, {str(of.dtype).removeprefix('torch.')}, on {machine.name}; "
         f"Triton {triton.__version__}; all figures are predicted",
-        f"cut: {cut.num_warps} warps, {cut.num_stages} stages, {of.heads} heads, {cut.chunks} chunks; "
+        f"cut: {cut.num_warps} warps, {cut.num_stages} stages, {cut.heads} heads, {cut.chunks} chunks; "
         f"{of.registers} registers, {of.shared_memory} B shared memory, {of.spills:.0f} spills a head; "
         f"instructions {' + '.join(f'{loop.times}×{len(loop.trip)}' for loop in of.loops)}",
     ]

@@ -16,9 +16,13 @@ from ..sass import Instruction
 from ..sass import Place as Line
 from .steps import Place
 
-COPIES = {"load_copy", "store_copy", "load_hidden_copy", "store_hidden_copy", "load_copied_b2"}
+COPIES = {
+    *("load_copy", "store_copy", "load_hidden_copy", "store_hidden_copy", "load_copied_b2"),
+    *("load_W1_of_slot", "load_W2_of_slot", "load_b2_of_slot", "store_weights_in_slot"),
+}
 WAITING = {"take_chunk", "put_chunk", "take_part", "store_part"}
-REPLAYED = {"load_steps", "take_before", "hold_before"}
+REPLAYED = {"load_steps", "take_before", "hold_before", "load_chunk"}
+REPLAYS = {"replay", "replayed"}
 KERNELS = Path(kernels.__file__).parent
 GLOBAL = ("LDG", "LDGSTS", "STG", "LD", "ST")
 
@@ -37,7 +41,9 @@ def _place(x: Instruction, copies: Place, read: dict[tuple[Line, ...], tuple[Lin
     # The same line of a function that loads, reached by another way: the same data once more.
     if load and called & REPLAYED and read.setdefault(x.source[:2], x.source) != x.source:
         return Place.NEAR
-    if called & COPIES or (called & REPLAYED and "replay" not in called):
+    if load and "load_ending" in called and called & {"load_hidden", "load_W2_of_slot"}:  # read when that began
+        return Place.CACHE
+    if called & COPIES or (called & REPLAYED and not called & REPLAYS):
         return copies
     if load and "load_hidden" in called and "at_queries" in called:  # stored earlier in the mini-batch
         return Place.CACHE

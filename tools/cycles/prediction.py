@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ttt4rec.kernels import launch
+from ttt4rec.kernels import launch, segments
 from ttt4rec.operators.samples import Sizes
 
 from ..aot import INNER_LOOPS, compiled, registers_of
@@ -18,9 +18,17 @@ from .machines import DEFAULT, MACHINES, Latencies, Machine
 from .places import places
 from .simulator import ISSUE, Outcome, simulated
 from .steps import Action, Kind, Place, Step, Unit, steps
-from .walk import Loop, longest_loop, mini_batch_loops
+from .walk import Loop, longest_loop, mini_batch_loops, one_trip
 
-MOVED = {"linear_forward": (10, 4), "linear_backward": (16, 8), "mlp_forward": (18, 4), "mlp_backward": (24, 8)}
+MOVED = {
+    "linear_forward": (10, 4),
+    "linear_backward": (16, 8),
+    "mlp_forward": (18, 4),
+    "mlp_backward": (24, 8),
+    "segment_replay": (12, 4),
+    "segment_outputs": (18, 8),
+    "segment_walk": (20, 8),
+}
 """Bytes per token and head through memory at least: for each feature, in half precision, and for the rates."""
 
 SHARED = ("primitives.py", "standard.py", "core.py")
@@ -34,13 +42,13 @@ class Kernel(NamedTuple):
     sizes: Sizes
     dtype: torch.dtype
     blocks: launch.Blocks
-    heads: int
+    heads: float  # of a program; less than one if it has a chunk of a head
     registers: int
     shared_memory: int
     loops: list[Loop]
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> float:
         """Tokens of a mini-batch, times heads of a program."""
         return self.sizes.K * self.heads
 
@@ -56,7 +64,7 @@ class Filling:
 
     machine: Machine
     programs: int
-    tokens: int
+    tokens: float
     times: tuple[int, ...]
     outcomes: tuple[Outcome, ...]
 
@@ -94,8 +102,12 @@ def kernel(architecture: str, op: str, sizes: Sizes, dtype: torch.dtype) -> Kern
     """
     binary, prepared = compiled(architecture, op, sizes, dtype)
     cubin = binary.asm["cubin"]
-    instructions, heads = decoded(disassembly(cubin)), 1
-    if op in INNER_LOOPS:
+    instructions, heads = decoded(disassembly(cubin)), 1.0
+    if op in segments.OPS:
+        chunks = prepared.arguments[-1].chunks
+        heads = 1 / chunks if op == "segment_replay" else 1
+        loops = [Loop(one_trip(instructions, chunks, whole=op == "segment_outputs"), 1)]
+    elif op in INNER_LOOPS:
         tile = prepared.arguments[-1]
         heads, chunks = tile.heads, max(1, tile.chunks)
         loops = mini_batch_loops(instructions, chunks, replays=op == "mlp_backward" and chunks > 1)
@@ -130,9 +142,10 @@ def filled(of: Kernel, machine: Machine, count: int, without: str = "") -> Filli
 def _place_of_copies(of: Kernel, machine: Machine, count: int) -> Place:
     """The second-level cache, if it holds a segment's copies of the weights of all programs."""
     D, K = of.sizes.D, of.sizes.K
-    numbers, kept = (8 * D * D + 5 * D, 8 * D) if of.op.startswith("mlp") else (D * D + D, 4 * D)
+    numbers, kept = (8 * D * D + 5 * D, 8 * D) if not of.op.startswith("linear") else (D * D + D, 4 * D)
     segment = max(16, -(-8 * numbers // (K * kept)))
-    size = 4 * numbers * segment * of.heads * count * machine.processors
+    bytes = 2 if of.op in segments.OPS else 4
+    size = bytes * numbers * segment * of.heads * count * machine.processors
     return Place.CACHE if size <= machine.cache_size else Place.MEMORY
 
 

@@ -45,6 +45,16 @@ def mini_batch_loops(instructions: Sequence[Instruction], chunks: int, *, replay
     return found
 
 
+def one_trip(instructions: Sequence[Instruction], chunks: int, *, whole: bool) -> list[Instruction]:
+    """A mini-batch's way through a kernel whose outermost loop is over them, or through one that is for one as a whole.
+
+    Loops inside it are over chunks.
+    """
+    everything = _Body(0, set(range(len(instructions))))
+    bodies = [body for body in _bodies(code(instructions)) if _multiplies(instructions, body)]
+    return _walked(instructions, everything if whole else bodies[0], chunks)
+
+
 def longest_loop(instructions: Sequence[Instruction]) -> list[Instruction]:
     """One trip through the longest loop, or through the kernel if it has none."""
     bodies = _bodies(code(instructions))
