@@ -30,7 +30,16 @@ from ttt4rec.kernels.output import prepare_output, prepare_output_backward
 from ttt4rec.kernels.projection_backward import prepare_projection_backward
 from ttt4rec.kernels.projection_forward import prepare_projection
 from ttt4rec.kernels.step import prepare_token_step
-from ttt4rec.operators import CONVOLUTIONS, SCANS, Operator, output, projection, token_step
+from ttt4rec.operators import (
+    CONVOLUTIONS,
+    FORGETTING_SCANS,
+    SCANS,
+    Operator,
+    forgetting_token_step,
+    output,
+    projection,
+    token_step,
+)
 from ttt4rec.operators.samples import Sizes
 
 from . import sass
@@ -56,6 +65,10 @@ KERNELS: dict[str, tuple[Operator[Any], Callable[..., Any], dict[str, Any]]] = {
     "output_backward": (output, prepare_output_backward, {}),
     "linear_step": (token_step, prepare_token_step, {}),
     "mlp_step": (token_step, prepare_token_step, {}),
+    "linear_forgetting_forward": (FORGETTING_SCANS["linear"], prepare_linear_scan, {"segment": 16}),
+    "linear_forgetting_backward": (FORGETTING_SCANS["linear"], prepare_linear_scan_backward, {"segment": 16}),
+    "linear_forgetting_step": (forgetting_token_step, prepare_token_step, {}),
+    "mlp_forgetting_step": (forgetting_token_step, prepare_token_step, {}),
 }
 """Operators, what prepares a launch, and options of the sample of which."""
 BLOCK_KERNELS = (
@@ -63,7 +76,7 @@ BLOCK_KERNELS = (
     "scaled", "causal", "running",
 )  # fmt: skip
 """What stands between the products of long mini-batches, as ``blocks/gelu``; of TTT-MLP, whose rows are widest."""
-INNER_LOOPS = ("linear_forward", "linear_backward", "mlp_forward", "mlp_backward", *segments.OPS)
+INNER_LOOPS = tuple(op for op, (operator, *_) in KERNELS.items() if operator.name.endswith("_scan"))
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -119,6 +132,11 @@ class OfflineDriver:
         return self.target
 
 
+def cut_of(op: str) -> str:
+    """The kernel whose cuts a kernel has: of layers that forget, that of the others."""
+    return op.replace("_forgetting", "")
+
+
 def compile_for(
     architecture: str, op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype, length: int = 50
 ) -> Cost:
@@ -165,7 +183,7 @@ def _prepare(op: str, sizes: Sizes, dtype: torch.dtype) -> launch.Launch:
     if op.startswith("blocks/"):
         return _widest(op, block_launches("mlp", sizes, dtype))
     operator, prepare, options = KERNELS[op]
-    if op == "mlp_step":
+    if op.startswith("mlp") and op.endswith("step"):
         options = {"inner": "mlp"}
     given = operator.sample(sizes, dtype, "meta", **options)
     if not op.endswith("backward") and op not in segments.OPS:

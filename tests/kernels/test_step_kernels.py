@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.support.checks import INNERS, assert_close, assert_states_close, make_layer
-from tests.support.steps import read_on, step_arguments, tokens
+from tests.support.steps import forgetting, read_on, step_arguments, tokens
 from ttt4rec import TTTLayer, kernels
 from ttt4rec.arguments import TokenStep
 from ttt4rec.kernels import step
-from ttt4rec.operators import token_step
+from ttt4rec.operators import forgetting_token_step, token_step
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,6 +46,26 @@ def test_matches_the_eager_path_in_float64(inner, head_dim, mini_batch_size):
     for x, y in zip(rows, expected_rows, strict=True):
         assert_close(x[:, :, :-1], y[:, :, :-1], FP32)  # the last one is scratch
     assert torch.equal(given.records.cpu()[idle], arguments.records[idle])
+
+
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize(("head_dim", "mini_batch_size"), [(6, 1), (16, 2), (16, 8), (64, 16)])
+@pytest.mark.parametrize("most", [0.3, 1e3])
+def test_forgetting_matches_the_eager_path_in_float64(inner, head_dim, mini_batch_size, most, monkeypatch):
+    """Where a little is lost, and all of it; of TTT-MLP with one chunk of hidden features and with several."""
+    D, K = head_dim, mini_batch_size
+    if D == 16:
+        monkeypatch.setitem(step.MLP_BLOCKS, 16, (32, 2))
+    arguments = forgetting(step_arguments(inner, torch.float32, D=D, K=K), most)
+    exact = TokenStep(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments))
+    exact, given = exact._replace(records=exact.records.clone()), move(arguments)
+    (o,), (expected,) = forgetting_token_step(given, "triton"), forgetting_token_step(exact, "eager")
+    assert_close(o.cpu(), expected, FP32)
+    (weights, rows), (expected_weights, expected_rows) = (x.record.parts(x.records.cpu()) for x in (given, exact))
+    for x, y in zip(weights, expected_weights, strict=True):
+        assert_close(x, y, FP32)
+    for x, y in zip(*(given.record.row_parts(r[:, :, :-1]) for r in (rows, expected_rows)), strict=True):
+        assert_close(x, y, FP32)
 
 
 def test_hidden_features_in_chunks(monkeypatch):

@@ -31,3 +31,12 @@ def step_arguments(inner, dtype, *, B=3, H=2, D=6, K=4):
     pool.records += 0.1 * torch.randn_like(pool.records)
     where = torch.tensor([4, 0, 2]), torch.tensor([0, K // 2, K - 1])
     return TokenStep(q, k, v, lr, scale, gamma, beta, *where, pool.records, inner, pool.hidden, 1e-6)
+
+
+def forgetting(given, most=0.3):
+    """The same of a layer that forgets, with some decays in the rows of the tokens before."""
+    rows = given.record.row_parts(given.record.parts(given.records)[1])[-1]
+    rows.copy_(-most * torch.rand(rows.shape))
+    log_decay = -most * torch.rand(given.inner_lr.shape).to(given.inner_lr)
+    initial = torch.randn(given.q.shape[1], given.record.weights_at[-1]).to(given.records)
+    return given._replace(log_decay=log_decay, initial=initial)

@@ -58,10 +58,10 @@ linear_scan = _by_length(linear_forward.linear_scan, blocks.linear_scan)
 linear_scan_backward = _by_length(linear_backward.linear_scan_backward, blocks.linear_scan_backward)
 mlp_scan = _by_length(mlp_forward.mlp_scan, blocks.mlp_scan)
 mlp_scan_backward = _by_length(segments.mlp_scan_backward, blocks.mlp_scan_backward)
-# With decays mini-batches of any length go in blocks, and a step as in PyTorch.
+# With decays mini-batches of any length go in blocks.
 linear_forgetting_scan, linear_forgetting_scan_backward = blocks.linear_scan, blocks.linear_scan_backward
 mlp_forgetting_scan, mlp_forgetting_scan_backward = blocks.mlp_scan, blocks.mlp_scan_backward
-forgetting_token_step = eager.token_step
+forgetting_token_step = token_step
 
 
 def refusal(operator: str, arguments: Any) -> str | None:

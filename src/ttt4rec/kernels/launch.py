@@ -155,10 +155,13 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     blocks: Blocks
+    first: Any = None  # another launch, that has to come before it
 
     def run(self) -> None:
         """Run the kernel, unless there is no program to run."""
         if self.grid[0] > 0:
+            if self.first is not None:
+                self.first.run()
             self.kernel[self.grid](*self.arguments, **self.options())
 
     def options(self) -> dict[str, Any]:

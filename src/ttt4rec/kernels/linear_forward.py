@@ -18,6 +18,17 @@ from torch import Tensor
 from ..arguments import Scan
 from . import launch, limits
 from .copies import checkpoint_number, store_copy
+from .forgetting import (
+    all_kept,
+    forget,
+    load_centred,
+    load_initial,
+    load_of_heads,
+    mean_forgotten,
+    prepared_decays,
+    stacked_heads,
+    with_one_more,
+)
 from .primitives import (
     causal,
     centred_weights,
@@ -31,6 +42,7 @@ from .primitives import (
     load_weights,
     mini_batch_place,
     normalised,
+    parameter_head,
     product,
     program_place,
     rounded,
@@ -45,6 +57,7 @@ from .primitives import (
 def linear_forward_kernel(
     tokens,  # q, k, v [B, L, H, D]
     rates,  # inner_lr [B, L, H], token_scale [K]
+    decays,  # ``forgetting.Decays``; None: nothing is forgotten
     weights,  # W1 [N, H, D, D], b1 [N, H, D]
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
@@ -71,12 +84,16 @@ def linear_forward_kernel(
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     W, b = load_weights(weights, strides, place, tile)
     W, b = centred_weights(W, tile), centred_weights(b, tile)
+    if decays is not None:
+        initial, kept = load_centred(decays, place, tile), all_kept(tile)
 
     for begin in tl.range(0, length, segment * tile.mini_batch, num_stages=1):
         if begin > 0:
             store_copy(checkpoints, checkpoint_number(first + begin, segment, tile), W, b, head, H, tile)
         for start in tl.range(begin, min(begin + segment * tile.mini_batch, length), tile.mini_batch):
             mini_batch = mini_batch_place(start, place, offsets, tile)
+            if decays is not None:  # early, since nothing waits for it before the end
+                shares = load_of_heads(decays[0], start, place, tile)
             k_rows = load_rows(k, mini_batch, tile)
             v_rows = load_rows(v, mini_batch, tile)
             lr = load_rates(inner_lr, mini_batch, H, tile)
@@ -95,13 +112,23 @@ def linear_forward_kernel(
 
             # A last, short mini-batch is not committed.
             committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
+            if decays is not None:
+                kept = with_one_more(kept, shares, tile)
+                W, b = forget(W, b, initial, shares, tile)
             W, b = updated(W, b, K, U, committed_scale, tile)
 
     # Give the rows' means back; without an update, give back exactly what came.
     changed = length >= tile.mini_batch
     incoming_W, incoming_b = load_weights(weights, strides, place, tile)
-    W = tl.where(changed, W + (incoming_W - centred_weights(incoming_W, tile)), incoming_W)
-    b = tl.where(changed, b + (incoming_b - centred_weights(incoming_b, tile)), incoming_b)
+    W_mean = incoming_W - centred_weights(incoming_W, tile)
+    if decays is not None:
+        initial_W, initial_b = load_initial(decays, place, tile)
+        W_mean = mean_forgotten(W_mean, initial_W, kept, stacked_heads(tile), tile)
+    W = tl.where(changed, W + W_mean, incoming_W)
+    b_mean = incoming_b - centred_weights(incoming_b, tile)
+    if decays is not None:
+        b_mean = mean_forgotten(b_mean, initial_b, kept, parameter_head(tile), tile)
+    b = tl.where(changed, b + b_mean, incoming_b)
     store_weights(outgoing, (W, b), place, tile)
 
 
@@ -130,9 +157,11 @@ def prepare_linear_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
     outgoing = tuple(torch.empty(w.shape, dtype=torch.float32, device=q.device) for w in weights)
     weights, strides = launch.strided(*weights)
     checkpoints = scan.new_checkpoints()
+    decays, first = prepared_decays(scan, "linear_forward")
     arguments = (
         launch.contiguous(scan.q, scan.k, scan.v),
         launch.contiguous(scan.inner_lr, scan.token_scale),
+        decays,
         weights,
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(starts, scan.lengths),
@@ -148,4 +177,4 @@ def prepare_linear_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
         tile,
     )
     grid = (weights[0].shape[0] * triton.cdiv(H, choice.heads),)
-    return (o, *outgoing, G, checkpoints), launch.Launch(linear_forward_kernel, grid, arguments, choice)
+    return (o, *outgoing, G, checkpoints), launch.Launch(linear_forward_kernel, grid, arguments, choice, first)

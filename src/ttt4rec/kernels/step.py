@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..arguments import TokenStep
 from . import launch
+from .forgetting import forgotten, share_lost
 from .hidden_layer import gelu
 from .primitives import total
 
@@ -44,6 +45,7 @@ class StepTile(NamedTuple):
     u2_at: int
     v_at: int
     lr_at: int
+    decay_at: int
 
 
 # Chunk of hidden features and warps of a program by padded head dimension: what fits the registers without spills.
@@ -117,6 +119,30 @@ def stepped(W, b, x, u, s, X, U, rows, columns, width: tl.constexpr, out: tl.con
 
 
 @triton.jit
+def load_share_lost(decays, kept_rows, place, tile: tl.constexpr):
+    """1 - A of the mini-batch that is complete with the program's token; kept_rows are those of the tokens before."""
+    log_decay, _ = decays
+    before = tl.arange(0, tile.kept)
+    earlier = load(kept_rows, before * tile.row + tile.decay_at, before < place)
+    return share_lost(tl.load(log_decay + tl.program_id(0)).to(tl.float32) + tl.sum(earlier, 0))
+
+
+@triton.jit
+def initial_weights(decays, H, tile: tl.constexpr):
+    """Where those of the program's head begin; they lie as in a record."""
+    _, initial = decays
+    return initial + (tl.program_id(0) % H) * tile.rows_at
+
+
+@triton.jit
+def store_decay(decays, row, tile: tl.constexpr):
+    """Write ln a to the token's row, of a layer that forgets."""
+    if decays is not None:
+        log_decay, _ = decays
+        tl.store(row + tile.decay_at, tl.load(log_decay + tl.program_id(0)).to(tl.float32))
+
+
+@triton.jit
 def program_stream(slots, offset, H):
     """The program's head among all N·H of the pool; its token's place in the mini-batch."""
     stream = tl.program_id(0) // H
@@ -147,7 +173,8 @@ def linear_step_kernel(
     layer_norm,  # γ, β [H, D]
     slots,  # [B]
     offset,  # [B]
-    records,  # [N, H, R]: W, b, and K rows (k, U, v, lr)
+    records,  # [N, H, R]: W, b, and K rows (k, U, v, lr, ln a)
+    decays,  # ln a [B, H], and W̄ and b̄ as in a record [H, numbers]; None: nothing is forgotten
     o,  # [B, H, D]
     H,
     eps,
@@ -174,6 +201,10 @@ def linear_step_kernel(
     tl.store(o + here, output(p, q, gamma, beta, real, eps, tile).to(o.dtype.element_ty), mask=real)
 
     if place == tile.mini_batch - 1:
+        if decays is not None:
+            share, initial = load_share_lost(decays, M + tile.rows_at, place, tile), initial_weights(decays, H, tile)
+            W = forgotten(W, load(initial, square, square_mask), share)
+            b = forgotten(b, load(initial, D * D + features, real), share)
         W, b = stepped(W, b, k, u, s, keys, steps, features, features, D, D, tile)
         tl.store(M + square, W, mask=square_mask)
         tl.store(M + D * D + features, b, mask=real)
@@ -183,6 +214,7 @@ def linear_step_kernel(
         tl.store(row + tile.u1_at + features, u, mask=real)
         tl.store(row + tile.v_at + features, v, mask=real)
         tl.store(row + tile.lr_at, lr)
+        store_decay(decays, row, tile)
 
 
 @triton.jit
@@ -210,7 +242,7 @@ def inner_outputs(M1, M2, k, b2, tile: tl.constexpr):
 
 
 @triton.jit
-def store_chunk(M1, M2, state, b2, k, u1, x2, u2, s, place, c, tile: tl.constexpr):
+def store_chunk(M1, M2, state, b2, k, u1, x2, u2, s, place, decays, H, c, tile: tl.constexpr):
     """Write a chunk's u1 and x2 to the token's row, or, where it completes its mini-batch, W1, b1, W2 and b2."""
     D: tl.constexpr = tile.head_dim
     F: tl.constexpr = tile.hidden
@@ -219,6 +251,12 @@ def store_chunk(M1, M2, state, b2, k, u1, x2, u2, s, place, c, tile: tl.constexp
     real = features < D
     kept_rows = M1 + tile.rows_at
     if place == tile.mini_batch - 1:
+        if decays is not None:
+            share, initial1 = load_share_lost(decays, kept_rows, place, tile), initial_weights(decays, H, tile)
+            initial2 = initial1 + tile.second_at
+            W1_initial, b1_initial, W2_initial = load_hidden(initial1, initial2, c, D, F, tile)
+            W1, b1 = forgotten(W1, W1_initial, share), forgotten(b1, b1_initial, share)
+            W2, b2 = forgotten(W2, W2_initial, share), forgotten(b2, load(initial2, F * D + features, real), share)
         keys, steps1 = kept_rows + tile.k_at, kept_rows + tile.u1_at
         inputs2, steps2 = kept_rows + tile.x2_at, kept_rows + tile.u2_at
         W1, b1 = stepped(W1, b1, k, u1, s, keys, steps1, features, hidden, D, F, tile)
@@ -240,7 +278,8 @@ def mlp_step_kernel(
     layer_norm,  # γ, β [H, D]
     slots,  # [B]
     offset,  # [B]
-    records,  # [N, H, R]: W1, b1, W2, b2, and K rows (k, U1, X2, U2, v, lr)
+    records,  # [N, H, R]: W1, b1, W2, b2, and K rows (k, U1, X2, U2, v, lr, ln a)
+    decays,  # ln a [B, H], and the initial weights as in a record [H, numbers]; None: nothing is forgotten
     o,  # [B, H, D]
     H,
     eps,
@@ -282,7 +321,7 @@ def mlp_step_kernel(
         p2 += times(x2_bar, W2)
         A2 += times_rows(load(kept_rows + tile.x2_at, rows, rows_mask), x2_bar)
         own2 += total(x2_bar * x2, 0)
-        store_chunk(M1, M2, (W1, b1, W2), b2, k, u1, x2, u2, s, place, c, tile)
+        store_chunk(M1, M2, (W1, b1, W2), b2, k, u1, x2, u2, s, place, decays, H, c, tile)
     U2 = load(kept_rows + tile.u2_at, kept, kept_mask)
     p2 -= s * (times(A2, U2) + own2 * u2)
     here = tl.program_id(0).to(tl.int64) * D + features
@@ -293,6 +332,7 @@ def mlp_step_kernel(
         tl.store(row + tile.u2_at + features, u2, mask=real)
         tl.store(row + tile.v_at + features, v, mask=real)
         tl.store(row + tile.lr_at, lr)
+        store_decay(decays, row, tile)
 
 
 KERNELS = {"linear": (linear_step_kernel, LINEAR_BLOCKS), "mlp": (mlp_step_kernel, MLP_BLOCKS)}
@@ -321,7 +361,7 @@ def prepare_token_step(step: TokenStep) -> tuple[Tensor, launch.Launch]:
     chunk, num_warps = blocks[launch.padded(D)]
     _, second_at, *_ = record.weights_at
     *_, rows_at = record.weights_at
-    k_at, u1_at, *of_second, v_at, lr_at, _ = record.row_at
+    k_at, u1_at, *of_second, v_at, lr_at, decay_at = record.row_at
     x2_at, u2_at = of_second or (0, 0)
     tile = StepTile(
         mini_batch=K,
@@ -341,8 +381,10 @@ def prepare_token_step(step: TokenStep) -> tuple[Tensor, launch.Launch]:
         u2_at=u2_at,
         v_at=v_at,
         lr_at=lr_at,
+        decay_at=decay_at,
     )
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    decays = None if step.log_decay is None else launch.contiguous(step.log_decay, step.initial)
     arguments = (
         launch.contiguous(step.q, step.k, step.v),
         launch.contiguous(step.inner_lr, step.token_scale),
@@ -350,6 +392,7 @@ def prepare_token_step(step: TokenStep) -> tuple[Tensor, launch.Launch]:
         step.slots.contiguous(),
         step.offset.contiguous(),
         step.records,
+        decays,
         o,
         H,
         step.eps,

@@ -1,0 +1,204 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# Jit functions are typed by Triton when they are compiled.
+
+"""What weights lose at the end of a mini-batch, towards the learned initial ones, and the gradients of that.
+
+A small kernel comes before a scan. It makes 1 - A and A of every mini-batch, and a copy (see ``copies``) of the initial
+weights, since kernels hold weights whose means over the outputs are taken off. These means decay too, and no layer norm
+sees them: they are reckoned with at the end of a sequence.
+
+Numbers in brackets are equations of docs/mathematics.md.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..arguments import Scan
+from . import launch
+from .copies import load_copy, store_copy
+from .primitives import centred_weights, load_weights, parameter_head, product, subtracted
+
+
+@triton.jit
+def share_lost(log_kept):
+    """1 - A, (40), of ln A: a series where 1 - exp would cancel."""
+    series = tl.fma(log_kept, 1 / 3628800, 1 / 362880)
+    series = tl.fma(log_kept, series, 1 / 40320)
+    series = tl.fma(log_kept, series, 1 / 5040)
+    series = tl.fma(log_kept, series, 1 / 720)
+    series = tl.fma(log_kept, series, 1 / 120)
+    series = tl.fma(log_kept, series, 1 / 24)
+    series = tl.fma(log_kept, series, 1 / 6)
+    series = tl.fma(log_kept, series, 0.5)
+    series = tl.fma(log_kept, series, 1.0)
+    return tl.where(log_kept > -1.0, product(-log_kept, series), 1.0 - tl.exp(log_kept))
+
+
+@triton.jit
+def forgotten(W, initial, share):
+    """W, or another tile of weights, less what is lost of it, with the same bits in every kernel."""
+    return subtracted(W, share, W - initial)
+
+
+@triton.jit
+def stacked_heads(tile: tl.constexpr):
+    """The head of every row of stacked weights, [P·F]."""
+    return tl.arange(0, tile.heads * tile.features) // tile.features
+
+
+@triton.jit
+def load_of_heads(x, start, place, tile: tl.constexpr):
+    """What a mini-batch's first token has in a contiguous ``[B, L, H]``: a tuple of P numbers."""
+    _, head, first, _, H = place
+    x += (first + start) * H + head
+    values = (tl.load(x),)
+    for p in tl.static_range(1, tile.heads):
+        values = values + (tl.load(x + p, mask=head + p < H, other=0.0),)  # noqa: RUF005
+    return values
+
+
+@triton.jit
+def by_head(values, heads, tile: tl.constexpr):
+    """Each row's of P numbers, [n, 1], given its head; the number itself, if there is one."""
+    x = values[0]
+    if tile.heads > 1:
+        x = tl.where(heads == 0, x, 0.0)
+        for p in tl.static_range(1, tile.heads):
+            x = tl.where(heads == p, values[p], x)
+        x = x[:, None]
+    return x
+
+
+@triton.jit
+def all_kept(tile: tl.constexpr):
+    """A of no mini-batch at all, P numbers."""
+    kept = (1.0,)
+    for _ in tl.static_range(1, tile.heads):
+        kept = kept + (1.0,)  # type: ignore[assignment]  # noqa: RUF005
+    return kept
+
+
+@triton.jit
+def with_one_more(kept, shares, tile: tl.constexpr):
+    """A of a sequence so far, with that of one more mini-batch."""
+    now = (kept[0] * (1.0 - shares[0]),)
+    for p in tl.static_range(1, tile.heads):
+        now = now + (kept[p] * (1.0 - shares[p]),)  # noqa: RUF005
+    return now
+
+
+@triton.jit
+def only_copy():
+    """The number of the one copy that there is of initial weights; a tensor, as others are."""
+    return tl.program_id(0) * 0
+
+
+@triton.jit
+def load_centred(decays, place, tile: tl.constexpr):
+    """TTT-Linear's initial weights, as kernels hold weights."""
+    _, _, _, copy = decays
+    _, head, _, _, H = place
+    return load_copy(copy, only_copy(), head, H, tile)
+
+
+@triton.jit
+def forget(W, b, initial, shares, tile: tl.constexpr):
+    """TTT-Linear's centred weights less what is lost of them."""
+    initial_W, initial_b = initial
+    W = forgotten(W, initial_W, by_head(shares, stacked_heads(tile), tile))
+    return W, forgotten(b, initial_b, by_head(shares, parameter_head(tile), tile))
+
+
+@triton.jit
+def load_initial(decays, place, tile: tl.constexpr):
+    """W̄ and b̄ of a program, as they are."""
+    _, _, initial, _ = decays
+    _, _, _, _, H = place
+    D: tl.constexpr = tile.head_dim
+    return load_weights(initial, ((0, D * D, D, 1), (0, D, 1)), place, tile)
+
+
+@triton.jit
+def mean_forgotten(mean, initial, kept, heads, tile: tl.constexpr):
+    """Of what centring takes off weights, what is left where A of a whole sequence is kept; heads are the rows'."""
+    return forgotten(mean, initial - centred_weights(initial, tile), 1.0 - by_head(kept, heads, tile))
+
+
+@triton.jit
+def store_shares(log_decay, shares, kept, spans, L, H, heads: tl.constexpr, each: tl.constexpr, tile: tl.constexpr):
+    """1 - A and A of a sequence's mini-batches, at the first token of each; ``each`` of them at once.
+
+    A short mini-batch loses nothing.
+    """
+    starts, lengths = spans
+    n = tl.program_id(0)
+    if starts is None:
+        first = n.to(tl.int64) * L
+        length = L
+    else:
+        first = tl.load(starts + n).to(tl.int64)
+        length = tl.load(lengths + n).to(tl.int32)
+    head = tl.arange(0, heads)[None, :]
+    for begin in tl.range(0, length, each * tile.mini_batch):
+        start = begin + (tl.arange(0, each) * tile.mini_batch)[:, None]
+        at, mask = (first + start) * H + head, (start < length) & (head < H)
+        complete = (start + tile.mini_batch <= length) & (head < H)
+        log_kept = tl.zeros((each, heads), tl.float32)
+        for j in tl.range(0, tile.mini_batch):
+            log_kept += tl.load(log_decay + at + j * H, mask=complete, other=0.0)
+        tl.store(shares + at, share_lost(log_kept), mask=mask)
+        tl.store(kept + at, tl.exp(log_kept), mask=mask)
+
+
+@triton.jit
+def store_centred(initial, copy, head, H, tile: tl.constexpr):
+    """Copy the initial weights of P heads, centred."""
+    place = tl.program_id(0), head, 0, 0, H
+    W, b = load_initial((None, None, initial, copy), place, tile)
+    store_copy(copy, only_copy(), centred_weights(W, tile), centred_weights(b, tile), head, H, tile)
+
+
+@triton.jit(do_not_specialize=["L", "H", "num_sequences"])
+def decays_kernel(
+    log_decay,  # [B, L, H]
+    shares,  # [B, L, H]: 1 - A of every mini-batch at its first token
+    kept,  # [B, L, H]: A
+    initial,  # W̄ [H, D, D], b̄ [H, D]
+    copy,  # [1, H, D² + D]
+    spans,  # starts, lengths [N], or None twice
+    L,
+    H,
+    num_sequences,
+    heads: tl.constexpr,
+    each: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """One program makes the shares of a sequence, and another one the copy of P heads."""
+    if tl.program_id(0) < num_sequences:
+        store_shares(log_decay, shares, kept, spans, L, H, heads, each, tile)
+    else:
+        store_centred(initial, copy, (tl.program_id(0) - num_sequences) * tile.heads, H, tile)
+
+
+Decays = tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]
+"""1 - A and A of every mini-batch at its first token [B, L, H]; the initial weights, and their copy."""
+
+
+def prepared_decays(scan: Scan, op: str) -> tuple[Decays | None, launch.Launch | None]:
+    """What a kernel is given, and the launch before it, that fills it; None of a scan that forgets nothing."""
+    if scan.log_decay is None:
+        return None, None
+    N, H = scan.weights[0].shape[:2]
+    choice, tile = launch.plan(op, scan.q, scan.token_scale.numel(), scan.hidden)
+    log_decay = scan.log_decay.contiguous()
+    shares, kept = torch.empty_like(log_decay), torch.empty_like(log_decay)
+    initial = tuple(w.contiguous() for w in scan.initial)
+    copy = log_decay.new_empty(1, H, sum(w[0].numel() for w in initial))
+    heads = triton.next_power_of_2(H)
+    spans = launch.contiguous(scan.starts, scan.lengths)
+    cut = heads, max(1, 32 // heads), tile
+    arguments = (log_decay, shares, kept, initial, copy, spans, *scan.q.shape[1:3], N, *cut)
+    first = launch.Launch(decays_kernel, (N + triton.cdiv(H, choice.heads),), arguments, choice)
+    return (shares, kept, initial, copy), first
