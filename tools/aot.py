@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from triton.runtime import driver
 from ttt4rec import kernels
 from ttt4rec.kernels import launch, segments
 from ttt4rec.kernels.convolution import prepare_convolution, prepare_convolution_backward
+from ttt4rec.kernels.forgetting import prepared_decays
 from ttt4rec.kernels.linear_backward import prepare_linear_scan_backward
 from ttt4rec.kernels.linear_forward import prepare_linear_scan
 from ttt4rec.kernels.mlp_backward import prepare_mlp_scan_backward
@@ -67,6 +69,7 @@ KERNELS: dict[str, tuple[Operator[Any], Callable[..., Any], dict[str, Any]]] = {
     "mlp_step": (token_step, prepare_token_step, {}),
     "linear_forgetting_forward": (FORGETTING_SCANS["linear"], prepare_linear_scan, {"segment": 16}),
     "linear_forgetting_backward": (FORGETTING_SCANS["linear"], prepare_linear_scan_backward, {"segment": 16}),
+    "linear_decays": (FORGETTING_SCANS["linear"], partial(prepared_decays, op="linear_forward"), {}),
     "linear_forgetting_step": (forgetting_token_step, prepare_token_step, {}),
     "mlp_forgetting_step": (forgetting_token_step, prepare_token_step, {}),
 }
@@ -76,7 +79,7 @@ BLOCK_KERNELS = (
     "scaled", "causal", "running",
 )  # fmt: skip
 """What stands between the products of long mini-batches, as ``blocks/gelu``; of TTT-MLP, whose rows are widest."""
-INNER_LOOPS = tuple(op for op, (operator, *_) in KERNELS.items() if operator.name.endswith("_scan"))
+INNER_LOOPS = tuple(op for op in KERNELS if op.startswith(("linear", "mlp")) and op.endswith("ward"))
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

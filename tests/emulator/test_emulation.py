@@ -18,6 +18,7 @@ from tools.documents import ROOT
 
 OWN = "tests/emulator/emulated.py"  # small kernels for the emulator itself
 COMPILED = [  # the files with tests marked so
+    "kernels/test_forgetting_kernels.py",
     "kernels/test_inner_loop_kernels.py",
     "kernels/test_long_mini_batches.py",
     "kernels/test_segments.py",

@@ -49,8 +49,15 @@ def test_matches_the_eager_path_in_float64(inner, head_dim, mini_batch_size):
 
 
 @pytest.mark.parametrize("inner", INNERS)
-@pytest.mark.parametrize(("head_dim", "mini_batch_size"), [(6, 1), (16, 2), (16, 8), (64, 16)])
-@pytest.mark.parametrize("most", [0.3, 1e3])
+@pytest.mark.parametrize(
+    ("head_dim", "mini_batch_size", "most"),
+    [
+        (6, 1, 0.3),
+        (16, 8, 1e3),
+        pytest.param(16, 8, 0.3, marks=[pytest.mark.compiled, pytest.mark.slow]),
+        pytest.param(64, 16, 0.3, marks=pytest.mark.slow),
+    ],
+)
 def test_forgetting_matches_the_eager_path_in_float64(inner, head_dim, mini_batch_size, most, monkeypatch):
     """Where a little is lost, and all of it; of TTT-MLP with one chunk of hidden features and with several."""
     D, K = head_dim, mini_batch_size

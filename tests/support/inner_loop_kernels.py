@@ -50,6 +50,20 @@ def make_inputs(
     return {name: x.to(DEVICE) for name, x in inputs.items()}
 
 
+def with_decays(inner: str, inputs: Inputs, most: float = 0.3) -> Inputs:
+    """The same for a layer that forgets: ``ln a`` down to ``-most``, and initial weights other than the incoming."""
+    generator = torch.Generator().manual_seed(11)
+    log_decay = -most * torch.rand(inputs["inner_lr"].shape, generator=generator)
+    initial = {name: 0.1 + 0.3 * torch.randn(inputs[name].shape[1:], generator=generator) for name in WEIGHTS[inner]}
+    more = {"log_decay": log_decay} | {f"{name}_initial": w for name, w in initial.items()}
+    return inputs | {name: x.to(DEVICE) for name, x in more.items()}
+
+
+def initial_weights(inner: str, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Those of ``with_decays``, or none."""
+    return tuple(inputs[f"{name}_initial"] for name in WEIGHTS[inner] if "log_decay" in inputs)
+
+
 def values(inputs: Inputs, names: Sequence[str]) -> list[Tensor]:
     return [inputs[name] for name in names]
 
@@ -65,12 +79,18 @@ def make_scan(
     inner: str, inputs: Inputs, spans: tuple[Tensor | None, Tensor | None] = (None, None), segment: int = 2
 ) -> Scan:
     weights = tuple(values(inputs, WEIGHTS[inner]))
-    return Scan(*values(inputs, TOKENS), weights, *values(inputs, LAYER_NORM), *spans, EPS, segment, inner)
+    decays = inputs.get("log_decay"), initial_weights(inner, inputs)
+    return Scan(*values(inputs, TOKENS), weights, *values(inputs, LAYER_NORM), *spans, EPS, segment, inner, *decays)
+
+
+def operator_name(scan: Scan) -> str:
+    """Of the scan's operator."""
+    return f"{scan.inner}_scan" if scan.log_decay is None else f"{scan.inner}_forgetting_scan"
 
 
 def run_forward(inner: str, scan: Scan) -> tuple[Tensor, ...]:
     """The outputs, the outgoing weights, and what is kept for the backward."""
-    return getattr(kernels, f"{inner}_scan")(scan)
+    return getattr(kernels, operator_name(scan))(scan)  # type: ignore[no-any-return]
 
 
 def run_kernels(
@@ -85,7 +105,7 @@ def run_kernels(
     o, *outgoing_and_kept = run_forward(inner, scan)
     num_weights = len(WEIGHTS[inner])
     outgoing, kept = outgoing_and_kept[:num_weights], outgoing_and_kept[num_weights:]
-    backward = getattr(kernels, f"{inner}_scan_backward")(scan, tuple(kept), tuple(gradients))
+    backward = getattr(kernels, f"{operator_name(scan)}_backward")(scan, tuple(kept), tuple(gradients))
     results = {"o": o} | {f"{name}_out": x for name, x in zip(WEIGHTS[inner], outgoing, strict=True)}
     return results | {f"d_{name}": x for name, x in zip(inputs, backward, strict=True)}
 
@@ -100,7 +120,7 @@ def run_definition(
     """The same from the reference and autograd, sequence by sequence; no token outside the spans."""
     leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in inputs.items()}
     B, L = inputs["q"].shape[:2]
-    flat = [leaves[name].flatten(0, 1) for name in TOKENS[:4]]
+    flat = [leaves[name].flatten(0, 1) if name in leaves else None for name in (*TOKENS[:4], "log_decay")]
     starts, lengths = spans
     if starts is None or lengths is None:
         starts, lengths = torch.arange(B) * L, torch.full((B,), L)
@@ -109,13 +129,15 @@ def run_definition(
     for n, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         mine = tuple(w[n : n + 1] for w in values(leaves, WEIGHTS[inner]))
         if length > 0:
-            tokens = [x[None, start : start + length] for x in flat]
-            layer_norm = values(leaves, LAYER_NORM)
-            out, mine = reference.dual_form(*tokens, leaves["token_scale"], mine, *layer_norm, inner=inner, eps=EPS)
+            *tokens, log_decay = (x if x is None else x[None, start : start + length] for x in flat)
+            given = *tokens, leaves["token_scale"], mine, *values(leaves, LAYER_NORM)
+            decays = {"log_decay": log_decay, "initial": initial_weights(inner, leaves)}
+            out, mine = reference.dual_form(*given, inner=inner, eps=EPS, **decays)
             o = torch.cat((o[:start], out[0], o[start + length :]))
         rows.append(mine)
     results = [o.view(B, L, *o.shape[1:]), *(torch.cat(w) for w in zip(*rows, strict=True))]
-    grads = torch.autograd.grad(results, list(leaves.values()), [g.to(dtype) for g in gradients])
+    given_gradients = [g.to(dtype) for g in gradients]
+    grads = torch.autograd.grad(results, list(leaves.values()), given_gradients, materialize_grads=True)
     named = dict(zip(("o", *(f"{name}_out" for name in WEIGHTS[inner])), results, strict=True))
     return named | {f"d_{name}": x for name, x in zip(leaves, grads, strict=True)}
 

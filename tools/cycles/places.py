@@ -20,7 +20,6 @@ COPIES = {
     *("load_copy", "store_copy", "load_hidden_copy", "store_hidden_copy", "load_copied_b2"),
     *("load_W1_of_slot", "load_W2_of_slot", "load_b2_of_slot", "store_weights_in_slot"),
 }
-INITIAL = {"forget", "through_forgetting"}
 WAITING = {"take_chunk", "put_chunk", "take_part", "store_part"}
 REPLAYED = {"load_steps", "take_before", "hold_before", "load_chunk"}
 REPLAYS = {"replay", "replayed"}
@@ -39,8 +38,8 @@ def _place(x: Instruction, copies: Place, read: dict[tuple[Line, ...], tuple[Lin
     if called & WAITING:
         return Place.CACHE
     load = not x.name.startswith("ST")
-    if called & INITIAL:  # every program of a head reads the same ones in each mini-batch
-        return Place.NEAR if load else Place.CACHE
+    if load and "load_of_heads" in called:  # made by the kernel before
+        return Place.CACHE
     # The same line of a function that loads, reached by another way: the same data once more.
     if load and called & REPLAYED and read.setdefault(x.source[:2], x.source) != x.source:
         return Place.NEAR

@@ -58,8 +58,8 @@ linear_scan = _by_length(linear_forward.linear_scan, blocks.linear_scan)
 linear_scan_backward = _by_length(linear_backward.linear_scan_backward, blocks.linear_scan_backward)
 mlp_scan = _by_length(mlp_forward.mlp_scan, blocks.mlp_scan)
 mlp_scan_backward = _by_length(segments.mlp_scan_backward, blocks.mlp_scan_backward)
-# With decays mini-batches of any length go in blocks.
-linear_forgetting_scan, linear_forgetting_scan_backward = blocks.linear_scan, blocks.linear_scan_backward
+linear_forgetting_scan, linear_forgetting_scan_backward = linear_scan, linear_scan_backward
+# TTT-MLP's mini-batches of any length go in blocks if it forgets.
 mlp_forgetting_scan, mlp_forgetting_scan_backward = blocks.mlp_scan, blocks.mlp_scan_backward
 forgetting_token_step = token_step
 

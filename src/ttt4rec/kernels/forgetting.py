@@ -18,7 +18,18 @@ from torch import Tensor
 from ..arguments import Scan
 from . import launch
 from .copies import load_copy, store_copy
-from .primitives import centred_weights, load_weights, parameter_head, product, subtracted
+from .primitives import (
+    centred_weights,
+    load_rates,
+    load_weights,
+    mini_batch_place,
+    parameter_head,
+    parameter_rows,
+    product,
+    row_head,
+    store_rates,
+    subtracted,
+)
 
 
 @triton.jit
@@ -50,12 +61,15 @@ def stacked_heads(tile: tl.constexpr):
 
 @triton.jit
 def load_of_heads(x, start, place, tile: tl.constexpr):
-    """What a mini-batch's first token has in a contiguous ``[B, L, H]``: a tuple of P numbers."""
+    """What a mini-batch's first token has in a contiguous ``[B, L, H]``: a tuple of P numbers.
+
+    Of a head that is none it is the last one's, which needs no mask and is multiplied with zeros.
+    """
     _, head, first, _, H = place
-    x += (first + start) * H + head
-    values = (tl.load(x),)
+    x += (first + start) * H
+    values = (tl.load(x + head),)
     for p in tl.static_range(1, tile.heads):
-        values = values + (tl.load(x + p, mask=head + p < H, other=0.0),)  # noqa: RUF005
+        values = values + (tl.load(x + tl.minimum(head + p, H - 1)),)  # type: ignore[assignment]  # noqa: RUF005
     return values
 
 
@@ -81,12 +95,12 @@ def all_kept(tile: tl.constexpr):
 
 
 @triton.jit
-def with_one_more(kept, shares, tile: tl.constexpr):
-    """A of a sequence so far, with that of one more mini-batch."""
-    now = (kept[0] * (1.0 - shares[0]),)
+def times(a, b, tile: tl.constexpr):
+    """Products of P numbers with P others."""
+    products = (a[0] * b[0],)
     for p in tl.static_range(1, tile.heads):
-        now = now + (kept[p] * (1.0 - shares[p]),)  # noqa: RUF005
-    return now
+        products = products + (a[p] * b[p],)  # type: ignore[assignment]  # noqa: RUF005
+    return products
 
 
 @triton.jit
@@ -115,7 +129,6 @@ def forget(W, b, initial, shares, tile: tl.constexpr):
 def load_initial(decays, place, tile: tl.constexpr):
     """W̄ and b̄ of a program, as they are."""
     _, _, initial, _ = decays
-    _, _, _, _, H = place
     D: tl.constexpr = tile.head_dim
     return load_weights(initial, ((0, D * D, D, 1), (0, D, 1)), place, tile)
 
@@ -124,6 +137,97 @@ def load_initial(decays, place, tile: tl.constexpr):
 def mean_forgotten(mean, initial, kept, heads, tile: tl.constexpr):
     """Of what centring takes off weights, what is left where A of a whole sequence is kept; heads are the rows'."""
     return forgotten(mean, initial - centred_weights(initial, tile), 1.0 - by_head(kept, heads, tile))
+
+
+@triton.jit
+def sum_of_head(x, heads, p: tl.constexpr, tile: tl.constexpr):
+    """The sum over the rows of one head, given each row's."""
+    if tile.heads > 1:
+        x = tl.where((heads == p)[:, None], x, 0.0)
+    return tl.sum(x)
+
+
+@triton.jit
+def sum_of_weights(W_terms, b_terms, p: tl.constexpr, tile: tl.constexpr):
+    """The sum over all weights of one head; every row of a tile of parameters has the same terms."""
+    rows: tl.constexpr = b_terms.shape[0] // tile.heads
+    of_b = sum_of_head(b_terms, parameter_head(tile), p, tile) * (1.0 / rows)
+    return sum_of_head(W_terms, stacked_heads(tile), p, tile) + of_b
+
+
+@triton.jit
+def along(d_weights, distance, tile: tl.constexpr):
+    """Σ dW ∘ (W - W̄), and that of b, of every head: a tuple of P numbers."""
+    (dW, db), (W, b) = d_weights, distance
+    W_terms, b_terms = dW * W, db * b
+    sums = (sum_of_weights(W_terms, b_terms, 0, tile),)
+    for p in tl.static_range(1, tile.heads):
+        sums = sums + (sum_of_weights(W_terms, b_terms, p, tile),)  # type: ignore[assignment]  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def to_initial(weights, d_weights, initial, d_initial, shares, tile: tl.constexpr):
+    """Gradients of the initial weights, with a mini-batch's; and Σ dW ∘ (W - W̄), (41).
+
+    Given are the weights before it and the gradients behind it.
+    """
+    (W, b), (dW, db), (initial_W, initial_b), (d_initial_W, d_initial_b) = weights, d_weights, initial, d_initial
+    d_initial_W += by_head(shares, stacked_heads(tile), tile) * dW
+    d_initial_b += by_head(shares, parameter_head(tile), tile) * db
+    return (d_initial_W, d_initial_b), along(d_weights, (W - initial_W, b - initial_b), tile)
+
+
+@triton.jit
+def what_is_kept(d_weights, kept, tile: tl.constexpr):
+    """A dW and A db."""
+    dW, db = d_weights
+    return dW * by_head(kept, stacked_heads(tile), tile), db * by_head(kept, parameter_head(tile), tile)
+
+
+@triton.jit
+def no_gradients(tile: tl.constexpr):
+    """Zeros in place of gradients of W and b."""
+    PF: tl.constexpr = tile.heads * tile.features
+    F: tl.constexpr = tile.features
+    rows: tl.constexpr = parameter_rows(tile).shape[0]
+    return tl.zeros((PF, F), tl.float32), tl.zeros((rows, F), tl.float32)
+
+
+@triton.jit
+def of_tokens(values, tile: tl.constexpr):
+    """P numbers, at every token of a mini-batch, [R]."""
+    return tl.reshape(tl.broadcast_to(by_head(values, row_head(tile), tile), (tile.rows, 1)), (tile.rows,))
+
+
+@triton.jit
+def store_decay_gradient(pointer, sums, kept, committed, mini_batch, H, tile: tl.constexpr):
+    """d ln a of a mini-batch's tokens, (41)."""
+    store_rates(pointer, committed * of_tokens(times(kept, sums, tile), tile), mini_batch, H, tile)
+
+
+@triton.jit
+def through_means(pointer, d_weights, weights, decays, place, offsets, tile: tl.constexpr):
+    """Add to d ln a what the means contribute that centring took off: in every complete mini-batch the same.
+
+    For these decay only: dW and W - W̄ have A of the mini-batches behind and before, and (41) that of its own. Given are
+    the gradients behind the last mini-batch. It is nothing where a sequence begins with the initial weights.
+    """
+    W, b = weights
+    initial_W, initial_b = load_initial(decays, place, tile)
+    W_mean = (W - centred_weights(W, tile)) - (initial_W - centred_weights(initial_W, tile))
+    b_mean = (b - centred_weights(b, tile)) - (initial_b - centred_weights(initial_b, tile))
+    sums = along(d_weights, (W_mean, b_mean), tile)
+    if tl.sum(tl.where(of_tokens(sums, tile) != 0.0, 1, 0)) > 0:
+        _, _, _, length, H = place
+        kept = all_kept(tile)
+        for start in tl.range(0, length, tile.mini_batch):
+            kept = times(kept, load_of_heads(decays[1], start, place, tile), tile)
+        tl.debug_barrier()
+        for start in tl.range(0, length - tile.mini_batch + 1, tile.mini_batch):
+            mini_batch = mini_batch_place(start, place, offsets, tile)
+            d_log_decay = load_rates(pointer, mini_batch, H, tile) + of_tokens(times(kept, sums, tile), tile)
+            store_rates(pointer, d_log_decay, mini_batch, H, tile)
 
 
 @triton.jit

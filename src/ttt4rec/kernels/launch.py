@@ -348,29 +348,36 @@ def new_tokens(x: Tensor, starts: Tensor | None, features: int | None = None) ->
     return allocate(shape, dtype=x.dtype, device=x.device)
 
 
-Gradients = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
-"""Of the tokens and the rates, of the weights, and the sums of every sequence."""
+Gradients = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
+"""Of the tokens and the rates, of the weights, the sums of every sequence, and of decays and initial weights."""
 
 
 def new_gradients(scan: Scan) -> Gradients:
     """Memory for the gradients of the tokens and the rates, of the weights, and for the sums of every sequence.
 
-    The sums are dγ and dβ, and ds of the mini-batches' outputs and of their updates.
+    The sums are dγ and dβ, and ds of the mini-batches' outputs and of their updates. Where something is forgotten there
+    is memory for the gradients of ln a and, of every sequence, of the initial weights.
     """
     N, (H, D), K = scan.weights[0].shape[0], scan.ln_weight.shape, scan.token_scale.numel()
 
     def new(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
         return tuple(torch.empty(shape, dtype=torch.float32, device=scan.q.device) for shape in shapes)
 
-    d_tokens = tuple(new_tokens(x, scan.starts) for x in scan.tokens)
-    return d_tokens, new(*(tuple(w.shape) for w in scan.weights)), new((N, H, D), (N, H, D), (N, H, K), (N, H, K))
+    d_tokens, d_decays = tuple(new_tokens(x, scan.starts) for x in scan.tokens), tuple[Tensor, ...]()
+    weights = [tuple(w.shape) for w in scan.weights]
+    if scan.log_decay is not None:
+        d_decays = new_tokens(scan.log_decay, scan.starts), *new(*weights)
+    return d_tokens, new(*weights), new((N, H, D), (N, H, D), (N, H, K), (N, H, K)), d_decays
 
 
 def all_gradients(
-    d_tokens: tuple[Tensor, ...], d_weights: tuple[Tensor, ...], sums: tuple[Tensor, ...]
+    d_tokens: tuple[Tensor, ...],
+    d_weights: tuple[Tensor, ...],
+    sums: tuple[Tensor, ...],
+    d_decays: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     """All gradients of a backward, in the order of the arguments, from what ``new_gradients`` allocated."""
     d_gamma, d_beta, d_scale, d_last_scale = (x.sum(0) for x in sums)
     d_scale = d_scale.sum(0)
     d_scale[-1] += d_last_scale.sum()
-    return *d_tokens, d_scale, *d_weights, d_gamma, d_beta
+    return *d_tokens, d_scale, *d_weights, d_gamma, d_beta, *d_decays[:1], *(x.sum(0) for x in d_decays[1:])

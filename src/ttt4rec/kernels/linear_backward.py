@@ -16,6 +16,17 @@ from torch import Tensor
 from ..arguments import Scan
 from . import copies, launch, limits
 from .copies import checkpoint_number, first_state, load_copy, load_steps, store_copy
+from .forgetting import (
+    forget,
+    load_centred,
+    load_of_heads,
+    no_gradients,
+    prepared_decays,
+    store_decay_gradient,
+    through_means,
+    to_initial,
+    what_is_kept,
+)
 from .primitives import (
     causal,
     centred_weights,
@@ -56,7 +67,7 @@ def first_weights(weights, strides, checkpoints, place, begin, segment, tile: tl
 
 
 @triton.jit
-def replay(W, b, tokens, rates, states, number, place, begin, end, tile: tl.constexpr):
+def replay(W, b, tokens, rates, decays, initial, states, number, place, begin, end, tile: tl.constexpr):
     """Copy the weights before each of mini-batches begin to end - 1 to the states from that number on.
 
     Given are those before the first. Updates are made as the forward made them; only complete mini-batches have one.
@@ -66,10 +77,15 @@ def replay(W, b, tokens, rates, states, number, place, begin, end, tile: tl.cons
     _, head, _, _, H = place
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     store_copy(states, number, W, b, head, H, tile)
+    if decays is not None:  # always one mini-batch ahead, so that no update waits for it
+        shares = load_of_heads(decays[0], begin * tile.mini_batch, place, tile)
     for m in tl.range(begin, end - 1):
         mini_batch = mini_batch_place(m * tile.mini_batch, place, tile_offsets(H, tile), tile)
         k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
         U = product(lr[:, None], G)
+        if decays is not None:
+            W, b = forget(W, b, initial, shares, tile)
+            shares = load_of_heads(decays[0], (m + 1) * tile.mini_batch, place, tile)
         W, b = updated(W, b, expanded(k_rows, tile), U, last_scale, tile)
         store_copy(states, number + (m + 1 - begin), W, b, head, H, tile)
 
@@ -106,14 +122,22 @@ def through_inner_gradient(minus_dU, minus_dlr, lr, G, k_rows, v, mini_batch, W,
 
 
 @triton.jit
-def through_inputs(q_rows, k_rows, U, W, dW, db, minus_dout, minus_dC, minus_dZ, minus_de, s_last, tile: tl.constexpr):
-    """Through Q W, K W and Q Kᵀ, (17), (20) and (24): -dk, and dW and db before the mini-batch."""
+def through_inputs(
+    q_rows, k_rows, U, W, d_state, minus_dout, minus_dC, minus_dZ, minus_de, s_last, kept, tile: tl.constexpr
+):
+    """Through Q W, K W and Q Kᵀ, (17), (20) and (24): -dk, and dW and db before the mini-batch.
+
+    With A, of which P numbers are given or nothing, where it forgets.
+    """
+    dW, db = d_state
     K, Q = expanded(k_rows, tile), expanded(q_rows, tile)
     through_W = own(dot(minus_dZ, tl.trans(W), tile) + s_last * dot(U, tl.trans(dW), tile), tile)
+    if len(kept) > 0:
+        dW, db = what_is_kept(d_state, kept, tile)
     dW -= dot(tl.trans(Q), minus_dout, tile) + dot(tl.trans(K), minus_dZ, tile)
     db -= token_sums(minus_dout, tile) + token_sums(minus_dZ, tile)
     # The last product: Triton splits all tiles among the warps as suits its shape, and [R, F] repeats least.
-    return dot(tl.trans(minus_dC), q_rows, tile, minus_de + through_W), dW, db
+    return dot(tl.trans(minus_dC), q_rows, tile, minus_de + through_W), (dW, db)
 
 
 @triton.jit
@@ -122,17 +146,21 @@ def through_mini_batch(
     copy,  # number of the state with the weights before it
     tokens,
     rates,
+    decays,
+    initial,  # W̄ and b̄, or nothing
     states,
     grad_o,
     d_tokens,
+    d_decays,
     d_state,  # dW, db behind it
+    d_initial,  # gradients of W̄ and b̄ so far, or nothing
     sums,  # gradients of γ and β, s and s_last so far
     norm,  # γ, β, ε
     scales,  # -s of every row, s_last
     place,
     tile: tl.constexpr,
 ):
-    """Store the gradients of a mini-batch's tokens; returns dW, db before it, and the sums with it."""
+    """Store the gradients of a mini-batch's tokens; returns dW, db before it, d_initial, and the sums with it."""
     q, k, v, G_kept = tokens
     dq, dk, dv, d_lr = d_tokens
     dW, db = d_state
@@ -142,6 +170,9 @@ def through_mini_batch(
     _, head, _, length, H = place
     start = m * tile.mini_batch
     mini_batch = mini_batch_place(start, place, tile_offsets(H, tile), tile)
+    kept = ()
+    if decays is not None:
+        shares, kept = load_of_heads(decays[0], start, place, tile), load_of_heads(decays[1], start, place, tile)
     W, b = load_copy(states, copy, head, H, tile)
     k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
     committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
@@ -149,6 +180,9 @@ def through_mini_batch(
     K, U = expanded(k_rows, tile), product(lr[:, None], G)
     q_rows = load_rows(q, mini_batch, tile)
     dO = load_rows(grad_o, mini_batch, tile).to(tl.float32)
+    if decays is not None:  # here, where registers are free
+        d_initial, along_dW = to_initial((W, b), d_state, initial, d_initial, shares, tile)
+        store_decay_gradient(d_decays[0], along_dW, kept, committed, mini_batch, H, tile)
 
     d_q, C, minus_dout, minus_dC, gamma_terms, scale_terms = through_output(
         dO, q_rows, k_rows, U, W, b, minus_scale, norm, tile
@@ -173,11 +207,11 @@ def through_mini_batch(
     d_beta -= minus_de
     store_rows(dv, minus_de, mini_batch, tile)
 
-    minus_dk, dW, db = through_inputs(
-        q_rows, k_rows, U, W, dW, db, minus_dout, minus_dC, minus_dZ, minus_de, s_last, tile
+    minus_dk, d_state = through_inputs(
+        q_rows, k_rows, U, W, d_state, minus_dout, minus_dC, minus_dZ, minus_de, s_last, kept, tile
     )
     store_rows(dk, -minus_dk, mini_batch, tile)
-    return (dW, db), (d_gamma, d_beta, d_scale, d_last_scale)
+    return d_state, d_initial, (d_gamma, d_beta, d_scale, d_last_scale)
 
 
 @triton.jit(do_not_specialize=["L", "H", "segment"])
@@ -186,6 +220,7 @@ def linear_backward_kernel(
     grad_weights,  # of W1 [N, H, D, D], b1 [N, H, D]
     tokens,  # q, k, v and the forward's G [B, L, H, D]
     rates,  # inner_lr [B, L, H], token_scale [K]
+    decays,  # ``forgetting.Decays``; None: nothing is forgotten
     weights,  # the incoming W1 [N, H, D, D], b1 [N, H, D]
     checkpoints,  # [number, H, D² + D]
     states,  # [number, H, D² + D]
@@ -195,6 +230,7 @@ def linear_backward_kernel(
     d_tokens,  # of q, k, v [B, L, H, D] and inner_lr [B, L, H]
     d_weights,  # of W1, b1
     partial_sums,  # per sequence: γ and β's gradients [N, H, D], s's and the updates' share of s_last's [N, H, K]
+    d_decays,  # of ln a [B, L, H], and per sequence of W̄ and b̄; nothing is forgotten: none
     grad_strides,  # of grad_weights
     strides,  # of weights; all others are contiguous
     L,
@@ -222,6 +258,10 @@ def linear_backward_kernel(
     no_rows, no_tokens = tl.zeros((R, F), tl.float32), tl.zeros((R,), tl.float32)
     sums = no_rows, no_rows, no_tokens, no_tokens
 
+    initial, d_initial = (), ()
+    if decays is not None:
+        initial, d_initial = load_centred(decays, place, tile), no_gradients(tile)
+
     state = first_state(first_states, sequence, L, segment, tile)
     num_mini_batches = tl.cdiv(length, tile.mini_batch)
     num_segments = tl.cdiv(num_mini_batches, segment)
@@ -230,17 +270,25 @@ def linear_backward_kernel(
         end = min(begin + segment, num_mini_batches)
         W, b = first_weights(weights, strides, checkpoints, place, begin, segment, tile)
         tl.debug_barrier()  # until all threads have read the states of the segment behind
-        replay(W, b, tokens, rates, states, state, place, begin, end, tile)
+        replay(W, b, tokens, rates, decays, initial, states, state, place, begin, end, tile)
         tl.debug_barrier()
         for t in tl.range(0, end - begin):
             m = end - 1 - t
             copy = state + (m - begin)
-            d_state, sums = through_mini_batch(
-                m, copy, tokens, rates, states, grad_o, d_tokens, d_state, sums, norm, scales, place, tile
-            )
+            d_state, d_initial, sums = through_mini_batch(
+                m, copy, tokens, rates, decays, initial, states, grad_o, d_tokens, d_decays, d_state, d_initial, sums,
+                norm, scales, place, tile,
+            )  # fmt: skip
 
     store_weights(d_weights, d_state, place, tile)
     store_sums(partial_sums, sums, place, tile)
+    if decays is not None:
+        store_weights(d_decays[1:], d_initial, place, tile)
+        d_outgoing, incoming = (
+            load_weights(grad_weights, grad_strides, place, tile),
+            load_weights(weights, strides, place, tile),
+        )
+        through_means(d_decays[0], d_outgoing, incoming, decays, place, tile_offsets(place[4], tile), tile)
 
 
 @launch.on_its_device
@@ -264,6 +312,7 @@ def prepare_linear_scan_backward(
     L, H = q.shape[1:3]
     choice, tile = launch.plan("linear_backward", q, scan.token_scale.numel())
     gradients = launch.new_gradients(scan)
+    decays, first = prepared_decays(scan, "linear_backward")
     given, given_strides = launch.strided(*grad_weights)
     weights, strides = launch.strided(*weights)
     arguments = (
@@ -271,6 +320,7 @@ def prepare_linear_scan_backward(
         given,
         launch.contiguous(scan.q, scan.k, scan.v, G),
         launch.contiguous(scan.inner_lr, scan.token_scale),
+        decays,
         weights,
         checkpoints,
         *copies.new_states(scan),
@@ -286,4 +336,4 @@ def prepare_linear_scan_backward(
         tile,
     )
     grid = (weights[0].shape[0] * triton.cdiv(H, choice.heads),)
-    return gradients, launch.Launch(linear_backward_kernel, grid, arguments, choice)
+    return gradients, launch.Launch(linear_backward_kernel, grid, arguments, choice, first)

@@ -27,7 +27,7 @@ from .forgetting import (
     mean_forgotten,
     prepared_decays,
     stacked_heads,
-    with_one_more,
+    times,
 )
 from .primitives import (
     causal,
@@ -94,6 +94,7 @@ def linear_forward_kernel(
             mini_batch = mini_batch_place(start, place, offsets, tile)
             if decays is not None:  # early, since nothing waits for it before the end
                 shares = load_of_heads(decays[0], start, place, tile)
+                kept = times(kept, load_of_heads(decays[1], start, place, tile), tile)
             k_rows = load_rows(k, mini_batch, tile)
             v_rows = load_rows(v, mini_batch, tile)
             lr = load_rates(inner_lr, mini_batch, H, tile)
@@ -113,7 +114,6 @@ def linear_forward_kernel(
             # A last, short mini-batch is not committed.
             committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
             if decays is not None:
-                kept = with_one_more(kept, shares, tile)
                 W, b = forget(W, b, initial, shares, tile)
             W, b = updated(W, b, K, U, committed_scale, tile)
 

@@ -378,7 +378,7 @@ def prepare_mlp_scan_backward(
         *copies.new_states(scan),
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(scan.starts, scan.lengths),
-        *gradients,
+        *gradients[:3],
         scratch,
         strides,
         given_strides,
