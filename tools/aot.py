@@ -23,7 +23,7 @@ from triton.runtime import driver
 from ttt4rec import kernels
 from ttt4rec.kernels import launch, segments
 from ttt4rec.kernels.convolution import prepare_convolution, prepare_convolution_backward
-from ttt4rec.kernels.forgetting import prepared_decays
+from ttt4rec.kernels.decays import prepared_decays
 from ttt4rec.kernels.linear_backward import prepare_linear_scan_backward
 from ttt4rec.kernels.linear_forward import prepare_linear_scan
 from ttt4rec.kernels.mlp_backward import prepare_mlp_scan_backward

@@ -59,7 +59,7 @@ linear_scan_backward = _by_length(linear_backward.linear_scan_backward, blocks.l
 mlp_scan = _by_length(mlp_forward.mlp_scan, blocks.mlp_scan)
 mlp_scan_backward = _by_length(segments.mlp_scan_backward, blocks.mlp_scan_backward)
 linear_forgetting_scan, linear_forgetting_scan_backward = linear_scan, linear_scan_backward
-# TTT-MLP's mini-batches of any length go in blocks if it forgets.
+# TTT-MLP's mini-batches of any length go in blocks where it forgets.
 mlp_forgetting_scan, mlp_forgetting_scan_backward = blocks.mlp_scan, blocks.mlp_scan_backward
 forgetting_token_step = token_step
 

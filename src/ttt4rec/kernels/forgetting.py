@@ -3,21 +3,17 @@
 
 """What weights lose at the end of a mini-batch, towards the learned initial ones, and the gradients of that.
 
-A small kernel comes before a scan. It makes 1 - A and A of every mini-batch, and a copy (see ``copies``) of the initial
+A small kernel comes before a scan (see ``decays``). It makes 1 - A and A of every mini-batch, and a copy of the initial
 weights, since kernels hold weights whose means over the outputs are taken off. These means decay too, and no layer norm
 sees them: they are reckoned with at the end of a sequence.
 
 Numbers in brackets are equations of docs/mathematics.md.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..arguments import Scan
-from . import launch
-from .copies import load_copy, store_copy
+from .copies import load_copy
 from .primitives import (
     centred_weights,
     load_rates,
@@ -29,6 +25,7 @@ from .primitives import (
     row_head,
     store_rates,
     subtracted,
+    tile_offsets,
 )
 
 
@@ -68,7 +65,8 @@ def load_of_heads(x, start, place, tile: tl.constexpr):
     _, head, first, _, H = place
     x += (first + start) * H
     values = (tl.load(x + head),)
-    for p in tl.static_range(1, tile.heads):
+    P: tl.constexpr = tile.heads
+    for p in tl.static_range(1, P):
         values = values + (tl.load(x + tl.minimum(head + p, H - 1)),)  # type: ignore[assignment]  # noqa: RUF005
     return values
 
@@ -79,7 +77,8 @@ def by_head(values, heads, tile: tl.constexpr):
     x = values[0]
     if tile.heads > 1:
         x = tl.where(heads == 0, x, 0.0)
-        for p in tl.static_range(1, tile.heads):
+        P: tl.constexpr = tile.heads
+        for p in tl.static_range(1, P):
             x = tl.where(heads == p, values[p], x)
         x = x[:, None]
     return x
@@ -89,7 +88,8 @@ def by_head(values, heads, tile: tl.constexpr):
 def all_kept(tile: tl.constexpr):
     """A of no mini-batch at all, P numbers."""
     kept = (1.0,)
-    for _ in tl.static_range(1, tile.heads):
+    P: tl.constexpr = tile.heads
+    for _ in tl.static_range(1, P):
         kept = kept + (1.0,)  # type: ignore[assignment]  # noqa: RUF005
     return kept
 
@@ -98,7 +98,8 @@ def all_kept(tile: tl.constexpr):
 def times(a, b, tile: tl.constexpr):
     """Products of P numbers with P others."""
     products = (a[0] * b[0],)
-    for p in tl.static_range(1, tile.heads):
+    P: tl.constexpr = tile.heads
+    for p in tl.static_range(1, P):
         products = products + (a[p] * b[p],)  # type: ignore[assignment]  # noqa: RUF005
     return products
 
@@ -134,9 +135,9 @@ def load_initial(decays, place, tile: tl.constexpr):
 
 
 @triton.jit
-def mean_forgotten(mean, initial, kept, heads, tile: tl.constexpr):
+def mean_forgotten(mean, initial_mean, kept, heads, tile: tl.constexpr):
     """Of what centring takes off weights, what is left where A of a whole sequence is kept; heads are the rows'."""
-    return forgotten(mean, initial - centred_weights(initial, tile), 1.0 - by_head(kept, heads, tile))
+    return forgotten(mean, initial_mean, 1.0 - by_head(kept, heads, tile))
 
 
 @triton.jit
@@ -158,10 +159,12 @@ def sum_of_weights(W_terms, b_terms, p: tl.constexpr, tile: tl.constexpr):
 @triton.jit
 def along(d_weights, distance, tile: tl.constexpr):
     """Σ dW ∘ (W - W̄), and that of b, of every head: a tuple of P numbers."""
-    (dW, db), (W, b) = d_weights, distance
+    dW, db = d_weights
+    W, b = distance
     W_terms, b_terms = dW * W, db * b
     sums = (sum_of_weights(W_terms, b_terms, 0, tile),)
-    for p in tl.static_range(1, tile.heads):
+    P: tl.constexpr = tile.heads
+    for p in tl.static_range(1, P):
         sums = sums + (sum_of_weights(W_terms, b_terms, p, tile),)  # type: ignore[assignment]  # noqa: RUF005
     return sums
 
@@ -172,7 +175,10 @@ def to_initial(weights, d_weights, initial, d_initial, shares, tile: tl.constexp
 
     Given are the weights before it and the gradients behind it.
     """
-    (W, b), (dW, db), (initial_W, initial_b), (d_initial_W, d_initial_b) = weights, d_weights, initial, d_initial
+    W, b = weights
+    dW, db = d_weights
+    initial_W, initial_b = initial
+    d_initial_W, d_initial_b = d_initial
     d_initial_W += by_head(shares, stacked_heads(tile), tile) * dW
     d_initial_b += by_head(shares, parameter_head(tile), tile) * db
     return (d_initial_W, d_initial_b), along(d_weights, (W - initial_W, b - initial_b), tile)
@@ -207,102 +213,30 @@ def store_decay_gradient(pointer, sums, kept, committed, mini_batch, H, tile: tl
 
 
 @triton.jit
-def through_means(pointer, d_weights, weights, decays, place, offsets, tile: tl.constexpr):
-    """Add to d ln a what the means contribute that centring took off: in every complete mini-batch the same.
-
-    For these decay only: dW and W - W̄ have A of the mini-batches behind and before, and (41) that of its own. Given are
-    the gradients behind the last mini-batch. It is nothing where a sequence begins with the initial weights.
-    """
+def sums_of_means(d_weights, weights, decays, place, tile: tl.constexpr):
+    """Σ dW ∘ (W - W̄) of the means that centring took off TTT-Linear's weights, at a sequence's two ends; P numbers."""
     W, b = weights
     initial_W, initial_b = load_initial(decays, place, tile)
     W_mean = (W - centred_weights(W, tile)) - (initial_W - centred_weights(initial_W, tile))
     b_mean = (b - centred_weights(b, tile)) - (initial_b - centred_weights(initial_b, tile))
-    sums = along(d_weights, (W_mean, b_mean), tile)
-    if tl.sum(tl.where(of_tokens(sums, tile) != 0.0, 1, 0)) > 0:
+    return along(d_weights, (W_mean, b_mean), tile)
+
+
+@triton.jit
+def through_means(pointer, sums, decays, place, tile: tl.constexpr):
+    """Add to d ln a what the means contribute that centring took off: in every complete mini-batch the same.
+
+    For these decay only: dW and W - W̄ have A of the mini-batches behind and before, and (41) that of its own. It is
+    nothing where a sequence begins with the initial weights.
+    """
+    if tl.sum(tl.where(of_tokens(sums, tile) != 0.0, 1.0, 0.0)) > 0:
         _, _, _, length, H = place
-        kept = all_kept(tile)
+        kept, offsets = all_kept(tile), tile_offsets(H, tile)
         for start in tl.range(0, length, tile.mini_batch):
             kept = times(kept, load_of_heads(decays[1], start, place, tile), tile)
         tl.debug_barrier()
         for start in tl.range(0, length - tile.mini_batch + 1, tile.mini_batch):
             mini_batch = mini_batch_place(start, place, offsets, tile)
             d_log_decay = load_rates(pointer, mini_batch, H, tile) + of_tokens(times(kept, sums, tile), tile)
+            tl.debug_barrier()  # until all threads have read
             store_rates(pointer, d_log_decay, mini_batch, H, tile)
-
-
-@triton.jit
-def store_shares(log_decay, shares, kept, spans, L, H, heads: tl.constexpr, each: tl.constexpr, tile: tl.constexpr):
-    """1 - A and A of a sequence's mini-batches, at the first token of each; ``each`` of them at once.
-
-    A short mini-batch loses nothing.
-    """
-    starts, lengths = spans
-    n = tl.program_id(0)
-    if starts is None:
-        first = n.to(tl.int64) * L
-        length = L
-    else:
-        first = tl.load(starts + n).to(tl.int64)
-        length = tl.load(lengths + n).to(tl.int32)
-    head = tl.arange(0, heads)[None, :]
-    for begin in tl.range(0, length, each * tile.mini_batch):
-        start = begin + (tl.arange(0, each) * tile.mini_batch)[:, None]
-        at, mask = (first + start) * H + head, (start < length) & (head < H)
-        complete = (start + tile.mini_batch <= length) & (head < H)
-        log_kept = tl.zeros((each, heads), tl.float32)
-        for j in tl.range(0, tile.mini_batch):
-            log_kept += tl.load(log_decay + at + j * H, mask=complete, other=0.0)
-        tl.store(shares + at, share_lost(log_kept), mask=mask)
-        tl.store(kept + at, tl.exp(log_kept), mask=mask)
-
-
-@triton.jit
-def store_centred(initial, copy, head, H, tile: tl.constexpr):
-    """Copy the initial weights of P heads, centred."""
-    place = tl.program_id(0), head, 0, 0, H
-    W, b = load_initial((None, None, initial, copy), place, tile)
-    store_copy(copy, only_copy(), centred_weights(W, tile), centred_weights(b, tile), head, H, tile)
-
-
-@triton.jit(do_not_specialize=["L", "H", "num_sequences"])
-def decays_kernel(
-    log_decay,  # [B, L, H]
-    shares,  # [B, L, H]: 1 - A of every mini-batch at its first token
-    kept,  # [B, L, H]: A
-    initial,  # W̄ [H, D, D], b̄ [H, D]
-    copy,  # [1, H, D² + D]
-    spans,  # starts, lengths [N], or None twice
-    L,
-    H,
-    num_sequences,
-    heads: tl.constexpr,
-    each: tl.constexpr,
-    tile: tl.constexpr,
-):
-    """One program makes the shares of a sequence, and another one the copy of P heads."""
-    if tl.program_id(0) < num_sequences:
-        store_shares(log_decay, shares, kept, spans, L, H, heads, each, tile)
-    else:
-        store_centred(initial, copy, (tl.program_id(0) - num_sequences) * tile.heads, H, tile)
-
-
-Decays = tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]
-"""1 - A and A of every mini-batch at its first token [B, L, H]; the initial weights, and their copy."""
-
-
-def prepared_decays(scan: Scan, op: str) -> tuple[Decays | None, launch.Launch | None]:
-    """What a kernel is given, and the launch before it, that fills it; None of a scan that forgets nothing."""
-    if scan.log_decay is None:
-        return None, None
-    N, H = scan.weights[0].shape[:2]
-    choice, tile = launch.plan(op, scan.q, scan.token_scale.numel(), scan.hidden)
-    log_decay = scan.log_decay.contiguous()
-    shares, kept = torch.empty_like(log_decay), torch.empty_like(log_decay)
-    initial = tuple(w.contiguous() for w in scan.initial)
-    copy = log_decay.new_empty(1, H, sum(w[0].numel() for w in initial))
-    heads = triton.next_power_of_2(H)
-    spans = launch.contiguous(scan.starts, scan.lengths)
-    cut = heads, max(1, 32 // heads), tile
-    arguments = (log_decay, shares, kept, initial, copy, spans, *scan.q.shape[1:3], N, *cut)
-    first = launch.Launch(decays_kernel, (N + triton.cdiv(H, choice.heads),), arguments, choice)
-    return (shares, kept, initial, copy), first

@@ -16,13 +16,14 @@ from torch import Tensor
 from ..arguments import Scan
 from . import copies, launch, limits
 from .copies import checkpoint_number, first_state, load_copy, load_steps, store_copy
+from .decays import prepared_decays
 from .forgetting import (
     forget,
     load_centred,
     load_of_heads,
     no_gradients,
-    prepared_decays,
     store_decay_gradient,
+    sums_of_means,
     through_means,
     to_initial,
     what_is_kept,
@@ -220,7 +221,7 @@ def linear_backward_kernel(
     grad_weights,  # of W1 [N, H, D, D], b1 [N, H, D]
     tokens,  # q, k, v and the forward's G [B, L, H, D]
     rates,  # inner_lr [B, L, H], token_scale [K]
-    decays,  # ``forgetting.Decays``; None: nothing is forgotten
+    decays,  # ``decays.Decays``; None: nothing is forgotten
     weights,  # the incoming W1 [N, H, D, D], b1 [N, H, D]
     checkpoints,  # [number, H, D² + D]
     states,  # [number, H, D² + D]
@@ -284,11 +285,9 @@ def linear_backward_kernel(
     store_sums(partial_sums, sums, place, tile)
     if decays is not None:
         store_weights(d_decays[1:], d_initial, place, tile)
-        d_outgoing, incoming = (
-            load_weights(grad_weights, grad_strides, place, tile),
-            load_weights(weights, strides, place, tile),
-        )
-        through_means(d_decays[0], d_outgoing, incoming, decays, place, tile_offsets(place[4], tile), tile)
+        d_outgoing = load_weights(grad_weights, grad_strides, place, tile)
+        sums_at_ends = sums_of_means(d_outgoing, load_weights(weights, strides, place, tile), decays, place, tile)
+        through_means(d_decays[0], sums_at_ends, decays, place, tile)
 
 
 @launch.on_its_device

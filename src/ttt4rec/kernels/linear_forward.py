@@ -18,6 +18,7 @@ from torch import Tensor
 from ..arguments import Scan
 from . import launch, limits
 from .copies import checkpoint_number, store_copy
+from .decays import prepared_decays
 from .forgetting import (
     all_kept,
     forget,
@@ -25,7 +26,6 @@ from .forgetting import (
     load_initial,
     load_of_heads,
     mean_forgotten,
-    prepared_decays,
     stacked_heads,
     times,
 )
@@ -57,7 +57,7 @@ from .primitives import (
 def linear_forward_kernel(
     tokens,  # q, k, v [B, L, H, D]
     rates,  # inner_lr [B, L, H], token_scale [K]
-    decays,  # ``forgetting.Decays``; None: nothing is forgotten
+    decays,  # ``decays.Decays``; None: nothing is forgotten
     weights,  # W1 [N, H, D, D], b1 [N, H, D]
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
@@ -123,11 +123,13 @@ def linear_forward_kernel(
     W_mean = incoming_W - centred_weights(incoming_W, tile)
     if decays is not None:
         initial_W, initial_b = load_initial(decays, place, tile)
-        W_mean = mean_forgotten(W_mean, initial_W, kept, stacked_heads(tile), tile)
+        initial_mean = initial_W - centred_weights(initial_W, tile)
+        W_mean = mean_forgotten(W_mean, initial_mean, kept, stacked_heads(tile), tile)
     W = tl.where(changed, W + W_mean, incoming_W)
     b_mean = incoming_b - centred_weights(incoming_b, tile)
     if decays is not None:
-        b_mean = mean_forgotten(b_mean, initial_b, kept, parameter_head(tile), tile)
+        initial_mean = initial_b - centred_weights(initial_b, tile)
+        b_mean = mean_forgotten(b_mean, initial_mean, kept, parameter_head(tile), tile)
     b = tl.where(changed, b + b_mean, incoming_b)
     store_weights(outgoing, (W, b), place, tile)
 
