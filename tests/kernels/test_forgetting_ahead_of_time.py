@@ -32,7 +32,7 @@ def test_scans_take_little_more_than_those_that_do_not_forget(kernel: str) -> No
     assert len(rows) == 2
     assert cost["loop_instructions"] <= 1.5 * max(r.loop_instructions for r in rows)
     assert cost["shared_memory"] <= max(r.shared_memory for r in rows)
-    assert cost["loop_spills"] <= (350 if op.endswith("backward") else 0)
+    assert cost["loop_spills"] <= (470 if op.endswith("backward") else 0)
 
 
 @pytest.mark.parametrize("kernel", STEPS)
