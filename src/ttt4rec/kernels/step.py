@@ -253,20 +253,23 @@ def store_chunk(M1, M2, state, b2, k, u1, x2, u2, s, place, decays, H, c, tile: 
     if place == tile.mini_batch - 1:
         keys, steps1 = kept_rows + tile.k_at, kept_rows + tile.u1_at
         inputs2, steps2 = kept_rows + tile.x2_at, kept_rows + tile.u2_at
-        rows, columns = features[:, None] * F + hidden[None, :], hidden[:, None] * D + features[None, :]
         if decays is not None:  # one layer after the other, for the sake of registers
             share, initial1 = load_share_lost(decays, kept_rows, place, tile), initial_weights(decays, H, tile)
-            W1 = forgotten(W1, load(initial1, rows, outer_mask(real, hidden < F)), share)
+            W1 = forgotten(
+                W1, load(initial1, features[:, None] * F + hidden[None, :], outer_mask(real, hidden < F)), share
+            )
             b1 = forgotten(b1, load(initial1, D * F + hidden, hidden < F), share)
         W1, b1 = stepped(W1, b1, k, u1, s, keys, steps1, features, hidden, D, F, tile)
         if decays is not None:
             initial2 = initial1 + tile.second_at
-            W2 = forgotten(W2, load(initial2, columns, outer_mask(hidden < F, real)), share)
+            W2 = forgotten(
+                W2, load(initial2, hidden[:, None] * D + features[None, :], outer_mask(hidden < F, real)), share
+            )
             b2 = forgotten(b2, load(initial2, F * D + features, real), share)
         W2, b2 = stepped(W2, b2, x2, u2, s, inputs2, steps2, hidden, features, F, D, tile)
-        tl.store(M1 + rows, W1, mask=outer_mask(real, hidden < F))
+        tl.store(M1 + features[:, None] * F + hidden[None, :], W1, mask=outer_mask(real, hidden < F))
         tl.store(M1 + D * F + hidden, b1, mask=hidden < F)
-        tl.store(M2 + columns, W2, mask=outer_mask(hidden < F, real))
+        tl.store(M2 + hidden[:, None] * D + features[None, :], W2, mask=outer_mask(hidden < F, real))
         tl.store(M2 + F * D + features, b2, mask=real)
     else:
         row = kept_rows + place * tile.row
