@@ -42,7 +42,7 @@ def mlp_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor,
         each.run()
     (*slot_sums, scale), (*sequence_sums, last_scale) = of_slots, of_sequences
     gamma, beta = map(torch.cat, zip(slot_sums, sequence_sums, strict=True))
-    return launch.all_gradients(d_tokens, d_weights, (gamma, beta, scale, last_scale))
+    return launch.all_gradients(d_tokens, d_weights, (gamma, beta, scale, last_scale), ())
 
 
 def prepare(
@@ -61,7 +61,7 @@ def prepare(
     rounds = triton.cdiv(mini_batches, scan.segment)
     slots, first = new_slots(scan, tile)
     n = slots.weights.shape[0]
-    d_tokens, d_weights, _ = launch.new_gradients(scan)
+    d_tokens, d_weights, *_ = launch.new_gradients(scan)
     for d, grad in zip(d_weights, grad_weights, strict=True):
         d.copy_(grad)
     of_slots, of_sequences = (
