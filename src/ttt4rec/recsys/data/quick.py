@@ -16,7 +16,8 @@ from ttt4rec.recsys.data.interactions import Interactions
 from ttt4rec.recsys.data.layout import Columns
 from ttt4rec.recsys.data.text import DataError, open_bytes
 
-_BLOCK = 1 << 21  # bytes; a row may go over two blocks, which is what the longest may have
+_BLOCK = 1 << 20
+"""Bytes. pyarrow reads up to 32 blocks ahead, and refuses a row of more than two, which Python's reader then reads."""
 
 
 class _QuotedError(Exception):
