@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import importlib.metadata
 import logging
 import os
@@ -139,7 +140,8 @@ class _Config(argparse.Action):
         takes = {action.dest: action for action in parser._actions if action.option_strings}
         unknown = [name for name in settings if name not in takes or name in ("config", "help")]
         if unknown:
-            raise ValueError(f"{values} must hold options of ttt4rec train; given {printable(', '.join(unknown))}")
+            shown = printable(", ".join(_with_likeliest(name, takes) for name in unknown))
+            raise ValueError(f"{values} must hold options of ttt4rec train; given {shown} (see {parser.prog} --help)")
         words = [word for name, value in settings.items() for word in _words(takes[name], value)]
         try:
             found = parser.parse_args(words)
@@ -147,6 +149,12 @@ class _Config(argparse.Action):
             raise ValueError(f"{values}: {error}") from None
         namespace.read = places | {name: getattr(found, name) for name in found.given}
         namespace.is_record = is_record
+
+
+def _with_likeliest(name: str, known: Collection[str]) -> str:
+    """A name that is no option, and the option that may have been meant."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"{name} (is {close[0]} meant?)" if close else name
 
 
 def _words(option: argparse.Action, value: object) -> list[str]:
@@ -349,7 +357,8 @@ def _add_new_items(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="DIR", help=about)
     about = "a file with the columns that the model learned from; items that the model knows stay as they are"
     command.add_argument("features", metavar="FILE", help=about)
-    command.add_argument("--item-field", default="item_id", metavar="NAME", help="column of item ids")
+    about = "column of item ids (default: what train was told)"
+    command.add_argument("--item-field", metavar="NAME", help=about)
     command.add_argument("--encoding", default="utf-8", metavar="NAME", help="of a text file, such as latin-1")
 
 

@@ -79,8 +79,10 @@ def test_a_model_with_replaced_attention_is_saved_and_loaded(name, tmp_path):
     loaded = with_ttt_attention(model_class).from_pretrained(tmp_path)
     assert isinstance(loaded, model_class)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-    with pytest.raises(ValueError, match="model must have its own attention"):
+    with pytest.raises(ValueError, match=r"must have its own attention in all blocks; .* in blocks \["):
         replace_attention(loaded)
+    with pytest.raises(TypeError, match=r"must be a model of transformers .*; given Linear"):
+        replace_attention(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("name", ["linear-mamba", "llama"])

@@ -361,14 +361,14 @@ def test_the_command_line_trains_with_features_and_offers_all_items(shop, capsys
     assert main([*train, *SHAPE, *wanted, "--feature-columns", "colour", "price", "--out", str(shop / "run")]) == 0
     out = capsys.readouterr().out
     assert "features colour (6 values), price (a number) of 36 of 36 items" in out
-    assert f"12 items of {shop / 'items.jsonl'} alone are offered by their features" in out
+    assert f"12 items of {shop / 'items.jsonl'} without an interaction are offered by their features" in out
     first = json.loads((shop / "run" / "run.json").read_text())["test"]
     assert main(["evaluate", str(shop / "run"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == pytest.approx(first)
     assert main(["recommend", str(shop / "run"), "--user", "u0", "-k", "48", "--json"]) == 0
     assert set(COLD) < {entry["item"] for entry in json.loads(capsys.readouterr().out)["items"]}
     assert main([*train, "--warm-start", str(shop / "run"), *wanted, "--out", str(shop / "next")]) == 0
-    assert "0 items of" in capsys.readouterr().out
+    assert "without an interaction" not in capsys.readouterr().out
     assert Recommender.load(shop / "next").histories.num_items == 48
 
 
@@ -380,6 +380,14 @@ def test_the_command_line_adds_items(shop, capsys):
     for count in (1, 0):
         assert main(add) == 0
         assert f"{count} new items of" in capsys.readouterr().out
+    (shop / "small" / "run.json").write_text('{"settings": {"item_field": "sku"}}')  # as train leaves it
+    assert main(add[:-2]) == 0
+    assert "0 new items of" in capsys.readouterr().out
+    assert main([*add[:-1], "item_id"]) == 2
+    assert "new.jsonl must have a column 'item_id'" in capsys.readouterr().err
+    (shop / "small" / "run.json").write_text("[]")
+    assert main(add[:-2]) == 2
+    assert "run.json is damaged" in capsys.readouterr().err
     assert main(["similar", str(shop / "small"), "i999", "-k", "6"]) == 0
     similar = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert {colour_of(item) for item in similar} == {2}

@@ -216,6 +216,8 @@ def test_a_table_of_recommendations(recommender):
 TITLES = {
     "a.item": "item_id:token\tmovie_title:token_seq\nx3\tThree, the\nx4\tFour\n",
     "a.csv": 'year,title,id\n1999,"Three, the",x3\n2000,Four,x4\nbad\n',
+    "products.csv": 'price,product,title\n9.5,x3,"Three, the"\n7,x4,Four\n',
+    "wares.csv": 'ware,price,title\nx3,9.5,"Three, the"\nx4,7,Four\n',
     "movies.dat": "x3::Three, the::Drama|War\nx4::Four::\n",
     "b.csv": 'x3,"Three, the"\nx4,Four\n',
     "c.tsv": "x3\tThree, the\nx4\tFour\n",

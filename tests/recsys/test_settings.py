@@ -65,7 +65,11 @@ def test_toml(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.json", '{"widht": 16, "depth": 1}', "must hold options of ttt4rec train; given widht, depth"),
+        (
+            "a.json",
+            '{"widht": 16, "depth": 1}',
+            "must hold options of ttt4rec train; given widht (is width meant?), depth (see ttt4rec train --help)",
+        ),
         ("a.json", '{"width": 1.5}', "argument --width: must be a whole number below 2**31; given '1.5'"),
         ("a.json", '{"mixer": "fate"}', "argument --mixer: invalid choice: 'fate'"),
         ("a.json", '{"gates": "yes"}', "argument --gates: ignored explicit argument 'yes'"),

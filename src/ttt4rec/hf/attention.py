@@ -77,9 +77,16 @@ def replace_attention(
 
     Raises:
         ValueError: no block has that attention, some were replaced before, or an option is out of range.
+        TypeError: the model is none of transformers.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a model of transformers (PreTrainedModel); given {type(model).__name__}")
     if getattr(model.config, "ttt_attention", None) is not None:
-        raise ValueError(f"model must have its own attention; given one with {model.config.ttt_attention}")
+        replaced = model.config.ttt_attention.get("layers")
+        raise ValueError(
+            f"model must have its own attention in all blocks; given one with TTT layers in blocks {replaced}: "
+            "name all blocks in one call of replace_attention"
+        )
     config = model.config.get_text_config(decoder=True)
     num_heads = config.num_attention_heads if num_heads is None else num_heads
     found: dict[int, tuple[nn.Module, str]] = {

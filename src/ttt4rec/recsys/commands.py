@@ -104,7 +104,8 @@ def _train(args: Namespace, device: str) -> None:
     if table is not None:
         count = histories.num_items
         model, histories = with_new_items(model, histories, table, leave_out=True)
-        print(f"{histories.num_items - count:,} items of {args.item_features} alone are offered by their features")
+        if more := histories.num_items - count:
+            print(f"{more:,} items of {args.item_features} without an interaction are offered by their features")
     windows = evaluation_prefixes(split, "test", max_len=model.config.max_len)
     metrics = evaluate_windows(model, windows, exclude_seen=args.exclude_seen, shared=True, progress=progress)
     if parallel.rank():
@@ -250,11 +251,24 @@ def _titles(args: Namespace) -> Mapping[str, str] | None:
 def add_items(args: Namespace) -> None:
     """Let a model take new items by their features, in its folder."""
     recommender = Recommender.load(args.folder)
-    larger = recommender.add_items(args.features, item_field=args.item_field, encoding=args.encoding)
+    field = args.item_field or _trained_item_field(Path(args.folder))
+    larger = recommender.add_items(args.features, item_field=field, encoding=args.encoding)
     count = larger.histories.num_items - recommender.histories.num_items
     if count:
         larger.save(args.folder)
     print(f"{count:,} new items of {args.features} in {args.folder}, which offers {larger.histories.num_items:,}")
+
+
+def _trained_item_field(folder: Path) -> str:
+    """What the column of item ids was called where ``train`` wrote the folder; from Python there is no record of it."""
+    path = folder / RUN_FILE
+    default = DataOptions().item_field
+    if not path.is_file():
+        return default
+    try:
+        return str(read_json(path)["settings"].get("item_field", default))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is damaged; it must hold the settings of a training run ({error})") from error
 
 
 def _print_items(items: list[tuple[Id, float]], titles: Mapping[str, str] | None) -> None:

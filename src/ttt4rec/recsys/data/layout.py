@@ -127,7 +127,9 @@ def check_columns(
     if not wrong:
         return
     wanted = " and ".join(f"one column {field!r}" for _, field, _ in wrong)
-    given = f"{' and '.join(str(count) for *_, count in wrong)} among {printable(', '.join(header), SHOWN)}"
+    given = printable(", ".join(header), SHOWN)
+    if any(count for *_, count in wrong):
+        given = f"{' and '.join(str(count) for *_, count in wrong)} among {given}"
     raise DataError(f"{name} must have {wanted}; given {given}; {advice or _advice([option for option, *_ in wrong])}")
 
 

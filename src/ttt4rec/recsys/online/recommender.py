@@ -154,7 +154,8 @@ class OnlineRecommender:
             if event.time is not None and event.time > latest:
                 raise DataError(
                     f"time must be at most {latest:.17g}, this recommender's horizon; given {event.time} of an event "
-                    f"of user {event.user_id!r}; send the time at which it happened, in the unit of the horizon"
+                    f"of user {event.user_id!r}; send the time at which it happened, in the horizon's unit "
+                    "(ttt4rec serve --time-unit)"
                 )
 
     def recommend(

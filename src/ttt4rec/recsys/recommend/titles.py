@@ -15,7 +15,7 @@ from ttt4rec.recsys.data.layout import own_separator, read_rows
 from ttt4rec.recsys.data.text import DataError, TextFile, long_fields
 
 _SEPARATORS = ("::", "\t", "|", ";", ",")  # titles have commas
-_IDS = ("item_id", "id", "movie_id", "movieid", "item", "asin", "parent_asin")
+_IDS = ("item_id", "id", "movie_id", "movieid", "item", "product_id", "product", "sku", "asin", "parent_asin")
 _TITLES = ("title", "name", "movie_title", "item_title", "product_title", "item_name")
 
 
@@ -23,8 +23,8 @@ def read_titles(path: Path, encoding: str = "utf-8") -> dict[str, str]:
     """Titles by the texts of items' ids.
 
     A text file, also with ``.gz``, as ``read_interactions`` takes it. If its first line names a column such as
-    ``item_id`` and one such as ``title`` (``name:type``, as RecBole writes it, is ``name``), those are read; otherwise
-    the first two columns of all lines are.
+    ``title``, that is read, with the ids of a column such as ``item_id`` or else of the first one. Otherwise the first
+    two columns of all lines are. ``name:type``, as RecBole writes it, is ``name``.
 
     Raises:
         DataError: the file is not there, is no text of that encoding, or has fewer than two columns.
@@ -67,4 +67,7 @@ def _places(header: Sequence[str]) -> tuple[int, int] | None:
     """Where ids and titles stand by a header's names; None if it is none."""
     names = [name.split(":")[0].strip().lower() for name in header]
     found = [next((names.index(name) for name in known if name in names), None) for known in (_IDS, _TITLES)]
-    return None if found[0] is None or found[1] is None else (found[0], found[1])
+    item, title = found
+    if title is None:
+        return None
+    return (0 if title else 1) if item is None else item, title

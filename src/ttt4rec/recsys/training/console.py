@@ -31,8 +31,8 @@ class Console(Callback):
         steps = -(-run.split.num_targets("train") // options.targets_per_batch)
         print(f"model: {describe_model(run.model)}, {parameters:,} parameters, on {_device(run.model)}")
         print(
-            f"at most {options.epochs} epochs of about {steps:,} steps; ends after {options.patience} without a better "
-            f"validation {_KEPT_BY}",
+            f"at most {options.epochs} epochs of about {steps:,} {'step' if steps == 1 else 'steps'}; "
+            f"ends after {options.patience} without a better validation {_KEPT_BY}",
             flush=True,
         )
         if run.reports:
