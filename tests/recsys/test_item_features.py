@@ -128,6 +128,15 @@ BAD = {
     "lazy": (polars.LazyFrame(FRAME), "give its .collect()"),
     "no table": (3, "must be a path, a data frame, columns or rows by name; given int"),
     "rows without names": ([("a", 1)], "row 0 must be an item's features by name"),
+    "a number without bound": ({"item_id": ["a", "b"], "x": [1, 10**400]}, "'x' of item 'b' must be finite"),
+    "complex": ({"item_id": ["a"], "x": np.ones(1, np.complex64)}, "'x' of item 'a' must be a number"),
+    "one value as a column": ({"item_id": ["a"], "x": 3}, "must have values of items in 'x'; given 3"),
+    "a text as a column": ({"item_id": ["a"], "x": "y"}, "must have values of items in 'x'; given 'y'"),
+    "a name twice, pandas": (pandas.DataFrame([["a", 1, 2]], columns=["item_id", "x", "x"]), "each once; given x"),
+    "a name twice, arrow": (
+        pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["item_id", "x", "x"]),
+        "each once; given x",
+    ),
     "nothing there": ("nothing.csv", "must be a file of items' features; given nothing"),
 }
 
@@ -137,6 +146,27 @@ def test_what_cannot_be_read_is_refused(source, match):
     with pytest.raises(DataError) as refused:
         read_item_features(source)
     assert match in str(refused.value)
+
+
+def test_options_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(DataError, match="columns must be several names; given the text 'brand'"):
+        read_item_features(FRAME, columns="brand")
+    with pytest.raises(ValueError, match="encoding must be one that Python knows"):
+        read_item_features(as_csv(tmp_path / "items.csv"), encoding="klingon")
+
+
+def test_a_set_may_hold_what_is_missing():
+    table = read_item_features({"item_id": ["a", "b"], "x": [{"q", None, "p"}, set()]})
+    assert table.columns["x"] == [("p", "q"), ()]
+
+
+def test_what_is_not_asked_for_is_not_judged(tmp_path):
+    """A column that is left out may hold anything, at training and when items are added."""
+    path = tmp_path / "items.csv"
+    path.write_text("item_id,note,brand\na,[Rec],x\nb,[1],y\n")
+    assert read_item_features(path, columns=["brand"]).columns == {"brand": [("x",), ("y",)]}
+    new = {"item_id": ["new"], "colour": ["colour 1"], "price": [1.0], "text": [None], "since": [pandas.Timestamp(0)]}
+    assert trained_on_colours().add_items(new).histories.item_ids[-1] == "new"
 
 
 BAD_TEXTS = {
@@ -174,6 +204,32 @@ def test_what_is_encoded_is_what_training_sees():
     names = [given.columns[0].values[code] for code in given.categories.tolist()]
     assert names == [f"colour {colour_of(item)}" for item in split.histories.item_ids]
     assert given.known.tolist() == [False, *(split.train_counts() > 0).tolist()]
+
+
+@pytest.mark.parametrize("unit", [0.1, 1e-200, 1e200, 3e306])
+def test_numbers_of_every_size_are_standardised(unit):
+    """What is the same for all items tells nothing, however it is rounded; what differs does, at any size."""
+    split = colourful_split()
+    items = feature_columns()["item_id"]
+    steps = [float(number % 7) for number in range(len(items))]
+    frame = {"item_id": items, "same": [unit] * len(items), "half": [[unit, step] for step in steps]}
+    given = item_features({**frame, "steps": [unit * step for step in steps]}, split)
+    assert [column.name for column in given.columns] == ["half", "steps"]
+    known = np.array([steps[items.index(item)] for item in split.histories.item_ids])
+    expected = (known - known.mean()) / known.std()
+    dense = given.dense[1:].numpy()
+    np.testing.assert_allclose(dense[:, 0], 0, atol=1e-7)
+    np.testing.assert_allclose(dense[:, 1] * np.sqrt(2), expected, rtol=1e-6)
+    np.testing.assert_allclose(dense[:, 2], expected, rtol=1e-6)
+
+
+def test_one_item_under_two_texts_of_its_id_is_refused():
+    split = split_by_ratio(
+        build_histories(load_interactions([(u, uuid.UUID(int=t), t) for u in "ab" for t in range(5)]))
+    )
+    twice = [str(uuid.UUID(int=10)), str(uuid.UUID(int=10)).upper()]
+    with pytest.raises(DataError, match="must have one row for each item; given several for '00000000-0000"):
+        item_features({"item_id": twice, "x": ["p", "q"]}, split)
 
 
 def test_items_without_features_have_their_ids_alone():
@@ -223,7 +279,7 @@ def test_new_items_change_nothing_for_others_and_stay(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"colour": None}, "must have the column 'colour', which the model learned from; given 'price', 'text'"),
+        ({"colour": None}, "must have a column 'colour'; given item_id, price, text"),
         ({"colour": [1.0]}, "must have texts in 'colour', as when the model was trained"),
         ({"price": ["dear"]}, "must have numbers in 'price', as when the model was trained"),
         ({"text": [[1.0]]}, "must have 3 numbers in 'text', as in training; given 1"),

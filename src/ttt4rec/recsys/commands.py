@@ -29,7 +29,7 @@ from ttt4rec.recsys.data.split import PARTS, Split, split_at, split_by_ratio, sp
 from ttt4rec.recsys.data.text import DataError, TextFile
 from ttt4rec.recsys.data.windows import evaluation_prefixes
 from ttt4rec.recsys.recommend import Recommender, offers
-from ttt4rec.recsys.recommend.new_items import take_features, with_new_items
+from ttt4rec.recsys.recommend.new_items import feature_names, take_features, with_new_items
 from ttt4rec.recsys.recommend.rerank import MaximalMarginalRelevance
 from ttt4rec.recsys.recommend.titles import read_titles
 from ttt4rec.recsys.training import parallel
@@ -415,7 +415,7 @@ def _feature_table(args: Namespace, trained: Recommender | None) -> FeatureTable
             f"--item-features must be left out, as in {args.warm_start}, whose model --warm-start goes on with; given "
             f"{args.item_features}; train without --warm-start to learn from features"
         )
-    columns = args.feature_columns or None
+    columns = args.feature_columns or (None if trained is None else feature_names(trained.model))
     return read_item_features(args.item_features, item_field=args.item_field, columns=columns, encoding=args.encoding)
 
 

@@ -10,6 +10,7 @@ import math
 import numbers
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttt4rec.checks import printable
+from ttt4rec.options import DataOptions
 from ttt4rec.recsys.data.ids import Id
 from ttt4rec.recsys.data.layout import SEPARATORS, own_separator, read_rows
 from ttt4rec.recsys.data.text import DataError, TextFile, long_fields
@@ -68,12 +70,16 @@ def read_item_features(
         encoding: of a text file.
 
     Raises:
-        DataError: the file or a column is missing, an item occurs twice, or a value cannot be understood; it names item
-            and column.
+        DataError: the file or a column is missing, an item or a column's name occurs twice, or a value cannot be
+            understood; it names item and column.
+        ValueError: Python knows no such encoding.
     """
+    if isinstance(columns, str):
+        raise DataError(f"columns must be several names; given the text {columns!r}")
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
-        found = _read_file(Path(source), item_field, encoding)
+        encoding = DataOptions(encoding=encoding).encoding
+        found = _read_file(Path(source), item_field, columns, encoding)
     else:
         name = type(source).__name__
         found = _columns_of(name, source)
@@ -165,17 +171,22 @@ def _stacked(values: Any) -> Any:
 
 def _value(x: Any) -> Any:
     """A value as float, text or list of them; None for a missing one, and anything else as it is."""
+    if isinstance(x, np.generic):
+        x = x.item()
     if isinstance(x, str):
         return x.strip() or None
     if isinstance(x, numbers.Number) and not isinstance(x, complex):
-        number = float(x)  # type: ignore[arg-type]
+        try:
+            number = float(x)  # type: ignore[arg-type]
+        except OverflowError:  # of a whole number, which has no bound
+            number = math.inf
         return None if math.isnan(number) else number
     if isinstance(x, np.ndarray):
         x = x.tolist()
     elif hasattr(x, "to_list"):
         x = x.to_list()
     if isinstance(x, list | tuple | set | frozenset):
-        parts = [_value(part) for part in (sorted(x) if isinstance(x, set | frozenset) else x)]
+        parts = [_value(part) for part in (sorted(x, key=str) if isinstance(x, set | frozenset) else x)]
         there = [part for part in parts if part is not None]
         return (there if any(isinstance(part, str) for part in there) else parts) if there else None
     return None if x is None or type(x).__name__ in ("NAType", "NaTType") else x
@@ -185,10 +196,20 @@ def _columns_of(name: str, source: Any) -> dict[str, Any]:
     if hasattr(source, "collect") and hasattr(source, "collect_schema"):
         raise DataError(f"features must be in a frame that is computed; given {name}; give its .collect()")
     if isinstance(source, Mapping):
+        for field, column in source.items():
+            single = isinstance(column, np.ndarray) and column.ndim == 0
+            if single or isinstance(column, str | bytes) or not isinstance(column, Iterable):
+                raise DataError(f"{name} must have values of items in {field!r}; given {printable(repr(column), 80)}")
         return {
             str(field): column if isinstance(column, list | tuple | np.ndarray) else _listed(column)
             for field, column in source.items()
         }
+    fields = getattr(source, "column_names", getattr(source, "columns", ()))
+    twice = (
+        [str(field) for field, count in Counter(fields).items() if count > 1] if isinstance(fields, Iterable) else []
+    )
+    if twice:
+        raise DataError(f"{name} must name columns, each once; given {printable(', '.join(twice), 200)} several times")
     if hasattr(source, "column_names") and hasattr(source, "schema"):  # Arrow's tables, Hugging Face's datasets
         return _arrow_columns(source if hasattr(source, "column") else source.with_format("arrow")[:])
     if hasattr(source, "to_arrow"):  # polars, which without pyarrow goes by its columns
@@ -226,7 +247,7 @@ def _arrow_columns(table: Any) -> dict[str, Any]:
     return found
 
 
-def _read_file(path: Path, item_field: str, encoding: str) -> dict[str, Any]:
+def _read_file(path: Path, item_field: str, columns: Sequence[str] | None, encoding: str) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(
             f"{path} must be a file of items' features; given {'a directory' if path.is_dir() else 'nothing'}"
@@ -238,7 +259,7 @@ def _read_file(path: Path, item_field: str, encoding: str) -> dict[str, Any]:
             bare = path.with_suffix("") if path.suffix.lower() == ".gz" else path
             if bare.suffix.lower() in _LINES:
                 return _read_lines(path, text)
-            return _read_delimited(path, text, item_field)
+            return _read_delimited(path, text, item_field, columns)
     except UnicodeError as error:
         raise DataError(f"{path} must be {encoding} text; name its encoding (--encoding), such as latin-1") from error
     except (csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -290,7 +311,7 @@ def _by_name(name: str, what: str, rows: Iterable[tuple[int, Any]]) -> dict[str,
     return {field: [row.get(field) for row in read] for field in names}
 
 
-def _read_delimited(path: Path, text: TextFile, item_field: str) -> dict[str, Any]:
+def _read_delimited(path: Path, text: TextFile, item_field: str, wanted: Sequence[str] | None) -> dict[str, Any]:
     first = text.lines.readline()
     own = own_separator(path) or ("\t" if ".item" in path.suffixes else None)
     separator = next((x for x in (own, *SEPARATORS) if x is not None and x != _SEVERAL and x in first), own or ",")
@@ -308,7 +329,7 @@ def _read_delimited(path: Path, text: TextFile, item_field: str) -> dict[str, An
             for column, value in zip(columns, row, strict=True):
                 column.append(value.strip())
     return {
-        name: column if name == item_field else _typed(path, name, kind, column)
+        name: column if name == item_field or name not in (wanted or names) else _typed(path, name, kind, column)
         for name, kind, column in zip(names, kinds, columns, strict=True)
     }
 

@@ -19,6 +19,7 @@ from ttt4rec.recsys.data.text import DataError
 
 _LEAST_ITEMS = 2  # with a value: what one item alone has says nothing of others
 _FARTHEST = 5.0  # standard deviations; beyond, a number counts as this far
+_LEAST, _MOST = float(np.finfo(np.float64).tiny), float(np.finfo(np.float64).max)
 
 
 def item_features(source: object, split: Split, *, id_dropout: float = 0.1, **options: Any) -> ItemFeatures:
@@ -57,9 +58,18 @@ def item_features(source: object, split: Split, *, id_dropout: float = 0.1, **op
     return encode(table, columns, rows, seen, id_dropout)
 
 
+def ids_like(table: FeatureTable, item_ids: Sequence[Id]) -> tuple[Id, ...]:
+    """A table's ids in the type of other ones; DataError if one cannot be, or two are one then, as a UUID's texts."""
+    ids = all_as_kind(table.ids, kind_of(item_ids))
+    if len(set(ids)) < len(ids):
+        twice = next(item for item, count in Counter(ids).items() if count > 1)
+        raise DataError(f"{table.name} must have one row for each item; given several for {str(twice)!r}")
+    return ids
+
+
 def find_rows(table: FeatureTable, item_ids: Sequence[Id]) -> IntArray:
-    """Rows of a table for items, int64; -1 where it has none. DataError if its ids cannot be of the items' type."""
-    places = {item: row for row, item in enumerate(all_as_kind(table.ids, kind_of(item_ids)))}
+    """Rows of a table for items, int64; -1 where it has none. DataError as ``ids_like``."""
+    places = {item: row for row, item in enumerate(ids_like(table, item_ids))}
     return np.array([places.get(item, -1) for item in item_ids], dtype=np.int64)
 
 
@@ -148,11 +158,18 @@ def _fitted(name: str, values: Dense | Categories, rows: IntArray) -> FeatureCol
         return FeatureColumn(name, CATEGORIES, values=tuple(shared)) if shared and not everywhere else None
     given = values[rows]
     given = given[~np.isnan(given[:, 0])]
-    if not len(given) or not given.std(0).any():
+    if not len(given):
         return None
-    spread = given.std(0)
-    scale = np.where(spread > 0, spread, 1.0) * np.sqrt(given.shape[1])
-    return FeatureColumn(name, DENSE, tuple(given.mean(0).tolist()), tuple(scale.tolist()))
+    differ = given.max(0) > given.min(0)  # equal numbers may have a deviation above 0, by the rounding of their mean
+    if not differ.any():
+        return None
+    largest = np.abs(given).max(0)
+    largest[largest == 0] = 1.0
+    given = given / largest  # so that no square leaves the range of numbers
+    with np.errstate(over="ignore", under="ignore"):
+        scale = given.std(0) * largest * np.sqrt(given.shape[1])
+    scale = np.where(differ, np.clip(scale, _LEAST, _MOST), np.sqrt(given.shape[1]))
+    return FeatureColumn(name, DENSE, tuple((given.mean(0) * largest).tolist()), tuple(scale.tolist()))
 
 
 def _standardised(source: str, column: FeatureColumn, values: Dense | Categories, rows: IntArray) -> Dense:
@@ -165,7 +182,8 @@ def _standardised(source: str, column: FeatureColumn, values: Dense | Categories
         )
     given = np.where(rows[:, None] >= 0, values[rows], np.nan)
     far = _FARTHEST / np.sqrt(width)
-    found: Dense = np.nan_to_num(np.clip((given - column.mean) / np.array(column.scale), -far, far))
+    with np.errstate(over="ignore"):
+        found: Dense = np.nan_to_num(np.clip((given - column.mean) / np.array(column.scale), -far, far))
     return found
 
 

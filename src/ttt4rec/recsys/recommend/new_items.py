@@ -11,8 +11,12 @@ from ttt4rec.models.item_features import FeaturedItems
 from ttt4rec.models.ttt4rec import TTT4Rec
 from ttt4rec.recsys.data import DataError, Histories
 from ttt4rec.recsys.data.feature_table import FeatureTable
-from ttt4rec.recsys.data.ids import all_as_kind, kind_of
-from ttt4rec.recsys.data.item_features import describe, encode, encode_again, find_rows, has_features
+from ttt4rec.recsys.data.item_features import describe, encode, encode_again, find_rows, has_features, ids_like
+
+
+def feature_names(model: TTT4Rec) -> list[str]:
+    """The columns that a model takes of a table. ValueError: it was made without features."""
+    return [column.name for column in _features_of(model).columns]
 
 
 def take_features(model: TTT4Rec, table: FeatureTable, histories: Histories) -> str:
@@ -45,7 +49,7 @@ def with_new_items(
             or a new item has no value that training saw.
     """
     features = _features_of(model)
-    ids = all_as_kind(table.ids, kind_of(histories.item_ids))
+    ids = ids_like(table, histories.item_ids)
     known = set(histories.item_ids)
     rows = np.array([row for row, item in enumerate(ids) if item not in known], dtype=np.int64)
     encoded = encode(table, features.columns, rows)
@@ -58,7 +62,7 @@ def with_new_items(
         shown = ", ".join(map(repr, bare[:5])) + (", ..." if len(bare) > 5 else "")
         raise DataError(
             f"{table.name}: new items must have a value that training saw in one of the columns "
-            f"{', '.join(column.name for column in features.columns)}; {len(bare)} have none: {shown}; leave them out, "
+            f"{', '.join(feature_names(model))}; {len(bare)} have none: {shown}; leave them out, "
             "or train with them"
         )
     size = histories.num_items + len(rows)

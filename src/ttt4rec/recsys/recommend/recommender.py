@@ -20,7 +20,7 @@ from ttt4rec.recsys.data import DataError, Histories, Id, IntArray
 from ttt4rec.recsys.data.feature_table import FeatureTable, read_item_features
 from ttt4rec.recsys.recommend.candidates import Chooser, Rerank, Scores, Wanted
 from ttt4rec.recsys.recommend.folder import HISTORIES_FILE, IDS_FILE, as_files, is_consistent, read_histories
-from ttt4rec.recsys.recommend.new_items import with_new_items
+from ttt4rec.recsys.recommend.new_items import feature_names, with_new_items
 
 _HISTORIES_AT_ONCE = 512
 
@@ -208,12 +208,13 @@ class Recommender:
         Args:
             source: a table of features with the columns that the model was trained with, or what ``read_item_features``
                 reads.
-            options: for ``read_item_features``.
+            options: for ``read_item_features``; other columns than the model's are not read.
 
         Raises:
             ValueError: the model was trained without features. DataError: the source cannot be read, a column is
                 missing or of another kind than in training, or a new item has no value that training saw.
         """
+        options = {"columns": feature_names(self.model)} | options
         table = source if isinstance(source, FeatureTable) else read_item_features(source, **options)
         return Recommender(*with_new_items(self.model, self.histories, table))
 
