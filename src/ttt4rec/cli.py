@@ -134,7 +134,10 @@ class _Config(argparse.Action):
     def __call__(self, parser: object, namespace: argparse.Namespace, values: object, option: object = None) -> None:
         assert isinstance(parser, _Parser)
         settings, is_record = read_settings(Path(str(values)))
-        places = {name: str(settings.pop(name)) for name in ("data", "out") if name in settings}
+        odd = [name for name in ("data", "out") if not isinstance(settings.get(name, ""), str)]
+        if odd:
+            raise ValueError(f"{values} must hold a text as {odd[0]}; given {settings[odd[0]]!r}")
+        places = {name: settings.pop(name) for name in ("data", "out") if name in settings}
         if is_record:
             places.pop("out", None)  # another run has another folder
         takes = {action.dest: action for action in parser._actions if action.option_strings}
@@ -142,8 +145,8 @@ class _Config(argparse.Action):
         if unknown:
             shown = printable(", ".join(_with_likeliest(name, takes) for name in unknown))
             raise ValueError(f"{values} must hold options of ttt4rec train; given {shown} (see {parser.prog} --help)")
-        words = [word for name, value in settings.items() for word in _words(takes[name], value)]
         try:
+            words = [word for name, value in settings.items() for word in _words(takes[name], value)]
             found = parser.parse_args(words)
         except ValueError as error:
             raise ValueError(f"{values}: {error}") from None
@@ -162,7 +165,10 @@ def _words(option: argparse.Action, value: object) -> list[str]:
     name = option.option_strings[-1]
     if option.nargs == 0 and isinstance(value, bool):
         return [name] if value else []
-    values = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list) and option.nargs == "+" else [value]
+    odd = [x for x in values if isinstance(x, bool) or not isinstance(x, str | int | float)]
+    if odd:
+        raise ValueError(f"argument {name}: must be a number or a text; given {odd[0]!r}")
     return [f"{name}={x}" for x in values]
 
 
@@ -171,6 +177,8 @@ def _take_file(args: argparse.Namespace) -> None:
 
     What somebody chose, on the command line or in a file, is noted apart: the record of a run has all options.
     """
+    if args.is_record and "preset" in args.given and args.preset != args.read.get("preset"):
+        raise ValueError(f"--preset must be left out with a run's record, which has all options; given {args.preset}")
     read = {name: value for name, value in args.read.items() if name not in args.given}
     args.chosen = args.given if args.is_record else [*args.given, *read]
     args.given = [*args.given, *read]

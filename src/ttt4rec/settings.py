@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def read_settings(path: Path) -> tuple[dict[str, Any], bool]:
         path: a file that ends in ``.json`` or, from Python 3.11 on, ``.toml``.
 
     Raises:
-        ValueError: it is neither, or holds no settings.
+        ValueError: it is neither, holds no settings, or one twice.
         OSError: it cannot be read.
     """
     suffix = path.suffix.lower()
@@ -39,14 +39,26 @@ def read_settings(path: Path) -> tuple[dict[str, Any], bool]:
         raise ValueError(f"--config must be a file; given {str(path)!r}, where there is none")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text) if suffix == ".json" else _toml(text)
+        content = json.loads(text, object_pairs_hook=_once) if suffix == ".json" else _toml(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold {suffix[1:].upper()}; given what cannot be read ({error})") from error
     is_record = isinstance(content, dict) and isinstance(content.get("settings"), dict)
     settings = content["settings"] if is_record else content
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold options by name; given {type(settings).__name__}")
-    return {name.replace("-", "_"): x for name, x in settings.items() if x is not None}, is_record
+    named = [(name.replace("-", "_"), x) for name, x in settings.items()]
+    try:
+        return {name: x for name, x in _once(named).items() if x is not None}, is_record
+    except ValueError as error:
+        raise ValueError(f"{path} must hold each option once; given {error}") from None
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} twice")
+    return found
 
 
 def _toml(text: str) -> Any:
@@ -93,10 +105,23 @@ def _idle(settings: Mapping[str, Any], data_sets: Collection[str]) -> Iterator[t
         yield "feature_columns", "no --item-features"
     if settings["row_order"]:
         yield from ((name, "--row-order") for name in ("time_field", "date_format"))
+    of_features = _of_features(settings["item_features"])
     if settings["data"] in data_sets:
-        yield from ((field.name, f"the data {settings['data']}") for field in dataclasses.fields(DataOptions))
-    elif str(settings["data"]).lower().endswith(".parquet"):
-        yield from ((name, "a Parquet file") for name in _OF_TEXT)
+        names = [field.name for field in dataclasses.fields(DataOptions) if field.name not in of_features]
+        yield from ((name, f"the data {settings['data']}") for name in names)
+    elif _is_parquet(settings["data"]):
+        yield from ((name, "a Parquet file") for name in _OF_TEXT if name not in of_features)
+
+
+def _of_features(file: str | None) -> tuple[str, ...]:
+    """Options of the data that say how a file of items' features is read too."""
+    if file is None:
+        return ()
+    return ("item_field",) if _is_parquet(file) else ("item_field", "encoding")
+
+
+def _is_parquet(file: object) -> bool:
+    return str(file).lower().endswith(".parquet")
 
 
 def of_preset(given: Collection[str], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,17 @@ import itertools
 import json
 import logging
 import sys
+from contextlib import nullcontext
 
 import pytest
 
 from tests.support.recsys_data import SMALL, write_events
-from ttt4rec.cli import main
+from ttt4rec.cli import main, make_parser
 from ttt4rec.native import build
+from ttt4rec.recsys.data.datasets import NAMED
 from ttt4rec.recsys.training.checkpoint import load_checkpoint
 from ttt4rec.recsys.training.train import CHECKPOINT_FILE
+from ttt4rec.settings import check_effects
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,12 @@ def test_toml(run, tmp_path, capsys):
         ("a.json", '{"gates": "yes"}', "argument --gates: ignored explicit argument 'yes'"),
         ("a.json", "[1]", "must hold options by name; given list"),
         ("a.json", "{", "must hold JSON; given what cannot be read"),
+        ("a.json", '{"epochs": [5, 1]}', "argument --epochs: must be a number or a text; given [5, 1]"),
+        ("a.json", '{"time_field": true}', "argument --time-field: must be a number or a text; given True"),
+        ("a.json", '{"track": [["wandb"]]}', "argument --track: must be a number or a text; given ['wandb']"),
+        ("a.json", '{"data": ["a.csv"]}', "must hold a text as data; given ['a.csv']"),
+        ("a.json", '{"epochs": 5, "epochs": 1}', "must hold JSON; given what cannot be read (epochs twice)"),
+        ("a.json", '{"min-user": 5, "min_user": 1}', "must hold each option once; given min_user twice"),
         ("a.json", '{"config": "b.json"}', "must hold options of ttt4rec train; given config"),
         ("a.toml", "width", "must hold TOML; given what cannot be read"),
         ("a.yaml", "width: 16", "--config must be a .json or .toml file; given "),
@@ -143,6 +152,29 @@ def test_defaults_without_effect_are_none_and_options_with_one_are_taken(tmp_pat
 
 
 @pytest.mark.slow
+def test_a_preset_does_not_stand_beside_a_record(run, tmp_path, capsys):
+    """All options are given there, so that none is left for the preset, which the new record would name."""
+    again = ["train", "--config", str(run / "run" / "run.json"), "--out", str(tmp_path / "again")]
+    assert main([*again, "--preset", "best"]) == 2
+    assert "--preset must be left out with a run's record, which has all options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "features", "options", "refused"),
+    [
+        ("ml-100k", "no.csv", ["--item-field", "sku", "--encoding", "latin-1"], False),
+        ("no.parquet", "no.csv", ["--encoding", "latin-1"], False),
+        ("no.parquet", "no.parquet", ["--encoding", "latin-1"], True),
+        ("ml-100k", "no.csv", ["--time-field", "when"], True),
+    ],
+    ids=str,
+)
+def test_options_of_the_features_file_have_an_effect(data, features, options, refused):
+    args = make_parser().parse_args(["train", data, "--out", "run", "--item-features", features, *options])
+    with pytest.raises(ValueError, match="options must have an effect") if refused else nullcontext():
+        check_effects(args.given, vars(args), NAMED)
+
+
 def test_a_record_may_hold_what_has_no_effect(run, tmp_path):
     command = ["train", "--config", str(run / "run" / "run.json"), "--out", str(tmp_path / "run"), "--mixer", "gru"]
     assert main(command) == 0
