@@ -12,7 +12,7 @@ from ttt4rec.options import TRACKERS
 from ttt4rec.recsys import TrainOptions, fit
 from ttt4rec.recsys.training.callbacks import Callback
 from ttt4rec.recsys.training.console import Console, describe_model, duration
-from ttt4rec.recsys.training.track import TRACKED_FILE, tracker
+from ttt4rec.recsys.training.track import TRACKED_FILE, _Tracker, tracker
 
 OPTIONS = TrainOptions(epochs=3, targets_per_batch=512)
 
@@ -175,6 +175,56 @@ def test_mlflow(tracked, monkeypatch):
     history = client.get_metric_history(run.info.run_id, "valid/NDCG_at_10")
     assert [metric.step for metric in history] == [0, 1, 2, 3]
     assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+class Memory(_Tracker):
+    """A tracker that forgets nothing, and fails when it is told to."""
+
+    name = "memory"
+
+    def __init__(self, fail_at=None):
+        super().__init__()
+        self.begun, self.sent, self.ended, self.fail_at = [], [], [], fail_at
+
+    def _begin(self, run, settings, known):
+        self.begun.append(known)
+        if self.fail_at == "start":
+            raise KeyError("no such run")
+        return "the run"
+
+    def _send(self, epoch, numbers):
+        if epoch == self.fail_at:
+            raise KeyError("out of reach")
+        self.sent.append(epoch)
+
+    def _end(self, error):
+        self.ended.append(error)
+
+
+def test_what_a_tracker_has_missed_is_sent_when_the_run_goes_on(split, tmp_path):
+    first, second = Memory(fail_at=1), Memory()
+    with pytest.raises(RuntimeError, match="memory failed: 'out of reach'; finished epochs are kept, and training"):
+        fit(make_model(split), split, tmp_path, OPTIONS, callbacks=[first])
+    fit(make_model(split), split, tmp_path, OPTIONS, callbacks=[second])
+    assert (first.begun, second.begun) == ([None], ["the run"])
+    assert (first.sent, second.sent) == ([0], [1, 2])
+    assert isinstance(first.ended[0], RuntimeError)
+    (tmp_path / TRACKED_FILE).unlink()
+    late = Memory()
+    fit(make_model(split), split, tmp_path, OPTIONS, callbacks=[late])
+    assert (late.begun, late.sent, late.ended) == ([None], [0, 1, 2], [None])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"runs": 3}', '{"runs": {}, "sent": {"memory": "1"}}'])
+def test_a_damaged_record_of_trackers_is_named(split, tmp_path, content):
+    (tmp_path / TRACKED_FILE).write_text(content)
+    with pytest.raises(ValueError, match=rf"{TRACKED_FILE} is damaged .*without it, trackers begin new runs"):
+        fit(make_model(split), split, tmp_path, OPTIONS, callbacks=[Memory()])
+
+
+def test_a_tracker_that_cannot_begin_says_what_to_do(split, tmp_path):
+    with pytest.raises(RuntimeError, match=r"memory failed: 'no such run'.*with or without it \(--track\)"):
+        fit(make_model(split), split, tmp_path, OPTIONS, callbacks=[Memory(fail_at="start")])
 
 
 def test_a_tracker_without_its_package_says_what_to_install(monkeypatch):

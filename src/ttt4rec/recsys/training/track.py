@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ttt4rec.atomic_files import read_json, write_json
@@ -48,18 +50,39 @@ class _Tracker(Callback):
         self._settings = dict(settings or {})
 
     def on_start(self, run: TrainingRun) -> None:
-        """Begin, or take up what an earlier call of ``fit`` began for the same folder."""
-        path = run.folder / TRACKED_FILE
-        known: dict[str, str] = read_json(path)["runs"] if path.is_file() else {}
+        """Begin, or take up what an earlier call of ``fit`` began for the same folder, and send what it has not.
+
+        Raises:
+            ValueError: the record of what was begun is damaged. RuntimeError: the package has failed.
+        """
+        self._path = run.folder / TRACKED_FILE
+        runs, sent = _read_tracked(self._path)
+        known = runs.get(self.name) if run.reports else None
+        self._sent = 0 if known is None else min(sent.get(self.name, 0), len(run.reports))
         settings = self._settings | dataclasses.asdict(run.model.config) | dataclasses.asdict(run.options)
-        begun = self._begin(run, settings, known.get(self.name) if run.reports else None)
-        write_json(path, {"runs": known | {self.name: begun}})
+        with _failures_of(self.name):
+            self._known = self._begin(run, settings, known)
+        self._note()
+        for report in run.reports[self._sent :]:
+            self.on_epoch(report)
 
     def on_epoch(self, report: EpochReport) -> None:
-        """Send an epoch's numbers."""
+        """Send an epoch's numbers. RuntimeError: the package has failed."""
         seconds = {"seconds/train": report.train_seconds, "seconds/valid": report.valid_seconds}
         valid = {f"valid/{name}": value for name, value in report.metrics.items()}
-        self._send(report.epoch, {"train/loss": report.loss} | valid | seconds)
+        with _failures_of(self.name):
+            self._send(report.epoch, {"train/loss": report.loss} | valid | seconds)
+        self._sent = report.epoch + 1
+        self._note()
+
+    def on_end(self, reports: Sequence[EpochReport], error: BaseException | None) -> None:
+        """End, as failed after an error. RuntimeError: the package has failed."""
+        with _failures_of(self.name):
+            self._end(error)
+
+    def _note(self) -> None:
+        runs, sent = _read_tracked(self._path)
+        write_json(self._path, {"runs": runs | {self.name: self._known}, "sent": sent | {self.name: self._sent}})
 
     def _begin(self, run: TrainingRun, settings: dict[str, Any], known: str | None) -> str:
         """Begin a run, or go on with one; returns by what it is known."""
@@ -67,6 +90,36 @@ class _Tracker(Callback):
 
     def _send(self, epoch: int, numbers: dict[str, float]) -> None:
         raise NotImplementedError
+
+    def _end(self, error: BaseException | None) -> None:
+        raise NotImplementedError
+
+
+@contextmanager
+def _failures_of(name: str) -> Iterator[None]:
+    """Whatever a package raises, as an error that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(
+            f"{name} failed: {str(error) or type(error).__name__}; finished epochs are kept, and training goes on from "
+            "them, with or without it (--track)"
+        ) from error
+
+
+def _read_tracked(path: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """By the names of trackers: what each began, and how many epochs it was sent."""
+    if not path.is_file():
+        return {}, {}
+    try:
+        content = read_json(path)
+        runs, sent = content["runs"], content.get("sent", {})
+        if isinstance(runs, dict) and isinstance(sent, dict) and all(isinstance(x, int) for x in sent.values()):
+            return runs, sent
+        reason = "it must hold runs by the names of trackers"
+    except (ValueError, KeyError, RecursionError) as error:
+        reason = str(error)
+    raise ValueError(f"{path} is damaged ({reason}); without it, trackers begin new runs")
 
 
 class TensorBoard(_Tracker):
@@ -77,9 +130,9 @@ class TensorBoard(_Tracker):
     def _begin(self, run: TrainingRun, settings: dict[str, Any], known: str | None) -> str:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run.folder / "tensorboard"), purge_step=len(run.reports))
+        self._writer: Any = SummaryWriter(str(run.folder / "tensorboard"), purge_step=self._sent)
         rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-        self._writer.add_text("settings", f"| option | value |\n| --- | --- |\n{rows}", len(run.reports))
+        self._writer.add_text("settings", f"| option | value |\n| --- | --- |\n{rows}", self._sent)
         return "tensorboard"
 
     def _send(self, epoch: int, numbers: dict[str, float]) -> None:
@@ -87,8 +140,7 @@ class TensorBoard(_Tracker):
             self._writer.add_scalar(name, value, epoch)
         self._writer.flush()
 
-    def on_end(self, reports: Sequence[EpochReport], error: BaseException | None) -> None:
-        """Close the files."""
+    def _end(self, error: BaseException | None) -> None:
         self._writer.close()
 
 
@@ -109,8 +161,7 @@ class WandB(_Tracker):
     def _send(self, epoch: int, numbers: dict[str, float]) -> None:
         self._run.log({"epoch": epoch} | numbers)
 
-    def on_end(self, reports: Sequence[EpochReport], error: BaseException | None) -> None:
-        """Finish the run, as failed after an error."""
+    def _end(self, error: BaseException | None) -> None:
         self._run.finish(exit_code=0 if error is None else 1)
 
 
@@ -142,6 +193,5 @@ class MLflow(_Tracker):
         for name, value in numbers.items():
             self._client.log_metric(self._id, name.replace("@", "_at_"), value, step=epoch)
 
-    def on_end(self, reports: Sequence[EpochReport], error: BaseException | None) -> None:
-        """Mark the run as finished, or as failed after an error."""
+    def _end(self, error: BaseException | None) -> None:
         self._client.set_terminated(self._id, "FINISHED" if error is None else "FAILED")
