@@ -135,10 +135,11 @@ def test_what_takes_tokens_back_is_refused(name):
         cache.crop(-2)
 
 
-def test_other_caches_are_refused():
+@pytest.mark.parametrize("name", ["linear-mamba", "llama"])
+def test_other_caches_are_refused(name):
     from transformers import DynamicCache
 
-    model, ids = make_model("llama"), prompts(1)
+    model, ids = make_model(name), prompts(1)
     with pytest.raises(ValueError, match="cache must be a DynamicCache or TTTCache"):
         model.generate(ids, attention_mask=real(ids), cache_implementation="static", **GIVEN)
     other = DynamicCache()

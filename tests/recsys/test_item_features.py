@@ -43,6 +43,7 @@ from ttt4rec.recsys import (
 from ttt4rec.recsys.data.feature_table import read_item_features
 from ttt4rec.recsys.data.item_features import item_features
 from ttt4rec.recsys.serving.app import Service
+from ttt4rec.recsys.training.train import _given
 
 COLD = [item for colour in range(COLOURS) for item in items_of(colour, cold=True)]
 FRAME = {
@@ -312,6 +313,24 @@ def test_training_goes_on_from_a_checkpoint_with_features(tmp_path):
     fit(parts, split, tmp_path / "parts", options)
     for name, x in whole.state_dict().items():
         assert torch.equal(x, parts.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("changed", ["id_dropout", "column colour", "column price"])
+def test_a_checkpoint_is_not_taken_up_with_other_features(changed, tmp_path):
+    """Nor do processes train with several; also if what is encoded is the same: another column would be saved at the end than the learned one."""
+    split, options = colourful_split(), TrainOptions(epochs=1, targets_per_batch=512)
+    fit(featured_model(split), split, tmp_path, options)
+    frame = feature_columns()
+    if changed == "column colour":
+        frame["colour"] = [value.upper() for value in frame["colour"]]
+    if changed == "column price":
+        frame["price"] = [2 * price for price in frame["price"]]
+    given = item_features(frame, split, id_dropout=0.2 if changed == "id_dropout" else 0.1)
+    assert _given(featured_model(split), split, options) != _given(
+        featured_model(split, features=given), split, options
+    )
+    with pytest.raises(ValueError, match=f"given another's: it has other features of items: {changed};"):
+        fit(featured_model(split, features=given), split, tmp_path, options)
 
 
 def test_ids_that_training_never_sees_do_not_count(tmp_path):

@@ -193,7 +193,7 @@ class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
         mask = inputs.get("attention_mask")
-        if mask is not None and not bool(mask[:, -1].all()):
+        if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
             raise ValueError("prompts must be padded on the left for generate; given an attention_mask that ends in 0")
         return inputs
 

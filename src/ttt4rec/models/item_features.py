@@ -8,6 +8,8 @@ row, and with it a score. All rows stand in one table, which everything behind i
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -277,6 +279,12 @@ class FeaturedItems(nn.Module):
     def as_json(self) -> dict[str, Any]:
         """What a file has, next to the weights."""
         return {"columns": [column.as_json() for column in self.columns], "id_dropout": self.id_dropout}
+
+    def fingerprints(self) -> dict[str, str]:
+        """A text for each column, and for the id's dropout, that is another one if the column is."""
+        texts = {f"column {x.name}": json.dumps(x.as_json()) for x in self.columns}
+        digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        return digests | {"id_dropout": repr(self.id_dropout)}
 
 
 def from_saved(description: dict[str, Any], weights: dict[str, Tensor], prefix: str) -> ItemFeatures:

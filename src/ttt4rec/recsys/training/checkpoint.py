@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ttt4rec.atomic_files import header_checksum, write_tensors
+from ttt4rec.checks import printable
 
 _KIND = "ttt4rec training checkpoint, version 3"
 
@@ -21,7 +22,8 @@ def differences(saved: Any, own: dict[str, Any]) -> list[str]:
     """What differs between the run that a checkpoint is of and another one, in words.
 
     Args:
-        saved: of the checkpoint: ``options``, ``config``, ``data`` and ``initial`` as ``own`` has them.
+        saved: of the checkpoint: ``options``, ``config``, ``data``, ``initial`` and, of a model with features,
+            ``features`` as ``own`` has them.
         own: of the other run.
     """
     if not isinstance(saved, dict):
@@ -32,6 +34,9 @@ def differences(saved: Any, own: dict[str, Any]) -> list[str]:
         for name in sorted({*before, *now}):
             if before.get(name) != now.get(name):
                 found.append(f"{name} was {before.get(name)!r} and is {now.get(name)!r}")
+    before, now = saved.get("features", {}), own.get("features", {})
+    others = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    found += [f"it has other features of items: {', '.join(map(printable, others))}"] if others else []
     of_data = zip(_OF_DATA, saved.get("data", []), own["data"], strict=False)
     changed = [what for what, before, now in of_data if before != now]
     if changed and saved.get("config", {}).get("max_len") == own["config"]["max_len"]:  # or it is why they differ

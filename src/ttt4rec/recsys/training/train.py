@@ -135,7 +135,9 @@ def _given(model: TTT4Rec, split: Split, options: TrainOptions) -> list[Any]:
     arrays = (histories.items, histories.offsets, split.train_begin, split.train_end, split.valid_end)
     weights = [(name, list(x.shape), str(x.dtype), x.requires_grad) for name, x in model.named_parameters()]
     parts = [dataclasses.asdict(options), dataclasses.asdict(model.config), weights]
-    return [*parts, histories.num_items, _digest(arrays)]
+    features = model.features
+    known = None if features is None else [features.as_json(), checksum(dict(features.named_buffers()))]
+    return [*parts, histories.num_items, known, _digest(arrays)]
 
 
 def _check_data(model: TTT4Rec, split: Split, exclude_seen: bool) -> None:
@@ -389,12 +391,14 @@ class _Run:
         del options["epochs"], options["patience"]
         both = (self.train_windows, self.valid_windows)
         data = [_digest(x.numpy() for x in (w.items, w.starts, w.lengths, w.leading)) for w in both]
-        return {
+        identity = {
             "options": options,
             "config": dataclasses.asdict(self.model.config),
             "data": data,
             "initial": self.initial,
         }
+        features = self.model.features  # the encoded ones are among the weights
+        return identity if features is None else identity | {"features": features.fingerprints()}
 
 
 def _digest(arrays: Iterable[IntArray]) -> str:
