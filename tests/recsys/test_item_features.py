@@ -297,6 +297,14 @@ def test_new_items_that_cannot_be_scored_are_refused(changes, match):
     assert match in str(refused.value)
 
 
+def test_adding_items_is_the_same_each_time_and_draws_nothing():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one, other = (trained_on_colours().add_items(feature_columns()).model.state_dict() for _ in range(2))
+    assert all(x.equal(other[name]) for name, x in one.items())
+    assert state.equal(torch.get_rng_state())
+
+
 def test_new_items_need_a_model_with_features():
     plain = trained_on_colours()
     model = TTT4Rec(plain.model.config)
@@ -317,7 +325,7 @@ def test_training_goes_on_from_a_checkpoint_with_features(tmp_path):
 
 @pytest.mark.parametrize("changed", ["id_dropout", "column colour", "column price"])
 def test_a_checkpoint_is_not_taken_up_with_other_features(changed, tmp_path):
-    """Nor do processes train with several; also if what is encoded is the same: another column would be saved at the end than the learned one."""
+    """Nor do processes train with several, also if what is encoded is the same: the columns are saved at the end."""
     split, options = colourful_split(), TrainOptions(epochs=1, targets_per_batch=512)
     fit(featured_model(split), split, tmp_path, options)
     frame = feature_columns()

@@ -9,9 +9,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, snapshot_download
 
-from ..models.ttt4rec import CONFIG_FILE, WEIGHTS_FILE, TTT4Rec
+from ..models.ttt4rec import CONFIG_FILE, FEATURES_FILE, WEIGHTS_FILE, TTT4Rec
 
 CARD_FILE = "README.md"
+_MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, FEATURES_FILE)  # the last one of a model with features of items alone
 
 
 def save_pretrained(model: TTT4Rec, folder: str | os.PathLike[str], *, card: ModelCard | str | None = None) -> None:
@@ -88,7 +89,7 @@ def from_pretrained(
             cache_dir=cache_dir,
             force_download=force_download,
             local_files_only=local_files_only,
-            allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+            allow_patterns=[*_MODEL_FILES],
         )
         folder = Path(found)
     return TTT4Rec.load(folder, device)
@@ -157,7 +158,7 @@ def _upload(
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE],
+        allow_patterns=[*_MODEL_FILES, CARD_FILE],
         commit_message=commit_message,
         revision=branch,
         create_pr=create_pr,

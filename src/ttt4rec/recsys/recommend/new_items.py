@@ -66,7 +66,9 @@ def with_new_items(
             "or train with them"
         )
     size = histories.num_items + len(rows)
-    larger = model.with_items(size)
+    with torch.random.fork_rng():  # the ids do not count before a warm start, but are saved
+        torch.manual_seed(size)
+        larger = model.with_items(size)
     more = _features_of(larger)
     more.replace(more.given().updated(torch.arange(histories.num_items + 1, size + 1), encoded))
     return larger, dataclasses.replace(histories, item_ids=(*histories.item_ids, *(ids[row] for row in rows.tolist())))
