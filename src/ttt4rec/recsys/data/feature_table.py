@@ -72,7 +72,7 @@ def read_item_features(
     Raises:
         DataError: the file or a column is missing, an item or a column's name occurs twice, or a value cannot be
             understood; it names item and column.
-        ValueError: Python knows no such encoding.
+        ValueError: Python does not know the encoding.
     """
     if isinstance(columns, str):
         raise DataError(f"columns must be several names; given the text {columns!r}")
