@@ -59,6 +59,19 @@ def test_the_numbers_are_those_of_the_parts(inner, backbone, cu_seqlens, forget,
         assert torch.equal(layer(x, cu_seqlens=cu_seqlens), own[0])
 
 
+def test_bounds_in_other_memory_are_read_as_they_are(taken):
+    """As those of a view; and the way back, which writes where they point, takes them as they were."""
+    layer, x = make_layer(), torch.randn(1, 41, WIDTH, dtype=torch.float64, requires_grad=True)
+    apart = torch.zeros(2 * len(PACKED), dtype=torch.int64)[::2].copy_(PACKED)
+    y = layer(x, cu_seqlens=apart)
+    apart.zero_()
+    own, expected = y.detach(), results(layer, x.detach(), cu_seqlens=PACKED)
+    assert torch.equal(own, expected[0])
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert all(map(torch.equal, torch.autograd.grad(y, [x, *layer.parameters()], dy), expected[1:]))
+    assert len(taken) == 2
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 4), (1, 5), (2, 130)])
 @pytest.mark.parametrize(("backbone", "forget"), [("transformer", "none"), ("mamba", "token")])
 def test_lengths(backbone, forget, shape, taken, monkeypatch):
@@ -312,6 +325,37 @@ def test_a_changed_weight_is_noticed():
         layer.query.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def emptied(layer):
+    layer.W2.data = torch.empty(0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("change", [TTTLayer.float, emptied])
+def test_memory_that_is_another_by_the_way_back_is_refused(change, nodes, monkeypatch):
+    """Autograd counts no changes by ``.data``, which is how modules move."""
+    monkeypatch.setattr(layer_at_once, "LARGEST", (1 << 16) * (nodes == 1))
+    layer = make_layer()
+    y = layer(torch.randn(1, 9, WIDTH, dtype=torch.float64))
+    change(layer)
+    with pytest.raises(RuntimeError, match="must have one dtype"):
+        y.sum().backward()
+
+
+def turned(x):
+    return x.mT.contiguous().mT if x.dim() > 1 else x
+
+
+@pytest.mark.parametrize("by", ["data", "hook"])
+def test_strides_may_be_others_by_the_way_back(by):
+    layer, x = make_layer(), torch.randn(1, 9, WIDTH, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, turned if by == "hook" else lambda x: x):
+        y = layer(x)
+    for p in layer.parameters() if by == "data" else ():
+        p.data = turned(p.data)
+    assert all(map(torch.equal, torch.autograd.grad(y.sum(), [x, *layer.parameters()]), expected))
 
 
 def test_parameters_of_a_functional_call(taken):
