@@ -72,6 +72,16 @@ def test_bounds_in_other_memory_are_read_as_they_are(taken):
     assert len(taken) == 2
 
 
+@pytest.mark.parametrize("value", [-1.0, -3.0, float("nan")], ids=["zero", "negative", "nan"])
+def test_scales_at_their_bound_have_the_gradients_of_the_parts(value, taken, monkeypatch):
+    layer, x = make_layer(), torch.randn(1, 9, WIDTH, dtype=torch.float64)
+    with torch.no_grad():
+        layer.token_offset[0] = value
+    for a, b in zip(results(layer, x), by_parts(layer, x, monkeypatch), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13, equal_nan=True)
+    assert taken
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 4), (1, 5), (2, 130)])
 @pytest.mark.parametrize(("backbone", "forget"), [("transformer", "none"), ("mamba", "token")])
 def test_lengths(backbone, forget, shape, taken, monkeypatch):
