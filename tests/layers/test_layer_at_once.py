@@ -172,6 +172,17 @@ def test_a_graph_of_two_nodes_may_be_walked_twice_and_not_differentiated_twice()
         grad.sum().backward()
 
 
+@pytest.mark.usefixtures("two_nodes")
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_anomaly_detection_finds_none(backbone, monkeypatch):
+    """In memory that nobody wrote to."""
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
+    with torch.autograd.detect_anomaly():
+        found = results(make_layer("linear", backbone), torch.randn(2, 9, WIDTH, dtype=torch.float64))
+    assert all(x.isfinite().all() for x in found)
+
+
 @pytest.mark.parametrize("forget", GATES)
 def test_gradcheck(forget, taken):
     layer = make_layer("linear", conv_kernel=2, forget=forget)

@@ -130,7 +130,9 @@ class LayerPasses:
 
     def outside_backward(self, given: Results, between: Results, spans: Spans, _: Results, grads: Results) -> Results:
         """Gradients of the views, in which the gate's alone is there, come last."""
-        o, dy, d_between = between[0], grads[0].contiguous(), [*map(torch.empty_like, between)]
+        # anomaly detection looks at all numbers of a gradient
+        new = torch.zeros_like if torch.is_anomaly_enabled() else torch.empty_like
+        o, dy, d_between = between[0], grads[0].contiguous(), [*map(new, between)]
         work, gradients = self._prepare(o, spans, given, back=True), [*map(torch.empty_like, given)]
         work.call.gradients = self._places(gradients)
         named = zip(("o", "views"), between, strict=False), zip(("d_o", "d_views"), d_between, strict=False)
