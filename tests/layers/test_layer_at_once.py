@@ -17,6 +17,7 @@ from tests.support.exactness import SCALES, distances, excess, layer_results, re
 from ttt4rec import TTTLayer
 from ttt4rec.layers import layer_at_once, ttt
 from ttt4rec.layers.forgetting import GATES
+from ttt4rec.layers.standing import prepared
 from ttt4rec.native import threads
 
 PACKED = torch.tensor([0, 5, 5, 26, 41])
@@ -288,6 +289,38 @@ def test_what_was_set_since_the_last_call_is_seen(change, taken, monkeypatch):
     for a, b in zip(own, call(), strict=True):
         assert_close(a, b)
     assert torch.equal(before, own[0]) == (change == "a frozen weight")
+
+
+def test_tied_weights_that_come_apart_have_their_own_gradients(taken, monkeypatch):
+    """Though they share their memory still."""
+    layer, x = make_layer(), torch.randn(1, 9, WIDTH, dtype=torch.float64)
+    layer.query.weight = layer.value.weight
+    layer(x)
+    layer.load_state_dict(layer.state_dict(), assign=True)
+    assert layer.query.weight is not layer.value.weight
+    for a, b in zip(results(layer, x), by_parts(layer, x, monkeypatch), strict=True):
+        assert_close(a, b)
+    assert len(taken) == 2
+
+
+def test_another_thread_may_prepare_anew_meanwhile():
+    class Keeper:
+        kept = None
+        looks = 0
+
+        @property
+        def prepared(self):
+            found, self.kept, self.looks = self.kept, None, self.looks + 1
+            return found
+
+        @prepared.setter
+        def prepared(self, kept):
+            self.kept = kept
+
+    keeper, root = Keeper(), nn.Linear(1, 1)
+    for _ in range(2):
+        assert prepared(keeper, root, (), lambda _: "call")[0] == "call"
+    assert keeper.looks == 2
 
 
 COPIES = {"copy": copy.deepcopy, "pickle": lambda layer: pickle.loads(pickle.dumps(layer))}
