@@ -401,14 +401,18 @@ def turned(x):
     return x.mT.contiguous().mT if x.dim() > 1 else x
 
 
-@pytest.mark.parametrize("by", ["data", "hook"])
+@pytest.mark.usefixtures("two_nodes")
+@pytest.mark.parametrize("by", ["data", "hook", "gradient"])
 def test_strides_may_be_others_by_the_way_back(by):
+    """Of what autograd kept, or gives to a node."""
     layer, x = make_layer(), torch.randn(1, 9, WIDTH, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, turned if by == "hook" else lambda x: x):
         y = layer(x)
     for p in layer.parameters() if by == "data" else ():
         p.data = turned(p.data)
+    for node, _ in y.grad_fn.next_functions if by == "gradient" else ():
+        node.register_prehook(lambda grads: tuple(map(turned, grads)))
     assert all(map(torch.equal, torch.autograd.grad(y.sum(), [x, *layer.parameters()]), expected))
 
 

@@ -125,14 +125,14 @@ class _Node(torch.autograd.Function):
         if transformed() or any(map(is_batched, grads)):
             refuse_transforms("TTTLayer")
         compute = _Derivative.apply if torch.is_grad_enabled() else _gradients
-        # in strides that are others by now, or a hook of saved tensors made, they would be misread
-        saved = [*map(Tensor.contiguous, ctx.saved_tensors)]
+        # with strides that are others by now, or that a hook made, they would be misread
+        saved, given = ([*map(Tensor.contiguous, tensors)] for tensors in (ctx.saved_tensors, grads))
         if _bytes(saved) != ctx.bytes:
             raise RuntimeError(
                 "parameters and input of a layer must have one dtype, shape and device in its forward and backward; "
                 "given others in the backward, as after a call of layer.float()"
             )
-        return None, None, None, None, *compute(*ctx.work, *saved, *grads)
+        return None, None, None, None, *compute(*ctx.work, *saved, *given)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> list[int]:
