@@ -303,6 +303,16 @@ def test_tied_weights_that_come_apart_have_their_own_gradients(taken, monkeypatc
     assert len(taken) == 2
 
 
+def test_a_patched_method_that_comes_for_another_attribute_is_seen(taken):
+    layer, x = make_layer(backbone="transformer"), torch.randn(1, 9, WIDTH, dtype=torch.float64)
+    layer.norm.note = "own"
+    layer(x)
+    del layer.norm.note
+    layer.norm.forward = torch.zeros_like
+    assert not layer(x).any()
+    assert len(taken) == 1
+
+
 def test_another_thread_may_prepare_anew_meanwhile():
     class Keeper:
         kept = None

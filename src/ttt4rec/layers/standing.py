@@ -72,7 +72,7 @@ class Standing:
             [*map(type, self._modules)],
             len({*map(id, there)}),  # tied ones may come apart and share their memory still
             any(self._unhooked),
-            [*map(len, self._own)],  # a method that is patched is one attribute more
+            [*map(list, self._own)],  # a method that is patched is an attribute
             [d["training"] for d in self._dropouts],
             [get(d) for get, d in self._options],
         )
