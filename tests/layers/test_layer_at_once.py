@@ -17,6 +17,7 @@ from tests.support.exactness import SCALES, distances, excess, layer_results, re
 from ttt4rec import TTTLayer
 from ttt4rec.layers import layer_at_once, ttt
 from ttt4rec.layers.forgetting import GATES
+from ttt4rec.layers.standing import prepared
 from ttt4rec.native import threads
 
 PACKED = torch.tensor([0, 5, 5, 26, 41])
@@ -57,6 +58,29 @@ def test_the_numbers_are_those_of_the_parts(inner, backbone, cu_seqlens, forget,
         assert_close(a, b)
     with torch.no_grad():
         assert torch.equal(layer(x, cu_seqlens=cu_seqlens), own[0])
+
+
+def test_bounds_in_other_memory_are_read_as_they_are(taken):
+    """As those of a view; and the way back, which writes where they point, takes them as they were."""
+    layer, x = make_layer(), torch.randn(1, 41, WIDTH, dtype=torch.float64, requires_grad=True)
+    apart = torch.zeros(2 * len(PACKED), dtype=torch.int64)[::2].copy_(PACKED)
+    y = layer(x, cu_seqlens=apart)
+    apart.zero_()
+    own, expected = y.detach(), results(layer, x.detach(), cu_seqlens=PACKED)
+    assert torch.equal(own, expected[0])
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert all(map(torch.equal, torch.autograd.grad(y, [x, *layer.parameters()], dy), expected[1:]))
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("value", [-1.0, -3.0, float("nan")], ids=["zero", "negative", "nan"])
+def test_scales_at_their_bound_have_the_gradients_of_the_parts(value, taken, monkeypatch):
+    layer, x = make_layer(), torch.randn(1, 9, WIDTH, dtype=torch.float64)
+    with torch.no_grad():
+        layer.token_offset[0] = value
+    for a, b in zip(results(layer, x), by_parts(layer, x, monkeypatch), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13, equal_nan=True)
+    assert taken
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 4), (1, 5), (2, 130)])
@@ -147,6 +171,17 @@ def test_a_graph_of_two_nodes_may_be_walked_twice_and_not_differentiated_twice()
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
+
+
+@pytest.mark.usefixtures("two_nodes")
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_anomaly_detection_finds_none(backbone, monkeypatch):
+    """In memory that nobody wrote to."""
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
+    with torch.autograd.detect_anomaly():
+        found = results(make_layer("linear", backbone), torch.randn(2, 9, WIDTH, dtype=torch.float64))
+    assert all(x.isfinite().all() for x in found)
 
 
 @pytest.mark.parametrize("forget", GATES)
@@ -256,6 +291,48 @@ def test_what_was_set_since_the_last_call_is_seen(change, taken, monkeypatch):
     assert torch.equal(before, own[0]) == (change == "a frozen weight")
 
 
+def test_tied_weights_that_come_apart_have_their_own_gradients(taken, monkeypatch):
+    """Though they share their memory still."""
+    layer, x = make_layer(), torch.randn(1, 9, WIDTH, dtype=torch.float64)
+    layer.query.weight = layer.value.weight
+    layer(x)
+    layer.load_state_dict(layer.state_dict(), assign=True)
+    assert layer.query.weight is not layer.value.weight
+    for a, b in zip(results(layer, x), by_parts(layer, x, monkeypatch), strict=True):
+        assert_close(a, b)
+    assert len(taken) == 2
+
+
+def test_a_patched_method_that_comes_for_another_attribute_is_seen(taken):
+    layer, x = make_layer(backbone="transformer"), torch.randn(1, 9, WIDTH, dtype=torch.float64)
+    layer.norm.note = "own"
+    layer(x)
+    del layer.norm.note
+    layer.norm.forward = torch.zeros_like
+    assert not layer(x).any()
+    assert len(taken) == 1
+
+
+def test_another_thread_may_prepare_anew_meanwhile():
+    class Keeper:
+        kept = None
+        looks = 0
+
+        @property
+        def prepared(self):
+            found, self.kept, self.looks = self.kept, None, self.looks + 1
+            return found
+
+        @prepared.setter
+        def prepared(self, kept):
+            self.kept = kept
+
+    keeper, root = Keeper(), nn.Linear(1, 1)
+    for _ in range(2):
+        assert prepared(keeper, root, (), lambda _: "call")[0] == "call"
+    assert keeper.looks == 2
+
+
 COPIES = {"copy": copy.deepcopy, "pickle": lambda layer: pickle.loads(pickle.dumps(layer))}
 
 
@@ -312,6 +389,41 @@ def test_a_changed_weight_is_noticed():
         layer.query.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def emptied(layer):
+    layer.W2.data = torch.empty(0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("change", [TTTLayer.float, emptied])
+def test_memory_that_is_another_by_the_way_back_is_refused(change, nodes, monkeypatch):
+    """Autograd counts no changes by ``.data``, which is how modules move."""
+    monkeypatch.setattr(layer_at_once, "LARGEST", (1 << 16) * (nodes == 1))
+    layer = make_layer()
+    y = layer(torch.randn(1, 9, WIDTH, dtype=torch.float64))
+    change(layer)
+    with pytest.raises(RuntimeError, match="must have one dtype"):
+        y.sum().backward()
+
+
+def turned(x):
+    return x.mT.contiguous().mT if x.dim() > 1 else x
+
+
+@pytest.mark.usefixtures("two_nodes")
+@pytest.mark.parametrize("by", ["data", "hook", "gradient"])
+def test_strides_may_be_others_by_the_way_back(by):
+    """Of what autograd kept, or gives to a node."""
+    layer, x = make_layer(), torch.randn(1, 9, WIDTH, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, turned if by == "hook" else lambda x: x):
+        y = layer(x)
+    for p in layer.parameters() if by == "data" else ():
+        p.data = turned(p.data)
+    for node, _ in y.grad_fn.next_functions if by == "gradient" else ():
+        node.register_prehook(lambda grads: tuple(map(turned, grads)))
+    assert all(map(torch.equal, torch.autograd.grad(y.sum(), [x, *layer.parameters()]), expected))
 
 
 def test_parameters_of_a_functional_call(taken):

@@ -8,7 +8,7 @@ parts. So what stands behind the inner loop is a node of its own, and what that 
 through the inner loop begins.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
@@ -49,7 +49,7 @@ def layer_at_once(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | 
     if x.dtype is not dtype:
         return None
     x, parameters = x.contiguous(), order(tensors)
-    spans = None if cu_seqlens is None else (cu_seqlens[:-1].long(), cu_seqlens.diff().long())
+    spans = None if cu_seqlens is None else _spans(cu_seqlens)
     recorded = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
     between: tuple[Tensor, ...] = ()
     for part in (_WHOLE,) if x.numel() <= LARGEST or not recorded else (_INSIDE, _OUTSIDE):
@@ -60,6 +60,12 @@ def layer_at_once(layer: Any, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | 
             between, _ = compute.forward(given, between, spans)
     (y,) = between
     return y
+
+
+def _spans(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """First tokens and lengths, in memory of their own: the way back needs them as they were checked."""
+    bounds = cu_seqlens.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+    return bounds[:-1], bounds.diff()
 
 
 def _prepare(layer: Any, tensors: list[Tensor | None]) -> _Passes | None:
@@ -111,6 +117,7 @@ class _Node(torch.autograd.Function):
         outputs, kept = getattr(compute, part.forward)(flat[:own], flat[own:], spans)
         ctx.save_for_backward(*flat, *kept)
         ctx.work = getattr(compute, part.backward), spans, own, len(flat), len(flat) + len(kept)
+        ctx.bytes = _bytes((*flat, *kept))
         return outputs
 
     @staticmethod
@@ -118,7 +125,22 @@ class _Node(torch.autograd.Function):
         if transformed() or any(map(is_batched, grads)):
             refuse_transforms("TTTLayer")
         compute = _Derivative.apply if torch.is_grad_enabled() else _gradients
-        return None, None, None, None, *compute(*ctx.work, *ctx.saved_tensors, *grads)
+        # with strides that are others by now, or that a hook made, they would be misread
+        saved, given = ([*map(Tensor.contiguous, tensors)] for tensors in (ctx.saved_tensors, grads))
+        if _bytes(saved) != ctx.bytes:
+            raise RuntimeError(
+                "parameters and input of a layer must have one dtype, shape and device in its forward and backward; "
+                "given others in the backward, as after a call of layer.float()"
+            )
+        return None, None, None, None, *compute(*ctx.work, *saved, *given)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> list[int]:
+    """How many bytes of memory compiled code may touch behind each address.
+
+    Autograd counts no changes by ``.data``, which is how modules move, and gives the backward what is there now.
+    """
+    return [x.nbytes if x.is_cpu else 0 for x in tensors]
 
 
 class _Derivative(torch.autograd.Function):

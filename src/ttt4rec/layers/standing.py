@@ -70,8 +70,9 @@ class Standing:
             [*map(Tensor.is_contiguous, there)],
             [*chain.from_iterable(map(dict.values, self._below))],
             [*map(type, self._modules)],
+            len({*map(id, there)}),  # tied ones may come apart and share their memory still
             any(self._unhooked),
-            [*map(len, self._own)],  # a method that is patched is one attribute more
+            [*map(list, self._own)],  # a method that is patched is an attribute
             [d["training"] for d in self._dropouts],
             [get(d) for get, d in self._options],
         )
@@ -100,8 +101,8 @@ def prepared(
     Returns:
         The call and all tensors as ``all_tensors`` has them; or None.
     """
-    if keeper.prepared is not None:
-        kept: tuple[Standing, Prepared] = keeper.prepared
+    kept: tuple[Standing, Prepared] | None = keeper.prepared  # looked up once: another thread may prepare anew
+    if kept is not None:
         tensors = kept[0].tensors(root, beside)
         if tensors is not None:
             return kept[1], tensors

@@ -305,10 +305,13 @@ class Pass {
       turn_over(C_, maps_[map].weight, vector, vector + 1, 3 * C_, turned_ + map * C_);
     }
     for (int64_t i = 0; begin == 0 && i < call_.K; ++i) {
-      const T scale = T(1) / (i + 1) + call_.given.token_offset[i];
+      const T scale = unbounded_scale(i);
       scale_[i] = scale < 0 ? 0 : scale;  // NaN stays
     }
   }
+
+  // s before it is kept from being negative. At zero its gradient is the offset's still, as clamp_min has it; at NaN not.
+  T unbounded_scale(int64_t i) const { return T(1) / (i + 1) + call_.given.token_offset[i]; }
 
   TTT_ONCE void back_scan(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) {
@@ -362,7 +365,9 @@ class Pass {
       } else {
         add_up(sum.rows, sum.size, sum.parts, sum.gradient);
       }
-      for (int64_t i = 0; unit == 0 && i < call_.K; ++i) d.token_offset[i] *= scale_[i] > 0;
+      for (int64_t i = 0; unit == 0 && i < call_.K; ++i) {
+        if (!(unbounded_scale(i) >= 0)) d.token_offset[i] = 0;
+      }
     }
   }
 

@@ -68,7 +68,7 @@ class LayerPasses:
     Of what they were made from only shapes and options stay, and the tables of rotations. Each pass is given its
     parameters, in the order of ``WholeLayer.tensors``, except outside the input; what another part gave it;
     and where the sequences are. Forwards return outputs and what is kept. Backwards are given that too, and gradients
-    of the outputs, and return gradients of the tensors that were given. All but gradients of outputs are contiguous.
+    of the outputs, and return gradients of the tensors that were given. All are contiguous.
     """
 
     def __init__(self, given: WholeLayer) -> None:
@@ -100,7 +100,7 @@ class LayerPasses:
         (*parameters, x), (o, views, kept) = given, saved
         work, gradients = self._prepare(x, spans, parameters, back=True), [*map(torch.empty_like, given)]
         work.call.gradients = self._places(gradients[:-1])
-        dy, d_views = grads[0].contiguous(), torch.empty_like(views)
+        dy, d_views = grads[0], torch.empty_like(views)
         work.run(_BACKWARD, x=x, o=o, views=views, kept=kept, dy=dy, d_views=d_views, d_o=gradients[-1])
         return tuple(gradients)
 
@@ -130,7 +130,9 @@ class LayerPasses:
 
     def outside_backward(self, given: Results, between: Results, spans: Spans, _: Results, grads: Results) -> Results:
         """Gradients of the views, in which the gate's alone is there, come last."""
-        o, dy, d_between = between[0], grads[0].contiguous(), [*map(torch.empty_like, between)]
+        # anomaly detection looks at all numbers of a gradient
+        new = torch.zeros_like if torch.is_anomaly_enabled() else torch.empty_like
+        o, dy, d_between = between[0], grads[0], [*map(new, between)]
         work, gradients = self._prepare(o, spans, given, back=True), [*map(torch.empty_like, given)]
         work.call.gradients = self._places(gradients)
         named = zip(("o", "views"), between, strict=False), zip(("d_o", "d_views"), d_between, strict=False)
