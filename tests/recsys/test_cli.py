@@ -255,7 +255,7 @@ def test_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ttt4rec.recsys.commands.fit", interrupted)
+    monkeypatch.setattr("ttt4rec.recsys.commands.training.fit", interrupted)
     data = write_events(tmp_path / "ring.inter")
     assert main(["train", str(data), "--out", str(tmp_path / "run"), *SMALL]) == 130
     assert "same command again" in capsys.readouterr().err
@@ -373,7 +373,7 @@ def test_what_is_too_large_is_one_line(run, capsys, monkeypatch, error):
     def fails(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("ttt4rec.recsys.commands.write_report", fails)
+    monkeypatch.setattr("ttt4rec.recsys.commands.evaluating.write_report", fails)
     assert main(["report", str(run / "run"), "--out", str(run / "both")]) == 2
     assert capsys.readouterr().err == f"ttt4rec: error: {str(error) or 'MemoryError'}\n"
 

@@ -14,7 +14,7 @@ from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.cli import main, make_parser
 from ttt4rec.models.presets import PRESETS
 from ttt4rec.recsys import TrainOptions, build_histories, fit, read_interactions, split_leave_one_out
-from ttt4rec.recsys.commands import _take_preset
+from ttt4rec.recsys.commands.training import _take_preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
