@@ -2,7 +2,7 @@
 
 A sentence has at most ``LONGEST`` words, at most ``MOST_RELATIVES`` relative pronouns, and nothing of ``AVOID``. Code,
 tables, formulas and generated parts are passed over. Of Python files docstrings and messages are read: every text of
-at least ``FEWEST`` words. Without files, all documents and the package's sources are looked at, except ``UNREVISED``.
+at least ``FEWEST`` words. Without files, all documents and the package's sources are looked at.
 """
 
 import argparse
@@ -37,8 +37,6 @@ AVOID = {
 """Patterns of words, and what to write instead."""
 FEWEST = 4
 """Words of what is prose in a program: shorter texts are names, keys and parts of messages."""
-UNREVISED = ("src/ttt4rec/kernels",)
-"""Folders whose sources were written before these rules."""
 FOLDERS = ("", "docs", "benchmarks", "studies")
 
 
@@ -57,8 +55,7 @@ def documents() -> list[Path]:
 
 def sources() -> list[Path]:
     """The package's files, which are held to the rules too."""
-    unrevised = [ROOT / folder for folder in UNREVISED]
-    return [path for path in sorted((ROOT / "src").rglob("*.py")) if not any(map(path.is_relative_to, unrevised))]
+    return sorted((ROOT / "src").rglob("*.py"))
 
 
 def texts(source: str) -> Iterator[tuple[int, str]]:

@@ -21,7 +21,7 @@ from .training import MIXERS, trained
 
 SEEDS = (0, 1, 2)
 SPLITS = ("3:2:5", "6:2:2")
-DRIFTING = [mixer for mixer in MIXERS if "K =" not in mixer and "constant" not in mixer]
+DRIFTING = ("TTT-Linear", "TTT-MLP", "TTT-Linear, decay by token", "TTT-MLP, decay by token", "attention", "GRU")
 MAX_LEN, BEFORE = 50, 20  # of a window; items of the other user before the switch, where real users are joined
 TRAINED_ON, TESTED_ON, SWITCH = 1500, 4000, 30  # made-up users, and the event at which those of the test switch
 

@@ -16,11 +16,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "": {},
     "decay constant": {"forget": "constant"},
     "decay by token": {"forget": "token"},
+    "Mamba backbone": {"backbone": "mamba"},
+    "Mamba backbone, decay by token": {"backbone": "mamba", "forget": "token"},
     "K = 1": {"mini_batch_size": 1},
     "K = 2": {"mini_batch_size": 2},
     "K = 2, decay by token": {"mini_batch_size": 2, "forget": "token"},
 }
-"""Of a TTT model, what tells it from the usual one: how it forgets, or how often it learns."""
+"""Of a TTT model, what tells it from the usual one: how it forgets, what surrounds it, or how often it learns."""
 MIXERS: dict[str, dict[str, Any]] = {
     ", ".join(filter(None, (name, kind))): {"mixer": "ttt", "inner": inner} | options
     for kind, options in KINDS.items()

@@ -65,7 +65,7 @@ forgetting_token_step = token_step
 
 
 def refusal(operator: str, arguments: Any) -> str | None:
-    """Why this backend cannot compute an operator, or its backward, on such arguments; None if it can."""
+    """Why this backend cannot compute an operator, or its backward, on these arguments; None if it can."""
     if isinstance(arguments, TokenStep) and arguments.inner not in step.KERNELS:
         return f"steps the inner models {', '.join(step.KERNELS)}; given {arguments.inner}"
     return None

@@ -204,7 +204,7 @@ def hidden_backward_kernel(Z, dX, dG, before, dZ, sizes: tl.constexpr):
 
 @triton.jit
 def scaled_kernel(x, scale, period, y, out, dots, sizes: tl.constexpr):
-    """Rows times a number each, of which there are as many as the period, and their products with those of y."""
+    """Rows times a number each, of which there are as many as the period, and their products with the rows of y."""
     rows = rows_of(sizes)
     x_rows = load(x, sizes.head_dim, sizes)
     store(out, tl.load(scale + rows % period)[:, None] * x_rows, sizes)
@@ -230,7 +230,7 @@ def running_kernel(
     numbers,
     sizes: tl.constexpr,
 ):
-    """Of every block the sum of all before it, or after it and of what is last; and that of all. F numbers each."""
+    """Of every block the sum of all before it, or after it and of what is last; and the sum of all. F numbers each."""
     parts = tl.cdiv(numbers, sizes.features)
     row = (tl.program_id(0) // parts).to(tl.int64)
     columns = tl.program_id(0) % parts * sizes.features + tl.arange(0, sizes.features)

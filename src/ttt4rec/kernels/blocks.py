@@ -1,6 +1,6 @@
 """Mini-batches of more tokens than a program holds: products by PyTorch's library, and fused kernels between them.
 
-The walk and its steps are those of ``ttt4rec.eager``, in blocks. Here are their pieces: operands are in the dtype of
+The walk and its steps come from ``ttt4rec.eager``, in blocks. Here are their pieces: operands are in the dtype of
 the tokens, products are summed in float32, and all that lies between two products is one kernel.
 
 Numbers in brackets are equations of docs/mathematics.md.
@@ -21,7 +21,7 @@ from . import block_kernels as jit
 from . import launch
 
 ONES = 8
-"""Features behind those of keys and queries: the library's products want rows of whole 16 bytes."""
+"""Features behind the keys' and queries' own: the library's products want rows of whole 16 bytes."""
 PROGRAM = 2048
 """Numbers of a program's tile, 16 a thread. Chosen on paper, by registers, and not measured."""
 
@@ -183,7 +183,7 @@ class FusedOutputNorm:
         return dP
 
     def parameters(self, _: Tensor, inner: tuple[Tensor, Tensor], __: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of dγ and dβ over some tokens each; inner are those of the inner gradient, which are overwritten."""
+        """Sums of dγ and dβ over some tokens each; inner are the inner gradient's, which are overwritten."""
         d_gamma, d_beta = inner
         return d_gamma.add_(self._sums[0]), d_beta.add_(self._sums[1])
 

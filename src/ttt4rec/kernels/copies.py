@@ -24,7 +24,7 @@ from .primitives import first_rows, load_rates, load_rows, parameter_head, param
 
 @triton.jit
 def checkpoint_number(token, segment, tile: tl.constexpr):
-    """Which checkpoint is that of the segment that begins at a token of the flattened tokens."""
+    """Which checkpoint has the segment that begins at a token of the flattened tokens."""
     return token // (segment * tile.mini_batch) - 1
 
 
@@ -79,7 +79,7 @@ def load_steps(k, G, inner_lr, mini_batch, H, tile: tl.constexpr):
 def places(scan: Scan) -> tuple[int, Tensor | None]:
     """How many copies of mini-batches one segment of each sequence needs, and where each sequence's begin.
 
-    Without reading lengths on the host that is the most that sequences of such tokens can need.
+    Without reading lengths on the host that is the most that sequences of these tokens can need.
     """
     (B, L), K, lengths, segment = scan.q.shape[:2], scan.token_scale.numel(), scan.lengths, scan.segment
     if lengths is None:

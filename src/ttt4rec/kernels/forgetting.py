@@ -158,7 +158,7 @@ def sum_of_weights(W_terms, b_terms, p: tl.constexpr, tile: tl.constexpr):
 
 @triton.jit
 def along(d_weights, distance, tile: tl.constexpr):
-    """Σ dW ∘ (W - W̄), and that of b, of every head: a tuple of P numbers."""
+    """Σ dW ∘ (W - W̄), and the same of b, of every head: a tuple of P numbers."""
     dW, db = d_weights
     W, b = distance
     W_terms, b_terms = dW * W, db * b
@@ -226,7 +226,7 @@ def sums_of_means(d_weights, weights, decays, place, tile: tl.constexpr):
 def through_means(pointer, sums, decays, place, tile: tl.constexpr):
     """Add to d ln a what the means contribute that centring took off: in every complete mini-batch the same.
 
-    For these decay only: dW and W - W̄ have A of the mini-batches behind and before, and (41) that of its own. It is
+    For these decay only: dW and W - W̄ have A of the mini-batches behind and before, and (41) has its own. It is
     nothing where a sequence begins with the initial weights.
     """
     if tl.sum(tl.where(of_tokens(sums, tile) != 0.0, 1.0, 0.0)) > 0:

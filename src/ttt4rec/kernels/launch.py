@@ -1,6 +1,6 @@
 """How kernels are launched: block sizes from a table, types of the matrix products, memory for results.
 
-The table was filled from machine code, not from timings, by ``python -m tools.tune``. Those of sm_90's own, for
+The table was filled from machine code, not from timings, by ``python -m tools.tune``. sm_90's own entries, for
 mini-batches of up to 16, have the least predicted time. Others have no spill in their loop, if any choice has none, and
 then the fewest instructions per head.
 """
@@ -294,10 +294,10 @@ def check_tokens(q: Tensor) -> None:
 
 
 def compiler_refusal(op: str, head_dim: int, mini_batch_size: int) -> str | None:
-    """Why there is no such kernel here; None if there is.
+    """Why the kernel cannot be had here; None if it can.
 
-    Long mini-batches on sm_100 the compiler turns into a trap, or not into code at all: those of TTT-MLP's backward,
-    and of TTT-Linear's with wide heads under Triton 3.6.
+    Long mini-batches on sm_100 the compiler turns into a trap, or not into code at all: in TTT-MLP's backward, and in
+    TTT-Linear's with wide heads under Triton 3.6.
     """
     if not 32 < mini_batch_size <= MAX_MINI_BATCH_SIZE or architecture() != "sm_100":
         return None

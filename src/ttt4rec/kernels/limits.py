@@ -39,7 +39,7 @@ TITLES = {"linear": "TTT-Linear", "mlp": "TTT-MLP"}
 
 
 def scan_refusal(op: str, head_dim: int, mini_batch_size: int, dtype: torch.dtype) -> str | None:
-    """Why there is no such kernel here; None if there is.
+    """Why the kernel cannot run here; None if it can.
 
     Args:
         op: ``"linear_forward"``, ``"mlp_backward"``, ...

@@ -292,7 +292,7 @@ def linear_backward_kernel(
 
 @launch.on_its_device
 def linear_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, lr, s, the weights per sequence, γ and β, from those of o and the outgoing weights.
+    """Gradients of q, k, v, lr, s, the weights per sequence, γ and β, from the gradients of o and the outgoing weights.
 
     G and the checkpoints are kept. Errors as in ``linear_scan``. Sums over sequences are taken in a fixed order: two
     runs give the same bits.

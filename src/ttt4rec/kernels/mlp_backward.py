@@ -106,8 +106,8 @@ def through_output(dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last
 def through_outputs(held, d_state, values, memory, waiting, minus_dP2, minus_dC2, along_dW, tile: tl.constexpr):
     """Through the hidden layer's outputs, steps and G1, chunk by chunk: (17), (18), (20), (25), (26).
 
-    Returns dW1, db1 and dW2 without what passes through Z1; that part of the last chunk's -dZ1 which does not pass
-    through Z2; and the sums -dP1 G1ᵀ, -dP1 W1ᵀ, G1 dW1ᵀ, -E W2, and along_dW with Σ G1 ∘ (K dW1 + db1).
+    Returns dW1, db1 and dW2 without what passes through Z1. Then that part of the last chunk's -dZ1 which does not pass
+    through Z2. Then the sums -dP1 G1ᵀ, -dP1 W1ᵀ, G1 dW1ᵀ, -E W2, and along_dW with Σ G1 ∘ (K dW1 + db1).
     """
     K, Q, G2, U2, A1, lr, minus_scale, s_last = values
     d_weights, contiguous, scratch = waiting
@@ -343,7 +343,7 @@ def mlp_backward_kernel(
 
 @launch.on_its_device
 def mlp_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, lr, s, the weights per sequence, γ and β, from those of o and the outgoing weights.
+    """Gradients of q, k, v, lr, s, the weights per sequence, γ and β, from the gradients of o and the outgoing weights.
 
     Z1, G2 and the checkpoints are kept. Errors as in ``linear_scan``. Sums over sequences are taken in a fixed order:
     two runs give the same bits.

@@ -292,7 +292,7 @@ def prepare_output_backward(
 ) -> tuple[tuple[list[Tensor], Tensor, Tensor], launch.Launch]:
     """Make a launch and what it fills: gradients of o and gate, and the parameters' partial sums.
 
-    Beside them dy ``[T, C]``, and where one kernel does not do it all its product with the weight, which is replaced by
+    With them dy ``[T, C]``, and where one kernel does not do it all its product with the weight, which is replaced by
     h: then dW is yet to be taken.
     """
     o, gate, mask, d_y = given.o, given.gate, given.mask, flat(grads[0])

@@ -145,7 +145,7 @@ def recentred(x, eps, tile: tl.constexpr):
 
 @triton.jit
 def layer_norm_backward(dx_hat, x_hat, r, tile: tl.constexpr):
-    """Gradient of x from that of x̂: J dx̂, (5)."""
+    """Gradient of x from the one of x̂: J dx̂, (5)."""
     return only_features(product(r, dx_hat - mean(dx_hat, tile) - x_hat * mean(dx_hat * x_hat, tile)), tile)
 
 
@@ -184,7 +184,7 @@ def row_token(tile: tl.constexpr):
 
 @triton.jit
 def row_head(tile: tl.constexpr):
-    """Each row's head among those of the program, [R]."""
+    """Each row's head among the program's, [R]."""
     return tl.arange(0, tile.rows) // (tile.rows // tile.heads)
 
 
@@ -197,7 +197,7 @@ def parameter_rows(tile: tl.constexpr):
 
 @triton.jit
 def parameter_head(tile: tl.constexpr):
-    """Head of every row of a tile of parameters among those of the program, [R] or [1]."""
+    """Head of every row of a tile of parameters among the program's, [R] or [1]."""
     return parameter_rows(tile) // (tile.rows // tile.heads)
 
 
@@ -284,8 +284,8 @@ def program_place(spans, L, H, tile: tl.constexpr):
 def mini_batch_place(start, place, offsets, tile: tl.constexpr):
     """Where the mini-batch at a sequence's token start lies, given a program's place and ``tile_offsets``.
 
-    Which rows exist, [R], and which elements, [R, F]; the offset of the first token and head in a contiguous
-    ``[B, L, H]``, and those of the elements in a contiguous ``[B, L, H, D]``, [R, F].
+    Which rows exist, [R], and which elements, [R, F]. Then the offset of the first token and head in a contiguous
+    ``[B, L, H]``, and the offsets of the elements in a contiguous ``[B, L, H, D]``, [R, F].
     """
     _, head, first, length, H = place
     exist = head + row_head(tile) < H

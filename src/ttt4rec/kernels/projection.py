@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # Jit functions are typed by Triton when they are compiled.
 
-"""What the projection kernels share: their sizes, which of them runs at which width, and the rotation of a tile.
+"""What the projection kernels share: their sizes, the choice between them by width, and the rotation of a tile.
 
 Up to a width the fused kernels run, which read x once for all results. The fused forward reads every weight once a
-program, ``6 C² / R`` bytes of bfloat16 a token and R tokens a program, from the cache; the library's products with the
+program, ``6 C² / R`` bytes of bfloat16 a token and R tokens a program, from the cache. The library's products with the
 rotation behind them move about 13 C bytes a token more through memory. The fused backward sums the weights' gradients
 ``[3C + H, C]`` in registers. Both widths were chosen on paper, by bytes and registers, and not measured.
 
@@ -151,7 +151,7 @@ def turned(x, cos, sin, sizes: tl.constexpr):
 
 @triton.jit
 def logit_gradient(grad_lr, inner_lr, rows, num_tokens, base_lr, sizes: tl.constexpr):
-    """Gradient [R, heads] of the logits from that of the rates, (32), contiguous ``[B·L, H]``."""
+    """Gradient [R, heads] of the logits from the rates', (32), contiguous ``[B·L, H]``."""
     heads = tl.arange(0, sizes.head_columns)
     offsets = rows[:, None] * sizes.heads + heads[None, :]
     mask = (rows < num_tokens)[:, None] & (heads < sizes.heads)[None, :]

@@ -112,7 +112,7 @@ def packing_kernel(
     base_lr,
     sizes: tl.constexpr,
 ):
-    """One program: the gradients of R tokens' views, turned back, side by side, and those of the logits behind."""
+    """One program: the gradients of R tokens' views, turned back, side by side, and the logits' behind."""
     grad_lr, inner_lr = rates
     rows = tl.program_id(0).to(tl.int64) * sizes.rows + tl.arange(0, sizes.rows)
     exists = (rows < num_tokens)[:, None]
@@ -133,7 +133,7 @@ def packing_kernel(
 
 @launch.on_its_device
 def projection_backward(given: Projection, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients of x, of the three weights, and of w_lr and b_lr, the last float32, from those of the views and rates.
+    """Gradients of x, of the three weights, w_lr and b_lr, the last float32, from the gradients of views and rates.
 
     The rates are kept. Errors as in ``projection``. Two runs give the same bits.
     """

@@ -4,7 +4,7 @@
 """Where the three kernels of TTT-MLP's backward by segments find what they give each other.
 
 A *slot* is a place for one mini-batch of a segment, numbered as states are (see ``copies``). It has the weights before
-the mini-batch, those that are operands rounded as such, and what the walk back needs of its tokens.
+the mini-batch, operands rounded as operands are, and what the walk back needs of its tokens.
 """
 
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def new_slots(scan: Scan, tile: Tile) -> tuple[Slots, Tensor | None]:
 
 @triton.jit
 def segment_bounds(length, back, segment, tile: tl.constexpr):
-    """First mini-batch, and that behind the last, of a sequence's segment with so many behind it; none: 0 twice."""
+    """First mini-batch, and that behind the last, of a sequence's segment with ``back`` behind it; none: 0 twice."""
     mini_batches = tl.cdiv(length, tile.mini_batch)
     begin = (tl.cdiv(mini_batches, segment) - 1 - back) * segment
     end = tl.where(begin < 0, 0, min(begin + segment, mini_batches))

@@ -120,7 +120,7 @@ def stepped(W, b, x, u, s, X, U, rows, columns, width: tl.constexpr, out: tl.con
 
 @triton.jit
 def load_share_lost(decays, kept_rows, place, tile: tl.constexpr):
-    """1 - A of the mini-batch that is complete with the program's token; kept_rows are those of the tokens before."""
+    """1 - A of the mini-batch that is complete with the program's token; kept_rows are the tokens' before."""
     log_decay, _ = decays
     before = tl.arange(0, tile.kept)
     earlier = load(kept_rows, before * tile.row + tile.decay_at, before < place)
@@ -129,7 +129,7 @@ def load_share_lost(decays, kept_rows, place, tile: tl.constexpr):
 
 @triton.jit
 def initial_weights(decays, H, tile: tl.constexpr):
-    """Where those of the program's head begin; they lie as in a record."""
+    """Where the initial weights of the program's head begin; they lie as in a record."""
     _, initial = decays
     return initial + (tl.program_id(0) % H) * tile.rows_at
 
