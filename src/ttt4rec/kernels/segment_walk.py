@@ -80,8 +80,8 @@ def load_beginning(beginning, Z1_kept, slots, chunk, place, tile: tl.constexpr):
 def begun(taken, values, beginning, loaded, along, sums, tile: tl.constexpr):
     """Through a chunk's steps and G1 of the mini-batch that begins: (17), (18), (20) and (26).
 
-    Returns dW1, db1 and dW2 without what passes through Z1. Then that part of -dZ1 which does not pass through Z2. Then the
-    sums Σ G1 ∘ (K dW1 + db1), X2 dW2, -E W2 and G1 dW1ᵀ with the chunk's.
+    Returns dW1, db1 and dW2 without what passes through Z1. Then that part of -dZ1 which does not pass through Z2.
+    Then the sums Σ G1 ∘ (K dW1 + db1), X2 dW2, -E W2 and G1 dW1ᵀ with the chunk's.
     """
     _, _, minus_dP2, minus_dC2 = beginning
     Z1, W2, minus_dP1, X2_bar = loaded
