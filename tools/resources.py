@@ -151,15 +151,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, nargs="?", default=FILE)
     parser.add_argument("--workers", type=int, default=2, help="configurations compiled at once")
+    parser.add_argument("--kernels", nargs="+", metavar="OP", help="rows of these alone; the others stay")
     given = parser.parse_args()
     tables = read(given.file.read_text()) if given.file.exists() else {}
-    jobs = [(architecture, configuration) for architecture in TARGETS for configuration in configurations(architecture)]
-    for architecture in TARGETS:
-        tables[triton.__version__, architecture] = []
+    every = [
+        (architecture, configuration) for architecture in TARGETS for configuration in configurations(architecture)
+    ]
+    jobs = [job for job in every if given.kernels is None or job[1].split(":")[0] in given.kernels]
+    lines = {
+        (architecture, ":".join(map(str, line[:4]))): line
+        for (version, architecture), rows in tables.items()
+        for line in rows
+        if version == triton.__version__
+    }
     with ThreadPoolExecutor(given.workers) as pool:
         for done, (job, line) in enumerate(zip(jobs, pool.map(lambda job: measured(*job), jobs), strict=True), 1):
-            tables[triton.__version__, job[0]].append(line)
+            lines[job] = line
             print(f"{done}/{len(jobs)} {job[0]}", *line, file=sys.stderr, flush=True)
+    for architecture in TARGETS:
+        tables[triton.__version__, architecture] = [lines[job] for job in every if job[0] == architecture]
     given.file.write_text(written(tables))
 
 

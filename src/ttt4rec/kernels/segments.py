@@ -20,6 +20,7 @@ from .segment_walk import segment_walk_kernel
 OPS = ("segment_replay", "segment_outputs", "segment_walk")
 
 
+@launch.on_its_device
 def takes(scan: Scan) -> bool:
     """Whether a backward goes by segments: the launch table has cuts for that, and a sequence fills a row at most.
 
@@ -31,11 +32,15 @@ def takes(scan: Scan) -> bool:
     return short and not packed and scan.log_decay is None
 
 
-@launch.on_its_device
 def mlp_scan_backward(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """As ``mlp_backward.mlp_scan_backward``, which it leaves to that where it does not go by segments."""
-    if not takes(scan):
-        return mlp_backward.mlp_scan_backward(scan, kept, grads)
+    go = by_segments if takes(scan) else mlp_backward.mlp_scan_backward
+    return go(scan, kept, grads)
+
+
+@launch.on_its_device
+def by_segments(scan: Scan, kept: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same where it goes by segments."""
     limits.check("mlp_backward", scan.q, scan.token_scale.numel())
     (d_tokens, d_weights, of_slots, of_sequences), launches = prepare(scan, kept, grads)
     for each in launches:
