@@ -72,7 +72,9 @@ class Standing:
             [*map(type, self._modules)],
             len({*map(id, there)}),  # tied ones may come apart and share their memory still
             any(self._unhooked),
-            [*map(list, self._own)],  # a method that is patched is an attribute
+            # A method that is patched is an attribute: one more, or the newest, if another one went before.
+            [*map(len, self._own)],
+            [*map(next, map(reversed, self._own))],
             [d["training"] for d in self._dropouts],
             [get(d) for get, d in self._options],
         )
