@@ -12,6 +12,7 @@ from studies.study import LEAVE_ONE_OUT, Data
 from ttt4rec.models.presets import PRESETS
 from ttt4rec.recsys.training import train
 
+pytestmark = pytest.mark.slow
 TINY = {"ffn_width": 8, "num_heads": 2, "max_len": 6, "epochs": 2, "targets_per_batch": 64}
 
 
