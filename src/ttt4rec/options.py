@@ -81,6 +81,8 @@ class TrainOptions:
         learning_rate: Adam's.
         learning_rate_warmup: steps over which the learning rate rises to its full size; 0: none.
         weight_decay: share, times the learning rate, that each step takes off weights of linear maps and items.
+        average_over: share of the steps so far, the newest, over which weights are averaged; the average is what is
+            validated and kept; 0: the weights themselves are.
         targets_per_batch: scored targets in one step.
         clip_norm: largest norm of all gradients together.
         inner_lr_warmup: steps over which TTT layers' inner rates rise from 0 to their full size; 0: none.
@@ -100,6 +102,7 @@ class TrainOptions:
     learning_rate: float = 1e-3
     learning_rate_warmup: int = 0
     weight_decay: float = 0.0
+    average_over: float = 0.0
     targets_per_batch: int = 2048
     clip_norm: float = 5.0
     inner_lr_warmup: int = 0
@@ -133,8 +136,10 @@ class TrainOptions:
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and at least 0; given {value!r}")
-        if not is_number(self.calibration) or not 0 <= self.calibration <= 1:
-            raise ValueError(f"calibration must be from 0 to 1; given {self.calibration!r}")
+        for name in ("average_over", "calibration"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1; given {value!r}")
 
     @staticmethod
     def from_preset(name: str, num_targets: int | None = None, **given: Any) -> TrainOptions:

@@ -53,7 +53,7 @@ def assert_same_run(given, expected, limit):
     ("world_size", "change", "config"),
     [
         pytest.param(2, {}, {}, id="two", marks=pytest.mark.slow),
-        pytest.param(2, {"clip_norm": 0.01, "inner_lr_warmup": 3}, {}, id="clipping and warming up"),
+        pytest.param(2, {"clip_norm": 0.01, "inner_lr_warmup": 3, "average_over": 0.1}, {}, id="all at once"),
         pytest.param(3, {"accumulate": 2}, {"mixer": "gru"}, id="three accumulating"),
         pytest.param(2, {"targets_per_batch": 1}, {"mixer": "attention"}, id="a process without a window"),
     ],
@@ -80,10 +80,10 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(tmp_path):
 
 
 def test_resumed_by_as_many_processes_equals_uninterrupted_with_dropout(tmp_path):
-    split = make_split(tmp_path, users=20)
-    whole = together(2, lambda: train(split, tmp_path / "whole", dropout=0.3))
-    together(2, lambda: train(split, tmp_path / "parts", dataclasses.replace(OPTIONS, epochs=1), dropout=0.3))
-    assert together(2, lambda: train(split, tmp_path / "parts", dropout=0.3)) == whole
+    split, options = make_split(tmp_path, users=20), dataclasses.replace(OPTIONS, average_over=0.5)
+    whole = together(2, lambda: train(split, tmp_path / "whole", options, dropout=0.3))
+    together(2, lambda: train(split, tmp_path / "parts", dataclasses.replace(options, epochs=1), dropout=0.3))
+    assert together(2, lambda: train(split, tmp_path / "parts", options, dropout=0.3)) == whole
 
 
 def test_processes_draw_their_own_dropout(tmp_path):

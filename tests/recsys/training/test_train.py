@@ -197,7 +197,7 @@ def test_inner_rates_warm_up(tmp_path):
      {"clip_norm": float("inf")}, {"loss": "hinge"}, {"num_negatives": 0}, {"popularity": -1.0}, {"calibration": 1.5},
      {"accumulate": 0}, {"epochs": 1.5}, {"patience": "5"}, {"targets_per_batch": True}, {"learning_rate": "fast"},
      {"clip_norm": float("nan")}, {"popularity": None}, {"calibration": "high"}, {"seed": -1}, {"seed": None},
-     {"autocast": "no"}, {"targets_per_batch": 10**20}],
+     {"autocast": "no"}, {"targets_per_batch": 10**20}, {"average_over": 1.5}, {"average_over": "all"}],
     ids=str,
 )  # fmt: skip
 def test_wrong_options(change):

@@ -28,6 +28,7 @@ from ttt4rec.recsys.data import IntArray
 from ttt4rec.recsys.data.split import Part, Split
 from ttt4rec.recsys.data.windows import batches, training_windows
 from ttt4rec.recsys.training import parallel
+from ttt4rec.recsys.training.averaging import Average
 from ttt4rec.recsys.training.callbacks import Callback, Callbacks, EpochReport, TrainingRun
 from ttt4rec.recsys.training.checkpoint import differences, load_checkpoint, save_checkpoint
 from ttt4rec.recsys.training.evaluate import evaluate
@@ -206,6 +207,7 @@ class _Run:
         self.generator = torch.Generator().manual_seed(options.seed)
         self.reports: list[EpochReport] = []
         self.steps = 0
+        self.average = Average(self.parameters, options.average_over) if options.average_over else None
         self.best_weights = _copy(model)
         self.random_state: dict[str, Tensor] = {}
         if progress is not None:
@@ -225,19 +227,18 @@ class _Run:
         begin = time.perf_counter()
         loss = self._train_epoch(progress)
         middle = time.perf_counter()
-        with parallel.collected(self.model):
-            metrics = evaluate(
-                self.model,
-                self.valid_windows,
-                exclude_seen=self.options.exclude_seen,
-                shared=True,
-                progress=progress,
-            )
-        end = time.perf_counter()
-        self.reports.append(EpochReport(len(self.reports), loss, middle - begin, end - middle, metrics))
-        if self._best() == len(self.reports) - 1:
-            self.best_weights = _copy(self.model)
+        with nullcontext() if self.average is None else self.average.in_place():
+            metrics = self._validate(progress)
+            end = time.perf_counter()
+            self.reports.append(EpochReport(len(self.reports), loss, middle - begin, end - middle, metrics))
+            if self._best() == len(self.reports) - 1:
+                self.best_weights = _copy(self.model)
         return self.reports[-1]
+
+    def _validate(self, progress: bool) -> dict[str, float]:
+        exclude_seen = self.options.exclude_seen
+        with parallel.collected(self.model):
+            return evaluate(self.model, self.valid_windows, exclude_seen=exclude_seen, shared=True, progress=progress)
 
     def _train_epoch(self, progress: bool) -> float:
         windows = self.train_windows
@@ -282,6 +283,8 @@ class _Run:
             group["lr"] = self.options.learning_rate * rising
         self.optimizer.step()
         self.steps += 1
+        if self.average is not None:
+            self.average.add(self.steps)
         return parallel.add_up(total)
 
     def _set_inner_lr_scale(self, scale: float) -> None:
@@ -293,6 +296,8 @@ class _Run:
         """Write everything that the rest of the run depends on; the first process does."""
         parts = {f"model.{name}": x for name, x in self.model.state_dict().items()}
         parts |= {f"best.{name}": x for name, x in self.best_weights.items()}
+        if self.average is not None:
+            parts |= {f"average.{name}": x for name, x in self.average.values.items()}
         names = list(self.parameters)
         for index, slots in self.optimizer.state_dict()["state"].items():
             parts |= {f"adam.{slot}.{names[index]}": x for slot, x in slots.items()}
@@ -352,13 +357,15 @@ class _Run:
         self.write_metrics()  # the interruption may have come just before this
 
     def _take(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
-        groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "adam": {}, "random": {}}
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "average": {}, "adam": {}, "random": {}}
         for name, x in tensors.items():
             group, _, rest = name.partition(".")
             groups[group][rest] = x
         for group in ("best", "model"):  # the best ones only to see that they fit
             self.model.load_state_dict(groups[group])
         self.best_weights = groups["best"]
+        if self.average is not None:
+            self.average.restore(groups["average"])
         self._restore_optimizer(groups["adam"])
         self.random_state = groups["random"]
         self.steps = progress["steps"]
