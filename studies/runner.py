@@ -1,13 +1,16 @@
 """Runs of a study, one after the other; each leaves one line of JSON, and what has its line is not run again."""
 
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tools.environment import environment
@@ -22,7 +25,7 @@ from ttt4rec.recsys.training.evaluate import evaluate
 from ttt4rec.recsys.training.report import describe_data
 from ttt4rec.recsys.training.train import EpochReport, fit
 
-from .study import LEAVE_ONE_OUT, TEMPORAL, Data, Run
+from .study import FEW_TRAIN, LEAVE_ONE_OUT, TEMPORAL, Data, Run
 
 Result = dict[str, Any]
 
@@ -45,8 +48,21 @@ def load_split(folder: Path, data: Data) -> Split:
     histories = build_histories(filter_k_core(interactions, **least))
     if data.split == LEAVE_ONE_OUT:
         return split_leave_one_out(histories)
+    if found := re.fullmatch(FEW_TRAIN.format(r"(\d+)"), data.split):
+        return few_train(split_leave_one_out(histories), int(found[1]))
     train, valid, test = map(int, data.split.split(":"))
     return split_by_ratio(histories, (train, valid, test))
+
+
+def few_train(split: Split, percent: int) -> Split:
+    """A split of which a random part of the users trains, always the same ones; all validate and test.
+
+    The users of a smaller part are among those of a larger one.
+    """
+    count = max(1, split.histories.num_users * percent // 100)
+    trains = np.zeros(split.histories.num_users, dtype=bool)
+    trains[np.random.default_rng(0).permutation(len(trains))[:count]] = True
+    return replace(split, train_begin=np.where(trains, split.train_begin, split.train_end))
 
 
 def read_results(path: Path) -> list[Result]:

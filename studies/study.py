@@ -14,6 +14,8 @@ Published = Mapping[str, Mapping[str, tuple[float, float, float, float]]]
 """HR@10, HR@50, NDCG@10, NDCG@50 that somebody printed, by names of files and by variants."""
 
 LEAVE_ONE_OUT, TEMPORAL = "leave-one-out", "temporal 8:1:1"
+FEW_TRAIN = "leave-one-out, {} % of the users train"
+"""All users' last items are tested, but only some users' others are learned from."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Data:
 
     Attributes:
         name: of the file.
-        split: ratios of training, validation and test, per user (``"3:2:5"``); ``LEAVE_ONE_OUT``; or ``TEMPORAL``.
+        split: ratios of training, validation and test, per user (``"3:2:5"``); ``LEAVE_ONE_OUT``; ``FEW_TRAIN`` with a
+            percentage; or ``TEMPORAL``.
         min_user: users with fewer interactions are left out, and items with fewer than 5.
         settings: what the data add to a study's common settings.
     """

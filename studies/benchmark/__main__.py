@@ -7,9 +7,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from .curves import LITTLE, LONG
 from .design import Plan
 from .pool import Pool, time_left
 from .report import RUNS_FILE, read_results, write
+
+PLANS = {"page": Plan(), "little": LITTLE, "long": LONG}
+"""What is run: the tables, and the two curves."""
 
 
 def main() -> int:
@@ -17,6 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m studies.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train whatever has no result yet, then write the page")
+    run.add_argument("plans", nargs="*", metavar="PLAN", help=f"of {', '.join(PLANS)} (default: page)")
     run.add_argument("--data", type=Path, required=True, help="folder with NAME/NAME.inter.gz, or the publisher's file")
     run.add_argument("--models", type=Path, required=True, help="folder for checkpoints; a killed run goes on there")
     run.add_argument("--datasets", nargs="+", help="only these")
@@ -33,19 +38,22 @@ def main() -> int:
     given = parser.parse_args()
     failed = []
     if given.command == "run":
-        plan, say = chosen(given), partial(print, flush=True)
-        if not plan.total:
-            parser.error("no training is of the given datasets, splits and methods")
-        say(time_left(plan, read_results(given.results), given.processes))
-        failed = Pool(plan, given.data, given.models, given.results, given.processes, say).run_all()
+        if unknown := set(given.plans) - set(PLANS):
+            parser.error(f"a plan must be one of {', '.join(PLANS)}; given {', '.join(sorted(unknown))}")
+        say = partial(print, flush=True)
+        for name in given.plans or ["page"]:
+            plan = chosen(given, PLANS[name])
+            if not plan.total:
+                parser.error("no training is of the given datasets, splits and methods")
+            say(f"{name}: {time_left(plan, read_results(given.results), given.processes)}")
+            failed += Pool(plan, given.data, given.models, given.results, given.processes, say).run_all()
     if given.command == "page" or given.results == RUNS_FILE:
         write()
     return 1 if failed else 0
 
 
-def chosen(given: argparse.Namespace) -> Plan:
-    """The part of the plan that was asked for."""
-    plan = Plan()
+def chosen(given: argparse.Namespace, plan: Plan) -> Plan:
+    """The part of a plan that was asked for."""
     datasets = [
         data
         for data in plan.datasets

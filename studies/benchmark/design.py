@@ -64,6 +64,8 @@ PUBLISHED: dict[Data, dict[str, Published]] = {
     }
 }
 """By data and method; methods that are not ours have rows of their own."""
+ALL, NEW = "test", "test, new items"
+"""Parts of a result: all items ranked, and those that the user has not had."""
 AIM = {"HR@10": 0.335, "NDCG@10": 0.195}
 """Of the first method on ml-1m, seen items left out: above every published figure."""
 
@@ -109,6 +111,11 @@ class Plan:
         """With the best rate, every seed; none before that rate is known."""
         rate = self.best_rate(data, method, results)
         return [] if rate is None else [self._run(data, method, rate, seed) for seed in self.seeds]
+
+    def finished(self, data: Data, method: str, results: Sequence[Result]) -> list[Result]:
+        """Results of the seeds at the best rate; none before all rates are tried."""
+        found = [find(results, run) for run in self.seeded(data, method, results)]
+        return [result for result in found if result is not None]
 
     def done(self, data: Data, method: str, results: Sequence[Result]) -> list[Result]:
         """The results there are: of the trials, and of the other seeds at the best rate."""

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from tools.documents import ROOT, number, section, spread
 
 from ..report import row
-from ..runner import Result, find, read_results
+from ..runner import Result, read_results
 from ..study import Data
-from .design import AIM, ML_1M, PUBLISHED, Plan, Published
+from . import curves
+from .design import AIM, ALL, ML_1M, NEW, PUBLISHED, Plan, Published
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 RUNS_FILE = ROOT / "studies" / "results" / "benchmark" / "runs.jsonl"
-ALL, NEW = "test", "test, new items"  # parts of a result: all items ranked, and those that the user has not had
 METRICS = ((ALL, "HR@10"), (ALL, "NDCG@10"), (NEW, "HR@10"), (NEW, "NDCG@10"))
 HEAD = (
     "", "validation NDCG@10", "HR@10, all items", "NDCG@10, all items", "HR@10, seen out", "NDCG@10, seen out",
@@ -27,7 +27,7 @@ def tables(plan: Plan, results: Sequence[Result]) -> str:
 
 def _table(plan: Plan, data: Data, results: Sequence[Result]) -> str:
     published = PUBLISHED.get(data, {})
-    rows = {method: finished(plan, data, method, results) for method in plan.methods}
+    rows = {method: plan.finished(data, method, results) for method in plan.methods}
     best = [_best(rows.values(), metric) for metric in METRICS]
     known = next((runs[0]["data"] for runs in rows.values() if runs), None)
     about = "" if known is None else f", {known['users']:,} users, {known['items']:,} items"
@@ -52,12 +52,6 @@ def _row(method: str, runs: Sequence[Result], best: Sequence[float], published: 
 def _best(rows: Iterable[Sequence[Result]], metric: tuple[str, str]) -> float:
     """The best mean of all methods."""
     return max((statistics.fmean(values) for runs in rows if (values := _values(runs, metric))), default=0.0)
-
-
-def finished(plan: Plan, data: Data, method: str, results: Sequence[Result]) -> list[Result]:
-    """Results of the seeds at the best rate; none before all rates are tried."""
-    found = [find(results, run) for run in plan.seeded(data, method, results)]
-    return [result for result in found if result is not None]
 
 
 def _values(runs: Sequence[Result], metric: tuple[str, str]) -> list[float]:
@@ -99,7 +93,7 @@ def _aim(plan: Plan, results: Sequence[Result]) -> str:
     method = next(iter(plan.methods))
     aimed = " and ".join(f"{name} {value:.3f}" for name, value in AIM.items())
     text = f"The aim on ml-1m, leave-one-out, seen items out: {aimed}, above every figure published. {method}:"
-    runs = finished(plan, ML_1M, method, results) if ML_1M in plan.datasets else []
+    runs = plan.finished(ML_1M, method, results) if ML_1M in plan.datasets else []
     if len(runs) < len(plan.seeds):
         return f"{text} not run yet."
     means = {name: statistics.fmean(_values(runs, (NEW, name))) for name in AIM}
@@ -109,11 +103,15 @@ def _aim(plan: Plan, results: Sequence[Result]) -> str:
 
 def written(document: str, plan: Plan, results: Sequence[Result]) -> str:
     """The document with its parts between markers brought up to date."""
-    for name, text in (("state", state(plan, results)), ("tables", tables(plan, results))):
+    parts = {"state": state(plan, results), "tables": tables(plan, results)} | curves.tables(plan, results)
+    for name, text in parts.items():
         document = section(name).sub(lambda _, text=text: text, document)
     return document
 
 
 def write() -> None:
-    """Bring the page up to date with the results."""
-    DOCUMENT.write_text(written(DOCUMENT.read_text(), Plan(), read_results(RUNS_FILE)))
+    """Bring the page and its pictures up to date with the results."""
+    results = read_results(RUNS_FILE)
+    DOCUMENT.write_text(written(DOCUMENT.read_text(), Plan(), results))
+    for name, panels in curves.pictures(Plan(), results).items():
+        curves.plot(panels, DOCUMENT.with_name(name))

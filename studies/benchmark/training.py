@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tools.environment import environment
@@ -19,11 +20,14 @@ from ttt4rec.recsys.data.split import Split
 from ttt4rec.recsys.data.windows import evaluation_prefixes
 from ttt4rec.recsys.training.evaluate import evaluate
 from ttt4rec.recsys.training.report import describe_data
+from ttt4rec.recsys.training.segments import Targets, evaluate_segments
 from ttt4rec.recsys.training.train import EpochReport, fit
 
 from ..runner import Result, load_split
 from ..study import Run
 
+LONGER = (20, 50, 100, 200, 500, 1000)
+"""From how many items on a history is of a longer kind."""
 SECONDS_FILE = "cpu_seconds.json"
 
 
@@ -75,6 +79,7 @@ def train(run: Run, split: Split, folder: Path, told: Connection) -> Result:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     curve = [round(epoch.metrics["NDCG@10"], 6) for epoch in epochs]
     windows = evaluation_prefixes(split, "test", max_len=model.config.max_len)
+    has_new = split.num_new_targets("test") > 0
     return run.key | {
         "data": describe_data(split),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -85,9 +90,25 @@ def train(run: Run, split: Split, folder: Path, told: Connection) -> Result:
         "wall_seconds": round(sum(epoch.train_seconds + epoch.valid_seconds for epoch in epochs), 2),
         "peak_mib": round(peak),
         "test": evaluate(model, windows),
-        "test, new items": evaluate(model, windows, exclude_seen=True) if split.num_new_targets("test") else None,
+        "test, new items": evaluate(model, windows, exclude_seen=True) if has_new else None,
+        "by history": by_history(model, split, exclude_seen=has_new),
         "environment": environment("cpu"),
     }
+
+
+def by_history(model: TTT4Rec, split: Split, exclude_seen: bool) -> list[dict[str, Any]]:
+    """Test metrics apart for short and long histories: from how many items on, targets, HR@10 and NDCG@10."""
+    firsts = [0, *LONGER]
+
+    def segmentation(_: Split, targets: Targets) -> tuple[list[str], Any]:
+        return [*map(str, firsts)], np.searchsorted(LONGER, targets.positions, side="right")
+
+    found = evaluate_segments(model, split, by={"history": segmentation}, cutoffs=(10,), exclude_seen=exclude_seen)
+    return [
+        {"from": int(part.name), "targets": part.targets}
+        | {name: round(part.metrics[name].value, 6) for name in ("HR@10", "NDCG@10")}
+        for part in found
+    ]
 
 
 def _earlier(folder: Path) -> list[float]:

@@ -5,15 +5,16 @@ from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from studies.benchmark import __main__ as command
-from studies.benchmark import design, report
+from studies.benchmark import curves, design, report
 from studies.benchmark.design import DATASETS, METHODS, ML_1M, Plan, Published
 from studies.benchmark.pool import Pool, time_left
-from studies.benchmark.training import name, train, work
+from studies.benchmark.training import LONGER, name, train, work
 from studies.runner import keep, load_split, read_results
-from studies.study import LEAVE_ONE_OUT, TEMPORAL, Data
+from studies.study import FEW_TRAIN, LEAVE_ONE_OUT, TEMPORAL, Data
 from ttt4rec.recsys.data import DataError
 
 TINY = {"width": 8, "num_heads": 2, "ffn_width": 8, "max_len": 6, "epochs": 2, "targets_per_batch": 64}
@@ -34,12 +35,17 @@ class Listener:
         self.heard.append(told)
 
 
+def part(first: int, ndcg: float) -> dict:
+    return {"from": first, "targets": 10, "HR@10": 2 * ndcg, "NDCG@10": ndcg}
+
+
 def result(run, validation: float, seconds: float = 3600.0, new: float | None = 0.5) -> dict:
     test = {"HR@10": 0.3, "NDCG@10": 0.2}
     return run.key | {
         "data": {"users": 3, "items": 1_234}, "validation": [0.01, validation], "cpu_seconds": seconds,
         "wall_seconds": seconds, "peak_mib": 1_234, "test": test,
         "test, new items": None if new is None else dict.fromkeys(test, new),
+        "by history": [part(0, 0.1), part(50, 0.2 if new is None else new)],
     }  # fmt: skip
 
 
@@ -182,6 +188,46 @@ def test_tables_have_published_values_beside_ours(monkeypatch: pytest.MonkeyPatc
     assert f"| GRU | 0.4000 ± 0.0000 {gru} 0.2500, 0.1250 (a page) | 0.001 | 2 | 1.0 | 1,234 |" in text
     assert "| HSTU (1 of 2 seeds) | 0.4000 | **0.3000** | **0.2000** | - | - |  | 0.001 | 2 | 1.0 | 1,234 |" in text
     assert report.state(PLAN, results).startswith("5 of 6 trainings have been run, in 0.1 hours")
+
+
+def test_curves_show_what_has_been_run(tmp_path: Path) -> None:
+    assert curves.tables(PLAN, []) == dict.fromkeys(("little", "lengths", "histories"), "Not run yet.\n")
+    assert not curves.pictures(PLAN, [])
+    results: list[dict] = []
+    for plan in (PLAN, curves.LITTLE, curves.LONG):
+        while (run := next(plan.missing(results), None)) is not None:
+            results.append(result(run, 0.4, new=0.25))
+    found = curves.tables(PLAN, results)
+    assert "| items of history, from | 0 | 50 |" in found["histories"]
+    assert "| GRU | **0.1000** ± 0.0000 | **0.2500** ± 0.0000 |" in found["histories"]
+    assert found["little"].startswith("| % of the users who train | 5 | 10 | 25 | 50 | 100 |\n")
+    assert found["lengths"].startswith("| items read | 50 | 200 | 1000 |\n")
+    for file, panels in curves.pictures(PLAN, results).items():
+        curves.plot(panels, tmp_path / file)
+        assert (tmp_path / file).stat().st_size > 1000
+
+
+def test_few_train_and_all_are_tested(data: Path) -> None:
+    whole = load_split(data, TOY)
+    parts = [load_split(data, Data("toy", FEW_TRAIN.format(percent))) for percent in (50, 25)]
+    trained = [np.flatnonzero(split.train_end > split.train_begin) for split in parts]
+    users = whole.histories.num_users
+    assert [len(x) for x in trained] == [users // 2, users // 4]
+    assert set(trained[1]) < set(trained[0])
+    for split in parts:
+        assert split.num_targets("test") == whole.num_targets("test")
+        assert split.num_targets("valid") == whole.num_targets("valid")
+        assert 0 < split.num_targets("train") < whole.num_targets("train")
+
+
+def test_results_tell_short_histories_from_long_ones(data: Path, tmp_path: Path) -> None:
+    split = load_split(data, TOY)
+    found = train(next(PLAN.missing([])), split, tmp_path, Listener())
+    parts = found["by history"]
+    assert sum(part["targets"] for part in parts) == split.num_new_targets("test")
+    mean = sum(part["targets"] * part["NDCG@10"] for part in parts) / split.num_new_targets("test")
+    assert mean == pytest.approx(found["test, new items"]["NDCG@10"], abs=1e-5)
+    assert [part["from"] for part in parts] == sorted({0, *LONGER} & {part["from"] for part in parts})
 
 
 def test_the_aim_is_set_beside_what_was_reached() -> None:
