@@ -13,6 +13,7 @@ from ttt4rec.recsys.training.segments import evaluate_segments
 
 from ..runner import keep, load_split
 from ..study import Data
+from . import habits as remembering
 from .ablation import MODES, ablated
 from .drift import SEGMENTATIONS
 from .report import RUNS_FILE, read, write
@@ -24,6 +25,7 @@ SPLITS = ("3:2:5", "6:2:2")
 DRIFTING = ("TTT-Linear", "TTT-MLP", "TTT-Linear, decay by token", "TTT-MLP, decay by token", "attention", "GRU")
 MAX_LEN, BEFORE = 50, 20  # of a window; items of the other user before the switch, where real users are joined
 TRAINED_ON, TESTED_ON, SWITCH = 1500, 4000, 30  # made-up users, and the event at which those of the test switch
+HABITUAL, REMEMBERED = 600, 100  # users with habits to train on, and of the test
 
 Study = Callable[[Path, Path], Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]]
 """From the folders of data and of models: what tells a run apart, and what makes its result."""
@@ -108,6 +110,23 @@ def drift(data, models):
             yield {"study": "drift", "mixer": mixer, "seed": seed}, result
 
 
+def habits(_, models):
+    """Made-up users with habits of their own; tested on histories four times as long as those of training."""
+    population = remembering.Habits()
+    taken = population.streams(REMEMBERED, remembering.PLACES[-1], seed=1000)
+    best = remembering.by_place(population.best(taken))
+    for seed in SEEDS:
+        for mixer in remembering.MIXERS:
+
+            def result(seed=seed, mixer=mixer):
+                split = population.split(HABITUAL, seed)
+                model = remembering.trained(mixer, split, models / f"habits-{mixer}-{seed}", seed, population.length)
+                found = remembering.by_place(gains(model, torch.from_numpy(taken)))
+                return {"curve": found, "best possible": best}
+
+            yield {"study": "habits", "mixer": mixer, "seed": seed}, result
+
+
 def _means(metrics):
     return {name: estimate.value for name, estimate in metrics.items()}
 
@@ -118,6 +137,7 @@ STUDIES: dict[str, Study] = {
     "joined": pairs,
     "accuracy": accuracy,
     "drift": drift,
+    "habits": habits,
 }
 
 

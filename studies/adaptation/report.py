@@ -1,5 +1,6 @@
 """Tables and plots of these studies, in ``docs/adaptation.md``."""
 
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -8,6 +9,7 @@ from tools.documents import ROOT, section, spread
 from ttt4rec import palette
 
 from ..runner import Result, read_results
+from .habits import PLACES, Habits
 
 RUNS_FILE = ROOT / "studies" / "results" / "adaptation" / "runs.jsonl"
 DOCUMENT = ROOT / "docs" / "adaptation.md"
@@ -92,6 +94,42 @@ def drift_table(results: Iterable[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def habits_table(results: Iterable[Result]) -> str:
+    """NDCG@10 by mixer and number of events known; the best possible last."""
+    own = [result for result in results if result["study"] == "habits"]
+    if not own:
+        return "Not run.\n"
+    kinds = itertools.pairwise(PLACES)
+    head = [f"{first} to {end - 1}" for first, end in kinds]
+    lines = [f"| events known | {' | '.join(head)} |", "|" + " --- |" * (1 + len(head))]
+    for mixer, seeds in curves(own, "habits").items():
+        lines.append(f"| {mixer} | {' | '.join(spread(values) for values in zip(*seeds, strict=True))} |")
+    lines.append(f"| best possible | {' | '.join(f'{value:.4f}' for value in own[0]['best possible'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_habits(results: Sequence[Result]) -> None:
+    """NDCG@10 against how many events are known."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    own = [result for result in results if result["study"] == "habits"]
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    middles = [(first * end) ** 0.5 for first, end in itertools.pairwise(PLACES)]
+    for (mixer, seeds), marker in zip(curves(own, "habits").items(), palette.MARKERS, strict=False):
+        columns = list(zip(*seeds, strict=True))
+        means = [statistics.fmean(values) for values in columns]
+        bars = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in columns]
+        axes.errorbar(middles, means, bars, marker=marker, color=palette.colour(mixer), label=mixer, capsize=2)
+    axes.plot(middles, own[0]["best possible"], ":", color="gray", label="best possible")
+    axes.axvline(Habits.length, color="gray", linewidth=0.8)
+    axes.set(xlabel="events known (the line: length of training)", ylabel="NDCG@10", xscale="log", ylim=(0, 1))
+    figure.legend(loc="outside right upper")
+    figure.savefig(DOCUMENT.with_name("adaptation-habits.png"), dpi=palette.DPI)
+
+
 def plot(results: Sequence[Result], study: str) -> None:
     """NDCG@10 against events since the switch: mean of the seeds, and their range as a band."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -124,6 +162,9 @@ def write() -> None:
     """Bring tables and plots up to date."""
     results, document = read(), DOCUMENT.read_text()
     texts = {"ablation": ablation_table(results), "accuracy": accuracy_table(results), "drift": drift_table(results)}
+    texts["habits"] = habits_table(results)
+    if any(result["study"] == "habits" for result in results):
+        plot_habits(results)
     for study in SWITCHES:
         texts[study] = recovery_table(results, study)
         if any(result["study"] == study for result in results):

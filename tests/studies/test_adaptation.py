@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from studies.adaptation import __main__ as runner
-from studies.adaptation import drift, report
+from studies.adaptation import drift, habits, report
 from studies.adaptation.ablation import ablated, read
 from studies.adaptation.switches import Population, best_possible, discounted, gains, joined
 from studies.adaptation.training import MIXERS, adapting
@@ -17,7 +17,7 @@ from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.data.split import split_by_ratio
 from ttt4rec.recsys.training.segments import Targets
 
-NUMBERS = {"ablation": 4, "drift": len(runner.DRIFTING)}
+NUMBERS = {"ablation": 4, "drift": len(runner.DRIFTING), "habits": len(habits.MIXERS)}
 SMALL = Population(items=30, length=12, dimensions=3)
 
 
@@ -105,7 +105,17 @@ def test_every_study_makes_its_results(study, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "load_split", lambda *_: small)
     monkeypatch.setattr(runner, "Population", lambda: SMALL)
     monkeypatch.setattr(runner, "trained", lambda *_, **__: make_model(30))
-    for name, value in {"TESTED_ON": 4, "TRAINED_ON": 4, "SWITCH": 6, "MAX_LEN": 10, "BEFORE": 5}.items():
+    monkeypatch.setattr(habits, "trained", lambda *_, **__: make_model(habits.Habits.items))
+    monkeypatch.setattr(habits, "PLACES", (1, 5, 20))
+    for name, value in {
+        "HABITUAL": 2,
+        "REMEMBERED": 2,
+        "TESTED_ON": 4,
+        "TRAINED_ON": 4,
+        "SWITCH": 6,
+        "MAX_LEN": 10,
+        "BEFORE": 5,
+    }.items():
         monkeypatch.setattr(runner, name, value)
     runs = list(runner.STUDIES[study](tmp_path, tmp_path))
     assert len({str(key) for key, _ in runs}) == len(runs) == 3 * NUMBERS.get(study, len(MIXERS))
@@ -117,6 +127,8 @@ def test_every_study_makes_its_results(study, tmp_path, monkeypatch):
         assert 0 <= result["test"]["NDCG@10"] <= result["test"]["HR@10"] <= 1
     elif study == "drift":
         assert sum(row["targets"] for row in result["segments"]) == 2 * small.num_targets("test")
+    elif study == "habits":
+        assert len(result["curve"]) == len(result["best possible"]) == 2
     else:
         assert len(result["curve"]) == (11 if study == "made-up" else 9)
 
@@ -137,6 +149,33 @@ def test_targets_are_told_apart_by_what_is_new_and_by_the_time_before():
     assert [names[n] for n in number] == ["within a week", "within an hour"]
 
 
+def test_users_follow_habits_of_their_own():
+    population = habits.Habits(items=5, share=0.8)
+    taken = population.streams(2, 4000, seed=0)
+    assert np.array_equal(taken, population.streams(2, 4000, seed=0))
+    assert (taken.min(), taken.max()) == (1, 5)
+    for user in taken:
+        counts = np.zeros((6, 6))
+        np.add.at(counts, (user[:-1], user[1:]), 1)
+        shares = counts[1:, 1:].max(1) / counts[1:].sum(1)
+        assert (abs(shares - (0.8 + 0.2 / 5)) < 4 * np.sqrt(0.14 / counts[1:].sum(1))).all()
+    split = habits.Habits(items=5, length=20).split(3, seed=0)
+    assert split.num_targets("train") + split.num_targets("valid") == 3 * 19
+
+
+def test_the_best_guess_counts_what_came_after_the_item():
+    taken = np.array([[1, 2, 1, 2, 1, 3, 1, 2]])
+    found = habits.Habits(items=20).best(taken)
+    # 1 is followed by nothing yet, then by 2 and 2, then by 2, 2 and 3; 2 by nothing, then by 1; 3 by nothing
+    expected = discounted(torch.tensor([10.5, 10.5, 1.0, 1.0, 11.0, 10.5, 1.0], dtype=torch.float64))
+    assert_close(found, expected, 1e-12)
+
+
+def test_gains_are_averaged_by_how_much_is_known(monkeypatch):
+    monkeypatch.setattr(habits, "PLACES", (1, 3, 5))
+    assert habits.by_place(torch.tensor([1.0, 2.0, 3.0, 5.0])) == [1.5, 4.0]
+
+
 def test_tables():
     metrics = {"NDCG@10": 0.5, "HR@10": 0.6}
     key = {"study": "ablation", "split": "3:2:5", "adapting in training": True}
@@ -147,6 +186,11 @@ def test_tables():
     segment = {"by": "time", "segment": "later", "targets": 1234, "NDCG@10": 0.5}
     runs = [{"study": "drift", "mixer": "GRU", "seed": seed, "segments": [segment]} for seed in (0, 1)]
     assert "| time | later | 1,234 | 0.5000 ± 0.0000 |" in report.drift_table(runs)
+    runs = [{"study": "habits", "mixer": "GRU", "curve": [0.5] * 7, "best possible": [0.75] * 7}] * 2
+    text = report.habits_table(runs)
+    assert text.startswith("| events known | 1 to 19 | 20 to 49 |")
+    assert "| GRU | 0.5000 ± 0.0000 |" in text
+    assert "| best possible | 0.7500 |" in text
     curve = [n / 100 for n in range(59)]  # the gain of event n + 1
     text = report.recovery_table([{"study": "made-up", "mixer": "GRU", "curve": curve, "switch": 30}], "made-up")
     assert "| GRU | 0.2600 | 0.3000 | 0.3100 | 0.3300 | 0.3700 | 0.4450 | 0.5400 | 0.4400 |" in text
