@@ -1,22 +1,27 @@
 """What is compared, on which data, with what others have published."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from ttt4rec.models.presets import PRESETS
+from ttt4rec.models.presets import MOST, PRESETS
 
-from ..models import RATES, baseline
+from ..models import baseline
 from ..runner import Result, find
 from ..study import LEAVE_ONE_OUT, TEMPORAL, Data, Run, Settings
 
+_BEST: Settings = {**PRESETS["best"].model, **PRESETS["best"].training}
 FRAME: Settings = {
-    **PRESETS["best"].model, **PRESETS["best"].training, "epochs": 100, "targets_per_batch": 2048
+    **_BEST, "width": 64, "num_heads": 4, "ffn_width": 256, "num_blocks": 1, "backbone": "transformer",
+    "epochs": 100, "targets_per_batch": 2048,
 }  # fmt: skip
 """Of every method, where it does not say otherwise; learning rates are tried."""
+RATES = (1e-3, 3e-3, 1e-2)
 _SMALLER: Settings = {"targets_per_batch": 1024}  # about a hundred steps in an epoch
 
 METHODS: dict[str, Settings] = {
+    "TTT4Rec, the preset `best`": {name: value for name, value in _BEST.items() if name != "epochs"},
     "TTT4Rec (TTT-MLP)": {"inner": "mlp"},
     **baseline("attention"),
     "eSASRec (2 blocks with gates, 256 negatives)": {
@@ -77,7 +82,7 @@ class Plan:
     Attributes:
         datasets: what to train on.
         methods: what each changes in the frame, by its label.
-        rates: learning rates, of which each method tries all on all data.
+        rates: learning rates, of which each method that has none of its own tries all on all data.
         seeds: of weights, shuffling and dropout.
         frame: settings of all methods.
     """
@@ -91,11 +96,23 @@ class Plan:
     @property
     def total(self) -> int:
         """Number of trainings."""
-        return len(self.datasets) * len(self.methods) * (len(self.rates) + len(self.seeds) - 1)
+        return sum(self.runs_of(data, method) for data in self.datasets for method in self.methods)
+
+    def runs_of(self, data: Data, method: str) -> int:
+        """Number of trainings of a method on a data set."""
+        return len(self.rates_of(data, method)) + len(self.seeds) - 1
+
+    def rates_of(self, data: Data, method: str) -> Sequence[float]:
+        """What it tries; or its own rate, which goes with the root of the targets in a step as a preset's does."""
+        own = self.methods[method].get("learning_rate")
+        if own is None:
+            return self.rates
+        targets = {**self.frame, **data.settings}["targets_per_batch"]
+        return (round(own * math.sqrt(min(1.0, targets / MOST)), 5),)
 
     def trials(self, data: Data, method: str) -> list[Run]:
         """With each learning rate, the first seed."""
-        return [self._run(data, method, rate, self.seeds[0]) for rate in self.rates]
+        return [self._run(data, method, rate, self.seeds[0]) for rate in self.rates_of(data, method)]
 
     def best_rate(self, data: Data, method: str, results: Iterable[Result]) -> float | None:
         """By the validation of the trials; None if some are to come."""

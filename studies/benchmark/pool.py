@@ -118,8 +118,8 @@ def time_left(plan: Plan, results: Sequence[Result], processes: int) -> str:
     for data in plan.datasets:
         of_method = {method: plan.done(data, method, results) for method in plan.methods}
         of_data = [result for done in of_method.values() for result in done]
-        for done in of_method.values():
-            left = len(plan.rates) + len(plan.seeds) - 1 - len(done)
+        for method, done in of_method.items():
+            left = plan.runs_of(data, method) - len(done)
             took = [result["wall_seconds"] for result in done or of_data]
             to_come += left
             unknown += 0 if took else left

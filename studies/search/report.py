@@ -12,12 +12,12 @@ from .trials import JOURNAL, opened
 DOCUMENT = ROOT / "docs" / "presets.md"
 SHOWN = 10
 HEAD = (
-    "validation NDCG@10", "epochs", "inner model", "width", "blocks", "mini-batch", "forgetting", "norm", "gates",
-    "dropout", "learning rate", "weight decay",
+    "validation NDCG@10", "epochs", "inner model", "backbone", "width", "blocks", "mini-batch", "forgetting", "norm",
+    "gates", "dropout", "learning rate", "weight decay",
 )  # fmt: skip
 _PARAMETERS = (
-    "inner", "width", "num_blocks", "mini_batch_size", "forget", "norm", "gates", "dropout", "learning_rate",
-    "weight_decay",
+    "inner", "backbone", "width", "num_blocks", "mini_batch_size", "forget", "norm", "gates", "dropout",
+    "learning_rate", "weight_decay",
 )  # fmt: skip
 
 

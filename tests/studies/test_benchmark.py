@@ -68,6 +68,15 @@ def test_every_method_tries_all_rates_and_runs_its_best_with_all_seeds() -> None
     assert not list(PLAN.missing([*results, result(final, 0.1)]))
 
 
+def test_a_method_with_a_rate_of_its_own_tries_no_other() -> None:
+    plan = replace(PLAN, methods={"preset": {"mixer": "gru", "learning_rate": 4e-3}}, frame={"targets_per_batch": 512})
+    assert plan.total == 2
+    rates = [run.settings["learning_rate"] for run in plan.missing([])]
+    assert rates == [2e-3]  # steps of 512 targets, a quarter of the 2,048 that presets' rates are for
+    large = replace(plan, frame={"targets_per_batch": 4096})
+    assert [run.settings["learning_rate"] for run in large.missing([])] == [4e-3]
+
+
 def test_the_benchmark_is_of_runs_that_can_be_made() -> None:
     runs = list(Plan().missing([]))
     assert len({(run.data, run.variant) for run in runs}) == len(DATASETS) * len(METHODS)
@@ -75,7 +84,7 @@ def test_the_benchmark_is_of_runs_that_can_be_made() -> None:
     for run in runs:
         config, options = run.config(100), run.options()
         assert run.settings.keys() <= vars(config).keys() | vars(options).keys()
-        assert (config.max_len, config.width, options.learning_rate_warmup) == (200, 64, 50)
+        assert (config.max_len, options.learning_rate_warmup, options.average_over) == (200, 50, 0.1)
     assert {data.split for data in DATASETS} == {LEAVE_ONE_OUT, TEMPORAL}
     assert set(design.PUBLISHED) <= set(DATASETS)
 

@@ -49,13 +49,13 @@ _PAPER_MODEL = {
 }  # fmt: skip
 _PAPER_TRAINING = {
     "epochs": 300, "patience": 5, "learning_rate": 1e-3, "learning_rate_warmup": 0, "inner_lr_warmup": 0,
-    "weight_decay": 0.0, "loss": "softmax",
+    "weight_decay": 0.0, "average_over": 0.0, "loss": "softmax",
 }  # fmt: skip
 PRESETS = {
     "best": Preset(
-        "a first recipe, not searched yet: TTT-MLP that reads 200 items, steps by the size of the data",
-        _PAPER_MODEL | {"max_len": 200},
-        _PAPER_TRAINING | {"learning_rate": 3e-3, "learning_rate_warmup": 50},
+        "two blocks of TTT-MLP that read 200 items, averaged weights, steps by the size of the data",
+        _PAPER_MODEL | {"max_len": 200, "num_blocks": 2},
+        _PAPER_TRAINING | {"learning_rate": 3e-3, "learning_rate_warmup": 50, "average_over": 0.1},
     ),
     "paper": Preset(
         "the TTT4Rec paper's; on its data sets also its filter and length of history",
@@ -68,7 +68,7 @@ PRESETS = {
         "TTT-Linear, 256 negatives in place of all items, at most 20 epochs",
         _PAPER_MODEL | {"inner": "linear"},
         _PAPER_TRAINING
-        | {"epochs": 20, "patience": 2, "learning_rate": 3e-3, "learning_rate_warmup": 50}
+        | {"epochs": 20, "patience": 2, "learning_rate": 3e-3, "learning_rate_warmup": 50, "average_over": 0.1}
         | {"loss": "sampled", "num_negatives": 256, "popularity": 0.0},
     ),
 }

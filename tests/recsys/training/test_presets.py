@@ -64,7 +64,7 @@ def test_the_page_tells_what_the_presets_are():
     assert list(told)[1:] == [f"`{name}`" for name in PRESETS]
     for name, preset in PRESETS.items():
         config, options = TTT4RecConfig.from_preset(name, 9), TrainOptions.from_preset(name)
-        warmup = options.learning_rate_warmup
+        warmup, reach = options.learning_rate_warmup, options.average_over
         expected = {
             "inner model": {"mlp": "TTT-MLP", "linear": "TTT-Linear"}[config.inner],
             "width, blocks, heads, mini-batch":
@@ -74,6 +74,7 @@ def test_the_page_tells_what_the_presets_are():
             "loss": "softmax over all" if options.loss == "softmax" else f"softmax over {options.num_negatives}",
             "learning rate": f"{preset.training['learning_rate']}",
             "its warm-up": f"{warmup} steps" if warmup else "none",
+            "weights": f"averaged over the newest {reach:.0%}" if reach else "as they are",
             "targets in a step": "2,048, less" if preset.smaller_steps else "2,048",
             "weight decay, forgetting": "none" if not options.weight_decay and config.forget == "none" else "some",
             "epochs, patience": f"{options.epochs}, {options.patience}",
