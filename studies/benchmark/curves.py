@@ -24,7 +24,9 @@ _FEWER_DATA = {
                   settings={"targets_per_batch": targets})
     for percent, targets in FEWER.items()
 }  # fmt: skip
-_LONG_DATA = {length: Data(ML_1M.name, LEAVE_ONE_OUT, settings={"max_len": length}) for length in LENGTHS}
+_LONG_DATA = {
+    length: Data(ML_1M.name, LEAVE_ONE_OUT, settings={**ML_1M.settings, "max_len": length}) for length in LENGTHS
+}
 
 LITTLE = Plan(tuple(_FEWER_DATA.values()), _METHODS | {"TTT-Linear": {"inner": "linear"}})
 LONG = Plan(

@@ -21,7 +21,7 @@ RATES = (1e-3, 3e-3, 1e-2)
 _SMALLER: Settings = {"targets_per_batch": 1024}  # about a hundred steps in an epoch
 
 METHODS: dict[str, Settings] = {
-    "TTT4Rec, the preset `best`": {name: value for name, value in _BEST.items() if name != "epochs"},
+    "TTT4Rec, the preset `best`": {name: value for name, value in _BEST.items() if name not in ("epochs", "patience")},
     "TTT4Rec (TTT-MLP)": {"inner": "mlp"},
     **baseline("attention"),
     "eSASRec (2 blocks with gates, 256 negatives)": {
@@ -34,7 +34,7 @@ METHODS: dict[str, Settings] = {
     **baseline("narm"),
 }  # fmt: skip
 
-ML_1M = Data("ml-1m", LEAVE_ONE_OUT)
+ML_1M = Data("ml-1m", LEAVE_ONE_OUT, settings={"patience": 3})
 _GOWALLA = Data("gowalla-1k", LEAVE_ONE_OUT, settings=_SMALLER)
 _ML_100K = Data("ml-100k", LEAVE_ONE_OUT, settings=_SMALLER)
 DATASETS = (

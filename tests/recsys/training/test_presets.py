@@ -67,6 +67,7 @@ def test_the_page_tells_what_the_presets_are():
         warmup, reach = options.learning_rate_warmup, options.average_over
         expected = {
             "inner model": {"mlp": "TTT-MLP", "linear": "TTT-Linear"}[config.inner],
+            "backbone": config.backbone.capitalize(),
             "width, blocks, heads, mini-batch":
                 f"{config.width}, {config.num_blocks}, {config.num_heads}, {config.mini_batch_size}",
             "items of history": f"{config.max_len}",
