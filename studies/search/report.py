@@ -36,7 +36,7 @@ def table(trials: Sequence[FrozenTrial]) -> str:
 def _cells(trial: FrozenTrial) -> list[str]:
     values = [trial.params[name] for name in _PARAMETERS]
     shown = [f"{value:.2g}" if isinstance(value, float) else str(value) for value in values]
-    return [f"{trial.value:.4f}", str(len(trial.intermediate_values)), *shown]
+    return [f"{trial.value:.4f}", str(max(trial.intermediate_values) + 1), *shown]
 
 
 def write() -> None:

@@ -53,7 +53,7 @@ _PAPER_TRAINING = {
 }  # fmt: skip
 PRESETS = {
     "best": Preset(
-        "three blocks of TTT-MLP with the Mamba backbone that read 200 items, averaged weights, steps by the size of the data",
+        "three blocks of TTT-MLP, Mamba backbone, that read 200 items; averaged weights, steps by the size of the data",
         _PAPER_MODEL | {"max_len": 200, "num_blocks": 3, "backbone": "mamba"},
         _PAPER_TRAINING | {"learning_rate": 3e-3, "learning_rate_warmup": 50, "average_over": 0.1},
     ),

@@ -57,7 +57,8 @@ def test_the_page_tells_what_the_presets_are():
     page = (ROOT / "docs" / "presets.md").read_text()
     for line, source in python_blocks(page):
         exec(compile("\n" * line + source, "presets.md", "exec"), {})
-    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    table = page.partition("## The search")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table if line[:1] == "|"]
     told = {
         name: dict(zip((row[0] for row in rows[1:]), column, strict=True)) for name, *column in zip(*rows, strict=True)
     }
