@@ -128,6 +128,19 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
     assert (tmp_path / "run" / CHECKPOINT_FILE).read_bytes() == before
 
 
+def test_a_run_of_an_earlier_version_goes_on_without_the_options_of_later_ones(tmp_path):
+    split, path = make_split(tmp_path, users=20), tmp_path / "run" / CHECKPOINT_FILE
+    first = fit(make_model(split), split, path.parent, dataclasses.replace(OPTIONS, epochs=1))
+    tensors, progress = load_checkpoint(path)
+    del progress["run"]["options"]["average_over"], progress["run"]["config"]["forget"]
+    save_checkpoint(path, tensors, progress)
+    both = fit(make_model(split), split, path.parent, dataclasses.replace(OPTIONS, epochs=2))
+    assert without_seconds(both)[:1] == without_seconds(first)
+    save_checkpoint(path, tensors, progress)
+    with pytest.raises(ValueError, match=r"average_over was 0\.0 and is 0\.5"):
+        fit(make_model(split), split, path.parent, dataclasses.replace(OPTIONS, average_over=0.5))
+
+
 def test_a_model_that_was_trained_goes_on_with_its_own_run(tmp_path):
     split = make_split(tmp_path)
     whole = fit(make_model(split), split, tmp_path / "whole", OPTIONS)

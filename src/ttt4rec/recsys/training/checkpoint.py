@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,26 @@ from torch import Tensor
 
 from ttt4rec.atomic_files import header_checksum, write_tensors
 from ttt4rec.checks import printable
+from ttt4rec.models.ttt4rec import TTT4RecConfig
+from ttt4rec.options import TrainOptions
 
 _KIND = "ttt4rec training checkpoint, version 3"
 
-
+UNTOLD = ("epochs", "patience")
+"""Options that do not tell runs apart."""
 _OF_DATA = ("other data, or another filter or split of them", "other validation data, or another split of them")
+
+
+def as_of_today(run: Any) -> Any:
+    """What tells a run apart, from a checkpoint, with today's fields: those of later versions had their defaults."""
+    if not isinstance(run, dict):
+        return run
+    completed = dict(run)
+    for part, kind in (("options", TrainOptions), ("config", TTT4RecConfig)):
+        known = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+        if isinstance(run.get(part), dict):
+            completed[part] = {name: x for name, x in known.items() if name not in UNTOLD} | run[part]
+    return completed
 
 
 def differences(saved: Any, own: dict[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ from ttt4rec.recsys.data.windows import batches, training_windows
 from ttt4rec.recsys.training import parallel
 from ttt4rec.recsys.training.averaging import Average
 from ttt4rec.recsys.training.callbacks import Callback, Callbacks, EpochReport, TrainingRun
-from ttt4rec.recsys.training.checkpoint import differences, load_checkpoint, save_checkpoint
+from ttt4rec.recsys.training.checkpoint import UNTOLD, as_of_today, differences, load_checkpoint, save_checkpoint
 from ttt4rec.recsys.training.evaluate import evaluate
 from ttt4rec.recsys.training.progress import progress_bar
 
@@ -338,8 +338,9 @@ class _Run:
             best = {name.removeprefix("best."): x for name, x in loaded.items() if name.startswith("best.")}
             if self.initial == checksum(best):  # the model as this run's last call left it
                 self.initial = progress.get("run", {}).get("initial")
-            if progress.get("run") != self._identity():
-                found = "; ".join(differences(progress.get("run"), self._identity()))
+            run = as_of_today(progress.get("run"))
+            if run != self._identity():
+                found = "; ".join(differences(run, self._identity()))
                 raise ValueError(
                     f"{path} must be this run's to go on from it; given another's: {found}; choose another folder, or "
                     "delete the file to begin again"
@@ -395,7 +396,8 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """What must agree for a checkpoint to be this run's; the number of epochs and the patience may change."""
         options = dataclasses.asdict(self.options)
-        del options["epochs"], options["patience"]
+        for name in UNTOLD:
+            del options[name]
         both = (self.train_windows, self.valid_windows)
         data = [_digest(x.numpy() for x in (w.items, w.starts, w.lengths, w.leading)) for w in both]
         identity = {
