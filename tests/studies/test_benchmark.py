@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from studies.benchmark import __main__ as command
-from studies.benchmark import curves, design, report
+from studies.benchmark import checks, curves, design, report
 from studies.benchmark.design import DATASETS, METHODS, ML_1M, Plan, Published
 from studies.benchmark.pool import Pool, time_left
 from studies.benchmark.training import LONGER, name, train, work
@@ -239,6 +239,29 @@ def test_results_tell_short_histories_from_long_ones(data: Path, tmp_path: Path)
     assert [part["from"] for part in parts] == sorted({0, *LONGER} & {part["from"] for part in parts})
 
 
+def checked(model: str, rate: float, seed: int, validation: float, value: float, **settings: bool) -> dict:
+    test = {"HR@10": value, "NDCG@10": value}
+    return TOY.key | {
+        "model": model, "rectools": "0.1", "seed": seed, "settings": {"learning_rate": rate, **settings},
+        "validation": [validation], "cpu_seconds": 60.0, "peak_mib": 99, "test": test, "test, new items": test,
+    }  # fmt: skip
+
+
+def test_rows_of_another_program_are_those_of_its_best_rate() -> None:
+    results = [
+        checked("SASRec", 1e-3, 0, 0.3, 0.2),
+        checked("SASRec", 1e-2, 0, 0.2, 0.9),  # better in the test alone
+        checked("SASRec", 1e-3, 1, 0.1, 0.4),
+        checked("HSTU", 1e-3, 0, 0.1, 0.1, relative_time_attention=True),
+        checked("HSTU", 1e-3, 0, 0.1, 0.1) | {"dataset": "another"},
+    ]
+    text = report.tables(PLAN, [], results)
+    best = " | ".join(["**0.3000** ± 0.1414"] * 4)
+    assert f"| RecTools 0.1 SASRec, run by RecTools | 0.2000 ± 0.1414 | {best} |  | 0.001 | 1 | 1.0 | 99 |" in text
+    assert "| RecTools 0.1 HSTU, with times, run by RecTools (1 of 2 seeds) | 0.1000 | 0.1000 |" in text
+    assert text.count("HSTU, with times") == 1
+
+
 def test_the_aim_is_set_beside_what_was_reached() -> None:
     plan = replace(PLAN, datasets=(ML_1M,))
     assert report.state(plan, []).endswith("GRU: not run yet.\n")
@@ -266,5 +289,5 @@ def test_a_part_of_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_the_page_is_up_to_date() -> None:
     document = report.DOCUMENT.read_text()
-    written = report.written(document, Plan(), read_results(report.RUNS_FILE))
+    written = report.written(document, Plan(), read_results(report.RUNS_FILE), read_results(checks.CHECKS_FILE))
     assert written == document, "stale: run `python -m studies.benchmark page`"

@@ -386,6 +386,15 @@ def test_items_of_a_warm_start_may_have_ids_of_another_type() -> None:
         keep_item_codes(histories, (5, 6))
 
 
+def test_items_of_a_warm_start_may_be_texts_of_numpys() -> None:
+    histories = build_histories(interactions_of([(0, 0), (0, 1), (1, 2)]))
+    kept = keep_item_codes(histories, list(np.array(["i1", "i9"])))
+    assert kept.item_ids == ("i1", "i9", "i0", "i2")
+    assert kept.items.tolist() == [3, 1, 4]
+    with pytest.raises(DataError, match=r"ids must be texts, whole numbers of Python's or UUIDs; given .*5"):
+        keep_item_codes(histories, list(np.array([5, 6])))
+
+
 @pytest.mark.usefixtures("checksums")
 def test_loading_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTT4REC_DATA", str(tmp_path))

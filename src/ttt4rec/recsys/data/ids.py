@@ -19,8 +19,16 @@ _WHOLE = re.compile(r"0|-?[1-9]\d*", re.ASCII)
 
 
 def kind_of(ids: Sequence[Id]) -> type[Id]:
-    """The type of some ids, which is one for all; ``str`` if there are none."""
-    return type(ids[0]) if ids else str
+    """The type of some ids, which is one for all; ``str`` if there are none; DataError if no ids can be of it.
+
+    NumPy's texts, which are of a type of their own, are texts.
+    """
+    if not ids:
+        return str
+    for kind in KINDS.values():
+        if isinstance(ids[0], kind):
+            return kind
+    raise DataError(f"ids must be texts, whole numbers of Python's or UUIDs; given {ids[0]!r}")
 
 
 def name_of(kind: type[Id]) -> str:
