@@ -41,7 +41,7 @@ def measure(side: Side, interactions: Path, epochs: int, python: str) -> dict[st
     known = environment("cpu")
     about = {"device": known["device"], "commit": known["commit"], "date": f"{datetime.date.today()}"}
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {"side": side.label, "lines": side.lines, "epochs": epochs, **result, **about, "load_average": load}
+    return {"side": side.label, "epochs": epochs, **result, **about, "load_average": load}
 
 
 def keep(path: Path, run: dict[str, Any]) -> None:

@@ -17,11 +17,7 @@ def load(frame):
 def train(data, epochs):
     seed_everything(0)
     model = SASRecModel(
-        n_factors=64,
-        n_blocks=1,
-        session_max_len=50,
-        epochs=epochs,
-        get_val_mask_func=leave_one_out_mask,
+        n_factors=64, n_blocks=1, session_max_len=50, epochs=epochs, get_val_mask_func=leave_one_out_mask
     )
     return model.fit(data[1])
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from tools.documents import ROOT, number, section
 
+from .sides import SIDES
+
 DOCUMENT = ROOT / "docs" / "peers.md"
 RESULTS_FILE = ROOT / "benchmarks" / "results" / "peers-cpu-epyc-2-cores.json"
 PARTS = ("import", "load", "train", "evaluate", "recommend")
@@ -42,7 +44,8 @@ def _row(run: dict[str, Any]) -> list[str]:
     parts = [number(seconds[part], 2) for part in PARTS]
     together = [number(seconds["train"] / epochs, 2), number(sum(seconds.values()), 2)]
     metrics = [f"{run['metrics'][metric]:.4f}" for metric in ("HR@10", "NDCG@10")]
-    return [run["side"], str(run["lines"]), str(epochs), *parts, *together, f"{run['peak_mib']:,}", *metrics]
+    lines = next(side.lines for side in SIDES if side.label == run["side"])
+    return [run["side"], str(lines), str(epochs), *parts, *together, f"{run['peak_mib']:,}", *metrics]
 
 
 def _about(runs: Sequence[dict[str, Any]]) -> str:
