@@ -1,4 +1,4 @@
-"""The job by ttt4rec: its preset of the name best, with a history of 50 items."""
+"""The job by ttt4rec: its preset of the name best, with one block and a history of 50 items."""
 
 import pandas as pd
 import torch
@@ -23,8 +23,8 @@ def load(frame):
 
 def train(split, epochs, mixer):
     torch.manual_seed(0)
-    config = TTT4RecConfig.from_preset("best", num_items=split.histories.num_items, max_len=50, mixer=mixer)
-    model = TTT4Rec(config)
+    sizes = {"num_items": split.histories.num_items, "num_blocks": 1, "max_len": 50}
+    model = TTT4Rec(TTT4RecConfig.from_preset("best", mixer=mixer, **sizes))
     fit(model, split, "runs/peers", TrainOptions.from_preset("best", split.num_targets("train"), epochs=epochs))
     return model
 
