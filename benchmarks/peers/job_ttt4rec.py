@@ -1,4 +1,4 @@
-"""The job by ttt4rec: its preset of the name best, with one block and a history of 50 items."""
+"""The job by ttt4rec: a model of the default size, trained as by its preset of the name best."""
 
 import pandas as pd
 import torch
@@ -23,8 +23,7 @@ def load(frame):
 
 def train(split, epochs, mixer):
     torch.manual_seed(0)
-    sizes = {"num_items": split.histories.num_items, "num_blocks": 1, "max_len": 50}
-    model = TTT4Rec(TTT4RecConfig.from_preset("best", mixer=mixer, **sizes))
+    model = TTT4Rec(TTT4RecConfig(num_items=split.histories.num_items, mixer=mixer))
     fit(model, split, "runs/peers", TrainOptions.from_preset("best", split.num_targets("train"), epochs=epochs))
     return model
 
