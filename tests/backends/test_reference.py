@@ -80,9 +80,9 @@ def test_token_scale_is_one_over_the_place_plus_the_offset_and_never_negative():
 
 def test_inner_learning_rate():
     x, weight, bias = torch.randn(2, 3, 8), torch.zeros(2, 8), torch.tensor([0.0, math.log(3)])
-    lr = reference.inner_learning_rate(x, weight, bias, base_lr=2.0)
+    lr = reference.inner_learning_rate(x, weight, bias, base_lr=2.0, head_dim=4)
     assert_close(lr, torch.tensor([0.25, 0.375]).expand(2, 3, 2), 1e-6)
-    assert reference.inner_learning_rate(x.bfloat16(), weight, bias, 2.0).dtype == torch.float32
+    assert reference.inner_learning_rate(x.bfloat16(), weight, bias, 2.0, 4).dtype == torch.float32
 
 
 def results(form, inner, inputs):

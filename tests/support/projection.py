@@ -34,7 +34,7 @@ def definition(
     angles = rope.cos[rope.positions], rope.sin[rope.positions]
     views = [(x @ w.t()).unflatten(-1, (w_lr.shape[0], -1)) for w in weights]
     views[:rotated] = [reference.rotate(view, *angles) for view in views[:rotated]]
-    return [*views, reference.inner_learning_rate(x, w_lr, b_lr, BASE_LR)]
+    return [*views, reference.inner_learning_rate(x, w_lr, b_lr, BASE_LR, 2 * rope.cos.shape[1])]
 
 
 def defined_results(inputs: Sequence[Tensor], rope: Rope, rotated: int) -> list[Tensor]:

@@ -63,7 +63,7 @@ def project(
         views = [linear(x) for linear in linears]
         views = [rope.rotate(view) if i < rotated else view for i, view in enumerate(views)]
         with without_autocast(device):
-            inner_lr = reference.inner_learning_rate(x, lr_weight, lr_bias, base_lr)
+            inner_lr = reference.inner_learning_rate(x, lr_weight, lr_bias, base_lr, 2 * rope.cos.shape[1])
         return [view.unflatten(-1, (lr_weight.shape[0], -1)) for view in views], inner_lr
     weights: list[Tensor] = [linear.weight for linear in linears]  # type: ignore[misc]
     check_device("x's", x.device, weight=weights[0], lr_weight=lr_weight, lr_bias=lr_bias)

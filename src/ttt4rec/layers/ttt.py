@@ -33,7 +33,7 @@ from .validation import (
     check_mask,
     check_step_input,
 )
-from .watching import moved, surprise
+from .watching import inner_losses, moved
 
 Inner = Literal["linear", "mlp"]
 Backbone = Literal["transformer", "mamba"]
@@ -259,13 +259,15 @@ class TTTLayer(nn.Module):
             TypeError: a wrong dtype.
         """
         y = step_at_once(self, x, pool, slots) if type(self) is TTTLayer else None
-        return self._step_by_parts(x, pool, slots) if y is None else y
-
-    @torch.no_grad()
-    def _step_by_parts(self, x: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
+        if y is not None:
+            return y
         check_step_input(x, self.width, slots, pool.num_slots, pool.records)
         if pool.layer is not self:
             raise ValueError("the pool belongs to another layer; a layer steps the pools that its make_pool made")
+        return self._step_by_parts(x, pool, slots)
+
+    @torch.no_grad()
+    def _step_by_parts(self, x: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
         x = x.unsqueeze(1)
         if self.backend == "reference":
             y: Tensor
@@ -310,12 +312,16 @@ class TTTLayer(nn.Module):
             ValueError: x has another shape, or the inner model is another package's.
         """
         check_layer_input(x, self.width, None, None)
-        return surprise(self, x)
+        own, first = self._losses(x)
+        return own / first.clamp_min(torch.finfo(first.dtype).tiny)
+
+    def _losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return inner_losses(self, x)
 
     @property
     def _context(self) -> tuple[int, int] | None:
         """Shape of a stream's context of the convolutions."""
-        return None if self.backbone == "transformer" else (self.conv_kernel - 1, self.width)
+        return None if self.backbone == "transformer" else (self.conv_kernel - 1, len(self.query_conv.bias))
 
     def _views(
         self, x: Tensor, spans: Spans | None, position: Tensor | None, context: Tensor | None, backend: Backend

@@ -28,8 +28,12 @@ def moved(layer: Any, state: TTTState) -> Tensor:
 
 
 @torch.no_grad()
-def surprise(layer: Any, x: Tensor) -> Tensor:
-    """See ``TTTLayer.surprise``."""
+def inner_losses(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every token of x ``[B, L, width]``, by the weights with which its mini-batch begins and by the initial ones.
+
+    Returns:
+        Sums over the heads ``[B, L]``, float32 at least.
+    """
     if layer.inner not in MODELS:
         raise ValueError(f"inner must be one of {', '.join(MODELS)}; given {layer.inner!r}")
     with without_autocast(x.device.type):
@@ -48,7 +52,7 @@ def surprise(layer: Any, x: Tensor) -> Tensor:
             _, state = inner_loop(
                 INNER_MODELS[layer.inner], tokens, rates, initial, norm, K, state, None, None, 1e-6, "auto"
             )
-        return torch.cat(own, 1) / _losses(model, norm, first, k, v).clamp_min(torch.finfo(wide).tiny)
+        return torch.cat(own, 1), _losses(model, norm, first, k, v)
 
 
 def _losses(

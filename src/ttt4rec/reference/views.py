@@ -37,7 +37,7 @@ def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor, reach: Tensor | 
     return bias + sum(terms)
 
 
-def inner_learning_rate(x: Tensor, weight: Tensor, bias: Tensor, base_lr: float) -> Tensor:
+def inner_learning_rate(x: Tensor, weight: Tensor, bias: Tensor, base_lr: float, head_dim: int) -> Tensor:
     """The rates lr, (31), per token and head.
 
     Args:
@@ -45,11 +45,11 @@ def inner_learning_rate(x: Tensor, weight: Tensor, bias: Tensor, base_lr: float)
         weight: w_lr ``[H, C]``.
         bias: b_lr ``[H]``.
         base_lr: η_base.
+        head_dim: D.
 
     Returns:
         ``[B, L, H]``, float32 at least.
     """
-    head_dim = x.shape[-1] // weight.shape[0]
     dtype = torch.promote_types(x.dtype, torch.float32)
     logits = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
     return base_lr * torch.sigmoid(logits) / head_dim
