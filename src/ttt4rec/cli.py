@@ -102,6 +102,20 @@ def _whole(text: str) -> int:
     return number
 
 
+def _add_choices(
+    group: argparse._ActionsContainer, option: str, names: Sequence[str], first: str, **options: Any
+) -> None:
+    """An option of several names, which says where the argument belongs that it takes for one of them."""
+
+    def among(text: str) -> str:
+        if text not in names:
+            advice = f"write {first} before options of several names"
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(names)}; given {text[:80]!r}: {advice}")
+        return text
+
+    group.add_argument(option, type=among, metavar="{" + ",".join(names) + "}", **options)
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake in the command line like every other: one line."""
 
@@ -284,7 +298,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     _add_fields(command.add_argument_group("training"), TrainOptions)
     watching = command.add_argument_group("watching")
     about = "tell these of every epoch; needs the extra track"
-    watching.add_argument("--track", action="noted", nargs="+", default=(), choices=TRACKERS, help=about)
+    _add_choices(watching, "--track", TRACKERS, "DATA", action="noted", nargs="+", default=(), help=about)
     _add_machine(command, action="noted")
 
 
@@ -320,7 +334,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--lists", action="store_true", help=about)
     command.add_argument("--include-seen", action="store_true", help="with --lists: items of the history too")
     about = "a table by length of history, popularity of the item and new users, or by the ones that are named"
-    command.add_argument("--segments", nargs="*", choices=("history", "popularity", "users"), help=about)
+    _add_choices(command, "--segments", ("history", "popularity", "users"), "DIR", nargs="*", help=about)
     command.add_argument("--cutoffs", type=_whole, nargs="+", default=[10, 50], metavar="K", help="the k of HR@k")
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_machine(command)

@@ -23,6 +23,8 @@ def main() -> int:
     commands.add_parser("table", help="print the best trials")
     given = parser.parse_args()
     if given.command == "table":
+        if not JOURNAL.is_file():
+            parser.error(f"table must come after run, which writes {JOURNAL}; there is no such file")
         print(table(opened(JOURNAL).trials), end="")
         return 0
     run_all(given.journal, given.data, given.models, given.trials, given.processes, partial(print, flush=True))

@@ -348,6 +348,15 @@ def test_diversity_and_similar_items_on_the_command_line(folder, recommender, tm
     assert [line.split()[1] for line in lines] == [item for item, _ in recommender.similar_items("i5", k=3)]
 
 
+def test_titles_of_other_items_are_refused(folder, tmp_path, capsys):
+    (tmp_path / "titles.csv").write_text("item_id,title\n17,One\n18,Two\n")
+    for command in (["recommend", str(folder), "--user", "u3"], ["similar", str(folder), "i5"]):
+        assert main([*command, "--titles", str(tmp_path / "titles.csv")]) == 2
+        error = capsys.readouterr().err
+        assert "must have titles of the model's items, such as 'i" in error
+        assert error.endswith("; given titles of '17', '18'\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

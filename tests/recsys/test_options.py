@@ -1,6 +1,7 @@
 """Options of the command line are the fields of the classes, and described where these are."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -159,3 +160,17 @@ def test_an_option_follows_from_its_field():
         parser.parse_args(["--colour", "green"])
     assert "in m/s, of which 100 % is light's (default: none)" in " ".join(parser.format_help().split())
     assert list(descriptions(Settings)) == ["speed", "colour", "loud", "seed"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "--segments", "runs/x"], "'runs/x': write DIR before options of several names"),
+        (["evaluate", "--segments", "history", "runs/x"], "must be of history, popularity, users; given 'runs/x'"),
+        (["train", "--out", "x", "--track", "wandb", "a.csv"], "'a.csv': write DATA before options of several names"),
+    ],
+)
+def test_what_an_option_of_several_names_takes_for_one_belongs_before_it(words, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_parser().parse_args(words)
+    assert make_parser().parse_args(["evaluate", "runs/x", "--segments"]).segments == []

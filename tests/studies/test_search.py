@@ -1,12 +1,15 @@
 """The search of a recipe: what a trial trains, what is tried again after a kill, and what is written of it."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
 from studies.models import RATES
+from studies.search import __main__ as search
 from studies.search import report, space, trials
 from studies.study import LEAVE_ONE_OUT, Data
 from ttt4rec.models.presets import PRESETS
@@ -64,6 +67,15 @@ def test_the_first_trial_is_the_preset_before_the_search(tmp_path: Path) -> None
     assert (config.width, config.num_heads, options.learning_rate) == (64, 4, max(RATES))
     assert config.max_len == PRESETS["best"].model["max_len"]
     assert train.TrainOptions is type(options)
+
+
+def test_there_is_no_table_before_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(search, "JOURNAL", tmp_path / "results" / "journal.jsonl")
+    monkeypatch.setattr(sys, "argv", ["search", "table"])
+    with pytest.raises(SystemExit):
+        search.main()
+    assert "table must come after run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_has_the_best_trials_first() -> None:

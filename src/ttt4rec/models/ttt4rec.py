@@ -290,7 +290,11 @@ class TTT4Rec(nn.Module):
         return weight if self.features is None else self.features.table(weight)
 
     def served_items(self) -> Tensor:
-        """``item_table`` as in evaluation mode, without a graph, and made once while nothing changes."""
+        """``item_table`` as in evaluation mode, without a graph, and made once while nothing changes.
+
+        Steps of PyTorch's optimizers, ``load_state_dict`` and operations under ``torch.no_grad`` are noticed. Writing
+        through ``.data`` or NumPy is not, and leaves the old table.
+        """
         weight: Tensor = self.embedding.weight
         return weight if self.features is None else self.features.served(weight)
 

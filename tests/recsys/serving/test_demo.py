@@ -8,11 +8,14 @@ import pytest
 
 from tests.recsys.serving.test_app import ask
 from tests.recsys.serving.test_serve import copied, fits, folder, served  # noqa: F401, a fixture
+from tests.support import online_data
 from tests.support.browser import browser
 from tests.support.online_data import make_online
 from tests.support.recsys_data import make_model, make_split
 from ttt4rec.cli import main
 from ttt4rec.options import ServeOptions
+from ttt4rec.recsys.data import build_histories
+from ttt4rec.recsys.data.datasets import load_interactions
 from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.serving.app import Service
 from ttt4rec.recsys.serving.demo import Demo
@@ -83,6 +86,20 @@ def test_items_are_found_by_all_words_those_first_that_most_took(shown):
     assert nothing == {"items": [], "total": 0}
     (few,) = asked(shown, post("/demo/items", k=3))
     assert (few.json()["items"], few.json()["total"]) == (every["items"][:3], 24)
+
+
+def test_the_items_of_a_model_that_came_later_are_found():
+    """Its own and no others; what most took stays first, and titles go with ids."""
+    histories = build_histories(load_interactions([*((f"u{i}", "i2", i) for i in range(3)), ("u", "i1", 0)]))
+    online = make_online(online_data.make_model(num_items=2), items=("i1", "i2"))
+    demo = Demo(online, histories, TITLES)
+
+    def found():
+        return [(item["item_id"], item["name"]) for item in json.loads(demo.find(b'{"k": 9}').body)["items"]]
+
+    assert found() == [("i2", "Film 2"), ("i1", "Film 1")]
+    online.refresh(online_data.make_model(num_items=3), ["i9", "i2", "new"])
+    assert found() == [("i2", "Film 2"), ("i9", "Film 9"), ("new", "new")]
 
 
 def test_a_visitor_sees_what_the_recommender_knows(shown):

@@ -17,7 +17,7 @@ from ttt4rec.recsys.data import Id
 from ttt4rec.recsys.data.text import DataError, TextFile
 from ttt4rec.recsys.recommend import Recommender, offers
 from ttt4rec.recsys.recommend.rerank import MaximalMarginalRelevance
-from ttt4rec.recsys.recommend.titles import read_titles
+from ttt4rec.recsys.recommend.titles import titles_for
 from ttt4rec.recsys.training.progress import progress_bar
 from ttt4rec.recsys.training.report import RUN_FILE
 
@@ -30,7 +30,7 @@ def recommend(args: Namespace) -> None:
     if args.json and args.out is not None:
         raise ValueError("--json must come without --out, whose suffix says what is written")
     recommender = Recommender.load(args.folder, device_of(args))
-    titles = _titles(args)
+    titles = _titles(args, recommender)
     wanted: dict[str, Any] = {name: getattr(args, name) for name in ("k", "min_score", "popular")}
     wanted["exclude_seen"] = not args.include_seen
     wanted |= {name: _ids_in(Path(getattr(args, name))) for name in ("allow", "deny") if getattr(args, name)}
@@ -57,7 +57,7 @@ def recommend(args: Namespace) -> None:
 def similar(args: Namespace) -> None:
     """Print the items most like one."""
     recommender = Recommender.load(args.folder)
-    titles = _titles(args)
+    titles = _titles(args, recommender)
     _print_items(recommender.similar_items(args.item, k=args.k), titles)
 
 
@@ -91,9 +91,9 @@ def _no_item_left(args: Namespace) -> str:
     return ", or ".join([*reasons, *([f"{' and '.join(kept)} leave none"] if kept else [])])
 
 
-def _titles(args: Namespace) -> Mapping[str, str] | None:
+def _titles(args: Namespace, recommender: Recommender) -> Mapping[str, str] | None:
     if args.titles is not None:
-        return read_titles(Path(args.titles), args.encoding)
+        return titles_for(Path(args.titles), recommender.histories.item_ids, args.encoding)
     if args.encoding != "utf-8":
         raise ValueError(f"--encoding must come with the --titles that it is of; given {args.encoding!r} alone")
     return None

@@ -231,6 +231,11 @@ class OnlineRecommender:
         with self._saving:
             return save_snapshot(self._snapshot, self._states)
 
+    @property
+    def item_ids(self) -> tuple[str, ...]:
+        """Of the model that serves: the same tuple until another one does."""
+        return self._states.item_ids
+
     def refresh(self, model: TTT4Rec, item_ids: Sequence[Id] | None = None) -> None:
         """Go over to a retrained model: read the users' histories with it, then switch in one step.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import gzip
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
 from ttt4rec.options import DataOptions
+from ttt4rec.recsys.data import Id
 from ttt4rec.recsys.data.datasets import TITLES, cache_directory
 from ttt4rec.recsys.data.layout import own_separator, read_rows
 from ttt4rec.recsys.data.text import DataError, TextFile, long_fields
@@ -52,6 +53,19 @@ def read_titles(path: Path, encoding: str = "utf-8") -> dict[str, str]:
         raise DataError(
             f"{path} must have a column of items' ids and one of titles; given the first line {first[:80]!r}"
         )
+    return titles
+
+
+def titles_for(path: Path, items: Iterable[Id], encoding: str = "utf-8") -> dict[str, str]:
+    """``read_titles`` of a file that must have one for some of a model's items.
+
+    Raises:
+        DataError: as for ``read_titles``, or all titles are of other items.
+    """
+    titles, own = read_titles(path, encoding), [*map(str, items)]
+    if titles.keys().isdisjoint(own):
+        theirs, ours = (", ".join(repr(item[:40]) for item in [*ids][:3]) for ids in (titles, own))
+        raise DataError(f"{path} must have titles of the model's items, such as {ours}; given titles of {theirs}")
     return titles
 
 

@@ -19,7 +19,7 @@ from ttt4rec.options import PER_SECOND, ServeOptions
 from ttt4rec.recsys.data import DataError
 from ttt4rec.recsys.online import OnlineRecommender, SQLiteEventLog
 from ttt4rec.recsys.recommend import Recommender
-from ttt4rec.recsys.recommend.titles import read_titles
+from ttt4rec.recsys.recommend.titles import titles_for
 from ttt4rec.recsys.serving.app import LOCAL, Service
 from ttt4rec.recsys.serving.connections import Connection
 from ttt4rec.recsys.serving.demo import Demo
@@ -62,7 +62,9 @@ def _serve(folder: Path, options: ServeOptions) -> None:
 
     torch.set_num_threads(1)  # requests come in parallel
     recommender = Recommender.load(folder)
-    titles = None if options.titles is None else read_titles(Path(options.titles), options.encoding)
+    titles = None
+    if options.titles is not None:
+        titles = titles_for(Path(options.titles), recommender.histories.item_ids, options.encoding)
     latest = recommender.histories.times.max(initial=0)
     if latest > horizon():
         raise DataError(f"times must be at most {horizon():.0f}; the data's latest is {latest}: give their --time-unit")

@@ -39,22 +39,17 @@ class Demo:
 
     Args:
         online: what is served.
-        histories: whose items one can search, those first that most took.
+        histories: what tells how often items were taken; in a search, those come first that most took.
         titles: names of items by the texts of their ids; an item without one is shown by its id.
     """
 
     def __init__(
         self, online: OnlineRecommender, histories: Histories, titles: Mapping[str, str] | None = None
     ) -> None:
-        self._online = online
-        names = titles or {}
-        self._names = {item: names.get(item) or item for item in map(str, histories.item_ids)}
+        self._online, self._titles = online, titles or {}
         taken = np.bincount(histories.items, minlength=histories.num_items + 1)[1:]
-        items = list(self._names)
-        self._searched = [
-            (items[place], f"{self._names[items[place]]} {items[place]}".casefold())
-            for place in np.argsort(-taken, kind="stable").tolist()
-        ]
+        self._taken = dict(zip(map(str, histories.item_ids), taken.tolist(), strict=True))
+        self._searched = self._listed()
 
     def page(self) -> dict[str, Answer]:
         """The files of the page, by their paths."""
@@ -68,8 +63,10 @@ class Demo:
         """Items whose names or ids have all words of a search."""
         form = Searching.model_validate_json(body)
         words = form.text.casefold().split()
-        found = [item for item, text in self._searched if all(word in text for word in words)]
-        named = [Named(item_id=item, name=self._names[item]) for item in found[: form.k]]
+        if self._searched[0] is not self._online.item_ids:  # of a model that came by a refresh
+            self._searched = self._listed()
+        found = [item for item, text in self._searched[1] if all(word in text for word in words)]
+        named = [Named(item_id=item, name=self._name(item)) for item in found[: form.k]]
         return Answer(200, Found(items=named, total=len(found)).model_dump_json().encode())
 
     def visit(self, body: bytes) -> Answer:
@@ -88,5 +85,11 @@ class Demo:
         )
         return Answer(200, visitor.model_dump_json().encode())
 
+    def _listed(self) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
+        """Items of the model that serves, and each with the text that a search reads, those first that most took."""
+        items = self._online.item_ids
+        by_taken = sorted(items, key=lambda item: -self._taken.get(item, 0))
+        return items, [(item, f"{self._name(item)} {item}".casefold()) for item in by_taken]
+
     def _name(self, item: str) -> str:
-        return self._names.get(item, item)  # a refreshed model may have others
+        return self._titles.get(item) or item
