@@ -4,12 +4,13 @@ import bisect
 import itertools
 import threading
 
+import pytest
 import torch
 
 from tests.support.checks import ROUNDING
 from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.recsys.online import OnlineRecommender
-from ttt4rec.recsys.online.events import Tail
+from ttt4rec.recsys.online.events import DamagedLogError, Event, Tail
 
 ITEMS = tuple(f"i{j}" for j in range(12))
 
@@ -46,6 +47,23 @@ def batch_scores(model, histories, items=ITEMS):
 def history(log, user):
     """All items of a user."""
     return log.read([user], [[]])[0].items
+
+
+def append_two_users(log):
+    """Three events of u, and one of v."""
+    log.append([Event("u", item, f"id {item}", time=n) for n, item in enumerate("abd", start=1)] + [Event("v", "a")])
+
+
+def assert_damage_is_named(log, message, place, *meetings):
+    """Damage of u, by whatever meets it; the log remembers it, and forgetting its user removes it."""
+    for meet in meetings:
+        with pytest.raises(DamagedLogError, match=f"is damaged: {message}; restore the {place} from a backup"):
+            meet()
+        assert log.damage == message
+    assert history(log, "v") == ["a"]
+    log.forget(["u"])
+    log.append([Event("u", "e")])
+    assert history(log, "u") == ["e"]
 
 
 class MemoryEventLog:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.crash import fork, wait
-from tests.support.online_data import MemoryEventLog, history, run_threads
+from tests.support.online_data import MemoryEventLog, append_two_users, assert_damage_is_named, history, run_threads
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.online import events
 from ttt4rec.recsys.online.events import DamagedLogError, Event, Known, SQLiteEventLog, Tail, events_of
@@ -436,25 +436,14 @@ def test_no_flipped_bit_changes_an_answer(path):
     ],
 )
 def test_a_damaged_event_is_named(path, change, message):
-    """By whatever meets it; the log remembers it, and forgetting its user removes it."""
     log = SQLiteEventLog(path)
-    log.append([Event("u", item, f"id {item}", time=n) for n, item in enumerate("abd", start=1)] + [Event("v", "a")])
+    append_two_users(log)
     with closing(sqlite3.connect(path)) as other:
         other.execute(f"UPDATE events SET {change}")
         other.commit()
     assert log.damage is None
-    for meet in (
-        lambda: history(log, "u"),
-        lambda: log.append([Event("u", "e", time=0)]),
-        lambda: log.check(),
-    ):
-        with pytest.raises(DamagedLogError, match=rf"log\.db is damaged: {message}; restore the file from a backup"):
-            meet()
-        assert log.damage == message
-    assert history(log, "v") == ["a"]
-    log.forget(["u"])
-    log.append([Event("u", "e")])
-    assert history(log, "u") == ["e"]
+    meetings = (lambda: history(log, "u"), lambda: log.append([Event("u", "e", time=0)]), lambda: log.check())
+    assert_damage_is_named(log, message, "file", *meetings)
 
 
 @pytest.mark.parametrize("time", [-1.0, 9.0, "soon"])

@@ -12,10 +12,18 @@ import pytest
 from psycopg import errors
 
 from tests.support.crash import fork, wait
-from tests.support.online_data import ITEMS, MODELS, assert_up_to_date, history, make_online
+from tests.support.online_data import (
+    ITEMS,
+    MODELS,
+    append_two_users,
+    assert_damage_is_named,
+    assert_up_to_date,
+    history,
+    make_online,
+)
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.online import postgres_session
-from ttt4rec.recsys.online.events import DamagedLogError, Event, Known, events_of
+from ttt4rec.recsys.online.events import Event, Known, events_of
 from ttt4rec.recsys.online.postgres import PostgresEventLog
 from ttt4rec.recsys.online.sharing import service_of
 
@@ -184,18 +192,11 @@ def test_what_the_server_refuses_changes_nothing(log):
     ],
 )
 def test_damage_is_named(log, table, change, message):
-    """By whatever meets it; the log remembers it, and forgetting its user removes it."""
-    log.append([Event("u", item, f"id {item}", time=n) for n, item in enumerate("abd", start=1)] + [Event("v", "a")])
+    append_two_users(log)
     log._writer.run(lambda database: database.execute(f"UPDATE ttt4rec_{table} SET {change}"))
     late = [Event("u", "e", time=0)]
-    for meet in (lambda: log.append(late), *([lambda: log.check()] if "no time" not in message else [])):
-        with pytest.raises(DamagedLogError, match=f"is damaged: {message}; restore the database from a backup"):
-            meet()
-        assert log.damage == message
-    assert history(log, "v") == ["a"]
-    log.forget(["u"])
-    log.append([Event("u", "e")])
-    assert history(log, "u") == ["e"]
+    meetings = (lambda: log.append(late), *([lambda: log.check()] if "no time" not in message else []))
+    assert_damage_is_named(log, message, "database", *meetings)
 
 
 def test_no_table_is_read_as_a_whole(monkeypatch, log):
