@@ -63,14 +63,7 @@ TTT_ONCE void multiply(const ProductCall& call, int64_t begin, int64_t end, bool
 // Vectors of columns begin to end - 1 of W [rows, rows] become rows of its transpose, `width` numbers apart.
 TTT_ONCE void turn_over(int64_t rows, const T* W, int64_t begin, int64_t end, int64_t width, T* out) {
   for (int64_t i = begin * LANES; i < end * LANES; i += LANES) {
-    for (int64_t j = 0; j < rows; j += LANES) {
-      V tile[LANES];
-#pragma GCC unroll 16
-      for (int n = 0; n < LANES; ++n) tile[n] = load(W + (i + n) * rows + j);
-      transpose(tile);
-#pragma GCC unroll 16
-      for (int n = 0; n < LANES; ++n) store(out + (j + n) * width + i, tile[n]);
-    }
+    for (int64_t j = 0; j < rows; j += LANES) transpose_tile(W + i * rows + j, rows, out + j * width + i, width);
   }
 }
 

@@ -98,18 +98,21 @@ inline void transpose(V (&rows)[LANES]) {
   }
 }
 
+// A tile of as many rows as columns, which are so many numbers apart in x, to its transpose in out.
+inline void transpose_tile(const T* x, int64_t apart, T* out, int64_t apart_in_out) {
+  V rows[LANES];
+#pragma GCC unroll 16
+  for (int n = 0; n < LANES; ++n) rows[n] = load(x + n * apart);
+  transpose(rows);
+#pragma GCC unroll 16
+  for (int n = 0; n < LANES; ++n) store(out + n * apart_in_out, rows[n]);
+}
+
 // out[C][R] = x[R][C] transposed.
 template <int R, int C>
 inline void transpose(const T* x, T* out) {
   for (int i = 0; i < R; i += LANES) {
-    for (int j = 0; j < C; j += LANES) {
-      V rows[LANES];
-#pragma GCC unroll 16
-      for (int n = 0; n < LANES; ++n) rows[n] = load(x + (i + n) * C + j);
-      transpose(rows);
-#pragma GCC unroll 16
-      for (int n = 0; n < LANES; ++n) store(out + (j + n) * R + i, rows[n]);
-    }
+    for (int j = 0; j < C; j += LANES) transpose_tile(x + i * C + j, C, out + j * R + i, R);
   }
 }
 
