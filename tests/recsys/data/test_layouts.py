@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import sys
 
 import numpy as np
 import pytest
@@ -178,7 +179,8 @@ def outcome(path, **options):
 
 PIECES = st.sampled_from(
     ["a", " ", "é", "5", "-7", "0x1f", "1e3", "+4", "007", "2.5", '"', '""', ",", ",", ",", "\n", "\n", "\r\n", "\r",
-     "\0", "\ufeff", "\x85", "\u2028", "2024-01-01", "nan", str(2**63), str(-(2**63)), "\ud800"]
+     "\ufeff", "\x85", "\u2028", "2024-01-01", "nan", str(2**63), str(-(2**63)), "\ud800"]
+    + (["\0"] if sys.version_info >= (3, 11) else [])  # before, Python's reader refuses it
 )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ TimeChunk: TypeAlias = TimeArray | NDArray[np.object_]
 
 _DATE = re.compile(r"\s*\d{4}-\d\d-\d\d")
 _FINER_THAN_MICROSECONDS = re.compile(r"\.\d{6}0*[1-9]")
+_FRACTION = re.compile(r"\.(\d+)")
+_OFFSET = re.compile(r"([T ][\d:.]+[+-]\d\d):?(\d\d)?$")
 _KINDS = {False: "number", True: "date"}
 _EXACT = 2**53  # float64 holds all whole numbers up to here
 
@@ -117,7 +119,7 @@ class Times:
         if _DATE.match(text):
             if _FINER_THAN_MICROSECONDS.search(text):
                 raise ValueError("a fraction that datetime cuts off")
-            return _seconds(datetime.fromisoformat(text.strip().replace("Z", "+00:00"))), True
+            return _seconds(_moment(text.strip().replace("Z", "+00:00"))), True
         try:
             return _number(Decimal("" if "_" in text else text.strip())), False
         except InvalidOperation as error:
@@ -156,6 +158,15 @@ def join_times(name: str, chunks: Sequence[TimeChunk]) -> TimeArray:
                     f"({fraction}); given {number}"
                 )
     return times
+
+
+def _moment(text: str) -> datetime:
+    """Of ISO 8601, in forms too that Python 3.10 does not take: any number of digits, offsets without a colon."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        text = _FRACTION.sub(lambda digits: f".{digits[1][:6]:0<6}", text)
+        return datetime.fromisoformat(_OFFSET.sub(lambda parts: f"{parts[1]}:{parts[2] or '00'}", text))
 
 
 def _number(number: Decimal) -> int | float:
