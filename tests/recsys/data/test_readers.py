@@ -1,6 +1,7 @@
 """The file readers: Parquet, and whatever bytes a file may hold."""
 
 import csv
+import gc
 import gzip
 import io
 import sys
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from tests.support.recsys_data import rows_of
-from ttt4rec.recsys.data import DataError, Interactions, read_interactions
+from ttt4rec.options import DataOptions
+from ttt4rec.recsys.data import DataError, Interactions, quick, read_interactions, text
 from ttt4rec.recsys.data import arrow as reader
+from ttt4rec.recsys.data.layout import Columns
 
 
 def write(path, users, items, times, **types):
@@ -238,3 +241,15 @@ def test_what_was_written_is_read(tmp_path, rows):
     (tmp_path / "a.csv").write_bytes(buffer.getvalue().encode())
     assert rows_of(read_interactions(tmp_path / "a.csv")) == rows
     assert rows_of(read_interactions(write(tmp_path / "a.parquet", *zip(*rows, strict=True)))) == rows
+
+
+def test_of_a_file_that_is_not_there_nothing_is_closed(tmp_path, monkeypatch):
+    """Python 3.13 shows on stderr what fails when a half-made file is closed as it goes."""
+    closed, path = [], tmp_path / "none.csv"
+    for kind in (text._Metered, quick._Blocks):
+        monkeypatch.setattr(kind, "close", lambda file: closed.append(type(file)))
+    with pytest.raises(FileNotFoundError):
+        text.TextFile(path)
+    assert quick.read_quickly(path, ",", Columns(3, 0, 1, 2), DataOptions()) is None
+    gc.collect()
+    assert not closed

@@ -5,6 +5,7 @@ Whatever it stumbles over is left to Python's reader: it reads it, or says what 
 
 from __future__ import annotations
 
+import gzip
 import io
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,8 +28,8 @@ class _QuotedError(Exception):
 class _Blocks(io.RawIOBase):
     """A file's bytes, unpacked, as far as the first quote."""
 
-    def __init__(self, path: Path, quotes: bool) -> None:
-        self._file, self._quotes = open_bytes(path), quotes
+    def __init__(self, file: gzip.GzipFile | io.BufferedReader, quotes: bool) -> None:
+        self._file, self._quotes = file, quotes
 
     def readable(self) -> bool:
         return True
@@ -69,7 +70,7 @@ def read_quickly(path: Path, separator: str, columns: Columns, options: DataOpti
         ),
     }
     try:
-        with _Blocks(path, separator != "\t") as blocks:
+        with _Blocks(open_bytes(path), separator != "\t") as blocks:
             whole = replace(options, skip_bad_rows=0)  # pyarrow cannot tell in which line a row stands
             return read_batches(str(path), "line", _batches(blocks, settings), whole)
     except (arrow.ArrowException, DataError, OSError, EOFError, UnicodeError, _QuotedError):

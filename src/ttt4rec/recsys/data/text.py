@@ -37,7 +37,7 @@ class TextFile:
     """
 
     def __init__(self, path: Path, errors: str = "strict", encoding: str = "utf-8") -> None:
-        self._bytes = _Metered(path)
+        self._bytes = _Metered(path, open_bytes(path))
         self.lines: TextIO = io.TextIOWrapper(
             self._bytes,  # type: ignore[type-var]
             encoding="utf-8-sig" if encoding == "utf-8" else encoding,
@@ -64,9 +64,8 @@ class TextFile:
 class _Metered(io.BufferedIOBase):
     """A file's bytes, of which no more than ``_MOST`` are read while ``since`` is not put to zero."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = open_bytes(path)
+    def __init__(self, path: Path, file: gzip.GzipFile | io.BufferedReader) -> None:
+        self._path, self._file = path, file
         self._total = self.since = 0
 
     def readable(self) -> bool:
