@@ -23,7 +23,7 @@ _OF_DATA = ("other data, or another filter or split of them", "other validation 
 
 
 def as_of_today(run: Any) -> Any:
-    """What tells a run apart, from a checkpoint, with today's fields: those of later versions had their defaults."""
+    """What tells a checkpoint's run apart, with today's fields: later ones had their defaults."""
     if not isinstance(run, dict):
         return run
     completed = dict(run)
