@@ -4,8 +4,9 @@ from .layers.functional import ttt_linear, ttt_mlp
 from .layers.pool import StatePool
 from .layers.state import TTTState
 from .layers.ttt import TTTLayer
+from .models.config import TTT4RecConfig
 from .models.mixers import Mixer
-from .models.ttt4rec import TTT4Rec, TTT4RecConfig, register_mixer
+from .models.ttt4rec import TTT4Rec, register_mixer
 from .operators import flops
 
 flops.register()

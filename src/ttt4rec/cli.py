@@ -17,8 +17,8 @@ from typing import Any, NoReturn, get_type_hints
 from ttt4rec.checks import printable
 from ttt4rec.extras import MissingPackageError
 from ttt4rec.fields import choices, descriptions
+from ttt4rec.models.config import TTT4RecConfig
 from ttt4rec.models.presets import PRESETS
-from ttt4rec.models.ttt4rec import TTT4RecConfig
 from ttt4rec.options import TRACKERS, DataOptions, ServeOptions, TrainOptions
 from ttt4rec.settings import read_settings
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ttt4rec.extras import missing
 from ttt4rec.models import ttt4rec as models
+from ttt4rec.models.config import TTT4RecConfig
 from ttt4rec.models.mixers import MIXERS
 
 try:
@@ -59,7 +60,7 @@ class TTT4Rec(SequentialRecommender):  # type: ignore[misc]
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         sizes = {"num_items": self.n_items - 1, "max_len": self.max_seq_length}
-        names = {field.name for field in dataclasses.fields(models.TTT4RecConfig)} - sizes.keys()
+        names = {field.name for field in dataclasses.fields(TTT4RecConfig)} - sizes.keys()
         options = {name: config[name] for name in names if name in config}
         negatives = config["train_neg_sample_args"]["distribution"]
         if negatives != "none":  # else they would be rows of the batches, to be told from targets by a label
@@ -67,7 +68,7 @@ class TTT4Rec(SequentialRecommender):  # type: ignore[misc]
                 "train_neg_sample_args must be None, as in RECBOLE_DEFAULTS, since the loss is the softmax over all "
                 f"items; given negatives of distribution {negatives!r}"
             )
-        shape = models.TTT4RecConfig(**sizes, **options)
+        shape = TTT4RecConfig(**sizes, **options)
         if not MIXERS[shape.mixer].causal:
             raise ValueError(f"mixer must be causal; given {shape.mixer!r}, but RecBole has BERT4Rec itself")
         self.model = models.TTT4Rec(shape)

@@ -13,8 +13,9 @@ import torch
 from ttt4rec.atomic_files import write_json
 from ttt4rec.checks import printable
 from ttt4rec.malloc import keep_freed_memory
+from ttt4rec.models.config import TTT4RecConfig
 from ttt4rec.models.presets import PRESETS
-from ttt4rec.models.ttt4rec import TTT4Rec, TTT4RecConfig
+from ttt4rec.models.ttt4rec import TTT4Rec
 from ttt4rec.options import DataOptions, TrainOptions
 from ttt4rec.recsys.commands.arguments import chosen, device_of
 from ttt4rec.recsys.commands.evaluating import shown
