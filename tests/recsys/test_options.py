@@ -8,9 +8,9 @@ import pytest
 from ttt4rec.cli import _add_fields, _Parser, main, make_parser
 from ttt4rec.fields import choice, descriptions
 from ttt4rec.inner_models import INNER_MODELS
+from ttt4rec.models.config import TTT4RecConfig
 from ttt4rec.models.losses import LOSSES
 from ttt4rec.models.mixers import MIXERS
-from ttt4rec.models.config import TTT4RecConfig
 from ttt4rec.options import DataOptions, TrainOptions
 
 

@@ -9,6 +9,7 @@ from ..inner_models import INNER_MODELS
 from ..layers.forgetting import GATES
 from ..layers.ttt import Backbone
 from .blocks import FEED_FORWARDS, NORMS
+from .event_times import TIMES
 from .mixers import MIXERS
 from .presets import preset
 
@@ -39,6 +40,7 @@ class TTT4RecConfig:
         dropout: share of the embedded history's features that is dropped.
         max_len: items of history that the model is trained and evaluated for.
         hide_rate: share of the targets that BERT4Rec hides in a training step; the last of a history always is.
+        times: what is known of the times of events.
     """
 
     num_items: int
@@ -62,6 +64,7 @@ class TTT4RecConfig:
     dropout: float = 0.2
     max_len: int = 50
     hide_rate: float = 0.2
+    times: str = choice("none", TIMES)
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -97,6 +100,13 @@ class TTT4RecConfig:
             raise ValueError(f"dropout must be at least 0 and below 1; given {self.dropout!r}")
         if not is_number(self.hide_rate) or not 0 <= self.hide_rate <= 1:
             raise ValueError(f"hide_rate must be from 0 to 1; given {self.hide_rate!r}")
+        if TIMES[self.times].gaps and not MIXERS[self.mixer].causal:
+            raise ValueError(f"times must be none with mixer {self.mixer}, which hides items; given {self.times!r}")
+
+    def identity(self) -> dict[str, Any]:
+        """The fields by name, to compare models by; times, which older ones do not have, only if they are known."""
+        fields = dataclasses.asdict(self)
+        return fields if TIMES[self.times].gaps else {name: x for name, x in fields.items() if name != "times"}
 
     @staticmethod
     def from_preset(name: str, num_items: int, **given: Any) -> "TTT4RecConfig":

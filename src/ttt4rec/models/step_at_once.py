@@ -23,7 +23,7 @@ def step_at_once(model: Any, ids: Tensor, pools: Sequence[BlockPool], slots: Ten
     """As ``TTT4Rec.step``; None, and nothing has changed, if the parts must do it, or refuse it."""
     if not unobserved() or not are_rows(ids, slots) or ids.dim() != 1 or ids.dtype is not torch.int64 or not pools:
         return None
-    if not all(isinstance(pool.mixer, StatePool) for pool in pools):  # other mixers' own
+    if model.event_times is not None or not all(isinstance(pool.mixer, StatePool) for pool in pools):
         return None
     tensors = [x for pool in pools for x in (*pool.mixer.tensors, pool.conv)]
     if model.features is not None:

@@ -23,6 +23,7 @@ from . import full_softmax
 from .blocks import Block, BlockPool, BlockState, make_norm
 from .cloze import hide_next, hide_some
 from .config import TTT4RecConfig
+from .event_times import TIMES, EventTimes, check_times
 from .item_features import FeaturedItems, ItemFeatures, from_saved
 from .item_index import ItemIndex
 from .mixers import MIXERS, Mixer
@@ -104,6 +105,8 @@ class TTT4Rec(nn.Module):
         self.features = None if features is None else FeaturedItems(features, config.width, **factory)
         if self.features is not None:  # last, so that the others' weights are as without them
             self.features.apply(draw)
+        times = TIMES[config.times]
+        self.event_times = EventTimes(config.width, times.query, **factory) if times.gaps else None
 
     def reset_parameters(self) -> None:
         """Draw what is the model's own, BERT4Rec's hidden item, from N(0, 0.02); its modules have their own."""
@@ -114,6 +117,7 @@ class TTT4Rec(nn.Module):
         self,
         ids: Tensor,
         *,
+        gaps: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         states: Sequence[BlockState] | None = None,
         return_states: bool = False,
@@ -122,6 +126,8 @@ class TTT4Rec(nn.Module):
 
         Args:
             ids: item ids, int64 ``[B, L]``; 0 pads, on the right or the left.
+            gaps: of a model with times, the time since the event before ``[B, L]``, any dtype; infinity for the first
+                event of a history: see ``event_times.gaps_of``. What is below 0 counts 0, at padding anything.
             cu_seqlens: int ``[N + 1]``: N histories packed one behind the other in ids ``[1, total]``, without padding.
             states: one per block, to continue the streams of an earlier call.
             return_states: also return the states after the last item.
@@ -130,8 +136,8 @@ class TTT4Rec(nn.Module):
             Hidden states ``[B, L, width]``, or (hidden states, states).
 
         Raises:
-            ValueError: a wrong shape or number of states, a gap between a row's items, or cu_seqlens that are no bounds
-                of sequences. TypeError: ids are not int64.
+            ValueError: a wrong shape or number of states, a gap between a row's items, cu_seqlens that are no bounds
+                of sequences, or gaps that are missing, not wanted or, on a CPU, NaN. TypeError: ids are not int64.
         """
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise TypeError(f"ids must be int64 [B, L]; given {ids.dtype} {list(ids.shape)}")
@@ -142,7 +148,7 @@ class TTT4Rec(nn.Module):
             check_mask(mask, *ids.shape)
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, *ids.shape)
-        h = self._embed(ids)
+        h = self._embed(ids, gaps)
         new_states = []
         for i, block in enumerate(self.blocks):
             state = None if states is None else states[i]
@@ -154,11 +160,12 @@ class TTT4Rec(nn.Module):
         return (h, new_states) if return_states else h
 
     @torch.no_grad()
-    def surprise(self, ids: Tensor) -> Tensor:
+    def surprise(self, ids: Tensor, gaps: Tensor | None = None) -> Tensor:
         """How well each history's weights know its items, compared with the initial ones: see ``TTTLayer.surprise``.
 
         Args:
             ids: histories from their beginning, int64 ``[B, L]``, without padding.
+            gaps: of a model with times, as in ``forward``.
 
         Returns:
             The mean over the blocks ``[B, L]``.
@@ -166,7 +173,7 @@ class TTT4Rec(nn.Module):
         Raises:
             TypeError: a block's mixer is no ``TTTLayer``.
         """
-        h, found = self._embed(ids), []
+        h, found = self._embed(ids, gaps), []
         block: Any
         for block in self.blocks:
             if not isinstance(block.mixer, TTTLayer):
@@ -175,8 +182,11 @@ class TTT4Rec(nn.Module):
             h = block(h)
         return torch.stack(found).mean(0)
 
-    def _embed(self, ids: Tensor) -> Tensor:
+    def _embed(self, ids: Tensor, gaps: Tensor | None) -> Tensor:
+        check_times("gaps", gaps, self.config.times, self.event_times is not None, tuple(ids.shape))
         h = self.item_rows(ids)
+        if self.event_times is not None and gaps is not None:
+            h = self.event_times.read(h, gaps)
         if self.hidden_item is not None:
             h = torch.where((ids == 0).unsqueeze(-1), self.hidden_item, h)
         y: Tensor = self.embedding_norm(self.dropout(h))
@@ -212,7 +222,30 @@ class TTT4Rec(nn.Module):
         """Within it items' features are encoded once: for one forward, its loss and one backward."""
         return nullcontext() if self.features is None else self.features.held()
 
-    def predict(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    def at_request(self, h: Tensor, elapsed: Tensor | None) -> Tensor:
+        """Hidden states as they are scored by: of a model with times="query" those for the time of a request.
+
+        Args:
+            h: what ``forward`` or ``step`` gives, ``[..., width]``.
+            elapsed: the time from the last event to the request ``[...]``, any dtype; below 0 it counts 0. Models
+                without that input look at nothing here.
+
+        Raises:
+            ValueError: the model has times="query" and elapsed is missing, of another shape or, on a CPU, NaN.
+        """
+        if self.event_times is None or not self.event_times.query:
+            return h
+        check_times("elapsed", elapsed, self.config.times, True, tuple(h.shape[:-1]))
+        return h if elapsed is None else self.event_times.asked(h, elapsed)
+
+    def predict(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor,
+        gaps: Tensor | None = None,
+        elapsed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states from which targets are to be predicted.
 
         BERT4Rec predicts hidden items. In training mode they are some of the targets, drawn by torch's global
@@ -223,13 +256,16 @@ class TTT4Rec(nn.Module):
             targets: the item after each input, int64 ``[total]``; 0 where none is to be predicted. The last input of
                 every history has one.
             cu_seqlens: where the histories begin and the last one ends, int64 ``[N + 1]``.
+            gaps: of a model with times, as in ``forward``, ``[1, total]``.
+            elapsed: of one with times="query", the time from each input to its target ``[total]``; see ``at_request``.
 
         Returns:
             Hidden states ``[P, width]`` and the items to predict from them, int64 ``[P]``, in the order of targets.
         """
         if self.hidden_item is None:
             scored = targets != 0
-            return self(ids, cu_seqlens=cu_seqlens)[0, scored], targets[scored]
+            h = self(ids, gaps=gaps, cu_seqlens=cu_seqlens)[0, scored]
+            return self.at_request(h, None if elapsed is None else elapsed[scored]), targets[scored]
         if self.training:
             parts = [hide_some(ids, targets, cu_seqlens, self.config.hide_rate)]
         else:
@@ -245,27 +281,30 @@ class TTT4Rec(nn.Module):
         """
         return [block.make_pool(num_slots) for block in self.blocks]  # type: ignore[operator]
 
-    def step(self, ids: Tensor, pools: Sequence[BlockPool], slots: Tensor) -> Tensor:
+    def step(self, ids: Tensor, pools: Sequence[BlockPool], slots: Tensor, gaps: Tensor | None = None) -> Tensor:
         """Read one item more of each of B streams, whose states in the pools change in place; see ``TTTLayer.step``.
 
         Args:
             ids: the streams' next items, int64 ``[B]``, none of them 0.
             pools: made by ``make_pools``.
             slots: the streams' places in the pools, int64 ``[B]``, all different.
+            gaps: of a model with times, as in ``forward``, ``[B]``.
 
         Returns:
             Hidden states ``[B, width]``.
 
         Raises:
-            ValueError: a wrong shape or number of pools, another model's, a slot out of range or given twice, or, on a
-                CPU, an id of 0. The pools are as before.
+            ValueError: a wrong shape or number of pools, another model's, a slot out of range or given twice, gaps as
+                in ``forward``, or, on a CPU, an id of 0. The pools are as before.
             TypeError: ids or slots are not int64.
         """
-        y = step_at_once(self, ids, pools, slots) if type(self) is TTT4Rec else None
-        return self._step_by_parts(ids, pools, slots) if y is None else y
+        y = step_at_once(self, ids, pools, slots) if type(self) is TTT4Rec and gaps is None else None
+        return self._step_by_parts(ids, pools, slots, gaps) if y is None else y
 
     @torch.no_grad()
-    def _step_by_parts(self, ids: Tensor, pools: Sequence[BlockPool], slots: Tensor) -> Tensor:
+    def _step_by_parts(
+        self, ids: Tensor, pools: Sequence[BlockPool], slots: Tensor, gaps: Tensor | None = None
+    ) -> Tensor:
         if ids.dim() != 1 or ids.dtype != torch.int64:
             raise TypeError(f"ids must be int64 [B]; given {ids.dtype} {list(ids.shape)}")
         if slots.shape != ids.shape:
@@ -278,7 +317,7 @@ class TTT4Rec(nn.Module):
                 raise ValueError("pools must come from one make_pools; given one of another model, block or size")
         if ids.is_cpu and has_values(ids) and not bool(ids.all()):
             raise ValueError("ids must be of items, from 1; given a 0, which pads")
-        h = self._embed(ids)
+        h = self._embed(ids, gaps)
         for block, pool in zip(self.blocks, pools, strict=True):
             h = block.step(h, pool, slots)  # type: ignore[operator]
         y: Tensor = self.norm(h)

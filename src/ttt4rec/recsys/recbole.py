@@ -7,7 +7,8 @@
 
 Every field of ``TTT4RecConfig`` may stand in RecBole's configuration under its own name, except
 ``num_items``, which the data say, and ``max_len``, RecBole's ``MAX_ITEM_LIST_LENGTH``. Every mixer is available but the
-one that is trained to fill in hidden items, since RecBole gives one target a history. Nothing else imports this module.
+one that is trained to fill in hidden items, since RecBole gives one target a history. Times are not read. Nothing else
+imports this module.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ class TTT4Rec(SequentialRecommender):  # type: ignore[misc]
         model: the ``ttt4rec.TTT4Rec``; its item ids are RecBole's.
 
     Raises:
-        ValueError: the configuration has a mixer that is not causal, negatives to train on, which are RecBole's
+        ValueError: the configuration has a mixer that is not causal, times, negatives to train on, which are RecBole's
             default, or a value that no model can have.
     """
 
@@ -71,6 +72,8 @@ class TTT4Rec(SequentialRecommender):  # type: ignore[misc]
         shape = TTT4RecConfig(**sizes, **options)
         if not MIXERS[shape.mixer].causal:
             raise ValueError(f"mixer must be causal; given {shape.mixer!r}, but RecBole has BERT4Rec itself")
+        if shape.times != "none":
+            raise ValueError(f"times must be none, as RecBole's batches here have no times; given {shape.times!r}")
         self.model = models.TTT4Rec(shape)
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:

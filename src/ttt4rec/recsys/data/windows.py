@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ttt4rec.models.event_times import time_between
 from ttt4rec.recsys.data.interactions import IntArray
 from ttt4rec.recsys.data.split import Part, Split
 
@@ -27,6 +28,7 @@ class Windows:
         lengths: int64 [W], number of inputs, at least 1.
         leading: int64 [W], number of leading inputs whose target is not scored, less than ``lengths``.
         begins: int64 [W], index into ``items`` of the first item of the user's history.
+        times: int64 or float64 [n], of all histories, where they are known.
     """
 
     items: Tensor
@@ -34,6 +36,7 @@ class Windows:
     lengths: Tensor
     leading: Tensor
     begins: Tensor
+    times: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -47,7 +50,8 @@ class Windows:
 
     def take(self, indices: Tensor) -> Windows:
         """Some of the windows."""
-        return Windows(self.items, *(x[indices] for x in (self.starts, self.lengths, self.leading, self.begins)))
+        parts = (x[indices] for x in (self.starts, self.lengths, self.leading, self.begins))
+        return Windows(self.items, *parts, times=self.times)
 
     @property
     def targets_per_window(self) -> Tensor:
@@ -81,6 +85,30 @@ class Windows:
         position = self.starts[indices].repeat_interleave(lengths) + offset
         scored = offset >= self.leading[indices].repeat_interleave(lengths)
         return self.items[position][None], self.items[position + 1] * scored, cu_seqlens
+
+    def packed_times(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Times between the events of ``packed_batch``, as ``TTT4Rec.predict`` takes them.
+
+        A window's first input has the gap that it has in the whole history, which may begin before the window.
+
+        Args:
+            indices: int64 [B], which windows.
+
+        Returns:
+            gaps: float64 [1, total], from the event before to each input; infinity at a history's first.
+            elapsed: float64 [total], from each input to the event after it.
+
+        Raises:
+            ValueError: the times are not known.
+        """
+        if self.times is None:
+            raise ValueError("windows must have times for a model that reads them; given None")
+        lengths = self.lengths[indices]
+        position = self.starts[indices].repeat_interleave(lengths) + _count_up(lengths)
+        first = position == self.begins[indices].repeat_interleave(lengths)
+        now = self.times[position]
+        before = self.times[position - 1].double().masked_fill(first, torch.nan)
+        return time_between(before, now)[None], time_between(now, self.times[position + 1])
 
     def target_places(self, indices: Tensor) -> Tensor:
         """Indices into ``items`` of the scored targets of some windows, in the order of ``packed_batch``."""
@@ -189,4 +217,5 @@ def _make_windows(split: Split, user: IntArray, start: IntArray, length: IntArra
     """Windows with ``start`` a position in the user's history."""
     begins = split.histories.offsets[user]
     arrays = (split.histories.items, begins + start, length, leading, begins)
-    return Windows(*(torch.from_numpy(np.array(array, dtype=np.int64)) for array in arrays))
+    times = torch.from_numpy(np.require(split.histories.times, requirements="W"))
+    return Windows(*(torch.from_numpy(np.array(array, dtype=np.int64)) for array in arrays), times=times)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +80,7 @@ def load_snapshot(path: str | os.PathLike[str], states: UserStates) -> int:
 
 def fingerprint(states: UserStates) -> str:
     """Of weights, configuration, inner rates and item ids: all that a state depends on besides the history."""
-    config, tensors = asdict(states.model.config), states.model.state_dict()
+    config, tensors = states.model.config.identity(), states.model.state_dict()
     layers = [layer for layer in states.model.modules() if isinstance(layer, TTTLayer)]
     rates = [float(layer.inner_lr_scale) * layer.adapt for layer in layers]
     return hashlib.sha256(json.dumps([config, rates, states.item_ids, checksum(tensors)]).encode()).hexdigest()

@@ -10,7 +10,6 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ttt4rec.atomic_files import check_together, write_together
 from ttt4rec.checks import check_integer
@@ -20,12 +19,10 @@ from ttt4rec.recsys.data import DataError, Histories, Id, IntArray
 from ttt4rec.recsys.data.feature_table import FeatureTable, read_item_features
 from ttt4rec.recsys.recommend.candidates import Chooser, Rerank, Scores, Wanted
 from ttt4rec.recsys.recommend.folder import HISTORIES_FILE, IDS_FILE, as_files, is_consistent, read_histories
+from ttt4rec.recsys.recommend.histories import History, check_time, find, hidden_after, history_of
 from ttt4rec.recsys.recommend.new_items import feature_names, with_new_items
 
 _HISTORIES_AT_ONCE = 512
-
-_Found = tuple[IntArray, tuple[Id, ...]]
-"""Known item codes of a history, and the ids that are unknown."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,8 @@ class Recommender:
         min_score: float | None = ...,
         popular: bool = ...,
         rerank: Rerank | None = ...,
+        times: Sequence[float] | None = ...,
+        at: float | None = ...,
     ) -> Recommendations: ...
 
     @overload
@@ -96,6 +95,8 @@ class Recommender:
         min_score: float | None = ...,
         popular: bool = ...,
         rerank: Rerank | None = ...,
+        times: None = ...,
+        at: float | None = ...,
     ) -> list[Recommendations]: ...
 
     def recommend(
@@ -111,6 +112,8 @@ class Recommender:
         min_score: float | None = None,
         popular: bool = False,
         rerank: Rerank | None = None,
+        times: Sequence[float] | None = None,
+        at: float | None = None,
     ) -> Recommendations | list[Recommendations]:
         """The k best items for a known user, for anybody with a history of known items, or for each of many users.
 
@@ -127,11 +130,15 @@ class Recommender:
             popular: offer who has no history with a known item, or is unknown, what is popular of late: see
                 ``popular_items``. These are marked, and min_score does not apply to them.
             rerank: chooses k of five times as many candidates, such as ``rerank.MaximalMarginalRelevance``.
+            times: when the events of the history happened, in the unit of the data's times; a model with times needs
+                them. Of users the data has them.
+            at: the time of the request, for a model with ``times="query"``; others recommend the same at all times.
+                None: the time of the last event. What is earlier counts as that time too.
 
         Raises:
             ValueError: not exactly one of user_id, history and users is given, k is below 1, no item is allowed, or the
                 model's scores are NaN. Also, unless what is popular is asked for: the user is unknown, or the history
-                holds no known item.
+                holds no known item. DataError: times are missing, not one for each item, or no finite numbers.
         """
         given = [name for name, x in (("user_id", user_id), ("history", history), ("users", users)) if x is not None]
         if len(given) != 1:
@@ -140,12 +147,19 @@ class Recommender:
                 + (" and ".join(given) if given else "none of them")
             )
         wanted = Wanted(k, exclude_seen, allow, deny, min_score, popular, rerank)
+        if times is not None and history is None:
+            raise DataError("times must come with the history that they are of; given times alone")
+        if at is not None:
+            check_time("at", at)
         if users is not None:
             if isinstance(users, str):
                 raise DataError(f"users must be a sequence of user ids; given the string {users!r}")
-            return self._best([self._history_of(user) for user in users], wanted)
-        found = self._find(history) if user_id is None else self._history_of(user_id)
-        if not len(found[0]) and not popular:
+            return self._best([history_of(self.histories, user, at) for user in users], wanted)
+        if user_id is None:
+            found = find(self.histories, history, times, at)
+        else:
+            found = history_of(self.histories, user_id, at)
+        if not len(found.codes) and not popular:
             advice = "; offer what is popular of late by popular=True (--popular)"
             if user_id is None:
                 raise DataError(f"history must have at least one known item; given {list(history or ())[:5]}{advice}")
@@ -169,6 +183,8 @@ class Recommender:
         min_score: float | None = None,
         popular: bool = False,
         rerank: Rerank | None = None,
+        times: Sequence[Sequence[float]] | None = None,
+        at: float | None = None,
     ) -> list[Recommendations]:
         """The k best items for each of several histories of original item ids, in their order; see ``recommend``.
 
@@ -176,9 +192,16 @@ class Recommender:
 
         Raises:
             ValueError: a history is a string, k is below 1, no item is allowed, or the model's scores are NaN.
+                DataError: times as of ``recommend``.
         """
         wanted = Wanted(k, exclude_seen, allow, deny, min_score, popular, rerank)
-        return self._best([self._find(history) for history in histories], wanted)
+        if times is not None and len(times) != len(histories):
+            raise DataError(f"times must be those of each of {len(histories)} histories; given {len(times)}")
+        if at is not None:
+            check_time("at", at)
+        of_each = [None] * len(histories) if times is None else times
+        found = [find(self.histories, items, own, at) for items, own in zip(histories, of_each, strict=True)]
+        return self._best(found, wanted)
 
     def similar_items(self, item_id: Id, *, k: int = 10) -> list[tuple[Id, float]]:
         """The k items whose embeddings are most like an item's, and the cosines, most alike first.
@@ -246,60 +269,34 @@ class Recommender:
         order = order[counts[order] > 0]
         return order, counts[order]
 
-    def _find(self, history: Sequence[Id] | None) -> _Found:
-        if isinstance(history, str):
-            raise DataError(f"history must be a sequence of item ids; given the string {history!r}")
-        return self.histories.item_codes(history or ())
-
-    def _history_of(self, user: Id) -> _Found:
-        code = self.histories.find_user(user)
-        return (np.empty(0, dtype=np.int64) if code is None else self.histories.history(code)), ()
-
-    def _best(self, found: Sequence[_Found], wanted: Wanted) -> list[Recommendations]:
-        """Recommendations for item codes, each with the unknown ids that stood among them."""
-        results = self.best_codes([codes for codes, _ in found if len(codes)], wanted)
+    def _best(self, found: Sequence[History], wanted: Wanted) -> list[Recommendations]:
+        """Recommendations for histories, each with the unknown ids that stood among its items."""
+        results = self.best_codes([history for history in found if len(history.codes)], wanted)
         fallback = Recommendations([])
-        if wanted.popular and any(not len(codes) for codes, _ in found):
+        if wanted.popular and any(not len(history.codes) for history in found):
             best = wanted.first_of(*self._popular(), self.histories)
             fallback = Recommendations(self._named(*best), (), "popular")
         return [
-            Recommendations(self._named(*next(results)), unknown)
-            if len(codes)
-            else Recommendations(fallback.items, unknown, fallback.source)
-            for codes, unknown in found
+            Recommendations(self._named(*next(results)), history.unknown)
+            if len(history.codes)
+            else Recommendations(fallback.items, history.unknown, fallback.source)
+            for history in found
         ]
 
-    def best_codes(self, histories: Sequence[IntArray], wanted: Wanted) -> Iterator[tuple[IntArray, Scores]]:
-        """Item codes and scores, best first, for each of several histories of item codes, of which none is empty.
+    def best_codes(self, histories: Sequence[History], wanted: Wanted) -> Iterator[tuple[IntArray, Scores]]:
+        """Item codes and scores, best first, for each of several histories, of which none is empty.
 
         Raises:
-            ValueError: no item is allowed, or the model's scores are NaN.
+            ValueError: no item is allowed, the model's scores are NaN, or times are missing that it reads.
         """
         chooser = Chooser(self.model, self._index, self.histories, wanted)
         for start in range(0, len(histories), _HISTORIES_AT_ONCE):
             part = histories[start : start + _HISTORIES_AT_ONCE]
-            yield from chooser.best(self._hidden(part), part)
+            yield from chooser.best(hidden_after(self.model, part), [history.codes for history in part])
 
     def _named(self, codes: IntArray, scores: Scores) -> list[tuple[Id, float]]:
         ids = self.histories.item_ids
         return [(ids[code - 1], score) for code, score in zip(codes.tolist(), scores.tolist(), strict=True)]
-
-    @torch.no_grad()
-    def _hidden(self, histories: Sequence[IntArray]) -> Tensor:
-        """Hidden states ``[N, width]`` after the last ``max_len`` items of each history."""
-        recent = [torch.from_numpy(codes[-self.model.config.max_len :].copy()) for codes in histories]
-        ids = torch.cat(recent)
-        ends = torch.tensor([len(codes) for codes in recent]).cumsum(0)
-        wanted = torch.zeros_like(ids).index_fill(0, ends - 1, 1)  # any item: what comes next is not known
-        device = self.model.embedding.weight.device
-        training = self.model.training
-        self.model.eval()
-        try:
-            cu_seqlens = torch.cat((ends.new_zeros(1), ends))
-            hidden, _ = self.model.predict(ids[None].to(device), wanted.to(device), cu_seqlens.to(device))
-        finally:
-            self.model.train(training)
-        return hidden
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model, ``ids.json`` and ``histories.safetensors``.

@@ -105,8 +105,7 @@ def ranked_targets(
     try:
         with progress_bar(total=windows.num_targets, unit="target", desc="evaluate", enabled=progress) as bar:
             for indices in _by_length(windows):
-                ids, targets, cu_seqlens = (x.to(device) for x in windows.packed_batch(indices))
-                (hidden, items), seen = model.predict(ids, targets, cu_seqlens), None
+                (hidden, items), seen = model.predict(*packed(model, windows, indices)), None
                 places = windows.target_places(indices)
                 count = len(items)
                 if exclude_seen:
@@ -116,6 +115,14 @@ def ranked_targets(
                 bar.update(count)
     finally:
         model.train(training)
+
+
+def packed(model: TTT4Rec, windows: Windows, indices: Tensor) -> tuple[Tensor, ...]:
+    """What ``TTT4Rec.predict`` takes of some windows, on the model's device: times too, if the model reads them."""
+    batch: tuple[Tensor, ...] = windows.packed_batch(indices)
+    if model.event_times is not None:
+        batch += windows.packed_times(indices)
+    return tuple(x.to(model.embedding.weight.device) for x in batch)
 
 
 def _new_targets(items: Tensor, rows: Tensor, seen: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -16,6 +16,7 @@ from ttt4rec.recsys.data import IntArray
 from ttt4rec.recsys.data.split import Part, Split
 from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.recommend.candidates import Wanted
+from ttt4rec.recsys.recommend.histories import History
 from ttt4rec.recsys.training.intervals import Estimate, estimates
 from ttt4rec.recsys.training.progress import progress_bar
 
@@ -75,16 +76,18 @@ def evaluate_lists(
     return of_user.compute(samples, seed)
 
 
-def _asked(split: Split, part: Part, users: IntArray, exclude_seen: bool) -> Iterator[tuple[IntArray, IntArray]]:
-    """The history before a part and the relevant items, of users who have some."""
+def _asked(split: Split, part: Part, users: IntArray, exclude_seen: bool) -> Iterator[tuple[History, IntArray]]:
+    """The history before a part, asked for when that begins, and the relevant items, of users who have some."""
     first, end = split.bounds(part)
+    begins, times = split.histories.offsets, split.histories.times
     for user in users.tolist():
         history = split.histories.history(user)
         before, relevant = history[: first[user]], np.unique(history[first[user] : end[user]])
         if exclude_seen:
             relevant = np.setdiff1d(relevant, before)
         if len(relevant):
-            yield before, relevant
+            begin, cut = begins[user], begins[user] + first[user]
+            yield History(before, times[begin:cut], times[cut].item()), relevant
 
 
 class _Measures:

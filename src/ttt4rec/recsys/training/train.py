@@ -24,14 +24,14 @@ from ttt4rec.models.losses import Loss
 from ttt4rec.models.ttt4rec import TTT4Rec
 from ttt4rec.options import TrainOptions
 from ttt4rec.precision import flushes_denormals
-from ttt4rec.recsys.data import IntArray
+from ttt4rec.recsys.data.interactions import TimeArray
 from ttt4rec.recsys.data.split import Part, Split
 from ttt4rec.recsys.data.windows import batches, training_windows
 from ttt4rec.recsys.training import parallel
 from ttt4rec.recsys.training.averaging import Average
 from ttt4rec.recsys.training.callbacks import Callback, Callbacks, EpochReport, TrainingRun
 from ttt4rec.recsys.training.checkpoint import UNTOLD, as_of_today, differences, load_checkpoint, save_checkpoint
-from ttt4rec.recsys.training.evaluate import evaluate
+from ttt4rec.recsys.training.evaluate import evaluate, packed
 from ttt4rec.recsys.training.progress import progress_bar
 
 METRICS_FILE, CHECKPOINT_FILE = "metrics.csv", "checkpoint.safetensors"
@@ -133,7 +133,8 @@ def _fit(
 def _given(model: TTT4Rec, split: Split, options: TrainOptions) -> list[Any]:
     """What all processes must be given alike; initial weights are the first one's."""
     histories = split.histories
-    arrays = (histories.items, histories.offsets, split.train_begin, split.train_end, split.valid_end)
+    arrays = [histories.items, histories.offsets, split.train_begin, split.train_end, split.valid_end]
+    arrays += [] if model.event_times is None else [histories.times]
     weights = [(name, list(x.shape), str(x.dtype), x.requires_grad) for name, x in model.named_parameters()]
     parts = [dataclasses.asdict(options), dataclasses.asdict(model.config), weights]
     features = model.features
@@ -267,12 +268,12 @@ class _Run:
         self.optimizer.zero_grad()
         for piece in indices.tensor_split(min(self.options.accumulate, len(indices))):
             own, counts = parallel.share(piece)
-            ids, targets, cu_seqlens = (x.to(self.device) for x in self.train_windows.packed_batch(own))
+            batch = packed(self.model, self.train_windows, own)
             with parallel.scoring(), self.model.one_item_table():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast):
-                    hidden, items = self.model.predict(ids, targets, cu_seqlens)
+                    hidden, items = self.model.predict(*batch)
                     # 1, but for BERT4Rec, which predicts some of the targets, and for a process without a part
-                    weight = counts * targets.count_nonzero() / len(items)
+                    weight = counts * batch[1].count_nonzero() / len(items)
                     loss = self.loss(self.model, hidden, items) * weight
                 (loss / count).backward()
             total += loss.detach()
@@ -399,7 +400,10 @@ class _Run:
         for name in UNTOLD:
             del options[name]
         both = (self.train_windows, self.valid_windows)
-        data = [_digest(x.numpy() for x in (w.items, w.starts, w.lengths, w.leading)) for w in both]
+        of_data = [[w.items, w.starts, w.lengths, w.leading] for w in both]
+        if self.model.event_times is not None:
+            of_data = [[*x, w.times] for x, w in zip(of_data, both, strict=True) if w.times is not None]
+        data = [_digest(x.numpy() for x in tensors) for tensors in of_data]
         identity = {
             "options": options,
             "config": dataclasses.asdict(self.model.config),
@@ -410,7 +414,7 @@ class _Run:
         return identity if features is None else identity | {"features": features.fingerprints()}
 
 
-def _digest(arrays: Iterable[IntArray]) -> str:
+def _digest(arrays: Iterable[TimeArray]) -> str:
     digest = hashlib.sha256()
     for x in arrays:
         digest.update(x.tobytes())

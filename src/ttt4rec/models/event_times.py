@@ -1,0 +1,142 @@
+"""Times of events, besides their order: what a model knows of the time between events, and of that until a request.
+
+With g_t the time from the user's event before to event t, and e the time from the last event that was read to the
+moment for which items are wanted, a model with ``times="query"`` reads and scores by
+
+    x_t = norm(dropout(E[i_t] + G[b(g_t)])),    y = (1 + S[b(e)]) ⊙ h + Q[b(e)],    scores = E y,
+
+where h is what stands behind the final norm and b(g) = floor(log2(1 + g)) a bucket. With ``times="gap"`` y is h. The
+state of a stream depends on gaps alone, so that one that was read once answers requests of any time.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checks import check_shape
+from ..layers.initialisation import Device
+from ..operators.transforms import has_values
+
+LAST = 63
+"""The bucket of the longest times; of nanoseconds 292 years."""
+NUM_BUCKETS = LAST + 2
+"""The last one is of events that have none before them, whose gap is infinite."""
+
+
+class Times(NamedTuple):
+    """What a model knows of times.
+
+    Attributes:
+        about: for the command line's help.
+        gaps: whether it reads the time between events.
+        query: whether it is told the time of the request.
+    """
+
+    about: str
+    gaps: bool = True
+    query: bool = False
+
+
+TIMES = {
+    "none": Times("their order alone", gaps=False),
+    "gap": Times("the time since the event before"),
+    "query": Times("that, and the time from the last event to the request", query=True),
+}
+"""By the names that ``TTT4RecConfig.times`` takes."""
+
+
+def time_between(before: Tensor, after: Tensor) -> Tensor:
+    """Time from one event or request to another, float64; 0 if it is not later, infinity where before is NaN: none.
+
+    Args:
+        before: times of any dtype, broadcast against after. That an event has no time is minus infinity, which is
+            before all times.
+        after: the same.
+    """
+    before, after = before.double(), after.double()
+    return (after - before).masked_fill(after <= before, 0.0).masked_fill(before.isnan(), torch.inf)
+
+
+def gaps_of(times: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Gaps ``[B, L]``, float64, of histories from their beginning with times ``[B, L]``: infinity for first events.
+
+    Args:
+        times: when events happened, oldest first; padding may have any number and stands on the right.
+        cu_seqlens: bounds of packed histories, with times ``[1, total]``, as in ``TTT4Rec.forward``.
+    """
+    before = torch.roll(times.double(), 1, dims=1)
+    firsts = before.new_zeros(before.shape, dtype=torch.bool)
+    if cu_seqlens is None:
+        firsts[:, :1] = True
+    else:
+        firsts[0, cu_seqlens[:-1][cu_seqlens.diff() > 0]] = True
+    return time_between(before.masked_fill(firsts, torch.nan), times)
+
+
+def bucket(elapsed: Tensor) -> Tensor:
+    """floor(log2(1 + elapsed)), int64, at most ``LAST``; exact. What is negative counts 0, infinity is the one behind.
+
+    Args:
+        elapsed: times between events, any shape and dtype.
+    """
+    elapsed = elapsed.double()
+    exponent = torch.frexp(1 + elapsed.clamp(0, 2.0**LAST)).exponent.long() - 1
+    return exponent.clamp(max=LAST).masked_fill(elapsed == torch.inf, LAST + 1)
+
+
+class EventTimes(nn.Module):
+    """The vectors of buckets; all zero at first, so that a new model is the same as one that knows no times.
+
+    Args:
+        width: of the model.
+        query: whether there are vectors for the time of a request.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(self, width: int, query: bool, device: Device = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        names = ("gap", "scale", "shift") if query else ("gap",)
+        self.query = query
+        factory: Any = {"device": device, "dtype": dtype}
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.empty(NUM_BUCKETS, width, **factory)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zeros."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def read(self, rows: Tensor, gaps: Tensor) -> Tensor:
+        """Rows of items ``[..., width]`` and what their gaps ``[...]`` add."""
+        return rows + F.embedding(bucket(gaps), self.get_parameter("gap"))
+
+    def asked(self, h: Tensor, elapsed: Tensor) -> Tensor:
+        """Hidden states ``[..., width]`` for requests at times ``[...]`` after the last event."""
+        place = bucket(elapsed)
+        scale, shift = (F.embedding(place, self.get_parameter(name)) for name in ("scale", "shift"))
+        return h + h * scale + shift
+
+
+def check_times(name: str, x: Tensor | None, times: str, wanted: bool, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless gaps or elapsed times are there if the model wants them, of the shape, and no NaN.
+
+    Args:
+        name: of x.
+        x: what is given.
+        times: of the model's configuration.
+        wanted: whether the model wants them.
+        shape: of what they belong to.
+    """
+    if not wanted:
+        if x is not None:
+            raise ValueError(f"{name} must be left out, as the model has times={times!r}; given {list(x.shape)}")
+        return
+    if x is None:
+        raise ValueError(f"{name} must be given, as the model has times={times!r}; given None")
+    check_shape(name, x, shape, "that of the ids or hidden states")
+    if x.is_cpu and has_values(x) and bool(x.isnan().any()):
+        raise ValueError(f"{name} must be numbers; given NaN")
