@@ -29,7 +29,8 @@ def make_model(seed=0, num_items=12, **config):
 
 def slot_bytes(model):
     """What one user takes of ``pool_bytes``."""
-    return sum(pool.nbytes for pool in model.make_pools(1)) + model.embedding.weight[0].nbytes
+    time = 8 if model.event_times is not None else 0
+    return sum(pool.nbytes for pool in model.make_pools(1)) + model.embedding.weight[0].nbytes + time
 
 
 @torch.no_grad()
@@ -94,7 +95,8 @@ class MemoryEventLog:
                 start = next((n for n, mark in beginnings if n <= len(rows) and marks[n] == mark), 0)
                 stop = len(rows) if limit is None else min(len(rows), start + limit)
                 limit = limit if limit is None else limit - (stop - start)
-                tails.append(Tail(start, [row[1] for row in rows[start:stop]], marks[start + 1 : stop + 1], len(rows)))
+                times, items, _ = zip(*rows[start:stop], strict=True) if start < stop else ((), (), ())
+                tails.append(Tail(start, list(items), marks[start + 1 : stop + 1], len(rows), times))
             return tails
 
     def forget(self, user_ids):

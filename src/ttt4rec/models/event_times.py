@@ -76,7 +76,7 @@ def gaps_of(times: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
 
 
 def bucket(elapsed: Tensor) -> Tensor:
-    """floor(log2(1 + elapsed)), int64, at most ``LAST``; exact. What is negative counts 0, infinity is the one behind.
+    """floor(log2(1 + elapsed)), int64, at most ``LAST``. What is negative counts 0, infinity has the bucket behind it.
 
     Args:
         elapsed: times between events, any shape and dtype.

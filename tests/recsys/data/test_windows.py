@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -156,3 +157,30 @@ def test_bad_arguments() -> None:
         training_windows(split, max_len=2, part="dev")
     with pytest.raises(ValueError, match="targets_per_batch must be at least 1"):
         batches(training_windows(split, max_len=2), targets_per_batch=0, generator=torch.Generator())
+
+
+@settings(max_examples=50, deadline=None)
+@given(LENGTHS, RATIOS, PARTS, MAX_LEN, st.sampled_from([np.int64, np.float64]))
+def test_gaps_are_those_of_whole_histories(lengths, ratios, part, max_len, dtype) -> None:
+    split = split_of(lengths, ratios)
+    offsets = split.histories.offsets
+    times = np.cumsum(np.arange(sum(lengths)) % 4).astype(dtype)
+    split = replace(split, histories=replace(split.histories, times=times))
+    windows = evaluation_prefixes(split, part, max_len=max_len)
+    if not len(windows):
+        return
+    everything = torch.arange(len(windows))
+    ids, _, bounds = windows.packed_batch(everything)
+    gaps, elapsed = windows.take(everything).packed_times(everything)
+    assert gaps.dtype == elapsed.dtype == torch.float64
+    assert gaps.shape == ids.shape == (1, int(bounds[-1]))
+    place = ids[0].numpy() - 1  # every interaction has an item of its own
+    expected = np.where(np.isin(place, offsets), np.inf, times[place] - times[place - 1])
+    assert gaps[0].tolist() == expected.tolist()
+    assert elapsed.tolist() == (times[place + 1] - times[place]).tolist()
+
+
+def test_windows_without_times_say_so() -> None:
+    windows = replace(training_windows(split_of([9]), max_len=3), times=None)
+    with pytest.raises(ValueError, match="windows must have times for a model that reads them; given None"):
+        windows.packed_times(torch.tensor([0]))

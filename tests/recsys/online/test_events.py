@@ -1,5 +1,6 @@
 """The event log: what any must do, and what the one in SQLite does when things go wrong."""
 
+import math
 import random
 import re
 import resource
@@ -53,7 +54,8 @@ def test_the_longest_known_beginning_counts(log):
     everything = read(log, "u")
     known = [Known(length, mark) for length, mark in enumerate(everything.marks, start=1)]
     assert read(log, "u", known[4], known[1]) == Tail(5, [], [], 5)
-    assert read(log, "u", Known(4, 123), known[2], known[1]) == Tail(3, ["d", "e"], everything.marks[3:], 5)
+    tail = read(log, "u", Known(4, 123), known[2], known[1])
+    assert tail == Tail(3, ["d", "e"], everything.marks[3:], 5, everything.times[3:])
 
 
 def test_no_more_is_read_than_asked_for(log):
@@ -99,6 +101,14 @@ def test_large_whole_times_are_exact(log):
     now = 1_700_000_000_000_000_000
     log.append([Event("u", "b", time=now + 1), Event("u", "a", time=now)])
     assert history(log, "u") == ["a", "b"]
+    assert read(log, "u").times == (now, now + 1)
+
+
+def test_times_come_with_the_items(log):
+    log.append([Event("u", "a"), Event("u", "b"), Event("u", "c", time=1.5), Event("u", "d"), Event("v", "e", time=3)])
+    u, v = log.read(["u", "v"], [[], []])
+    assert (u.times, v.times) == ((-math.inf, -math.inf, 1.5, 1.5), (3,))
+    assert read(log, "u", Known(2, u.marks[1]), limit=1).times == (1.5,)
 
 
 def test_a_forgotten_history_never_comes_back(log):

@@ -62,7 +62,7 @@ class Event:
             value = getattr(self, name)
             if not is_text(value) and not (name == "event_id" and value is None):
                 raise DataError(f"{name} must be a text of at least one character; given {value!r}")
-        if self.time is not None and not _is_time(self.time):
+        if self.time is not None and not is_time(self.time):
             raise DataError(f"time must be a finite int or float of 64 bits; given {self.time!r}")
 
 
@@ -89,7 +89,8 @@ def is_text(value: object) -> bool:
     return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _is_time(value: object) -> bool:
+def is_time(value: object) -> bool:
+    """Whether something can be the time of an event: a finite int or float of 64 bits."""
     if isinstance(value, int):
         return not isinstance(value, bool) and -(2**63) <= value < 2**63
     return isinstance(value, float) and math.isfinite(value)
@@ -111,17 +112,25 @@ class Tail(NamedTuple):
         marks: the log's after each of these: 64 bits of all events up to there, so that two histories with the same
             mark after the same number of items begin with the same events.
         length: of the whole history at present.
+        times: when these events happened; minus infinity for one without a time that no other was before. A log may
+            leave them out for models that read no times.
     """
 
     start: int
     items: list[str]
     marks: list[int]
     length: int
+    times: tuple[float, ...] = ()
 
     @property
     def is_whole(self) -> bool:
         """Whether the items go to the history's end."""
         return self.start + len(self.items) == self.length
+
+
+def event_tail(start: int, rows: Sequence[event_chain.MarkedRow], length: int) -> Tail:
+    """The tail of a history of ``length`` events whose ``rows`` from ``start`` on were read."""
+    return Tail(start, [row[1] for row in rows], [row[-1] for row in rows], length, tuple(row[2] for row in rows))
 
 
 class DamagedLogError(OSError):
@@ -459,4 +468,4 @@ def _read(database: sqlite3.Connection, name: str, known: Sequence[Known], limit
     start, mark = event_chain.beginning(user, known, partial(event_rows.mark_at, database, user))
     stop = int(min(user.length, start + limit))
     rows = list(event_rows.read_rows(database, user, start, stop, mark)) if start < stop else []
-    return Tail(start, [row[1] for row in rows], [row[-1] for row in rows], user.length)
+    return event_tail(start, rows, user.length)

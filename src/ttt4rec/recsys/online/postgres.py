@@ -18,6 +18,7 @@ from ttt4rec.recsys.online.events import (
     Tail,
     by_user,
     check_histories,
+    event_tail,
     events_of,
 )
 from ttt4rec.recsys.online.group_commit import GroupCommit
@@ -204,5 +205,5 @@ def _read(
     for span in spans:
         rows = [] if span is None else next(found)
         start, length = (0, 0) if span is None else (span.start, span.user.length)
-        tails.append(Tail(start, [row[1] for row in rows], [row[-1] for row in rows], length))
+        tails.append(event_tail(start, rows, length))
     return tails

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from ttt4rec.models.ttt4rec import TTT4Rec
 from ttt4rec.recsys.data import DataError, Id
-from ttt4rec.recsys.online.events import Event, EventLog, is_text
+from ttt4rec.recsys.online.events import Event, EventLog, is_text, is_time
 from ttt4rec.recsys.online.group_commit import append_together
 from ttt4rec.recsys.online.snapshot import load_snapshot, save_snapshot
 from ttt4rec.recsys.online.user_states import UserStates
@@ -51,6 +51,8 @@ class OnlineRecommender:
         horizon: the latest time that an event may have, asked at every ``observe`` and in the unit of the times, such
             as ``lambda: time.time() + 86400``. Behind an event of the far future no other would find its place at the
             history's end for long. None: any time.
+        clock: the present moment, in the unit of the times, such as ``time.time``: the time of a request for a model
+            with ``times="query"``, where ``recommend`` is told no other. None: the time of each user's last event.
 
     Raises:
         ValueError: the item ids are not the model's, pool_bytes is too little for one user, the model keeps no states
@@ -66,8 +68,9 @@ class OnlineRecommender:
         pool_bytes: int = 1 << 30,
         snapshot: str | os.PathLike[str] | None = None,
         horizon: Callable[[], float] | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        self.log, self._horizon = log, horizon
+        self.log, self._horizon, self._clock = log, horizon, clock
         self._snapshot = snapshot
         self._states = self._coming = UserStates(model, list(map(str, item_ids)), log, pool_bytes)
         self._refreshing, self._saving = threading.Lock(), threading.Lock()
@@ -159,7 +162,7 @@ class OnlineRecommender:
                 )
 
     def recommend(
-        self, user_ids: Sequence[str], k: int = 10, *, exclude_seen: bool = True
+        self, user_ids: Sequence[str], k: int = 10, *, exclude_seen: bool = True, at: float | None = None
     ) -> list[list[tuple[str, float]]]:
         """The k best items and their scores for each user, best first; equal scores in the order of the catalogue.
 
@@ -167,17 +170,23 @@ class OnlineRecommender:
             user_ids: for whom. One without history, or of whose history the model knows no item, gets an empty list.
             k: how many; fewer come back when fewer are left.
             exclude_seen: leave out every item of the history.
+            at: the time of the request, for a model with ``times="query"``; others recommend the same at all times.
+                None: the clock's. What is before a user's last event counts as its time.
 
         Raises:
-            DataError: user_ids is a text, one of them is none, or k is below 1. ValueError: the model's scores are NaN.
-            OSError: the log cannot be read.
+            DataError: user_ids is a text, one of them is none, k is below 1 or at no finite number. ValueError: the
+                model's scores are NaN. OSError: the log cannot be read.
         """
         if k < 1:
             raise DataError(f"k must be at least 1; given {k}")
+        if at is not None and not is_time(at):
+            raise DataError(f"at must be a finite int or float of 64 bits; given {at!r}")
+        if at is None and self._clock is not None:
+            at = self._clock()
         states = self._states
         best: dict[str, list[tuple[str, float]]] = {}
         everyone = list(dict.fromkeys(_users(user_ids)))
-        for users, hidden, histories in states.hidden(everyone, seen=exclude_seen):
+        for users, hidden, histories in states.hidden(everyone, seen=exclude_seen, at=at):
             seen = histories if exclude_seen else None
             best |= zip(users, best_items(states.model, states.index, states.item_ids, hidden, k, seen), strict=True)
         return [best.get(user, []) for user in user_ids]

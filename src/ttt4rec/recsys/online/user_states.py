@@ -8,12 +8,14 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ttt4rec.checks import check_integer
+from ttt4rec.models.event_times import gaps_of
 from ttt4rec.models.item_index import ItemIndex
 from ttt4rec.models.ttt4rec import TTT4Rec
 from ttt4rec.recsys.data import IntArray
@@ -22,6 +24,8 @@ from ttt4rec.recsys.online.earlier import Earlier, EarlierStates
 from ttt4rec.recsys.online.events import EventLog, Known, Tail
 from ttt4rec.recsys.online.seen import PART_OF_POOL, SeenItems
 from ttt4rec.recsys.online.streams import Streams
+
+T = TypeVar("T")
 
 USERS_AT_ONCE = 512
 """Users brought up to the log together, and their hidden states handed out together."""
@@ -93,6 +97,7 @@ class UserStates:
                 f"{len(self.item_ids)}, of which {len(self._codes)} differ"
             )
         self._streams = Streams(model, pool_bytes)
+        self._is_timed = model.event_times is not None
         self.index = ItemIndex()
         self.index.prepare(model.served_items())
         self._earlier = EarlierStates(1 + self.num_slots // 32)
@@ -132,12 +137,15 @@ class UserStates:
             with self._up_to_date(users[start : start + USERS_AT_ONCE]):
                 pass
 
-    def hidden(self, users: Sequence[str], *, seen: bool) -> Iterator[tuple[list[str], Tensor, list[IntArray]]]:
+    def hidden(
+        self, users: Sequence[str], *, seen: bool, at: float | None = None
+    ) -> Iterator[tuple[list[str], Tensor, list[IntArray]]]:
         """Hidden states after the whole histories of users, all different, some hundred at once.
 
         Args:
             users: whose; those without an item that the model knows are left out.
             seen: whether the histories are wanted too.
+            at: see ``Streams.hidden``.
 
         Yields:
             Users, at least one; their hidden states ``[n, width]``; codes of the items of their histories, if wanted.
@@ -150,10 +158,10 @@ class UserStates:
             part = users[start : start + size]
             with self._up_to_date(part):
                 warm = [user for user in part if user in self._readings]
-                hidden = self._streams.hidden([self._readings[user].slot for user in warm])
+                hidden = self._streams.hidden([self._readings[user].slot for user in warm], at)
                 kept = {user: self._seen.of(user) for user in warm} if seen else {}
             unknown = [user for user, codes in kept.items() if codes is None]
-            rest = iter(self._histories(unknown) if unknown else [])
+            rest = iter([codes for codes, _ in self._histories(unknown)] if unknown else [])
             if warm:
                 yield warm, hidden, [next(rest) if codes is None else codes for codes in kept.values()]
 
@@ -180,10 +188,12 @@ class UserStates:
         Raises:
             OSError: the log cannot be read.
         """
-        (codes,) = self._histories([user])
+        ((codes, times),) = self._histories([user])
         if not len(codes):
             return []
-        numbers = self.model.surprise(torch.from_numpy(codes)[None].to(self.model.embedding.weight.device))[0]
+        device = self.model.embedding.weight.device
+        gaps = gaps_of(torch.tensor([times], dtype=torch.float64)).to(device) if self._is_timed else None
+        numbers = self.model.surprise(torch.from_numpy(codes)[None].to(device), gaps)[0]
         return [
             (self.item_ids[code - 1], number) for code, number in zip(codes.tolist(), numbers.tolist(), strict=True)
         ]
@@ -253,12 +263,13 @@ class UserStates:
                     return
                 lagging = list(missing)
 
-    def _histories(self, users: Sequence[str]) -> list[IntArray]:
-        """Codes of all items in users' histories that the model knows; read piece by piece, without the lock.
+    def _histories(self, users: Sequence[str]) -> list[tuple[IntArray, list[float]]]:
+        """Codes and times of all items in users' histories that the model knows; read piece by piece, without the lock.
 
-        They are kept where a state has read as much.
+        The codes are kept where a state has read as much. There are times if the model reads them.
         """
         found: list[list[int]] = [[] for _ in users]
+        times: list[list[float]] = [[] for _ in users]
         known: list[tuple[Known, ...]] = [() for _ in users]
         pending = list(range(len(users)))
         while pending:
@@ -266,6 +277,7 @@ class UserStates:
             tails = self.log.read([users[n] for n in pending], [known[n] for n in pending], limit)
             for n, tail in zip(pending, tails, strict=True):
                 found[n][tail.start :] = [self._codes.get(item, 0) for item in tail.items]
+                times[n][tail.start :] = self._times(tail)
                 if tail.items:
                     known[n] = (Known(len(found[n]), tail.marks[-1]),)
             pending = [n for n, tail in zip(pending, tails, strict=True) if not tail.is_whole]
@@ -274,7 +286,19 @@ class UserStates:
                 if beginnings and beginnings[0] in self._known(user)[:1]:
                     self._seen.drop(user)
                     self._seen.read_on(user, 0, codes)
-        return [np.array([code for code in codes if code], dtype=np.int64) for codes in found]
+        return [
+            (np.array(_where_known(codes, codes), dtype=np.int64), _where_known(codes, when))
+            for codes, when in zip(found, times, strict=True)
+        ]
+
+    def _times(self, tail: Tail) -> Sequence[float]:
+        """Of a tail's events, if the model reads times."""
+        if self._is_timed and len(tail.times) != len(tail.items):
+            raise ValueError(
+                f"the log must give times of events for a model with times={self.model.config.times!r}; given tails "
+                "without them"
+            )
+        return tail.times if self._is_timed else ()
 
     # What follows is called with the lock held.
 
@@ -357,13 +381,16 @@ class UserStates:
         self, places: dict[str, int], begun: dict[str, Reading], rest: dict[str, tuple[Tail, list[int]]]
     ) -> None:
         """Read each user's history on to a place, and keep the state there if it is one to keep."""
-        coming = {}
+        coming, times = {}, {}
         for user, place in places.items():
             (tail, codes), reading = rest[user], begun[user]
-            coming[user] = [code for code in codes[reading.length - tail.start : place - tail.start] if code]
+            part = slice(reading.length - tail.start, place - tail.start)
+            coming[user] = _where_known(codes[part], codes[part])
+            times[user] = _where_known(codes[part], self._times(tail)[part])
             reading.is_warm |= bool(coming[user])
         moving = [user for user in places if coming[user]]
-        self._streams.read([begun[user].slot for user in moving], [coming[user] for user in moving])
+        slots = [begun[user].slot for user in moving]
+        self._streams.read(slots, [coming[user] for user in moving], [times[user] for user in moving])
         for user, place in places.items():
             (tail, codes), reading = rest[user], begun[user]
             self._seen.read_on(user, reading.length, codes[reading.length - tail.start : place - tail.start])
@@ -380,3 +407,8 @@ class UserStates:
             self._seen.drop(user)
         self._streams.reset(slots)
         self._free += slots
+
+
+def _where_known(codes: Sequence[int], values: Sequence[T]) -> list[T]:
+    """Those values, if there are any, whose codes are of items that the model knows."""
+    return [value for code, value in zip(codes, values, strict=False) if code]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ttt4rec.checks import is_number
 from ttt4rec.models.event_times import time_between
 from ttt4rec.models.ttt4rec import TTT4Rec
 from ttt4rec.recsys.data import DataError, Histories, Id, IntArray
@@ -56,17 +55,16 @@ def find(histories: Histories, items: Sequence[Id] | None, times: Sequence[float
         return History(codes, None, at, unknown)
     if len(times) != len(items):
         raise DataError(f"times must be one for each of the history's {len(items)} items; given {len(times)}")
-    for time in times:
-        check_time("times", time)
     others = set(unknown)
-    known = [time for item, time in zip(items, times, strict=True) if item not in others]
-    return History(codes, np.array(known, dtype=np.float64), at, unknown)
+    return History(codes, as_times("times", times)[[item not in others for item in items]], at, unknown)
 
 
-def check_time(name: str, time: float) -> None:
-    """DataError unless a time is a finite number."""
-    if not is_number(time) or not math.isfinite(time):
-        raise DataError(f"{name} must be finite numbers, in the unit of the data's times; given {time!r}")
+def as_times(name: str, values: object) -> NDArray[np.float64]:
+    """Times as an array; DataError unless they are finite numbers."""
+    times = np.asarray(values)
+    if times.dtype.kind not in "iuf" or not np.isfinite(times).all():
+        raise DataError(f"{name} must be finite numbers, in the unit of the data's times; given {str(values)[:80]}")
+    return times.astype(np.float64)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ttt4rec.recsys.data import DataError, Histories, Id, IntArray
 from ttt4rec.recsys.data.feature_table import FeatureTable, read_item_features
 from ttt4rec.recsys.recommend.candidates import Chooser, Rerank, Scores, Wanted
 from ttt4rec.recsys.recommend.folder import HISTORIES_FILE, IDS_FILE, as_files, is_consistent, read_histories
-from ttt4rec.recsys.recommend.histories import History, check_time, find, hidden_after, history_of
+from ttt4rec.recsys.recommend.histories import History, as_times, find, hidden_after, history_of
 from ttt4rec.recsys.recommend.new_items import feature_names, with_new_items
 
 _HISTORIES_AT_ONCE = 512
@@ -150,7 +150,7 @@ class Recommender:
         if times is not None and history is None:
             raise DataError("times must come with the history that they are of; given times alone")
         if at is not None:
-            check_time("at", at)
+            as_times("at", at)
         if users is not None:
             if isinstance(users, str):
                 raise DataError(f"users must be a sequence of user ids; given the string {users!r}")
@@ -198,7 +198,7 @@ class Recommender:
         if times is not None and len(times) != len(histories):
             raise DataError(f"times must be those of each of {len(histories)} histories; given {len(times)}")
         if at is not None:
-            check_time("at", at)
+            as_times("at", at)
         of_each = [None] * len(histories) if times is None else times
         found = [find(self.histories, items, own, at) for items, own in zip(histories, of_each, strict=True)]
         return self._best(found, wanted)

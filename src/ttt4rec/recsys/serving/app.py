@@ -226,7 +226,7 @@ class Service:
 
     def _recommend(self, body: bytes) -> Answer:
         form = Recommending.model_validate_json(body)
-        best = self._online.recommend(form.user_ids, form.k, exclude_seen=form.exclude_seen)
+        best = self._online.recommend(form.user_ids, form.k, exclude_seen=form.exclude_seen, at=form.at)
         self._metrics.recommended(len(best))
         named = [[{"item_id": item, "score": score} for item, score in items] for items in best]
         return Answer(200, json.dumps({"recommendations": named}).encode())

@@ -57,8 +57,11 @@ def serve(folder: Path, options: ServeOptions) -> None:
 
 
 def _serve(folder: Path, options: ServeOptions) -> None:
+    def clock(ahead: float = 0.0) -> float:
+        return (time.time() + ahead) * PER_SECOND[options.time_unit]
+
     def horizon() -> float:
-        return (time.time() + options.max_ahead) * PER_SECOND[options.time_unit]
+        return clock(options.max_ahead)
 
     torch.set_num_threads(1)  # requests come in parallel
     recommender = Recommender.load(folder)
@@ -77,6 +80,7 @@ def _serve(folder: Path, options: ServeOptions) -> None:
             pool_bytes=options.pool_bytes,
             snapshot=folder / "states.safetensors",
             horizon=horizon,
+            clock=clock,
         )
         demo = Demo(online, recommender.histories, titles) if options.demo else None
         service = Service(online, [*LOCAL, *options.allowed_host], demo)

@@ -22,13 +22,16 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
+Time = Annotated[int, Field(ge=-(2**63), lt=2**63)] | Annotated[float, Field(allow_inf_nan=False)]
+
+
 class EventIn(_Strict):
     """See ``Event``."""
 
     user_id: Id
     item_id: Id
     event_id: Id | None = None
-    time: Annotated[int, Field(ge=-(2**63), lt=2**63)] | Annotated[float, Field(allow_inf_nan=False)] | None = None
+    time: Time | None = None
 
 
 class Events(_Strict):
@@ -53,6 +56,7 @@ class Recommending(_Strict):
     user_ids: Annotated[list[Id], Field(max_length=MAX_USERS)]
     k: Annotated[int, Field(ge=1, le=MAX_K), BeforeValidator(_whole)] = 10
     exclude_seen: bool = True
+    at: Time | None = None
 
 
 class Searching(_Strict):
