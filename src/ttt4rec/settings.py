@@ -104,7 +104,7 @@ def _idle(settings: Mapping[str, Any], data_sets: Collection[str]) -> Iterator[t
     if settings["item_features"] is None:
         yield "feature_columns", "no --item-features"
     if settings["row_order"]:
-        yield from ((name, "--row-order") for name in ("time_field", "date_format"))
+        yield from ((name, "--row-order") for name in ("time_field", "date_format", "times"))
     of_features = _of_features(settings["item_features"])
     if settings["data"] in data_sets:
         names = [field.name for field in dataclasses.fields(DataOptions) if field.name not in of_features]

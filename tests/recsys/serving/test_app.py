@@ -11,7 +11,7 @@ import httpx
 import pytest
 import uvicorn
 
-from tests.support.online_data import ITEMS, MemoryEventLog, make_model
+from tests.support.online_data import ITEMS, MemoryEventLog, make_model, make_online
 from ttt4rec.recsys.online import OnlineRecommender, SQLiteEventLog
 from ttt4rec.recsys.serving import app, connections, upkeep, waiting
 from ttt4rec.recsys.serving.answers import Answer, RefusedError
@@ -62,6 +62,19 @@ def test_everything_is_described(online):
     form = described["components"]["schemas"]["EventIn"]
     assert form["required"] == ["user_id", "item_id"]
     assert form["properties"]["user_id"]["maxLength"] == 200
+
+
+def test_a_request_may_say_when_it_comes():
+    timed = make_online(make_model(times="query"))
+    timed.observe(["u"] * 2, ["i1", "i2"], times=[10, 20])
+    requests = [
+        ("POST", "/recommendations", {"json": {"user_ids": ["u"], "k": 12} | at})
+        for at in ({}, {"at": 20}, {"at": 1e6})
+    ]
+    now, early, late = (answer.json() for answer in ask(timed, *requests))
+    assert now == early != late
+    (bad,) = ask(timed, ("POST", "/recommendations", {"json": {"user_ids": ["u"], "at": "now"}}))
+    assert bad.status_code == 422
 
 
 def test_events_that_come_together_are_observed_together(online):

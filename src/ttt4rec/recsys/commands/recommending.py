@@ -11,6 +11,7 @@ from typing import Any
 
 from ttt4rec.atomic_files import read_json
 from ttt4rec.checks import printable
+from ttt4rec.models.event_times import TIMES
 from ttt4rec.options import DataOptions
 from ttt4rec.recsys.commands.arguments import device_of
 from ttt4rec.recsys.data import Id
@@ -33,6 +34,12 @@ def recommend(args: Namespace) -> None:
     titles = _titles(args, recommender)
     wanted: dict[str, Any] = {name: getattr(args, name) for name in ("k", "min_score", "popular")}
     wanted["exclude_seen"] = not args.include_seen
+    times = recommender.model.config.times
+    if args.at is not None and not TIMES[times].query:
+        raise ValueError(
+            f"--at must come with a model of --times query; given {args.at:.17g} for one of --times {times}"
+        )
+    wanted["at"] = args.at
     wanted |= {name: _ids_in(Path(getattr(args, name))) for name in ("allow", "deny") if getattr(args, name)}
     if args.diversity:
         wanted["rerank"] = MaximalMarginalRelevance(recommender.model.served_items(), args.diversity)

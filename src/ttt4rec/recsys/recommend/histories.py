@@ -95,7 +95,10 @@ def _times(histories: Sequence[History], ends: Tensor, max_len: int) -> tuple[Te
     before, now, asked = [], [], []
     for history in histories:
         if history.times is None:
-            raise DataError("a history must come with times, as the model reads them; given items alone")
+            raise DataError(
+                "a history must come with times, which the model reads; given items alone; of the data's users they are "
+                "known (--user)"
+            )
         times = np.concatenate([[np.nan], history.times])[-max_len - 1 :]
         before.append(times[:-1])
         now.append(times[1:])
