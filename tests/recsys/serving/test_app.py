@@ -67,13 +67,10 @@ def test_everything_is_described(online):
 def test_a_request_may_say_when_it_comes():
     timed = make_online(make_model(times="query"))
     timed.observe(["u"] * 2, ["i1", "i2"], times=[10, 20])
-    requests = [
-        ("POST", "/recommendations", {"json": {"user_ids": ["u"], "k": 12} | at})
-        for at in ({}, {"at": 20}, {"at": 1e6})
-    ]
-    now, early, late = (answer.json() for answer in ask(timed, *requests))
+    forms = [{"user_ids": ["u"], "k": 12} | at for at in ({}, {"at": 20}, {"at": 1e6}, {"at": "now"})]
+    *answers, bad = ask(timed, *[("POST", "/recommendations", {"json": form}) for form in forms])
+    now, early, late = (answer.json() for answer in answers)
     assert now == early != late
-    (bad,) = ask(timed, ("POST", "/recommendations", {"json": {"user_ids": ["u"], "at": "now"}}))
     assert bad.status_code == 422
 
 

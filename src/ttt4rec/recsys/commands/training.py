@@ -73,8 +73,8 @@ def _train(args: Namespace, device: str) -> None:
     config = _model_config(args, histories.num_items, trained)
     if args.row_order and config.times != "none":
         raise ValueError(
-            f"--row-order must be left out with --times {config.times}, since the model reads times; given it; name the "
-            "column of times by --time-field"
+            f"--row-order must be left out with --times {config.times}, since the model reads times; given it; name "
+            "their column by --time-field"
         )
     table = _feature_table(args, trained)
     features = None if table is None or trained is not None else item_features(table, split)

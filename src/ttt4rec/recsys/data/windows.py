@@ -51,7 +51,7 @@ class Windows:
     def take(self, indices: Tensor) -> Windows:
         """Some of the windows."""
         parts = (x[indices] for x in (self.starts, self.lengths, self.leading, self.begins))
-        return Windows(self.items, *parts, times=self.times)
+        return Windows(self.items, *parts, self.times)
 
     @property
     def targets_per_window(self) -> Tensor:
@@ -218,4 +218,4 @@ def _make_windows(split: Split, user: IntArray, start: IntArray, length: IntArra
     begins = split.histories.offsets[user]
     arrays = (split.histories.items, begins + start, length, leading, begins)
     times = torch.from_numpy(np.require(split.histories.times, requirements="W"))
-    return Windows(*(torch.from_numpy(np.array(array, dtype=np.int64)) for array in arrays), times=times)
+    return Windows(*(torch.from_numpy(np.array(array, dtype=np.int64)) for array in arrays), times)

@@ -96,8 +96,8 @@ def _times(histories: Sequence[History], ends: Tensor, max_len: int) -> tuple[Te
     for history in histories:
         if history.times is None:
             raise DataError(
-                "a history must come with times, which the model reads; given items alone; of the data's users they are "
-                "known (--user)"
+                "a history must come with times, which the model reads; given items alone; the data has those of its "
+                "users (--user)"
             )
         times = np.concatenate([[np.nan], history.times])[-max_len - 1 :]
         before.append(times[:-1])

@@ -133,7 +133,9 @@ def _fit(
 def _given(model: TTT4Rec, split: Split, options: TrainOptions) -> list[Any]:
     """What all processes must be given alike; initial weights are the first one's."""
     histories = split.histories
-    arrays = [histories.items, histories.offsets, split.train_begin, split.train_end, split.valid_end]
+    arrays: list[TimeArray] = [
+        *(histories.items, histories.offsets, split.train_begin, split.train_end, split.valid_end)
+    ]
     arrays += [] if model.event_times is None else [histories.times]
     weights = [(name, list(x.shape), str(x.dtype), x.requires_grad) for name, x in model.named_parameters()]
     parts = [dataclasses.asdict(options), dataclasses.asdict(model.config), weights]
