@@ -13,7 +13,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "studies/README
 ]
 TOGETHER = [
     ["README.md"], ["docs/layer.md"], ["docs/recommender.md", "docs/online.md"], ["docs/data.md"],
-    ["docs/recommending.md"], ["docs/metrics.md"], ["docs/runs.md"], ["docs/item-features.md"],
+    ["docs/recommending.md"], ["docs/metrics.md"], ["docs/runs.md"], ["docs/item-features.md"], ["docs/times.md"],
     pytest.param(["docs/huggingface.md"], marks=pytest.mark.slow),
     pytest.param(["docs/parallel.md"], marks=pytest.mark.slow),
 ]  # fmt: skip

@@ -119,7 +119,7 @@ def test_wrong_times_are_refused(run):
         recommender.recommend(history=["i1", "i2"], times=[1])
     with pytest.raises(DataError, match="times must come with the history that they are of"):
         recommender.recommend("u1", times=[1])
-    with pytest.raises(DataError, match="times must be those of each of 1 histories; given 2"):
+    with pytest.raises(DataError, match="times must be given for each of 1 histories; given 2"):
         recommender.recommend_batch([["i1"]], times=[[1], [2]])
     for wrong in (math.nan, math.inf, "1", 10**400, None):
         with pytest.raises(DataError, match="times must be finite numbers, in the unit of the data's times; given"):

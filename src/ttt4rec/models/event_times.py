@@ -1,12 +1,12 @@
 """Times of events, besides their order: what a model knows of the time between events, and of that until a request.
 
-With g_t the time from the user's event before to event t, and e the time from the last event that was read to the
-moment for which items are wanted, a model with ``times="query"`` reads and scores by
+Let g_t be the time between event t and the user's event before, and e the time from the last event to the request. A
+model with ``times="query"`` reads and scores by
 
     x_t = norm(dropout(E[i_t] + G[b(g_t)])),    y = (1 + S[b(e)]) ⊙ h + Q[b(e)],    scores = E y,
 
 where h is what stands behind the final norm and b(g) = floor(log2(1 + g)) a bucket. With ``times="gap"`` y is h. The
-state of a stream depends on gaps alone, so that one that was read once answers requests of any time.
+state of a stream depends on gaps alone: an event is read once, for requests of any time.
 """
 
 from typing import Any, NamedTuple
@@ -137,6 +137,6 @@ def check_times(name: str, x: Tensor | None, times: str, wanted: bool, shape: tu
         return
     if x is None:
         raise ValueError(f"{name} must be given, as the model has times={times!r}; given None")
-    check_shape(name, x, shape, "that of the ids or hidden states")
+    check_shape(name, x, shape, "as ids or hidden states have")
     if x.is_cpu and has_values(x) and bool(x.isnan().any()):
         raise ValueError(f"{name} must be numbers; given NaN")

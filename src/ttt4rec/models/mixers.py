@@ -189,7 +189,8 @@ class HSTUMixer(HistoryMixer):
     Σ_{j ≤ t} silu(q_t · k_j + r_{t-j}) v_j / max_len. The heads' outputs are normalised together, without a learned
     scale, multiplied by U and projected. Heads share r; distances beyond max_len - 1 have its last entry.
 
-    The published unit has a bias for differences in time as well. Here the model is told the order of items alone.
+    The published unit has a bias for differences in time as well. Here it knows the order of items. What a model knows
+    of times it knows outside its mixers: see ``TTT4RecConfig.times``.
 
     Args:
         width: feature size.

@@ -50,8 +50,8 @@ class Windows:
 
     def take(self, indices: Tensor) -> Windows:
         """Some of the windows."""
-        parts = (x[indices] for x in (self.starts, self.lengths, self.leading, self.begins))
-        return Windows(self.items, *parts, self.times)
+        starts, lengths, leading, begins = (x[indices] for x in (self.starts, self.lengths, self.leading, self.begins))
+        return Windows(self.items, starts, lengths, leading, begins, self.times)
 
     @property
     def targets_per_window(self) -> Tensor:
@@ -216,6 +216,9 @@ def _enumerate_windows(counts: IntArray) -> tuple[IntArray, IntArray]:
 def _make_windows(split: Split, user: IntArray, start: IntArray, length: IntArray, leading: IntArray) -> Windows:
     """Windows with ``start`` a position in the user's history."""
     begins = split.histories.offsets[user]
-    arrays = (split.histories.items, begins + start, length, leading, begins)
+    items, *arrays = (
+        torch.from_numpy(np.array(array, dtype=np.int64))
+        for array in (split.histories.items, begins + start, length, leading, begins)
+    )
     times = torch.from_numpy(np.require(split.histories.times, requirements="W"))
-    return Windows(*(torch.from_numpy(np.array(array, dtype=np.int64)) for array in arrays), times)
+    return Windows(items, arrays[0], arrays[1], arrays[2], arrays[3], times)

@@ -20,7 +20,7 @@ TOKENS_AT_ONCE = 2048
 class Streams:
     """As many streams as fit into a byte budget, each with its blocks' states and its last hidden state.
 
-    Those of a model that reads times have the time of their last event too.
+    With a model that reads times they have the time of their last event too.
 
     Args:
         model: in evaluation mode.
@@ -76,7 +76,7 @@ class Streams:
 
         Args:
             slots: which.
-            at: the time of the request, for a model that is told; None: that of each stream's last event.
+            at: the time of the request, for a model that is told; None: the time of each stream's last event.
         """
         where = self._where(slots)
         h, elapsed = self._hidden[where], None

@@ -22,7 +22,7 @@ class History(NamedTuple):
     Attributes:
         codes: item codes, oldest first, int64 [n].
         times: when these events happened, [n]; a model with times needs them.
-        at: the time of the request, for a model with times="query"; None: that of the last event.
+        at: the time of the request, for a model with times="query"; None: the time of the last event.
         unknown: ids that stood among them and that the catalogue does not know.
     """
 
@@ -96,8 +96,8 @@ def _times(histories: Sequence[History], ends: Tensor, max_len: int) -> tuple[Te
     for history in histories:
         if history.times is None:
             raise DataError(
-                "a history must come with times, which the model reads; given items alone; the data has those of its "
-                "users (--user)"
+                "a history must come with times, which the model reads; given items alone; the data has the times of "
+                "its users (--user)"
             )
         times = np.concatenate([[np.nan], history.times])[-max_len - 1 :]
         before.append(times[:-1])

@@ -196,7 +196,7 @@ class Recommender:
         """
         wanted = Wanted(k, exclude_seen, allow, deny, min_score, popular, rerank)
         if times is not None and len(times) != len(histories):
-            raise DataError(f"times must be those of each of {len(histories)} histories; given {len(times)}")
+            raise DataError(f"times must be given for each of {len(histories)} histories; given {len(times)}")
         if at is not None:
             as_times("at", at)
         of_each = [None] * len(histories) if times is None else times
