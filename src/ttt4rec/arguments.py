@@ -215,8 +215,11 @@ class Forget(NamedTuple):
     initial: tuple[Tensor, ...]  # W1, b1[, W2, b2] [H, ...]
 
 
-Step = Callable[[Tensor, Tensor], Tensor | None]
-"""Advances streams: of inputs [B, C], or items [B], and slots, int64 [B], outputs [B, C]; None if they are wrong."""
+Step = Callable[..., Tensor | None]
+"""Advances streams: of inputs [B, C], or items [B], and slots, int64 [B], outputs [B, C]; None if they are wrong.
+
+A model's step may be given rows [B, C] to read instead of the embeddings of the items.
+"""
 
 
 class LayerParts(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 
 from tests.support.checks import assert_close
 from ttt4rec import TTT4Rec, TTT4RecConfig
-from ttt4rec.models.event_times import LAST, NUM_BUCKETS, bucket, gaps_of, time_between
+from ttt4rec.models.event_times import FIRST, bucket, gaps_of, time_between
 from ttt4rec.models.losses import LOSSES, Loss
 from ttt4rec.models.mixers import MIXERS
 
@@ -39,8 +39,9 @@ def test_buckets_begin_at_powers_of_two():
     bounds = [2.0**k - 1 for k in range(1, 50)]
     assert bucket(torch.tensor(bounds, dtype=torch.float64)).tolist() == list(range(1, 50))
     assert bucket(torch.tensor(bounds, dtype=torch.float64) - 0.5).tolist() == list(range(49))
-    odd = torch.tensor([0.0, -5.0, 2.0**80, math.inf], dtype=torch.float64)
-    assert bucket(odd).tolist() == [0, 0, LAST, NUM_BUCKETS - 1]
+    odd = torch.tensor([0.0, -5.0, 2.0**64 - 2.0**12, 2.0**80, math.inf], dtype=torch.float64)
+    assert bucket(odd).tolist() == [0, 0, 63, FIRST, FIRST]
+    assert bucket(torch.tensor([0, 1, 7, 2**63 - 1])).tolist() == [0, 1, 3, 63]
 
 
 def test_what_is_not_later_has_no_gap_and_what_is_first_an_infinite_one():
@@ -120,7 +121,7 @@ def test_every_loss_trains_the_vectors(loss):
     compute(model, hidden, items).backward()
     reached = {name: p.grad.abs().amax(1) > 0 for name, p in model.event_times.named_parameters()}
     assert reached["gap"][bucket(gaps[0])].all()
-    used = torch.zeros(NUM_BUCKETS, dtype=torch.bool).index_fill(0, bucket(gaps[0].roll(-1)[3:]), True)
+    used = torch.zeros(FIRST + 1, dtype=torch.bool).index_fill(0, bucket(gaps[0].roll(-1)[3:]), True)
     assert torch.equal(reached["scale"], used)
     assert torch.equal(reached["shift"], used)
 

@@ -70,6 +70,31 @@ def test_the_numbers_are_those_of_the_parts(inner, backbone, shape, taken):
         assert_close(a, b)
 
 
+@pytest.mark.parametrize("inner", INNERS)
+def test_models_with_times_step_at_once_too(inner, taken):
+    model = make_model(inner, times="query", num_blocks=2)
+    own, parts = model.make_pools(SLOTS), model.make_pools(SLOTS)
+    for t in range(7):
+        B = (1, 3, 37)[t % 3]
+        ids, slots = torch.randint(1, ITEMS + 1, (B,)), torch.randperm(SLOTS)[:B]
+        gaps = 10 ** (8 * torch.rand(B)) if t else torch.full((B,), torch.inf)
+        assert_close(model.step(ids, own, slots, gaps), model._step_by_parts(ids, parts, slots, gaps))
+    assert all(y is not None for y in taken)
+    for a, b in zip(states_of(own), states_of(parts), strict=True):
+        assert_close(a, b)
+    before = [x.clone() for x in states_of(own)]
+    for wrong in (torch.tensor([torch.nan, 0]), torch.zeros(1), None):
+        with pytest.raises(ValueError, match="gaps must"):
+            model.step(torch.tensor([1, 2]), own, torch.tensor([0, 1]), wrong)
+    with pytest.raises(ValueError, match="given a 0, which pads"):
+        model.step(torch.tensor([1, 0]), own, torch.tensor([0, 1]), torch.ones(2))
+    assert all(map(torch.equal, before, states_of(own)))
+    with torch.no_grad():
+        model.event_times.gap.mul_(2)  # nothing is kept of what it was
+    ids, slots, gaps = torch.tensor([3]), torch.tensor([1]), torch.tensor([5.0])
+    assert_close(model.step(ids, own, slots, gaps), model._step_by_parts(ids, parts, slots, gaps))
+
+
 def test_errors_in_float32_are_those_of_the_parts():
     model, exact = make_model(dtype=torch.float32), make_model()
     exact.load_state_dict({name: x.double() for name, x in model.state_dict().items()})

@@ -19,10 +19,8 @@ from ..checks import check_shape
 from ..layers.initialisation import Device
 from ..operators.transforms import has_values
 
-LAST = 63
-"""The bucket of the longest times; of nanoseconds 292 years."""
-NUM_BUCKETS = LAST + 2
-"""The last one is of events that have none before them, whose gap is infinite."""
+FIRST = 64
+"""The bucket of events that have none before them, whose gap is infinite. No times of 64 bits are so far apart."""
 
 
 class Times(NamedTuple):
@@ -76,14 +74,12 @@ def gaps_of(times: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
 
 
 def bucket(elapsed: Tensor) -> Tensor:
-    """floor(log2(1 + elapsed)), int64, at most ``LAST``. What is negative counts 0, infinity has the bucket behind it.
+    """floor(log2(1 + elapsed)), int64. What is negative counts 0; from 2**64 on, all is infinite.
 
     Args:
         elapsed: times between events, any shape and dtype.
     """
-    elapsed = elapsed.double()
-    exponent = torch.frexp(1 + elapsed.clamp(0, 2.0**LAST)).exponent.long() - 1
-    return exponent.clamp(max=LAST).masked_fill(elapsed == torch.inf, LAST + 1)
+    return torch.frexp(1 + elapsed.double().clamp(0, 2.0**FIRST)).exponent.long() - 1
 
 
 class EventTimes(nn.Module):
@@ -96,13 +92,17 @@ class EventTimes(nn.Module):
         dtype: of the parameters.
     """
 
+    gap: nn.Parameter
+    scale: nn.Parameter
+    shift: nn.Parameter
+
     def __init__(self, width: int, query: bool, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         names = ("gap", "scale", "shift") if query else ("gap",)
         self.query = query
         factory: Any = {"device": device, "dtype": dtype}
         for name in names:
-            self.register_parameter(name, nn.Parameter(torch.empty(NUM_BUCKETS, width, **factory)))
+            self.register_parameter(name, nn.Parameter(torch.empty(FIRST + 1, width, **factory)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -112,13 +112,12 @@ class EventTimes(nn.Module):
 
     def read(self, rows: Tensor, gaps: Tensor) -> Tensor:
         """Rows of items ``[..., width]`` and what their gaps ``[...]`` add."""
-        return rows + F.embedding(bucket(gaps), self.get_parameter("gap"))
+        return rows + F.embedding(bucket(gaps), self.gap)
 
     def asked(self, h: Tensor, elapsed: Tensor) -> Tensor:
         """Hidden states ``[..., width]`` for requests at times ``[...]`` after the last event."""
         place = bucket(elapsed)
-        scale, shift = (F.embedding(place, self.get_parameter(name)) for name in ("scale", "shift"))
-        return h + h * scale + shift
+        return h + h * F.embedding(place, self.scale) + F.embedding(place, self.shift)
 
 
 def check_times(name: str, x: Tensor | None, times: str, wanted: bool, shape: tuple[int, ...]) -> None:

@@ -14,16 +14,22 @@ from ..layers.step_at_once import are_rows, fit, is_like, layer_parts, patched, 
 from ..layers.ttt import TTTLayer
 from ..operators.backends import shortcut
 from .blocks import Block, BlockPool, GELUFeedForward, SwiGLU
+from .event_times import check_times
 
 LANES = 16
 """The compiled feed-forward network takes hidden widths that are multiples of this."""
 
 
-def step_at_once(model: Any, ids: Tensor, pools: Sequence[BlockPool], slots: Tensor) -> Tensor | None:
+@torch.no_grad()
+def step_at_once(
+    model: Any, ids: Tensor, pools: Sequence[BlockPool], slots: Tensor, gaps: Tensor | None = None
+) -> Tensor | None:
     """As ``TTT4Rec.step``; None, and nothing has changed, if the parts must do it, or refuse it."""
     if not unobserved() or not are_rows(ids, slots) or ids.dim() != 1 or ids.dtype is not torch.int64 or not pools:
         return None
-    if model.event_times is not None or not all(isinstance(pool.mixer, StatePool) for pool in pools):
+    if not all(isinstance(pool.mixer, StatePool) for pool in pools):  # other mixers' own
+        return None
+    if (model.event_times is None) != (gaps is None):
         return None
     tensors = [x for pool in pools for x in (*pool.mixer.tensors, pool.conv)]
     if model.features is not None:
@@ -31,7 +37,13 @@ def step_at_once(model: Any, ids: Tensor, pools: Sequence[BlockPool], slots: Ten
             return None
         tensors.append(model.served_items())  # the same one as long as nothing changes that it is made of
     found = prepared(pools[0].mixer, model, tensors, lambda _: _prepare(model, pools))
-    return None if found is None else found[0](ids.contiguous(), slots.contiguous())
+    if found is None:
+        return None
+    if gaps is None:
+        return found[0](ids.contiguous(), slots.contiguous())
+    check_times("gaps", gaps, model.config.times, True, tuple(ids.shape))
+    rows = model.event_times.read(model.item_rows(ids), gaps)
+    return found[0](ids.contiguous(), slots.contiguous(), rows)
 
 
 def _prepare(model: Any, pools: Sequence[BlockPool]) -> Step | None:

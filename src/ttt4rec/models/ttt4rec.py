@@ -298,7 +298,7 @@ class TTT4Rec(nn.Module):
                 in ``forward``, or, on a CPU, an id of 0. The pools are as before.
             TypeError: ids or slots are not int64.
         """
-        y = step_at_once(self, ids, pools, slots) if type(self) is TTT4Rec and gaps is None else None
+        y = step_at_once(self, ids, pools, slots, gaps) if type(self) is TTT4Rec else None
         return self._step_by_parts(ids, pools, slots, gaps) if y is None else y
 
     @torch.no_grad()

@@ -86,12 +86,17 @@ class _ModelStep:
         self._tables = [(block.layer.around.cos, block.layer.around.sin) for block in blocks]
         self._work = sum(_work(block.layer) + 3 * block.up[0].numel() for block in blocks)
 
-    def __call__(self, ids: Tensor, slots: Tensor) -> Tensor | None:
+    def __call__(self, ids: Tensor, slots: Tensor, rows: Tensor | None = None) -> Tensor | None:
         library = self._library
         if not _are_within(library, ids, 1, self._rows - 1) or not _are_places(library, slots, self._num_slots):
             return None
         y = torch.empty(ids.shape[0], self._width, dtype=self._dtype, device="cpu")
-        _run(library.ttt_model_step, self._call, slots, ids, y, self._work)
+        if rows is None:
+            call = self._call
+        else:  # they are a table whose rows are taken in their order
+            call, ids = ModelCall.from_buffer_copy(self._call), torch.arange(ids.shape[0])
+            call.table = rows.data_ptr()
+        _run(library.ttt_model_step, call, slots, ids, y, self._work)
         return y
 
 
@@ -101,7 +106,10 @@ def layer_step(given: LayerParts) -> Step:
 
 
 def model_step(given: ModelParts) -> Step:
-    """Of ids and slots: hidden states ``[B, C]``; None, and nothing has changed, if one of them is wrong."""
+    """Of ids and slots: hidden states ``[B, C]``; None, and nothing has changed, if one of them is wrong.
+
+    Rows ``[B, C]``, contiguous and of the table's dtype, are read instead of the table's, if they are given as well.
+    """
     return _ModelStep(given)
 
 
