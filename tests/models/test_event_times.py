@@ -38,7 +38,8 @@ def make_histories(rows=2):
 def test_buckets_begin_at_powers_of_two():
     bounds = [2.0**k - 1 for k in range(1, 50)]
     assert bucket(torch.tensor(bounds, dtype=torch.float64)).tolist() == list(range(1, 50))
-    assert bucket(torch.tensor(bounds, dtype=torch.float64) - 0.5).tolist() == list(range(49))
+    below = torch.nextafter(torch.tensor(bounds, dtype=torch.float64), torch.zeros(()).double())
+    assert bucket(below).tolist() == list(range(49))
     odd = torch.tensor([0.0, -5.0, 2.0**64 - 2.0**12, 2.0**80, math.inf], dtype=torch.float64)
     assert bucket(odd).tolist() == [0, 0, 63, FIRST, FIRST]
     assert bucket(torch.tensor([0, 1, 7, 2**63 - 1])).tolist() == [0, 1, 3, 63]

@@ -54,13 +54,12 @@ def split(run):
 @pytest.mark.slow
 def test_times_are_learned_from(tmp_path, split):
     found = {}
-    for times in ("none", "gap", "query"):
-        options = TrainOptions(epochs=25, targets_per_batch=64, learning_rate=1e-2)
+    for times, epochs in (("gap", 20), ("query", 60)):
+        options = TrainOptions(epochs=epochs, patience=epochs, targets_per_batch=64, learning_rate=1e-2)
         reports = fit(make_model(split, times=times), split, tmp_path / times, options)
         found[times] = max(report.metrics["MRR@10"] for report in reports)
-    assert found["none"] < 0.8  # which of two items comes is decided by a coin
-    assert found["gap"] < 0.8
-    assert found["query"] > 0.95
+    assert found["gap"] < 0.8  # which of two items comes is decided by a coin: 0.75 if both are known
+    assert found["query"] > 0.9  # 0.98 here
 
 
 def test_a_run_is_resumed_and_knows_its_times(tmp_path, split):

@@ -79,7 +79,8 @@ def bucket(elapsed: Tensor) -> Tensor:
     Args:
         elapsed: times between events, any shape and dtype.
     """
-    return torch.frexp(1 + elapsed.double().clamp(0, 2.0**FIRST)).exponent.long() - 1
+    bounds = torch.arange(1, FIRST + 1, dtype=torch.float64, device=elapsed.device).exp2() - 1
+    return torch.bucketize(elapsed.double(), bounds, right=True)
 
 
 class EventTimes(nn.Module):

@@ -159,7 +159,7 @@ def test_bad_arguments() -> None:
         batches(training_windows(split, max_len=2), targets_per_batch=0, generator=torch.Generator())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(LENGTHS, RATIOS, PARTS, MAX_LEN, st.sampled_from([np.int64, np.float64]))
 def test_gaps_are_those_of_whole_histories(lengths, ratios, part, max_len, dtype) -> None:
     split = split_of(lengths, ratios)

@@ -45,9 +45,9 @@ def walk(online, users, rng, steps, late):
         online.observe([user], [rng.choice(KNOWN)], times=[time])
 
 
-@pytest.mark.parametrize("make_log", [MemoryEventLog, "sqlite"], ids=["memory", "sqlite"])
-def test_states_know_the_times_of_the_log(make_log, tmp_path):
-    log = SQLiteEventLog(tmp_path / "log.db") if make_log == "sqlite" else make_log()
+@pytest.mark.parametrize("kind", ["memory", pytest.param("sqlite", marks=pytest.mark.slow)])
+def test_states_know_the_times_of_the_log(kind, tmp_path):
+    log = SQLiteEventLog(tmp_path / "log.db") if kind == "sqlite" else MemoryEventLog()
     online, users = make_online(MODEL, slots=2, log=log), ("u", "v", "w")
     walk(online, users, random.Random(0), 25, late=0.3)
     for user in users:
