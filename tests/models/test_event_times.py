@@ -62,7 +62,7 @@ def test_a_new_model_is_the_one_without_times(times):
     assert torch.equal(drawn, torch.rand(1))  # nor is anything else drawn than before
     assert timed.state_dict().keys() - plain.state_dict().keys() == {f"event_times.{n}" for n in NAMES[times]}
     assert torch.equal(timed.at_request(timed(ids, gaps=gaps), gaps), plain(ids))
-    assert "times" not in plain.config.identity()  # as in checkpoints and snapshots of before
+    assert "times" not in plain.config.identity()  # as in snapshots of before
     assert timed.config.identity()["times"] == times
 
 

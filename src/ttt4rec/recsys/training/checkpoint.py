@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ttt4rec.atomic_files import header_checksum, write_tensors
 from ttt4rec.checks import printable
-from ttt4rec.models.ttt4rec import TTT4RecConfig
+from ttt4rec.models.config import TTT4RecConfig
 from ttt4rec.options import TrainOptions
 
 _KIND = "ttt4rec training checkpoint, version 3"
