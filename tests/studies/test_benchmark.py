@@ -278,7 +278,7 @@ def test_a_part_of_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         sys,
         "argv",
         ["benchmark", "run", "--data", "x", "--models", "y", "--results", str(tmp_path / "r"), "--datasets", "ml-100k",
-         "--methods", "TTT4Rec", "HSTU", "--splits", TEMPORAL, "--rates", "0.01", "--seeds", "5", "--epochs", "3"],
+         "--methods", "TTT4Rec (", "HSTU", "--splits", TEMPORAL, "--rates", "0.01", "--seeds", "5", "--epochs", "3"],
     )  # fmt: skip
     assert command.main() == 0
     (plan,) = plans
