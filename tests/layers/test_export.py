@@ -109,6 +109,7 @@ def test_a_stream_goes_on():
         assert_states_close(state, expected_state)
 
 
+@pytest.mark.slow
 def test_the_reference_with_a_batch_of_any_size():
     """Its loop over mini-batches is unrolled, so that the length is that of the export."""
     layer = make_layer("mlp", "mamba", width=16, backend="reference")

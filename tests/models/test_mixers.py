@@ -230,7 +230,9 @@ def test_bert4rec_sees_nothing_of_what_it_predicts():
     assert not torch.allclose(both, other)  # it does read in both directions
 
 
-@pytest.mark.parametrize("mixer", ["narm", "mamba", "bidirectional", "hstu"])
+@pytest.mark.parametrize(
+    "mixer", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("narm", "mamba")), "bidirectional", "hstu"]
+)
 def test_a_baseline_learns_the_pattern(tmp_path, mixer):
     split = make_split(tmp_path)
     options = TrainOptions(epochs=30, patience=30, targets_per_batch=64, learning_rate=1e-2)

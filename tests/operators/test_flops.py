@@ -142,7 +142,7 @@ def test_every_operator_has_a_formula():
     assert SCANS["linear"].op._opoverload.overloadpacket in registry
 
 
-@pytest.mark.parametrize("first", ["ttt4rec", "torch.utils.flop_counter"])
+@pytest.mark.parametrize("first", ["ttt4rec", pytest.param("torch.utils.flop_counter", marks=pytest.mark.slow)])
 def test_whichever_is_imported_first(first):
     """And the import of this package loads neither the counter nor triton."""
     second = {"ttt4rec": "torch.utils.flop_counter", "torch.utils.flop_counter": "ttt4rec"}[first]

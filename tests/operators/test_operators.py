@@ -214,6 +214,7 @@ layer(torch.randn(2, 6, 8)).sum().backward()
 """
 
 
+@pytest.mark.slow
 def test_a_toy_operator_and_a_toy_backend_are_added(tmp_path, pytestconfig):
     """In a process of its own: operators cannot be taken away again."""
     (tmp_path / "toy_backend.py").write_text(TOY_BACKEND)

@@ -135,7 +135,7 @@ LAYERS = [
     for inner in INNERS
     for backbone in BACKBONES
     for call in (as_rows, as_packed, as_streams)
-    for slow in [inner == "mlp" and (backbone, call) != ("transformer", as_rows)]
+    for slow in [inner == "mlp"]
 ]
 
 

@@ -175,7 +175,7 @@ def test_nothing_is_flushed_on_request_only(tmp_path):
             assert log._writer.execute("PRAGMA synchronous").fetchone() == (level,)
 
 
-@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
 def test_dying_while_a_group_is_written_loses_nothing_acknowledged(every):
     """Nor is a batch half there; by a kill and by a failure of the power, before, in and after writes and flushes.
 

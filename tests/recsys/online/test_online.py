@@ -308,11 +308,11 @@ def test_others_have_their_turn_while_a_long_history_is_read(monkeypatch):
     read = online._states._streams.read
     begun = threading.Event()
 
-    def slowly(slots, items):
+    def slowly(slots, items, times):
         if max(map(len, items)) > 1:
             begun.set()
             sleep(0.005)
-        read(slots, items)
+        read(slots, items, times)
 
     monkeypatch.setattr(online._states._streams, "read", slowly)
 
@@ -334,9 +334,10 @@ def test_others_have_their_turn_while_a_long_history_is_read(monkeypatch):
 
 
 def test_nobody_has_two_turns_while_somebody_waits():
-    turns, order = Turns(), []
+    turns, order, both = Turns(), [], threading.Barrier(2)
 
     def work(number):
+        both.wait(10)
         for _ in range(30):
             with turns:
                 order.append(number)

@@ -17,7 +17,7 @@ from ttt4rec.recsys.training.checkpoint import save_checkpoint
 from ttt4rec.recsys.training.train import CHECKPOINT_FILE, METRICS_FILE, fit
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path, kills):
     assert survive(tmp_path, kills, seed=kills) >= kills // 10
 

@@ -54,7 +54,7 @@ def assert_same_run(given, expected, limit):
     [
         pytest.param(2, {}, {}, id="two", marks=pytest.mark.slow),
         pytest.param(2, {"clip_norm": 0.01, "inner_lr_warmup": 3, "average_over": 0.1}, {}, id="all at once"),
-        pytest.param(3, {"accumulate": 2}, {"mixer": "gru"}, id="three accumulating"),
+        pytest.param(3, {"accumulate": 2}, {"mixer": "gru"}, id="three accumulating", marks=pytest.mark.slow),
         pytest.param(2, {"targets_per_batch": 1}, {"mixer": "attention"}, id="a process without a window"),
     ],
 )
@@ -265,6 +265,7 @@ def test_after_an_error_the_model_can_be_trained(tmp_path):
     assert together(2, run) == [(losses, "Embedding") for losses, _, _ in whole]
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_the_first_process_is_told_in_all_and_leaves_the_model_whole(tmp_path, monkeypatch):
     split = make_split(tmp_path, users=20)
     wholes = together(2, lambda: train(split, tmp_path / "whole"))

@@ -1,9 +1,9 @@
 """The average of the weights over the newest steps, which is what is validated and kept.
 
 Steps of a constant learning rate go on jumping around what they approach; their average does not. It is the
-polynomial-decay average of Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth Optimization" (2013), section
-3.2: after step t, average += (weights - average) (η + 1) / (t + η), with η + 1 = 1 / reach. It needs no length of the
-training to be known.
+polynomial-decay average of Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth Optimization", ICML 2013,
+section 3.2: after step t, average += (weights - average) (η + 1) / (t + η), with η + 1 = 1 / reach. It needs no length
+of the training to be known.
 """
 
 from __future__ import annotations
