@@ -358,8 +358,11 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     command.add_argument("--deny", metavar="FILE", help="offer none of these items, one a line")
     command.add_argument("--min-score", type=float, metavar="X", help="offer nothing of a lower score")
     command.add_argument("--popular", action="store_true", help="what is popular of late, without a known history")
-    about = "when the items are asked for, of a model of --times query (default: the time of the last event)"
-    command.add_argument("--at", type=float, metavar="TIME", help=about)
+    about = (
+        "when the items are asked for, of a model of --times query, in the unit of the data's times; a date such as "
+        "2025-01-31T08:00 is seconds since 1970 (default: the time of the user's last event)"
+    )
+    command.add_argument("--at", metavar="TIME", help=about)
     about = "from 0 to 1: prefer items unlike those above them (maximal marginal relevance)"
     command.add_argument("--diversity", type=float, default=0.0, metavar="X", help=about)
     about = "write a table: .csv, .tsv, .jsonl or .parquet; without it, many users' are lines of JSON on stdout"

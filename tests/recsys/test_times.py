@@ -148,6 +148,18 @@ def test_the_command_line(run, capsys):
     assert "times must be none with mixer bidirectional" in capsys.readouterr().err
 
 
+def test_at_is_a_number_or_a_date_as_in_files(run, capsys):
+    ask = ["recommend", str(run / "run"), "--user", "u1", "-k", "24", "--include-seen", "--at"]
+    seconds = 1_735_689_600
+    for at in (str(seconds), "2025-01-01", "2025-01-01T01:00:00+01:00"):
+        assert main([*ask, at]) == 0
+    by_number, by_day, by_moment = np.array_split(capsys.readouterr().out.splitlines(), 3)
+    assert by_number.tolist() == by_day.tolist() == by_moment.tolist()
+    for at in ("tomorrow", "nan"):
+        assert main([*ask, at]) == 2
+        assert "--at must be a finite number in the unit of the data's times, or a date" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_warm_start_reads_times_too(run, tmp_path, capsys):
     command = ["train", str(run / "sessions.inter"), "--out", str(tmp_path), "--epochs", "1"]

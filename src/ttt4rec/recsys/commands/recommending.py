@@ -16,6 +16,7 @@ from ttt4rec.options import DataOptions
 from ttt4rec.recsys.commands.arguments import device_of
 from ttt4rec.recsys.data import Id
 from ttt4rec.recsys.data.text import DataError, TextFile
+from ttt4rec.recsys.data.times import Times
 from ttt4rec.recsys.recommend import Recommender, offers
 from ttt4rec.recsys.recommend.rerank import MaximalMarginalRelevance
 from ttt4rec.recsys.recommend.titles import titles_for
@@ -36,10 +37,8 @@ def recommend(args: Namespace) -> None:
     wanted["exclude_seen"] = not args.include_seen
     times = recommender.model.config.times
     if args.at is not None and not TIMES[times].query:
-        raise ValueError(
-            f"--at must come with a model of --times query; given {args.at:.17g} for one of --times {times}"
-        )
-    wanted["at"] = args.at
+        raise ValueError(f"--at must come with a model of --times query; given {args.at} for one of --times {times}")
+    wanted["at"] = None if args.at is None else _moment(args.at)
     wanted |= {name: _ids_in(Path(getattr(args, name))) for name in ("allow", "deny") if getattr(args, name)}
     if args.diversity:
         wanted["rerank"] = MaximalMarginalRelevance(recommender.model.served_items(), args.diversity)
@@ -122,6 +121,17 @@ def _print_items(items: list[tuple[Id, float]], titles: Mapping[str, str] | None
     for rank, (item, score) in enumerate(items, start=1):
         title = "" if titles is None else f"  {printable(titles.get(str(item), ''))}"
         print(f"{rank:3d}  {printable(str(item))}  {score:.4f}{title}".rstrip())
+
+
+def _moment(text: str) -> float:
+    """A time as the columns of files have it."""
+    try:
+        return float(Times().texts([text])[0])
+    except ValueError:
+        raise ValueError(
+            "--at must be a finite number in the unit of the data's times, or a date such as 2025-01-31T08:00; "
+            f"given {text!r}"
+        ) from None
 
 
 def _recommend_many(
