@@ -44,7 +44,7 @@ def main() -> int:
         for name in given.plans or ["page"]:
             plan = chosen(given, PLANS[name])
             if not plan.total:
-                parser.error("no training is of the given datasets, splits and methods")
+                parser.error(f"no training is of the given datasets, splits and methods; {_choice(PLANS[name])}")
             say(f"{name}: {time_left(plan, read_results(given.results), given.processes)}")
             failed += Pool(plan, given.data, given.models, given.results, given.processes, say).run_all()
     if given.command == "page" or given.results == RUNS_FILE:
@@ -71,6 +71,12 @@ def chosen(given: argparse.Namespace, plan: Plan) -> Plan:
         seeds=given.seeds or plan.seeds,
         frame=frame,
     )
+
+
+def _choice(plan: Plan) -> str:
+    """What a plan has."""
+    datasets, splits = ([*dict.fromkeys(getattr(data, name) for data in plan.datasets)] for name in ("name", "split"))
+    return f"datasets: {', '.join(datasets)}; splits: {'; '.join(splits)}; methods: {'; '.join(plan.methods)}"
 
 
 if __name__ == "__main__":

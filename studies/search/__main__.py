@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from .report import table, write
-from .trials import JOURNAL, opened, run_all
+from .trials import JOURNAL, found, run_all
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
     if given.command == "table":
         if not JOURNAL.is_file():
             parser.error(f"table must come after run, which writes {JOURNAL}; there is no such file")
-        print(table(opened(JOURNAL).trials), end="")
+        print(table(found(JOURNAL)), end="")
         return 0
     run_all(given.journal, given.data, given.models, given.trials, given.processes, partial(print, flush=True))
     if given.journal == JOURNAL:

@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tools.documents import ROOT, section
 
 from ..report import row
-from .trials import JOURNAL, opened
+from .trials import JOURNAL, found
 
 DOCUMENT = ROOT / "docs" / "presets.md"
 SHOWN = 10
@@ -41,5 +41,5 @@ def _cells(trial: FrozenTrial) -> list[str]:
 
 def write() -> None:
     """Bring the document up to date with the journal."""
-    text = table(opened(JOURNAL).trials)
+    text = table(found(JOURNAL))
     DOCUMENT.write_text(section("search").sub(lambda _: text, DOCUMENT.read_text()))

@@ -10,7 +10,7 @@ import optuna
 import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from ttt4rec import TTT4Rec
 from ttt4rec.malloc import keep_freed_memory
@@ -21,6 +21,7 @@ from ..runner import load_split
 from .space import FIRST, run_of
 
 JOURNAL = Path(__file__).parents[1] / "results" / "search" / "journal.jsonl"
+NAME = "recipe"
 BEFORE_PRUNING = 4
 """Trials that are finished, and epochs of a trial that are over, before one may be given up."""
 
@@ -30,13 +31,19 @@ def opened(journal: Path, seed: int = 0) -> optuna.Study:
     journal.parent.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(
-        study_name="recipe",
+        study_name=NAME,
         storage=JournalStorage(JournalFileBackend(str(journal))),
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=8),
         pruner=optuna.pruners.MedianPruner(BEFORE_PRUNING, BEFORE_PRUNING),
         load_if_exists=True,
     )
+
+
+def found(journal: Path) -> list[FrozenTrial]:
+    """The trials in a journal, which is only read."""
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    return optuna.load_study(study_name=NAME, storage=storage).trials
 
 
 def run_all(journal: Path, data: Path, models: Path, trials: int, processes: int, say: Callable[[str], None]) -> None:

@@ -287,6 +287,18 @@ def test_a_part_of_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert all(run.settings["epochs"] == 3 and run.seed == 5 for run in plan.missing([]))
 
 
+def test_a_part_that_is_not_there_is_answered_by_the_parts_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", "run", "--data", "x", "--models", "y", "--datasets", "ml-100"])
+    with pytest.raises(SystemExit):
+        command.main()
+    error = capsys.readouterr().err
+    assert "datasets: ml-1m, " in error
+    assert TEMPORAL in error
+    assert "; GRU4Rec (GRU)" in error
+
+
 def test_the_page_is_up_to_date() -> None:
     document = report.DOCUMENT.read_text()
     written = report.written(document, Plan(), read_results(report.RUNS_FILE), read_results(checks.CHECKS_FILE))

@@ -78,6 +78,17 @@ def test_there_is_no_table_before_a_search(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
+def test_the_table_leaves_the_journal_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    journal = tmp_path / "journal.jsonl"
+    trials.opened(journal)
+    before = journal.read_bytes()
+    monkeypatch.setattr(search, "JOURNAL", journal)
+    monkeypatch.setattr(sys, "argv", ["search", "table"])
+    assert search.main() == 0
+    assert capsys.readouterr().out.startswith("0 recipes were tried")
+    assert journal.read_bytes() == before
+
+
 def test_the_table_has_the_best_trials_first() -> None:
     study = optuna.create_study()
     distributions = {name: optuna.distributions.CategoricalDistribution([value]) for name, value in space.FIRST.items()}
