@@ -17,7 +17,7 @@ FEWER = {100: 1024, 50: 512, 25: 256, 10: 128, 5: 128}
 """Percentages of the users who train, and targets in a step: a hundred steps in an epoch, but for the last."""
 LENGTHS = (50, 200, 1000)
 """The most items that a model reads."""
-_SHOWN = ("TTT4Rec", "SASRec", "HSTU", "GRU4Rec", "Mamba4Rec")
+_SHOWN = ("TTT4Rec (", "SASRec", "HSTU", "GRU4Rec", "Mamba4Rec")
 _METHODS = {label: settings for label, settings in METHODS.items() if label.startswith(_SHOWN)}
 _FEWER_DATA = {
     percent: Data("ml-100k", FEW_TRAIN.format(percent) if percent < 100 else LEAVE_ONE_OUT,
@@ -31,38 +31,45 @@ _LONG_DATA = {
 LITTLE = Plan(tuple(_FEWER_DATA.values()), _METHODS | {"TTT-Linear": {"inner": "linear"}})
 LONG = Plan(
     tuple(_LONG_DATA.values()),
-    {label: settings for label, settings in METHODS.items() if label.startswith(("TTT4Rec", "SASRec", "GRU4Rec"))},
+    {label: settings for label, settings in METHODS.items() if label.startswith(("TTT4Rec (", "SASRec", "GRU4Rec"))},
     rates=(3e-3,),
 )
 
 Curves = Mapping[str, Mapping[Any, list[float]]]
 """NDCG@10 of each method at each place, of every seed."""
+Panel = tuple[str, str, Curves]
+"""A title, what the places are, and the curves."""
 
 
 def tables(plan: Plan, results: Sequence[Result]) -> dict[str, str]:
-    """By the names of the page's parts."""
-    by_length = "\n".join(
-        f"{data.title}\n\n{table(curves, 'items of history, from')}"
-        for data in plan.datasets
-        if any((curves := by_history(plan, data, results)).values())
-    )
-    return {
-        "little": table(_curves(LITTLE, _FEWER_DATA, results), "% of the users who train"),
-        "lengths": table(_curves(LONG, _LONG_DATA, results), "items read"),
-        "histories": by_length or "Not run yet.\n",
-    }
+    """By the names of the page's parts: the picture, and a table for each panel."""
+    texts = {}
+    for name, panels in _panels(plan, results).items():
+        parts = [f"{title}\n\n{table(curves, label)}" for title, label, curves in panels]
+        drawn = [f"![NDCG@10, {panels[0][1]}]({picture(name)})\n"] if panels else []
+        texts[name] = "\n".join([*drawn, *parts]) or "Not run yet.\n"
+    return texts
 
 
-def pictures(plan: Plan, results: Sequence[Result]) -> dict[str, list[tuple[str, str, Curves]]]:
+def pictures(plan: Plan, results: Sequence[Result]) -> dict[str, list[Panel]]:
     """Panels by the names of the files; none for what has not been run."""
-    histories = [(data.title, "items of history, from", by_history(plan, data, results)) for data in plan.datasets]
+    return {picture(name): panels for name, panels in _panels(plan, results).items() if panels}
+
+
+def picture(name: str) -> str:
+    """The file of a part of the page."""
+    return f"benchmarks-{name}.png"
+
+
+def _panels(plan: Plan, results: Sequence[Result]) -> dict[str, list[Panel]]:
     found = {
-        "benchmarks-little.png": [("ml-100k", "% of the users who train", _curves(LITTLE, _FEWER_DATA, results))],
-        "benchmarks-lengths.png": [(ML_1M.name, "items read", _curves(LONG, _LONG_DATA, results))],
-        "benchmarks-histories.png": histories,
+        "little": [("ml-100k", "% of the users who train", _curves(LITTLE, _FEWER_DATA, results))],
+        "lengths": [(ML_1M.name, "items read", _curves(LONG, _LONG_DATA, results))],
+        "histories": [
+            (data.title, "items of history, from", by_history(plan, data, results)) for data in plan.datasets
+        ],
     }
-    drawn = {name: [panel for panel in panels if _any(panel[2])] for name, panels in found.items()}
-    return {name: panels for name, panels in drawn.items() if panels}
+    return {name: [panel for panel in panels if _any(panel[2])] for name, panels in found.items()}
 
 
 def _any(curves: Curves) -> bool:
@@ -94,11 +101,11 @@ def by_history(plan: Plan, data: Data, results: Sequence[Result]) -> Curves:
 def table(curves: Curves, heading: str) -> str:
     """NDCG@10, mean ± standard deviation over seeds; a line a method."""
     places = sorted({place for curve in curves.values() for place, values in curve.items() if values})
-    if not places:
-        return "Not run yet.\n"
     text = row([heading, *map(str, places)]) + row(["---"] * (len(places) + 1))
     best = {place: max(statistics.fmean(x) for c in curves.values() if (x := c.get(place))) for place in places}
     for method, curve in curves.items():
+        if not any(curve.values()):
+            continue
         cells = []
         for place in places:
             values = curve.get(place)
@@ -107,7 +114,7 @@ def table(curves: Curves, heading: str) -> str:
     return text
 
 
-def plot(panels: Sequence[tuple[str, str, Curves]], path: Path) -> None:
+def plot(panels: Sequence[Panel], path: Path) -> None:
     """A panel for each title, label of the axis and curves: means, with bars of a standard deviation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

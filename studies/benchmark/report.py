@@ -97,11 +97,11 @@ def _aim(plan: Plan, results: Sequence[Result]) -> str:
     above = "above every published figure but that of 8 blocks with times"
     text = f"The aim on ml-1m, leave-one-out, seen items out: {aimed}, {above}. {method}:"
     runs = plan.finished(ML_1M, method, results) if ML_1M in plan.datasets else []
-    if len(runs) < len(plan.seeds):
+    if not runs:
         return f"{text} not run yet."
     means = {name: statistics.fmean(_values(runs, (NEW, name))) for name in AIM}
     reached = [f"{name} {mean:.4f} ({mean / AIM[name] - 1:+.0%})" for name, mean in means.items()]
-    return f"{text} {', '.join(reached)}."
+    return f"{text} {', '.join(reached)}; {len(runs)} of {len(plan.seeds)} seeds."
 
 
 def written(document: str, plan: Plan, results: Sequence[Result], checked: Sequence[Result] = ()) -> str:

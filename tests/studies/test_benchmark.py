@@ -209,11 +209,12 @@ def test_curves_show_what_has_been_run(tmp_path: Path) -> None:
     found = curves.tables(PLAN, results)
     assert "| items of history, from | 0 | 50 |" in found["histories"]
     assert "| GRU | **0.1000** ± 0.0000 | **0.2500** ± 0.0000 |" in found["histories"]
-    assert found["little"].startswith("| % of the users who train | 5 | 10 | 25 | 50 | 100 |\n")
-    assert found["lengths"].startswith("| items read | 50 | 200 | 1000 |\n")
+    assert "| % of the users who train | 5 | 10 | 25 | 50 | 100 |\n" in found["little"]
+    assert "| items read | 50 | 200 | 1000 |\n" in found["lengths"]
     for file, panels in curves.pictures(PLAN, results).items():
         curves.plot(panels, tmp_path / file)
         assert (tmp_path / file).stat().st_size > 1000
+        assert f"]({file})\n" in "".join(found.values())
 
 
 def test_few_train_and_all_are_tested(data: Path) -> None:
@@ -268,7 +269,7 @@ def test_the_aim_is_set_beside_what_was_reached() -> None:
     results: list[dict] = []
     for _ in range(6):
         results.append(result(next(plan.missing(results)), 0.4, new=0.335))
-    assert "GRU: HR@10 0.3350 (+0%), NDCG@10 0.3350 (+72%)." in report.state(plan, results)
+    assert "GRU: HR@10 0.3350 (+0%), NDCG@10 0.3350 (+72%); 2 of 2 seeds." in report.state(plan, results)
 
 
 def test_a_part_of_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
