@@ -67,14 +67,16 @@ def check(layer, size, backend="eager"):
     x = torch.randn(2, 9, layer.width, dtype=torch.float64)
     state = layer(torch.randn(2, 3, layer.width, dtype=torch.float64), return_state=True)[1].detach()
     expected, steps, losses = results(layer, x, state), stepped(layer, x, state), layer.surprise(x)
-    moved = layer.moved(expected[1])
+    moved, doubled = layer.moved(expected[1]), layer(2 * x).detach()
 
     def run():
         own = split(layer, size)
         mine = own_heads(state, dist.get_rank(), size)
         found = results(own, x, mine)
         found[-1].update((name, g.full_tensor()) for name, g in found[-1].items())
-        return *found, stepped(own, x, mine), own.surprise(x), own.moved(found[1])
+        found = *found, stepped(own, x, mine), own.surprise(x), own.moved(found[1])
+        own.register_forward_pre_hook(lambda _, given: (2 * given[0],))
+        return *found, own(x).detach()
 
     for rank, found in enumerate(together(size, run)):
         assert_close(found[0], expected[0], name="y")
@@ -88,6 +90,7 @@ def check(layer, size, backend="eager"):
         assert_states_close(found[5][1], own_heads(steps[1], rank, size))
         assert_close(found[6], losses, name="surprise")
         assert_close(found[7], moved.chunk(size, 1)[rank], name="moved")
+        assert_close(found[8], doubled, name="y behind a hook, which is called once")
 
 
 def test_heads_of_two_processes():

@@ -80,8 +80,8 @@ class HeadParallelLayer(TTTLayer):
     ) -> Tensor | tuple[Tensor, TTTState]:
         """As ``TTTLayer.forward``."""
         x = _same_everywhere(x, self._mesh)
-        own = self._own_heads()
-        return own(x, mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)  # type: ignore[no-any-return]
+        own = self._own_heads()  # not called: it has this layer's hooks, which run round this call
+        return own.forward(x, mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
 
     def initial_state(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
         """As of ``TTTLayer``, of this process's heads."""
