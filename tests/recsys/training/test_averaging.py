@@ -37,6 +37,27 @@ def test_weights_of_the_steps(reach, weight):
     torch.testing.assert_close(average.values["p"], (shares / shares.sum()) @ values, rtol=1e-12, atol=1e-12)
 
 
+def test_steps_too_small_for_bfloat16_are_taken_in():
+    values, p = torch.linspace(0, 1, 1000).bfloat16(), torch.zeros((), dtype=torch.bfloat16)
+    average, mean = Average({"p": p}, 1.0), values.double().mean()
+    for step, value in enumerate(values, start=1):
+        p.copy_(value)
+        average.add(step)
+    assert average.values["p"].item() == pytest.approx(mean.item(), rel=1e-5)
+    with average.in_place():
+        assert p == mean.bfloat16()
+    assert p == values[-1]
+
+
+def test_whatever_stops_the_average_on_its_way_in_the_weights_come_back():
+    parameters = {name: torch.zeros(2) for name in "ab"}
+    average = Average(parameters, 0.5)
+    average.values = {"a": torch.ones(2), "b": torch.ones(3)}
+    with pytest.raises(RuntimeError), average.in_place():
+        pass
+    assert not any(p.any() for p in parameters.values())
+
+
 def test_the_average_is_validated_and_kept_and_the_weights_go_on(tmp_path, monkeypatch):
     split, validated = make_split(tmp_path), []
     evaluate = train.evaluate

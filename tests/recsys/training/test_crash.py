@@ -180,6 +180,10 @@ def foreign(tmp_path, name):
             save_file({"model.x": torch.ones(2)}, path, header | {"progress": "{}"})
         case "other progress":
             save_checkpoint(path, {"model.x": torch.ones(2)}, {"epoch": 3})
+        case "list":
+            save_checkpoint(path, {"model.x": torch.ones(2)}, [3])
+        case "other options":
+            save_checkpoint(path, {"model.x": torch.ones(2)}, {"run": {"options": ["epochs"], "data": 3}})
         case "text":
             path.write_text("epoch 3")
         case "zeros":
@@ -188,6 +192,7 @@ def foreign(tmp_path, name):
 
 
 NAMES = ["pickle", "tensors", "another version", "no progress", "no checksum", "other progress", "text", "zeros"]
+NAMES += ["list", "other options"]
 
 
 @pytest.mark.parametrize("name", NAMES)

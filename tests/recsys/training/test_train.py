@@ -310,13 +310,15 @@ def test_a_flipped_bit_is_a_clear_error(tmp_path, part):
         fit(make_model(split), split, tmp_path, TrainOptions(epochs=1))
 
 
-@pytest.mark.parametrize("lost", ["reports", "best.norm.weight"])
+@pytest.mark.parametrize("lost", ["reports", "metrics", "steps", "best.norm.weight"])
 def test_an_incomplete_checkpoint_is_damaged(tmp_path, lost):
     split, path = make_split(tmp_path), tmp_path / CHECKPOINT_FILE
     fit(make_model(split), split, tmp_path, TrainOptions(epochs=1))
     tensors, progress = load_checkpoint(path)
     tensors.pop(lost, None)
-    save_checkpoint(path, tensors, progress | ({"reports": []} if lost == "reports" else {}))
+    without = [report | {"metrics": {}} for report in progress["reports"]]
+    instead = {"reports": {"reports": []}, "metrics": {"reports": without}, "steps": {"steps": "many"}}
+    save_checkpoint(path, tensors, progress | instead.get(lost, {}))
     with pytest.raises(ValueError, match="is damaged"):
         fit(make_model(split), split, tmp_path, TrainOptions(epochs=1))
 

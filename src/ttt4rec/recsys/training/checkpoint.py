@@ -19,6 +19,7 @@ _KIND = "ttt4rec training checkpoint, version 3"
 
 UNTOLD = ("epochs", "patience")
 """Options that do not tell runs apart."""
+_PARTS = {"options": dict, "config": dict, "features": dict, "data": list}
 _OF_DATA = ("other data, or another filter or split of them", "other validation data, or another split of them")
 
 
@@ -42,7 +43,9 @@ def differences(saved: Any, own: dict[str, Any]) -> list[str]:
             ``features`` as ``own`` has them.
         own: of the other run.
     """
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or any(
+        not isinstance(saved.get(part, kind()), kind) for part, kind in _PARTS.items()
+    ):
         return ["it does not say of which run it is"]
     found = []
     for part in ("options", "config"):
@@ -87,4 +90,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is damaged: {error}") from error
     if header_checksum(tensors, text) != expected:
         raise ValueError(f"{path} is damaged: its checksum is wrong")
-    return tensors, json.loads(text)
+    progress = json.loads(text)
+    if not isinstance(progress, dict):
+        raise ValueError(f"{path} is damaged: its progress is {text[:80]}")
+    return tensors, progress

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt4rec.atomic_files import checksum, locked, remove_partials, replacing
+from ttt4rec.checks import check_integer
 from ttt4rec.layers.ttt import TTTLayer
 from ttt4rec.models.losses import Loss
 from ttt4rec.models.ttt4rec import TTT4Rec
@@ -339,9 +340,9 @@ class _Run:
                 return None
             loaded, progress = load_checkpoint(path)
             best = {name.removeprefix("best."): x for name, x in loaded.items() if name.startswith("best.")}
-            if self.initial == checksum(best):  # the model as this run's last call left it
-                self.initial = progress.get("run", {}).get("initial")
             run = as_of_today(progress.get("run"))
+            if isinstance(run, dict) and self.initial == checksum(best):  # the model as this run's last call left it
+                self.initial = str(run.get("initial"))
             if run != self._identity():
                 found = "; ".join(differences(run, self._identity()))
                 raise ValueError(
@@ -376,6 +377,8 @@ class _Run:
         self.reports = [EpochReport(**entry) for entry in progress["reports"]]
         if not self.reports:
             raise ValueError("it has no report of an epoch")
+        check_integer("steps", self.steps)
+        self._best()  # that each has what it is compared by
 
     def restore_random_state(self) -> None:
         """Put back the random states of the checkpoint, if there was one and this process had a part in it."""
