@@ -120,11 +120,14 @@ def test_wrong_times_are_refused(run):
         recommender.recommend("u1", times=[1])
     with pytest.raises(DataError, match="times must be given for each of 1 histories; given 2"):
         recommender.recommend_batch([["i1"]], times=[[1], [2]])
-    for wrong in (math.nan, math.inf, "1", 10**400, None):
+    for wrong in (math.nan, math.inf, "1", 10**400, None, [1], [[1], 2]):
         with pytest.raises(DataError, match="times must be finite numbers, in the unit of the data's times; given"):
             recommender.recommend(history=["i1"], times=[wrong])
-    with pytest.raises(DataError, match="at must be finite numbers"):
-        recommender.recommend("u1", at=math.nan)
+    for wrong in (math.nan, [1.0, 2.0], [3], "now"):
+        with pytest.raises(DataError, match="at must be finite numbers"):
+            recommender.recommend("u1", at=wrong)
+    best = recommender.recommend("u1", at=5)
+    assert recommender.recommend("u1", at=np.array(5)) == recommender.recommend("u1", at=np.int64(5)) == best
 
 
 def test_the_command_line(run, capsys):

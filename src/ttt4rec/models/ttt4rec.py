@@ -127,7 +127,7 @@ class TTT4Rec(nn.Module):
         Args:
             ids: item ids, int64 ``[B, L]``; 0 pads, on the right or the left.
             gaps: of a model with times, the time since the event before ``[B, L]``, any dtype; infinity for the first
-                event of a history: see ``event_times.gaps_of``. What is below 0 counts 0, at padding anything.
+                event of a history: see ``event_times.gaps_of``. What is below 0 counts 0, at padding any number.
             cu_seqlens: int ``[N + 1]``: N histories packed one behind the other in ids ``[1, total]``, without padding.
             states: one per block, to continue the streams of an earlier call.
             return_states: also return the states after the last item.

@@ -59,10 +59,13 @@ def find(histories: Histories, items: Sequence[Id] | None, times: Sequence[float
     return History(codes, as_times("times", times)[[item not in others for item in items]], at, unknown)
 
 
-def as_times(name: str, values: object) -> NDArray[np.float64]:
-    """Times as an array; DataError unless they are finite numbers."""
-    times = np.asarray(values)
-    if times.dtype.kind not in "iuf" or not np.isfinite(times).all():
+def as_times(name: str, values: object, dims: int = 1) -> NDArray[np.float64]:
+    """Times as an array with ``dims`` dimensions, 0 for one time; DataError unless they are finite numbers."""
+    try:
+        times = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        times = np.asarray(None)
+    if times.ndim != dims or times.dtype.kind not in "iuf" or not np.isfinite(times).all():
         raise DataError(f"{name} must be finite numbers, in the unit of the data's times; given {str(values)[:80]}")
     return times.astype(np.float64)
 

@@ -150,7 +150,7 @@ class Recommender:
         if times is not None and history is None:
             raise DataError("times must come with the history that they are of; given times alone")
         if at is not None:
-            as_times("at", at)
+            at = float(as_times("at", at, dims=0))
         if users is not None:
             if isinstance(users, str):
                 raise DataError(f"users must be a sequence of user ids; given the string {users!r}")
@@ -198,7 +198,7 @@ class Recommender:
         if times is not None and len(times) != len(histories):
             raise DataError(f"times must be given for each of {len(histories)} histories; given {len(times)}")
         if at is not None:
-            as_times("at", at)
+            at = float(as_times("at", at, dims=0))
         of_each = [None] * len(histories) if times is None else times
         found = [find(self.histories, items, own, at) for items, own in zip(histories, of_each, strict=True)]
         return self._best(found, wanted)
