@@ -35,6 +35,12 @@ def make_histories(rows=2):
     return ids, gaps_of(times)
 
 
+@pytest.mark.filterwarnings("error")
+def test_buckets_of_any_strides_are_told_without_a_warning():
+    elapsed = torch.tensor([[0.0, 1.0, 3.0], [2.0, 7.0, 1e30]])
+    assert bucket(elapsed.T).T.tolist() == bucket(elapsed).tolist() == [[0, 1, 2], [1, 3, 64]]
+
+
 def test_buckets_begin_at_powers_of_two():
     bounds = [2.0**k - 1 for k in range(1, 50)]
     assert bucket(torch.tensor(bounds, dtype=torch.float64)).tolist() == list(range(1, 50))

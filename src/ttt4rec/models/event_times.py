@@ -80,7 +80,7 @@ def bucket(elapsed: Tensor) -> Tensor:
         elapsed: times between events, any shape and dtype.
     """
     bounds = torch.arange(1, FIRST + 1, dtype=torch.float64, device=elapsed.device).exp2() - 1
-    return torch.bucketize(elapsed.double(), bounds, right=True)
+    return torch.bucketize(elapsed.double().contiguous(), bounds, right=True)
 
 
 class EventTimes(nn.Module):
