@@ -123,14 +123,14 @@ def plot(panels: Sequence[Panel], path: Path) -> None:
     FigureCanvasAgg(figure)
     all_axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, label, curves) in zip(all_axes, panels, strict=True):
+        places = sorted({place for curve in curves.values() for place, values in curve.items() if values})
         for method, marker in palette.markers(curves).items():
-            drawn = {place: values for place, values in curves[method].items() if values}
-            means = [statistics.fmean(values) for values in drawn.values()]
-            bars = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in drawn.values()]
-            axes.errorbar(
-                range(len(drawn)), means, bars, marker=marker, color=palette.colour(method), label=method, capsize=2
-            )
-            axes.set_xticks(range(len(drawn)), [f"{place}" for place in drawn])
+            drawn = [(places.index(place), values) for place, values in curves[method].items() if values]
+            x = [place for place, _ in drawn]
+            means = [statistics.fmean(values) for _, values in drawn]
+            bars = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in drawn]
+            axes.errorbar(x, means, bars, marker=marker, color=palette.colour(method), label=method, capsize=2)
+        axes.set_xticks(range(len(places)), map(str, places))
         axes.set(title=title, xlabel=label)
     all_axes[0].set_ylabel("NDCG@10, test, seen items out")
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
