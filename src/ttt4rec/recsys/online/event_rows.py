@@ -66,17 +66,28 @@ def mark_at(database: sqlite3.Connection, user: User, length: int) -> int:
 def read_rows(database: sqlite3.Connection, user: User, start: int, stop: int, mark: int) -> Iterator[MarkedRow]:
     """Events ``start`` to ``stop``, compared with their marks; ``mark`` is the one before the first."""
     query = "SELECT number, item, time, event, mark FROM events WHERE user = ? AND number >= ? AND number < ?"
-    place = start
     try:
         # closed, or an error that is kept would keep the moment at which the connection reads
         with closing(database.execute(query + " ORDER BY number", (user.id, start, stop))) as rows:
-            for row in event_chain.compared(user, start, stop, mark, rows):
-                yield row
-                place += 1
+            yield from event_chain.compared(user, start, stop, mark, rows)
     except sqlite3.OperationalError as error:
         if "decode" not in str(error):  # as UTF-8
             raise
+        place = _no_text(database, user, start, stop)
         raise DamageError(f"event {place} of user {user.name!r} is no text") from error
+
+
+def _no_text(database: sqlite3.Connection, user: User, start: int, stop: int) -> int:
+    """The first event whose item or id cannot be decoded; a cursor of Python 3.10 fails one row before it."""
+    query = "SELECT number, CAST(item AS BLOB), CAST(event AS BLOB) FROM events WHERE user = ? AND number >= ?"
+    with closing(database.execute(query + " AND number < ? ORDER BY number", (user.id, start, stop))) as rows:
+        for number, *texts in rows:
+            try:
+                for text in texts:
+                    (text or b"").decode()
+            except UnicodeDecodeError:
+                return int(number)
+    return start
 
 
 def has_event(database: sqlite3.Connection, user: User | None, event_id: str) -> bool:
