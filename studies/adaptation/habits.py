@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ttt4rec import TTT4Rec, TTT4RecConfig
-from ttt4rec.recsys.data import Histories
-from ttt4rec.recsys.data.split import Split, split_by_ratio
+from ttt4rec.recsys.data.split import Split
 from ttt4rec.recsys.training.train import TrainOptions, fit
 
-from .switches import discounted
+from .switches import discounted, made_up_split
 
 MIXERS: Mapping[str, Mapping[str, Any]] = {
     "TTT-Linear": {"inner": "linear"},
@@ -60,10 +59,7 @@ class Habits:
 
     def split(self, count: int, seed: int) -> Split:
         """Users to train on: a tenth of their events for validation."""
-        taken = self.streams(count, self.length, seed)
-        offsets, times = np.arange(count + 1) * self.length, np.tile(np.arange(self.length), count)
-        users, names = tuple(map(str, range(count))), tuple(map(str, range(self.items)))
-        return split_by_ratio(Histories(taken.ravel(), offsets, times, users, names), (9, 1, 0))
+        return made_up_split(self.streams(count, self.length, seed), self.items, (9, 1, 0))
 
     def best(self, taken: np.ndarray) -> Tensor:
         """NDCG@10 of every item but the first of streams ``[N, L]``, [L - 1], of who counts successors; ties half."""

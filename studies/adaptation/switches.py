@@ -53,10 +53,15 @@ class Population:
     def split(self, count: int, seed: int) -> Split:
         """Users to train on, who switch anywhere: a fifth of their events for validation."""
         taken, _ = self.users(count, None, seed)
-        names = tuple(map(str, range(self.items)))
-        offsets, times = np.arange(count + 1) * self.length, np.tile(np.arange(self.length), count)
-        users = tuple(map(str, range(count)))
-        return split_by_ratio(Histories(taken.ravel() + 1, offsets, times, users, names), (4, 1, 0))
+        return made_up_split(taken + 1, self.items, (4, 1, 0))
+
+
+def made_up_split(codes: np.ndarray, items: int, ratios: tuple[int, int, int]) -> Split:
+    """Users with item codes [count, length], an event a moment, split by ratios."""
+    count, length = codes.shape
+    offsets, times = np.arange(count + 1) * length, np.tile(np.arange(length), count)
+    users, names = tuple(map(str, range(count))), tuple(map(str, range(items)))
+    return split_by_ratio(Histories(codes.ravel(), offsets, times, users, names), ratios)
 
 
 def _directions(rng: np.random.Generator, count: int, dimensions: int) -> np.ndarray:

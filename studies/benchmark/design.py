@@ -1,11 +1,10 @@
 """What is compared, on which data, with what others have published."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from ttt4rec.models.presets import MOST, PRESETS
+from ttt4rec.models.presets import PRESETS, rate_for
 
 from ..models import baseline
 from ..runner import Result, find
@@ -111,7 +110,7 @@ class Plan:
         if own is None:
             return self.rates
         targets = {**self.frame, **data.settings}["targets_per_batch"]
-        return (round(own * math.sqrt(min(1.0, targets / MOST)), 5),)
+        return (round(rate_for(targets, own), 5),)
 
     def trials(self, data: Data, method: str) -> list[Run]:
         """With each learning rate, the first seed."""

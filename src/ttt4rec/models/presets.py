@@ -14,6 +14,11 @@ STEPS = 100
 """Steps in an epoch that small data should have: with so few as 30, three epochs show next to nothing."""
 
 
+def rate_for(targets: int, rate: float) -> float:
+    """The learning rate for a number of targets in a step; ``rate`` is for ``MOST``. It goes with the root, as noise does."""
+    return rate * math.sqrt(min(1.0, targets / MOST))
+
+
 class Preset(NamedTuple):
     """A row of the presets.
 
@@ -38,7 +43,7 @@ class Preset(NamedTuple):
             steps = MOST if num_targets is None else min(MOST, max(LEAST, num_targets // STEPS))
             size = chosen.setdefault("targets_per_batch", steps)
             if "learning_rate" not in given:
-                chosen["learning_rate"] *= math.sqrt(min(1.0, size / MOST))
+                chosen["learning_rate"] = rate_for(size, chosen["learning_rate"])
         return chosen
 
 
