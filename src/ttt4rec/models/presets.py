@@ -15,7 +15,7 @@ STEPS = 100
 
 
 def rate_for(targets: int, rate: float) -> float:
-    """The learning rate for a number of targets in a step; ``rate`` is for ``MOST``. It goes with the root, as noise does."""
+    """The learning rate for steps of a number of targets, given the one for ``MOST``; it goes with their root."""
     return rate * math.sqrt(min(1.0, targets / MOST))
 
 
