@@ -14,7 +14,7 @@ from .models.mixers import MIXERS
 from .models.presets import PRESETS
 from .options import DataOptions
 
-_OF_THE_FRAME = ("width", "num_heads", "max_len")
+_OF_THE_FRAME = ("width", "num_heads", "max_len", "times")
 """Fields of the model that count with every mixer."""
 _OF_NEGATIVES = ("num_negatives", "popularity")
 _OF_TEXT = ("separator", "columns", "encoding")

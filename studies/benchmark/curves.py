@@ -18,7 +18,11 @@ FEWER = {100: 1024, 50: 512, 25: 256, 10: 128, 5: 128}
 LENGTHS = (50, 200, 1000)
 """The most items that a model reads."""
 _SHOWN = ("TTT4Rec (", "SASRec", "HSTU", "GRU4Rec", "Mamba4Rec")
-_METHODS = {label: settings for label, settings in METHODS.items() if label.startswith(_SHOWN)}
+_METHODS = {
+    label: settings
+    for label, settings in METHODS.items()
+    if label.startswith(_SHOWN) and settings.get("times", "none") == "none"
+}
 _FEWER_DATA = {
     percent: Data("ml-100k", FEW_TRAIN.format(percent) if percent < 100 else LEAVE_ONE_OUT,
                   settings={"targets_per_batch": targets})
@@ -31,7 +35,7 @@ _LONG_DATA = {
 LITTLE = Plan(tuple(_FEWER_DATA.values()), _METHODS | {"TTT-Linear": {"inner": "linear"}})
 LONG = Plan(
     tuple(_LONG_DATA.values()),
-    {label: settings for label, settings in METHODS.items() if label.startswith(("TTT4Rec (", "SASRec", "GRU4Rec"))},
+    {label: settings for label, settings in _METHODS.items() if label.startswith(("TTT4Rec (", "SASRec", "GRU4Rec"))},
     rates=(3e-3,),
 )
 

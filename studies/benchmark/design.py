@@ -18,15 +18,18 @@ FRAME: Settings = {
 """Of every method, where it does not say otherwise; learning rates are tried."""
 RATES = (1e-3, 3e-3, 1e-2)
 _SMALLER: Settings = {"targets_per_batch": 1024}  # about a hundred steps in an epoch
+_HSTU: Settings = {"mixer": "hstu", "num_blocks": 2, "ffn": "none"}
 
 METHODS: dict[str, Settings] = {
     "TTT4Rec, the preset `best`": {name: value for name, value in _BEST.items() if name not in ("epochs", "patience")},
     "TTT4Rec (TTT-MLP)": {"inner": "mlp"},
+    "TTT4Rec (TTT-MLP, with times)": {"inner": "mlp", "times": "query"},
     **baseline("attention"),
     "eSASRec (2 blocks with gates, 256 negatives)": {
         "mixer": "attention", "num_blocks": 2, "gates": True, "norm": "layer", "loss": "sampled", "num_negatives": 256
     },
-    "HSTU (2 blocks, without times)": {"mixer": "hstu", "num_blocks": 2, "ffn": "none"},
+    "HSTU (2 blocks, without times)": _HSTU,
+    "HSTU (2 blocks, with times)": {**_HSTU, "times": "query"},
     **baseline("gru"),
     **baseline("mamba"),
     **baseline("bidirectional"),
@@ -45,6 +48,8 @@ DATASETS = (
     replace(_ML_100K, split=TEMPORAL),
 )
 """The files of ml-1m and amazon-video-games have the order of ratings alone, and cannot be cut in time."""
+TIMED = ("gowalla-1k", "ml-100k")
+"""Data whose times are real."""
 
 
 class Published(NamedTuple):
@@ -101,8 +106,14 @@ class Plan:
         return sum(self.runs_of(data, method) for data in self.datasets for method in self.methods)
 
     def runs_of(self, data: Data, method: str) -> int:
-        """Number of trainings of a method on a data set."""
+        """Number of trainings of a method on a data set; none of one with times where there are no real ones."""
+        if not self.runs_on(data, method):
+            return 0
         return len(self.rates_of(data, method)) + len(self.seeds) - 1
+
+    def runs_on(self, data: Data, method: str) -> bool:
+        """Whether the data have what the method reads."""
+        return self.methods[method].get("times", "none") == "none" or data.name in TIMED
 
     def rates_of(self, data: Data, method: str) -> Sequence[float]:
         """What it tries; or its own rate, which goes with the root of the targets in a step as a preset's does."""
@@ -113,15 +124,17 @@ class Plan:
         return (round(rate_for(targets, own), 5),)
 
     def trials(self, data: Data, method: str) -> list[Run]:
-        """With each learning rate, the first seed."""
+        """With each learning rate, the first seed; none on data that the method cannot read."""
+        if not self.runs_on(data, method):
+            return []
         return [self._run(data, method, rate, self.seeds[0]) for rate in self.rates_of(data, method)]
 
     def best_rate(self, data: Data, method: str, results: Iterable[Result]) -> float | None:
-        """By the validation of the trials; None if some are to come."""
+        """By the validation of the trials; None if some are to come, or there are none."""
         results = list(results)
         found = [find(results, run) for run in self.trials(data, method)]
         known = [result for result in found if result is not None]
-        if len(known) < len(found):
+        if not known or len(known) < len(found):
             return None
         best: dict[str, Any] = max(known, key=lambda result: max(result["validation"]))["settings"]
         return float(best["learning_rate"])

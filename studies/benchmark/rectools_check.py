@@ -37,11 +37,9 @@ from ttt4rec.recsys.training.report import describe_data
 from ..runner import Result, keep, load_split, read_results
 from ..study import LEAVE_ONE_OUT, Data
 from .checks import CHECKS_FILE, best_rate
-from .design import DATASETS, FRAME, RATES
+from .design import DATASETS, FRAME, RATES, TIMED
 
 CUTOFF, PATIENCE, EPOCHS = 10, 5, 100
-TIMED = ("ml-100k", "gowalla-1k")
-"""Data whose times are real; the others have an order alone."""
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SASRec": (SASRecModel, {"n_blocks": 1}),
     "HSTU": (HSTUModel, {"n_blocks": 2, "lightning_module_kwargs": {"logits_t": 0.05}}),

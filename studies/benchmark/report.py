@@ -27,7 +27,7 @@ def tables(plan: Plan, results: Sequence[Result], checked: Sequence[Result] = ()
 
 def _table(plan: Plan, data: Data, results: Sequence[Result], checked: Sequence[Result]) -> str:
     published, others = PUBLISHED.get(data, {}), checks.rows(data, checked)
-    rows = {method: plan.finished(data, method, results) for method in plan.methods}
+    rows = {method: plan.finished(data, method, results) for method in plan.methods if plan.runs_on(data, method)}
     best = [_best((*rows.values(), *others.values()), metric) for metric in METRICS]
     known = next((runs[0]["data"] for runs in rows.values() if runs), None)
     about = "" if known is None else f", {known['users']:,} users, {known['items']:,} items"

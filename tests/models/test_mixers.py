@@ -86,6 +86,58 @@ def test_hstu_is_its_definition(x, monkeypatch, at_once):
             torch.testing.assert_close(y[row, t], mixer.output.weight @ (normalised * u[t]))
 
 
+@pytest.mark.parametrize("at_once", [1, 1 << 20])
+def test_hstu_with_times_is_its_definition(x, monkeypatch, at_once):
+    """A bias more for the time between two events; no time is known across a gap that is infinite."""
+    monkeypatch.setattr(mixers, "ELEMENTS_AT_ONCE", at_once)
+    mixer = randomised(HSTUMixer(6, 2, max_len=4, times="gap"))
+    never = math.inf
+    gaps = torch.tensor([[never, 3, 0, 70, -5, 1, 900], [8, 1, never, 2, 4, never, 6]], dtype=torch.float64)
+    y = mixer(x, gaps=gaps)
+    for row in range(2):
+        u, v, q, k = F.silu(x[row] @ mixer.input.weight.T).split(6, -1)
+        for t in range(7):
+            attended = torch.zeros(6, dtype=torch.float64)
+            for j in range(t + 1):
+                elapsed = sum(max(0.0, gap) for gap in gaps[row, j + 1 : t + 1].tolist())
+                place = 64 if elapsed == never else int(math.log2(1 + elapsed))
+                bias = mixer.distance_table[min(t - j, 3)] + mixer.time_table[place, 0]
+                for head in (slice(0, 3), slice(3, 6)):
+                    score = q[t, head] @ k[j, head] + bias
+                    attended[head] += score * torch.sigmoid(score) * v[j, head] / 4
+            normalised = F.layer_norm(attended, (6,), eps=1e-6)
+            torch.testing.assert_close(y[row, t], mixer.output.weight @ (normalised * u[t]))
+
+
+def test_hstu_reads_times_packed_and_padded_as_alone():
+    mixer = randomised(HSTUMixer(8, 2, max_len=4, times="query"))
+    lengths = [3, 0, 1, 17, 4]
+    x, gaps = torch.randn(1, sum(lengths), 8, dtype=torch.float64), 10 ** (5 * torch.rand(1, sum(lengths)))
+    packed = mixer(x, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), gaps=gaps)
+    pairs = [(x[:, a:b], gaps[:, a:b]) for a, b in ((0, 3), (3, 4), (4, 21), (21, 25))]
+    alone = torch.cat([mixer(part, gaps=between) for part, between in pairs], 1)
+    torch.testing.assert_close(packed, alone)
+    ahead = F.pad(gaps[:, -4:], (2, 0), value=math.nan)
+    mask = torch.tensor([[False, False, True, True, True, True]])
+    padded = mixer(F.pad(x[:, -4:], (0, 0, 2, 0)), mask=mask, gaps=ahead)
+    torch.testing.assert_close(padded[:, 2:], alone[:, -4:])
+
+
+def test_hstu_knows_when_an_item_was_taken():
+    model = randomised(TTT4Rec(TTT4RecConfig(9, 8, 1, 2, "hstu", max_len=4, times="gap"))).eval()
+    ids = torch.tensor([[5, 1, 2, 3]])
+    soon, late = (model(ids, gaps=torch.tensor([[math.inf, gap, 1, 1]]))[:, -1] for gap in (1, 1000))
+    assert not torch.allclose(soon, late)
+    with torch.no_grad():  # of the second item the vector of its gap tells as well
+        model.event_times.gap.zero_()
+    soon, late = (model(ids, gaps=torch.tensor([[math.inf, gap, 1, 1]]))[:, -1] for gap in (1, 1000))
+    assert not torch.allclose(soon, late)
+    with torch.no_grad():
+        model.blocks[0].mixer.time_table.zero_()
+    soon, late = (model(ids, gaps=torch.tensor([[math.inf, gap, 1, 1]]))[:, -1] for gap in (1, 1000))
+    torch.testing.assert_close(soon, late)
+
+
 def test_hstu_knows_how_far_back_an_item_is():
     model = randomised(TTT4Rec(TTT4RecConfig(9, 8, 1, 2, "hstu", max_len=4))).eval()
     there, earlier = model(torch.tensor([[5, 1, 2, 3], [1, 5, 2, 3]]))[:, -1]

@@ -62,7 +62,13 @@ class BlockPool(NamedTuple):
 
 
 class HistoryMixer(nn.Module):
-    """A mixer that reads whole histories and keeps no state; a subclass defines ``read``."""
+    """A mixer that reads whole histories and keeps no state; a subclass defines ``read``.
+
+    One with ``reads_gaps`` is told the time between events too: its ``read`` takes ``gaps``, ``[N, L]``, any number at
+    padding.
+    """
+
+    reads_gaps = False
 
     def read(self, x: Tensor, real: Tensor | None) -> Tensor:
         """x ``[N, L, width]`` to the same shape; real ``[N, L]`` is False for padding, which is behind the tokens."""
@@ -76,8 +82,11 @@ class HistoryMixer(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: None = None,
         return_state: bool = False,
+        gaps: Tensor | None = None,
     ) -> Tensor:
         """x ``[B, L, width]`` to the same shape, zeros at padding; mask and cu_seqlens as in ``TTTLayer``.
+
+        gaps ``[B, L]``, as in ``TTT4Rec.forward``, are for mixers that read them.
 
         Raises:
             ValueError: a state was given or asked for.
@@ -87,16 +96,23 @@ class HistoryMixer(nn.Module):
         if mask is not None or cu_seqlens is not None:
             check_has_values(f"{type(self).__name__}, which puts histories of like lengths together,", x)
         if mask is not None:
-            packed: Tensor = self(x[mask][None], cu_seqlens=F.pad(mask.sum(1).cumsum(0), (1, 0)))
+            inside = None if gaps is None else gaps[mask][None]
+            packed: Tensor = self(x[mask][None], cu_seqlens=F.pad(mask.sum(1).cumsum(0), (1, 0)), gaps=inside)
             return packed.new_zeros(x.shape).masked_scatter(mask.unsqueeze(-1), packed)
         if cu_seqlens is None:
-            return self.read(x, None)
+            return self._read(x, None, gaps)
         places, outputs = [], []
         for place, lengths in by_length(cu_seqlens):
-            padded, real = pad_packed(x[:, place], F.pad(lengths.cumsum(0), (1, 0)))
+            bounds = F.pad(lengths.cumsum(0), (1, 0))
+            padded, real = pad_packed(x[:, place], bounds)
+            between = None if gaps is None else pad_packed(gaps[:, place].unsqueeze(-1), bounds)[0].squeeze(-1)
             places.append(place)
-            outputs.append(self.read(padded, real)[real])
+            outputs.append(self._read(padded, real, between)[real])
         return torch.cat(outputs)[torch.cat(places).argsort()][None] if places else x
+
+    def _read(self, x: Tensor, real: Tensor | None, gaps: Tensor | None) -> Tensor:
+        more: dict[str, Any] = {} if gaps is None else {"gaps": gaps}
+        return self.read(x, real, **more)
 
 
 class AttentionMixer(HistoryMixer):
@@ -270,8 +286,12 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: BlockState | None = None,
         return_state: bool = False,
+        gaps: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, BlockState]:
-        """h ``[B, L, width]`` to the same shape, or (h, state); mask and cu_seqlens as in ``TTTLayer``."""
+        """h ``[B, L, width]`` to the same shape, or (h, state); mask and cu_seqlens as in ``TTTLayer``.
+
+        gaps ``[B, L]``, as in ``TTT4Rec.forward``, go to a mixer that has ``reads_gaps``.
+        """
         conv_state, mask = None, as_mask(mask)
         if state is not None:
             N = h.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -281,8 +301,9 @@ class Block(nn.Module):
             context = None if state is None else state.conv
             h, conv_state = self._convolve(h, spans, context)
         mixer_state = None if state is None else state.mixer
+        more = {"gaps": gaps} if getattr(self.mixer, "reads_gaps", False) else {}
         mixed = self.mixer(
-            self.mixer_norm(h), mask=mask, cu_seqlens=cu_seqlens, state=mixer_state, return_state=return_state
+            self.mixer_norm(h), mask=mask, cu_seqlens=cu_seqlens, state=mixer_state, return_state=return_state, **more
         )
         if return_state:
             mixed, mixer_state = mixed

@@ -73,6 +73,21 @@ def gaps_of(times: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     return time_between(before.masked_fill(firsts, torch.nan), times)
 
 
+def time_since(gaps: Tensor, begin: int = 0) -> Tensor:
+    """Time ``[N, L - begin, L]``, float64, from every event to those from ``begin`` on; 0 to what is before it.
+
+    Args:
+        gaps: the time since the event before, ``[N, L]``, any dtype. Over an infinite one the time is infinite.
+        begin: where the later events begin.
+    """
+    gaps = gaps.double()
+    unknown = gaps.isinf()
+    times = gaps.clamp_min(0).masked_fill(unknown, 0.0).cumsum(1)
+    breaks = unknown.cumsum(1)
+    apart = breaks[:, begin:, None] > breaks[:, None, :]
+    return (times[:, begin:, None] - times[:, None, :]).clamp_min(0).masked_fill(apart, torch.inf)
+
+
 def bucket(elapsed: Tensor) -> Tensor:
     """floor(log2(1 + elapsed)), int64. What is negative counts 0; from 2**64 on, all is infinite.
 

@@ -20,6 +20,7 @@ from ..layers.initialisation import STD, Device
 from ..layers.ttt import TTTLayer
 from ..operators import choose_backend
 from .blocks import AttentionMixer, GRUMixer, HistoryMixer
+from .event_times import FIRST, TIMES, bucket, time_since
 
 ELEMENTS_AT_ONCE = 1 << 24
 """NARM's pairs of positions times features, or HSTU's times heads, held at once where no gradient is wanted: 64 MiB."""
@@ -189,34 +190,45 @@ class HSTUMixer(HistoryMixer):
     Σ_{j ≤ t} silu(q_t · k_j + r_{t-j}) v_j / max_len. The heads' outputs are normalised together, without a learned
     scale, multiplied by U and projected. Heads share r; distances beyond max_len - 1 have its last entry.
 
-    The published unit has a bias for differences in time as well. Here it knows the order of items. What a model knows
-    of times it knows outside its mixers: see ``TTT4RecConfig.times``.
+    With times there is a bias for the time between the two events as well: r_{t-j} + τ[b(T_t - T_j)], with the buckets
+    b of ``event_times``. The published unit compares with the time of event t + 1, which is here the model's part: see
+    ``TTT4RecConfig.times``.
 
     Args:
         width: feature size.
         num_heads: number of heads.
         max_len: how many distances have a bias of their own, and what sums over a history are divided by.
+        times: one of ``TIMES``. Biases of times begin at zero.
         device: of the parameters.
         dtype: of the parameters.
     """
 
     def __init__(
-        self, width: int, num_heads: int, max_len: int, device: Device = None, dtype: torch.dtype | None = None
+        self,
+        width: int,
+        num_heads: int,
+        max_len: int,
+        times: str = "none",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         factory: Any = {"device": device, "dtype": dtype}
-        self.num_heads, self.max_len = num_heads, max_len
+        self.num_heads, self.max_len, self.reads_gaps = num_heads, max_len, TIMES[times].gaps
         self.input = nn.Linear(width, 4 * width, bias=False, **factory)
         self.distance_table = nn.Parameter(torch.empty(max_len, **factory))
+        self.time_table = nn.Parameter(torch.empty(FIRST + 1, 1, **factory)) if self.reads_gaps else None
         self.reset_parameters()
         self.output = nn.Linear(width, width, bias=False, **factory)
 
     def reset_parameters(self) -> None:
-        """Biases of distances from N(0, 0.02)."""
+        """Biases of distances from N(0, 0.02), of times zero."""
         nn.init.normal_(self.distance_table, std=STD)
+        if self.time_table is not None:
+            nn.init.zeros_(self.time_table)
 
-    def read(self, x: Tensor, real: Tensor | None) -> Tensor:
-        """x ``[N, L, width]`` to the same shape."""
+    def read(self, x: Tensor, real: Tensor | None, gaps: Tensor | None = None) -> Tensor:
+        """x ``[N, L, width]`` to the same shape; gaps ``[N, L]``."""
         u, *heads = F.silu(self.input(x)).chunk(4, -1)
         v, q, k = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in heads)  # [N, H, L, D]
         N, H, L, _ = q.shape
@@ -225,6 +237,9 @@ class HSTUMixer(HistoryMixer):
             end = min(begin + rows, L)
             distance = torch.arange(begin, end, device=x.device)[:, None] - torch.arange(end, device=x.device)
             bias = self.distance_table[distance.clamp(0, self.max_len - 1)]
+            if self.time_table is not None and gaps is not None:
+                elapsed = time_since(gaps[:, :end], begin)
+                bias = bias + F.embedding(bucket(elapsed), self.time_table).squeeze(-1).unsqueeze(1)
             pairs = F.silu(q[:, :, begin:end] @ k[:, :, :end].mT + bias).masked_fill(distance < 0, 0)
             attended.append(pairs @ v[:, :, :end] / self.max_len)
         together = torch.cat(attended, 2).transpose(1, 2).flatten(2)
@@ -264,6 +279,6 @@ MIXERS = {
     "bidirectional": Mixer(
         partial(AttentionMixer, causal=False), _ATTENTION, "bidirectional", "BERT4Rec", causal=False
     ),
-    "hstu": Mixer(HSTUMixer, ("width", "num_heads", "max_len"), "pointwise attention", "HSTU"),
+    "hstu": Mixer(HSTUMixer, ("width", "num_heads", "max_len", "times"), "pointwise attention", "HSTU"),
 }
 """By the names that ``TTT4RecConfig.mixer`` and the command line take. ``ttt4rec.register_mixer`` adds one."""

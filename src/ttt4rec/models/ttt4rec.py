@@ -152,7 +152,7 @@ class TTT4Rec(nn.Module):
         new_states = []
         for i, block in enumerate(self.blocks):
             state = None if states is None else states[i]
-            h = block(h, mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_states)
+            h = block(h, mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_states, gaps=gaps)
             if return_states:
                 h, state = h
                 new_states.append(state)
