@@ -1,7 +1,7 @@
 """What small calls take on a CPU, beside their rivals: python -m benchmarks.small_calls FILE.json
 
-A layer's step beside a GRU's, a whole model's step, a layer forwards and back beside attention, TTT-MLP's share of the
-machine's peak, a request to an online recommender; and, with ``--against FOLDER``, a training step beside that of
+A layer's step beside a GRU's, a whole model's step, a layer forwards and back beside attention, one that forgets beside
+one that does not, TTT-MLP's share of the machine's peak, a request to an online recommender; and, with ``--against FOLDER``, a training step beside that of
 another checkout of this repository. Sides take turns; a ratio is the median of the rounds' ratios.
 """
 
@@ -11,6 +11,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools.environment import environment, load_average
+from ttt4rec import TTTLayer
 from ttt4rec.heap import keep_freed_memory
+from ttt4rec.layers.forgetting import GATES
 from ttt4rec.native import build, whole_layer
 from ttt4rec.native.calls import run
 
@@ -61,6 +64,18 @@ def mixers(operation: str, batch: int, length: int, seconds: float) -> dict[str,
     return turns({side: partial(contest.prepare, side, "cpu", {}) for side in sides}, seconds)
 
 
+def decays(inner: str, batch: int, length: int, seconds: float) -> dict[str, Any]:
+    """Forward and backward of a layer of width 64 that forgets, beside one that does not."""
+
+    def prepare(forget: str) -> Call:
+        layer = TTTLayer(64, 4, inner=inner, mini_batch_size=8, forget=forget)
+        x, dy = torch.randn(batch, length, 64, requires_grad=True), torch.randn(batch, length, 64)
+        inputs = [x, *layer.parameters()]
+        return lambda: torch.autograd.grad(layer(x), inputs, dy)
+
+    return turns({forget: partial(prepare, forget) for forget in GATES}, seconds)
+
+
 def model_steps(seconds: float) -> dict[str, Any]:
     """One event of one user through the whole published model."""
 
@@ -77,8 +92,8 @@ def peak_flops() -> float:
     rows, size, repeats = 512, 64, 200
     a, b, out = torch.rand(rows, size), torch.rand(size, size), torch.empty(rows, size)
     call = whole_layer.ProductCall(rows, size, size, size, 1, size, size, *(x.data_ptr() for x in (a, b, out)))
-    product = build.library("linear", 16, 0, "float", build.PASS).ttt_product
-    work = partial(run, product, call, rows // whole_layer.GROUP_OF_ROWS, 0)
+    multiply = build.library("linear", 16, 0, "float", build.PASS).ttt_product
+    work = partial(run, multiply, call, rows // whole_layer.GROUP_OF_ROWS, 0)
     return 2 * rows * size**2 / min(timed(work, "cpu", repeats) for _ in range(20))
 
 
@@ -137,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for shape in shapes:
                 measured = mixers(operation, *shape, args.seconds)
                 note(f"{operation}, {shape[0]} x {shape[1]}, {threads} threads", measured)
+        for inner, shape in product(("linear", "mlp"), SHAPES[TRAINING]):
+            measured = decays(inner, *shape, args.seconds)
+            note(f"decays, {inner}, {shape[0]} x {shape[1]}, {threads} threads", measured)
         note(f"model step, {threads} threads", model_steps(args.seconds))
         if args.against is not None:
             note(f"training step, {threads} threads", training_steps(args.against, threads, args.seconds))

@@ -4,7 +4,8 @@
 
 #include <algorithm>
 
-#include "tiles.h"
+#include "forgetting.h"
+#include "rates.h"
 
 // Tokens between which the dual form takes pairs, and those that tiles hold. A longer mini-batch is several blocks; what a
 // block reads of those before it are the sums (36). So a token costs no more, and tiles do not grow, the longer it is.
@@ -14,8 +15,9 @@ inline int rows_of_tiles(int K) { return std::min(K, BLOCK); }
 inline int blocks_of(int tokens) { return (tokens + BLOCK - 1) / BLOCK; }
 
 // One inner layer, W [IN, OUT] and b [OUT], in one block: its output at queries in the dual form, and its update.
-// W and b are the weights before the mini-batch, whose memory somebody else has; dW and db are the layer's own.
-template <int IN, int OUT>
+// W and b are the weights before the mini-batch, whose memory somebody else has; dW and db are the layer's own. AT is how
+// many weights the layers before it have.
+template <int IN, int OUT, int AT>
 class DualLayer {
  public:
   T *W, *b, *dW, *db;
@@ -76,14 +78,20 @@ class DualLayer {
 
   // W and b after a mini-batch, (9), of the last block's rates; next may be where they are.
   void update(const Rates& rates, const T* X, const T* G, T* next_W, T* next_b) {
+    const T *left_W = W, *left_b = b;
+    if (const Forgetting* forgetting = rates.forgetting) {
+      forget(IN * OUT, forgetting->share, W, forgetting->initial[AT], next_W);
+      forget(OUT, forgetting->share, b, forgetting->initial[AT + 1], next_b);
+      left_W = next_W, left_b = next_b;
+    }
     if (several_) {
       const T* all = sum_before(rates.block + 1);
-      for (int n = 0; n < IN * OUT; n += LANES) store(next_W + n, load(W + n) - rates.last_scale * load(all + n));
-      for (int n = 0; n < OUT; n += LANES) store(next_b + n, load(b + n) - rates.last_scale * load(all + IN * OUT + n));
+      for (int n = 0; n < IN * OUT; n += LANES) store(next_W + n, load(left_W + n) - rates.last_scale * load(all + n));
+      for (int n = 0; n < OUT; n += LANES) store(next_b + n, load(left_b + n) - rates.last_scale * load(all + IN * OUT + n));
     } else {
       scale_rows(rates.r, rates.lr, -rates.last_scale, G, steps_);
-      add_rows<OUT>(rates.r, steps_, b, next_b);
-      product<From::matrix, OUT>(IN, rates.r, X, 1, IN, steps_, next_W, W);
+      add_rows<OUT>(rates.r, steps_, left_b, next_b);
+      product<From::matrix, OUT>(IN, rates.r, X, 1, IN, steps_, next_W, left_W);
     }
   }
 
@@ -107,6 +115,7 @@ class DualLayer {
     set_product<OUT>(r, r, minus_A_, 1, row, dP, dG);
     if (several_) backward_of_sums(rates, Q, X, G, dP, dQ, dX, dG);
     if (rates.complete) backward_of_update(rates, X, G, dX, dG);
+    if (!several_) backward_of_forgetting(rates);
     add_outer(r, Q, dP);
   }
 
@@ -121,9 +130,10 @@ class DualLayer {
     add_product<OUT>(IN, r, X, 1, IN, dZ, several_ ? gained_ : dW);
   }
 
-  // After the first block: dW and db become gradients of the weights before the mini-batch.
-  void end_backward() {
+  // After the first block, of its rates: dW and db become gradients of the weights before the mini-batch.
+  void end_backward(const Rates& rates) {
     if (!several_) return;
+    backward_of_forgetting(rates);
     add<IN * OUT>(dW, gained_);
     add<OUT>(db, gained_ + IN * OUT);
   }
@@ -187,6 +197,13 @@ class DualLayer {
       add<OUT>(dG + j * OUT, X_dW_ + j * OUT, -rates.last(j));
     }
     *rates.d_last_scale += d_last;
+  }
+
+  // When nothing reads the gradients of the updated weights any more.
+  void backward_of_forgetting(const Rates& rates) {
+    if (rates.forgetting == nullptr) return;
+    rates.forgetting->backward(AT, IN * OUT, W, dW);
+    rates.forgetting->backward(AT + 1, OUT, b, db);
   }
 
   void add_outer(int r, const T* X, const T* dZ) {

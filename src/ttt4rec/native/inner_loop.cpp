@@ -8,10 +8,9 @@
 // forward's very weights. Rows are independent of each other: which of them a thread takes changes no number.
 
 #include <algorithm>
-#include <optional>
+#include <cmath>
 #include <vector>
 
-#include "forgetting.h"
 #include "inner_models.h"
 #include "scan_call.h"
 
@@ -100,7 +99,7 @@ class Row {
     for (int64_t i = 0; i < states; ++i) states_.emplace_back(arena_, K_);
     if (call.log_decay != nullptr) {
       log_decay_ = arena_.take(K_);
-      forgetting_.emplace(arena_, back);
+      for (int i = 0; back && i < WEIGHTS; ++i) forgetting_.d_initial[i] = arena_.take(Model::SIZES[i]);
     }
   }
 
@@ -108,7 +107,7 @@ class Row {
     start(n, head);
     for (int64_t m = 0; m < mini_batches(n); ++m) {
       if (m % call_.segment == 0 && m > 0) copy_weights(states_[0].weights, checkpoint(n, head, m));
-      const bool forgets = begin(n, head, m, states_[0]);
+      begin(n, head, m);
       for (int block = 0; block < blocks(n, m); ++block) {
         const Rates rates = read(n, head, m, block);
         place_.read<D>(call_.q, call_.q_stride, t_.q);
@@ -119,7 +118,6 @@ class Row {
         if (keeps_Z1()) place_.write<F>(kept_[0], call_.kept[0]);
         place_.write<D>(kept_[KEPT - 1], call_.kept[KEPT - 1]);
       }
-      if (forgets) forgetting_->end(states_[0].weights);
     }
     if (call_.outgoing[0] == nullptr) return;
     for (int i = 0; i < WEIGHTS; ++i) write_weights(i, n, head, states_[0].weights[i], call_.outgoing[i]);
@@ -134,7 +132,7 @@ class Row {
       const T* given = call_.grad_weights[i] + n * call_.grad_strides[i] + head * Model::SIZES[i];
       std::copy_n(given, Model::SIZES[i], model_.gradients(i));
     }
-    if (forgetting_) forgetting_->start_backward();
+    for (int i = 0; forgets() && i < WEIGHTS; ++i) std::fill_n(forgetting_.d_initial[i], Model::SIZES[i], T(0));
     for (int64_t end = mini_batches(n), first; end > 0; end = first) {
       first = (end - 1) / call_.segment * call_.segment;
       load(n, head, first);
@@ -142,10 +140,10 @@ class Row {
     }
     for (int i = 0; i < WEIGHTS; ++i) {
       T* const own = model_.gradients(i);
-      if (forgetting_ && call_.d_initial[i] != nullptr) {
-        write_weights(i, n, head, forgetting_->d_initial(i), call_.d_initial[i]);
-      } else if (forgetting_) {
-        for (int m = 0; m < Model::SIZES[i]; ++m) own[m] += forgetting_->d_initial(i)[m];
+      if (forgets() && call_.d_initial[i] != nullptr) {
+        write_weights(i, n, head, forgetting_.d_initial[i], call_.d_initial[i]);
+      } else if (forgets()) {
+        for (int m = 0; m < Model::SIZES[i]; ++m) own[m] += forgetting_.d_initial[i][m];
       }
       write_weights(i, n, head, own, call_.d_weights[i]);
     }
@@ -159,19 +157,30 @@ class Row {
   std::vector<State> states_;
   Tokens t_{};
   Place place_{};
-  std::optional<Forgetting<Model>> forgetting_;
+  Forgetting forgetting_{};
   T* log_decay_ = nullptr;
   T *kept_[KEPT], *lr_, *eta_, *d_lr_, *d_scale_;  // t_.d_gamma, t_.d_beta and d_scale_ are sums of one mini-batch
 
   static size_t numbers(const Call& call, int64_t states, bool back) {
     const int K = call.K, R = rows_of_tiles(K);
-    const size_t forgetting = call.log_decay == nullptr ? 0 : Forgetting<Model>::numbers(back) + Arena::rounded(K);
+    size_t forgetting = call.log_decay == nullptr ? 0 : Arena::rounded(K);
+    for (int i = 0; back && forgetting > 0 && i < WEIGHTS; ++i) forgetting += Arena::rounded(Model::SIZES[i]);
     return Model::numbers(K, back) + states * State::numbers(K) + 8 * Arena::rounded(R * D) + Arena::rounded(R * F) +
            Arena::rounded(R) + Arena::rounded(row_of_tokens(R)) + tokens_by_tokens(R) + Arena::rounded(K) +
            2 * Arena::rounded(D) + forgetting;
   }
 
-  // ln A of mini-batch m, which is complete.
+  bool forgets() const { return call_.log_decay != nullptr; }
+
+  // Before the steps of mini-batch m, or before the way back over it: what its end forgets. A short one forgets nothing.
+  void begin(int64_t n, int64_t head, int64_t m) {
+    if (!forgets() || tokens(n, m) < K_) return;
+    forgetting_.share = -std::expm1(log_decay(n, head, m));
+    forgetting_.along = V{};
+    for (int i = 0; i < WEIGHTS; ++i) forgetting_.initial[i] = call_.initial[i] + head * Model::SIZES[i];
+  }
+
+  // ln A
   T log_decay(int64_t n, int64_t head, int64_t m) {
     Place{call_.H, call_.starts[n] + m * K_, head, K_}.read<1>(call_.log_decay, log_decay_);
     T total = 0;
@@ -179,36 +188,12 @@ class Row {
     return total;
   }
 
-  void initial_weights(int64_t head, const T** initial) const {
-    for (int i = 0; i < WEIGHTS; ++i) initial[i] = call_.initial[i] + head * Model::SIZES[i];
-  }
-
-  // Before the steps of mini-batch m: whether something will be forgotten. A short one forgets nothing.
-  bool begin(int64_t n, int64_t head, int64_t m, const State& state) {
-    if (!forgetting_ || tokens(n, m) < K_) return false;
-    const T* initial[WEIGHTS];
-    initial_weights(head, initial);
-    forgetting_->begin(log_decay(n, head, m), state.weights, initial);
-    return true;
-  }
-
-  // The same on the way back, with the gradients behind the mini-batch.
-  bool begin_backward(int64_t n, int64_t head, int64_t m, const State& state) {
-    if (!forgetting_ || tokens(n, m) < K_) return false;
-    const T* initial[WEIGHTS];
-    T* gradients[WEIGHTS];
-    initial_weights(head, initial);
-    for (int i = 0; i < WEIGHTS; ++i) gradients[i] = model_.gradients(i);
-    const T d = forgetting_->begin_backward(log_decay(n, head, m), state.weights, initial, gradients);
+  // d ln a of every token of a mini-batch, (41), behind the way back over it.
+  void write_d_log_decay(int64_t n, int64_t head, int64_t m) {
+    if (!forgets() || tokens(n, m) < K_) return;
+    const T d = std::exp(log_decay(n, head, m)) * sum(forgetting_.along);
     std::fill_n(log_decay_, K_, d);
     Place{call_.H, call_.starts[n] + m * K_, head, K_}.write<1>(log_decay_, call_.d_log_decay);
-    return true;
-  }
-
-  void end_backward() {
-    T* gradients[WEIGHTS];
-    for (int i = 0; i < WEIGHTS; ++i) gradients[i] = model_.gradients(i);
-    forgetting_->end(gradients);
   }
 
   bool keeps_Z1() const { return F > 0 && call_.kept[0] != nullptr; }
@@ -262,7 +247,7 @@ class Row {
   }
 
   TTT_ONCE void replay(int64_t n, int64_t head, int64_t m, State& state, State* next_state) {
-    const bool forgets = next_state != nullptr && begin(n, head, m, state);
+    if (next_state != nullptr) begin(n, head, m);
     for (int block = 0; block < blocks(n, m); ++block) {
       const Rates rates = read(n, head, m, block);
       read_kept(rates, state, true);
@@ -272,16 +257,16 @@ class Row {
       coming.expect<D>(call_.kept[KEPT - 1], call_.H * D);
       model_.replay(rates, t_.k, kept_, state, next_state);
     }
-    if (forgets) forgetting_->end(next_state->weights);
   }
 
   TTT_ONCE void backward(int64_t n, int64_t head, int64_t m, const State& state) {
     for (T* sum : {t_.d_gamma, t_.d_beta}) std::fill_n(sum, D, T(0));
     std::fill_n(d_scale_, K_, T(0));
-    const bool forgets = begin_backward(n, head, m, state);
+    begin(n, head, m);
     model_.begin_backward();
+    Rates rates{};
     for (int block = blocks(n, m) - 1; block >= 0; --block) {
-      const Rates rates = read(n, head, m, block);
+      rates = read(n, head, m, block);
       place_.read<D>(call_.q, call_.q_stride, t_.q);
       place_.read<D>(call_.v, call_.v_stride, t_.v);
       place_.read<D>(call_.grad_o, t_.o);
@@ -294,8 +279,8 @@ class Row {
       place_.write<D>(t_.dv, call_.dv, call_.dv_stride);
       place_.write<1>(d_lr_, call_.d_lr);
     }
-    model_.end_backward();
-    if (forgets) end_backward();
+    model_.end_backward(rates);
+    write_d_log_decay(n, head, m);
     const int64_t at = n * call_.H + head;
     add<D>(call_.d_gamma + at * D, t_.d_gamma);
     add<D>(call_.d_beta + at * D, t_.d_beta);
@@ -347,7 +332,7 @@ class Row {
       for (int j = 0; j < row_; ++j) eta_[i * row_ + j] = j > i ? 0 : scale[i] * lr_[j];
     }
     return {place_.r, row_, block, first + place_.r == all, all == K_, call_.scale[K_ - 1], scale, lr_, eta_,
-            d_scale_ + first, d_scale_ + K_ - 1, d_lr_};
+            d_scale_ + first, d_scale_ + K_ - 1, d_lr_, forgets() && all == K_ ? &forgetting_ : nullptr};
   }
 
   // What was kept of the block that was read; Z1, if it is wanted, is computed again where it was not.

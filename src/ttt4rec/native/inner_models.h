@@ -60,7 +60,7 @@ class InnerModel {  // TTT-MLP
 
   static size_t numbers(int K, bool back) {
     const int R = rows_of_tiles(K);
-    return DualLayer<D, HIDDEN>::numbers(K, back) + DualLayer<HIDDEN, D>::numbers(K, back) +
+    return DualLayer<D, HIDDEN, 0>::numbers(K, back) + DualLayer<HIDDEN, D, 2>::numbers(K, back) +
            8 * Arena::rounded(R * HIDDEN) + InnerGradient::numbers(R) + Normalised::numbers(R) + 7 * Arena::rounded(R * D);
   }
 
@@ -112,7 +112,7 @@ class InnerModel {  // TTT-MLP
   }
 
   void begin_backward() { first_.begin_backward(), second_.begin_backward(); }
-  void end_backward() { first_.end_backward(), second_.end_backward(); }
+  void end_backward(const Rates& rates) { first_.end_backward(rates), second_.end_backward(rates); }
 
   // A block's, from the last to the first, after all of them were replayed.
   void backward(const Rates& rates, const Tokens& t, T* const* kept, const State& state) {
@@ -155,8 +155,8 @@ class InnerModel {  // TTT-MLP
 
  private:
   const bool several_;
-  DualLayer<D, HIDDEN> first_;
-  DualLayer<HIDDEN, D> second_;
+  DualLayer<D, HIDDEN, 0> first_;
+  DualLayer<HIDDEN, D, 2> second_;
   InnerGradient inner_;
   Normalised norm_;
   T *G1_, *X2_bar_, *bar_slope_, *dX2_, *dX2_bar_, *dG1_, *E_, *P1_;
@@ -203,7 +203,7 @@ class InnerModel<0> {  // TTT-Linear
 
   static size_t numbers(int K, bool back) {
     const int R = rows_of_tiles(K);
-    return DualLayer<D, D>::numbers(K, back) + InnerGradient::numbers(R) + Normalised::numbers(R) + 7 * Arena::rounded(R * D);
+    return DualLayer<D, D, 0>::numbers(K, back) + InnerGradient::numbers(R) + Normalised::numbers(R) + 7 * Arena::rounded(R * D);
   }
 
   InnerModel(Arena& arena, int K, bool back)
@@ -237,7 +237,7 @@ class InnerModel<0> {  // TTT-Linear
   }
 
   void begin_backward() { layer_.begin_backward(); }
-  void end_backward() { layer_.end_backward(); }
+  void end_backward(const Rates& rates) { layer_.end_backward(rates); }
 
   void backward(const Rates& rates, const Tokens& t, T* const* kept, const State& state) {
     const int r = rates.r;
@@ -258,7 +258,7 @@ class InnerModel<0> {  // TTT-Linear
   }
 
  private:
-  DualLayer<D, D> layer_;
+  DualLayer<D, D, 0> layer_;
   InnerGradient inner_;
   Normalised norm_;
   T *Z_, *P_, *dP_, *dG_, *dZ_, *de_, *d_gamma_;

@@ -4,7 +4,7 @@
 
 #pragma once
 
-#include "tiles.h"
+#include "forgetting.h"
 
 namespace {
 
@@ -70,10 +70,9 @@ struct Layer {
     for (int j = 0; j <= i; ++j) add<OUT>(out, U + j * ROW, -s * (dot<IN>(x, X + j * ROW) + 1));
   }
 
-  // What is lost, of (40): a share of W - W̄ and of b - b̄.
   void forget(T share, const T* initial_W, const T* initial_b) const {
-    for (int n = 0; n < IN * OUT; n += LANES) store(W + n, load(W + n) - share * (load(W + n) - load(initial_W + n)));
-    for (int n = 0; n < OUT; n += LANES) store(b + n, load(b + n) - share * (load(b + n) - load(initial_b + n)));
+    ::forget(IN * OUT, share, W, initial_W, W);
+    ::forget(OUT, share, b, initial_b, b);
   }
 
   // (9)
