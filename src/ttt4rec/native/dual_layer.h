@@ -78,20 +78,10 @@ class DualLayer {
 
   // W and b after a mini-batch, (9), of the last block's rates; next may be where they are.
   void update(const Rates& rates, const T* X, const T* G, T* next_W, T* next_b) {
-    const T *left_W = W, *left_b = b;
     if (const Forgetting* forgetting = rates.forgetting) {
-      forget(IN * OUT, forgetting->share, W, forgetting->initial[AT], next_W);
-      forget(OUT, forgetting->share, b, forgetting->initial[AT + 1], next_b);
-      left_W = next_W, left_b = next_b;
-    }
-    if (several_) {
-      const T* all = sum_before(rates.block + 1);
-      for (int n = 0; n < IN * OUT; n += LANES) store(next_W + n, load(left_W + n) - rates.last_scale * load(all + n));
-      for (int n = 0; n < OUT; n += LANES) store(next_b + n, load(left_b + n) - rates.last_scale * load(all + IN * OUT + n));
+      update(rates, X, G, forgetting->left(AT, W), forgetting->left(AT + 1, b), next_W, next_b);
     } else {
-      scale_rows(rates.r, rates.lr, -rates.last_scale, G, steps_);
-      add_rows<OUT>(rates.r, steps_, left_b, next_b);
-      product<From::matrix, OUT>(IN, rates.r, X, 1, IN, steps_, next_W, left_W);
+      update<const T*>(rates, X, G, W, b, next_W, next_b);
     }
   }
 
@@ -145,6 +135,19 @@ class DualLayer {
 
   static int number_of_sums(int K, bool back) { return K <= BLOCK ? 0 : back ? blocks_of(K) + 3 : 4; }
   T* sum_before(int block) const { return sums_ + (back_ ? block : block & 1) * SUM; }
+
+  template <class Source>
+  void update(const Rates& rates, const T* X, const T* G, Source W, Source b, T* next_W, T* next_b) {
+    if (several_) {
+      const T* all = sum_before(rates.block + 1);
+      for (int n = 0; n < IN * OUT; n += LANES) store(next_W + n, load(W + n) - rates.last_scale * load(all + n));
+      for (int n = 0; n < OUT; n += LANES) store(next_b + n, load(b + n) - rates.last_scale * load(all + IN * OUT + n));
+    } else {
+      scale_rows(rates.r, rates.lr, -rates.last_scale, G, steps_);
+      add_rows<OUT>(rates.r, steps_, b, next_b);
+      product<From::matrix, OUT>(IN, rates.r, X, 1, IN, steps_, next_W, W);
+    }
+  }
 
   // out = sign scale ∘ x, by rows.
   static void scale_rows(int r, const T* scale, T sign, const T* x, T* out) {

@@ -6,9 +6,15 @@
 
 #include "tiles.h"
 
-// What (40) leaves of weights, before the steps are added: W - (1 - A) (W - W̄). `out` may be W.
-inline void forget(int size, T share, const T* W, const T* initial, T* out) {
-  for (int n = 0; n < size; n += LANES) store(out + n, load(W + n) - share * (load(W + n) - load(initial + n)));
+// What (40) leaves of weights, before the steps are added: W - (1 - A) (W - W̄). It is read as if it stood in memory.
+struct Left {
+  const T *W, *initial;
+  T share;
+  Left operator+(long n) const { return {W + n, initial + n, share}; }
+};
+inline V load(const Left& left) {
+  const V W = load(left.W);
+  return W - left.share * (W - load(left.initial));
 }
 
 // Of one head's mini-batch. Weights are counted W and b of the first layer, then of the second.
@@ -17,6 +23,8 @@ struct Forgetting {
   const T* initial[4];  // W̄ and b̄
   T* d_initial[4];      // their gradients, sums over a sequence
   V along;              // lanes of Σ dW ∘ (W - W̄)
+
+  Left left(int i, const T* W) const { return {W, initial[i], share}; }
 
   // (41): from weights i before the mini-batch and dW, the gradient behind it, which becomes that of what (40) left.
   void backward(int i, int size, const T* W, T* dW) {

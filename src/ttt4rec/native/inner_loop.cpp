@@ -6,6 +6,8 @@
 // updates, forwards, from the weights written down, holds the weights before each mini-batch of the segment in cache,
 // and goes back over them; a segment with more of them than the cache takes is done in parts. So it works at the
 // forward's very weights. Rows are independent of each other: which of them a thread takes changes no number.
+//
+// Numbers in brackets are equations of docs/mathematics.md.
 
 #include <algorithm>
 #include <cmath>

@@ -71,8 +71,8 @@ struct Layer {
   }
 
   void forget(T share, const T* initial_W, const T* initial_b) const {
-    ::forget(IN * OUT, share, W, initial_W, W);
-    ::forget(OUT, share, b, initial_b, b);
+    for (int n = 0; n < IN * OUT; n += LANES) store(W + n, load(Left{W, initial_W, share} + n));
+    for (int n = 0; n < OUT; n += LANES) store(b + n, load(Left{b, initial_b, share} + n));
   }
 
   // (9)

@@ -46,8 +46,8 @@ struct FixedStrides {  // of what the compiler knows the width
 
 // Rows of C = FROM + A B for ROWS rows and VECTORS vectors of columns. The sum is formed first, so that what it is added
 // to, which may be larger by far, is rounded once.
-template <From FROM, int ROWS, int VECTORS, class S>
-inline void block(int M, const T* a, const T* b, T* c, const T* from, S s) {
+template <From FROM, int ROWS, int VECTORS, class S, class Source>
+inline void block(int M, const T* a, const T* b, T* c, Source from, S s) {
   V total[ROWS][VECTORS] = {};
   for (int m = 0; m < M; ++m) {
     V b_row[VECTORS];
@@ -71,8 +71,8 @@ inline void block(int M, const T* a, const T* b, T* c, const T* from, S s) {
   }
 }
 
-template <From FROM, int ROWS, int VECTORS, class S>
-inline void blocks(int rows, int M, const T* a, const T* b, T* c, const T* from, S s) {
+template <From FROM, int ROWS, int VECTORS, class S, class Source>
+inline void blocks(int rows, int M, const T* a, const T* b, T* c, Source from, S s) {
   int i = 0;
   for (; i + ROWS <= rows; i += ROWS) {
     block<FROM, ROWS, VECTORS>(M, a + i * s.row, b, c + i * s.c, from + i * s.from, s);
@@ -88,12 +88,12 @@ constexpr int MOST_VECTORS = REGISTERS / 8;  // of columns that a block has
 constexpr int rows_of_block(int vectors) { return REGISTERS / 2 / vectors > 8 ? 8 : REGISTERS / 2 / vectors; }
 
 // C [rows, N] = FROM + A B, A [rows, M] with any strides, B [M, N]: the sums of a block stay in registers.
-template <From FROM, int N>
-inline void product(int rows, int M, const T* a, long row, long column, const T* b, T* c, const T* from) {
+template <From FROM, int N, class Source>
+inline void product(int rows, int M, const T* a, long row, long column, const T* b, T* c, Source from) {
   constexpr int WIDTH = N / LANES, VECTORS = WIDTH % MOST_VECTORS == 0 ? MOST_VECTORS : WIDTH % 2 == 0 ? 2 : 1;
   const FixedStrides<N, N, FROM == From::matrix ? N : 0> strides{row, column};
   for (int n = 0; n < N; n += VECTORS * LANES) {
-    blocks<FROM, rows_of_block(VECTORS), VECTORS>(rows, M, a, b + n, c + n, FROM == From::nothing ? c : from + n, strides);
+    blocks<FROM, rows_of_block(VECTORS), VECTORS>(rows, M, a, b + n, c + n, from + n, strides);
   }
 }
 
@@ -175,8 +175,8 @@ inline T dot(const T* a, const T* b) {
 constexpr int GROUP = 8;
 
 // out = from + the sum of r rows of x.
-template <int N>
-inline void add_rows(int r, const T* x, const T* from, T* out) {
+template <int N, class Source>
+inline void add_rows(int r, const T* x, Source from, T* out) {
   for (int n = 0; n < N; n += LANES) {
     V total{};
     for (int begin = 0; begin < r; begin += GROUP) {
