@@ -1,8 +1,9 @@
 """What small calls take on a CPU, beside their rivals: python -m benchmarks.small_calls FILE.json
 
 A layer's step beside a GRU's, a whole model's step, a layer forwards and back beside attention, one that forgets beside
-one that does not, TTT-MLP's share of the machine's peak, a request to an online recommender; and, with ``--against FOLDER``, a training step beside that of
-another checkout of this repository. Sides take turns; a ratio is the median of the rounds' ratios.
+one that does not, TTT-MLP's share of the machine's peak, a request to an online recommender; and, with
+``--against FOLDER``, a training step beside that of another checkout of this repository. Sides take turns; a ratio is
+the median of the rounds' ratios.
 """
 
 import argparse

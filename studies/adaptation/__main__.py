@@ -18,11 +18,10 @@ from .ablation import MODES, ablated
 from .drift import SEGMENTATIONS
 from .report import RUNS_FILE, read, write
 from .switches import Population, best_possible, gains, joined
-from .training import MIXERS, trained
+from .training import DRIFTING, MIXERS, TIMED, trained
 
 SEEDS = (0, 1, 2)
 SPLITS = ("3:2:5", "6:2:2")
-DRIFTING = ("TTT-Linear", "TTT-MLP", "TTT-Linear, decay by token", "TTT-MLP, decay by token", "attention", "GRU")
 MAX_LEN, BEFORE = 50, 20  # of a window; items of the other user before the switch, where real users are joined
 TRAINED_ON, TESTED_ON, SWITCH = 1500, 4000, 30  # made-up users, and the event at which those of the test switch
 HABITUAL, REMEMBERED = 600, 100  # users with habits to train on, and of the test
@@ -99,7 +98,7 @@ def drift(data, models):
     """Users of Gowalla: targets by how much their histories have changed, and by the time before them."""
     split = load_split(data, Data("gowalla-1k"))
     for seed in SEEDS:
-        for mixer in DRIFTING:
+        for mixer in (*DRIFTING, *TIMED):
 
             def result(seed=seed, mixer=mixer):
                 model = trained(mixer, split, models / f"gowalla-1k-{mixer}-325-live-{seed}", seed, max_len=MAX_LEN)

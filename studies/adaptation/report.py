@@ -80,18 +80,29 @@ def recovery_table(results: Sequence[Result], study: str) -> str:
 
 
 def drift_table(results: Iterable[Result]) -> str:
-    """NDCG@10 by mixer and kind of target."""
-    cells = defaultdict(lambda: defaultdict(list))
+    """NDCG@10 by mixer and kind of target, a table for each way to tell targets apart."""
+    cells = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for result in results:
         if result["study"] == "drift":
-            for segment in result["segments"]:
-                cells[segment["by"], segment["segment"], segment["targets"]][result["mixer"]].append(segment["NDCG@10"])
-    mixers = list(dict.fromkeys(mixer for runs in cells.values() for mixer in runs))
-    lines = [f"| | | targets | {' | '.join(mixers)} |", "|" + " --- |" * (3 + len(mixers))]
-    for (by, segment, targets), runs in cells.items():
-        values = [spread(runs[mixer]) for mixer in mixers]
-        lines.append(f"| {by} | {segment} | {targets:,} | {' | '.join(values)} |")
+            for row in result["segments"]:
+                part = f"{row['segment']}: {row['targets']:,}"
+                cells[row["by"]][part][result["mixer"]].append(row["NDCG@10"])
+    return "\n".join(_parts(by, parts) for by, parts in cells.items()) or "Not run.\n"
+
+
+def _parts(by: str, parts: dict[str, dict[str, list[float]]]) -> str:
+    mixers = list(dict.fromkeys(mixer for runs in parts.values() for mixer in runs))
+    best = {part: max(map(_mean, runs.values())) for part, runs in parts.items()}
+    lines = [f"| {by} | {' | '.join(parts)} |", "|" + " --- |" * (1 + len(parts))]
+    for mixer in mixers:
+        values = [spread(runs[mixer], bold=_mean(runs[mixer]) == best[part]) for part, runs in parts.items()]
+        lines.append(f"| {mixer} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
+
+
+def _mean(values: Iterable[float]) -> float:
+    """As precise as it is printed."""
+    return round(statistics.fmean(values), 4)
 
 
 def habits_table(results: Iterable[Result]) -> str:

@@ -29,11 +29,17 @@ MIXERS: dict[str, dict[str, Any]] = {
     for inner, name in (("linear", "TTT-Linear"), ("mlp", "TTT-MLP"))
 } | {mixers.MIXERS[name].kind: {"mixer": name} for name in ("attention", "gru")}
 
+DRIFTING = ("TTT-Linear", "TTT-MLP", "TTT-Linear, decay by token", "TTT-MLP, decay by token", "attention", "GRU")
+TIMED = {f"{name}, with times": MIXERS[name] | {"times": "query"} for name in DRIFTING}
+"""On data with real times: inner rates and gates know the time since the last event, scores that of the request."""
+
 
 def trained(mixer: str, split: Split, folder: Path, seed: int, *, max_len: int, adapt: bool = True) -> TTT4Rec:
     """A model trained on a split, the same way for every mixer; one that lies in the folder is not trained again."""
     torch.manual_seed(seed)
-    model = TTT4Rec(TTT4RecConfig(num_items=split.histories.num_items, max_len=max_len, dropout=0.5, **MIXERS[mixer]))
+    model = TTT4Rec(
+        TTT4RecConfig(num_items=split.histories.num_items, max_len=max_len, dropout=0.5, **(MIXERS | TIMED)[mixer])
+    )
     options = TrainOptions(epochs=100, patience=5, targets_per_batch=512, seed=seed)
     with adapting(model, adapt):
         fit(model, split, folder, options)

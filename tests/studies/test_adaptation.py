@@ -17,7 +17,7 @@ from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.data.split import split_by_ratio
 from ttt4rec.recsys.training.segments import Targets
 
-NUMBERS = {"ablation": 4, "drift": len(runner.DRIFTING), "habits": len(habits.MIXERS)}
+NUMBERS = {"ablation": 4, "drift": len(runner.DRIFTING) + len(runner.TIMED), "habits": len(habits.MIXERS)}
 SMALL = Population(items=30, length=12, dimensions=3)
 
 
@@ -126,7 +126,9 @@ def test_every_study_makes_its_results(study, tmp_path, monkeypatch):
     elif study == "accuracy":
         assert 0 <= result["test"]["NDCG@10"] <= result["test"]["HR@10"] <= 1
     elif study == "drift":
-        assert sum(row["targets"] for row in result["segments"]) == 2 * small.num_targets("test")
+        timed = next(make for key, make in runs if key["mixer"] == "TTT-MLP, decay by token, with times")()
+        for found in (result, timed):
+            assert sum(row["targets"] for row in found["segments"]) == 2 * small.num_targets("test")
     elif study == "habits":
         assert len(result["curve"]) == len(result["best possible"]) == 2
     else:
@@ -185,7 +187,9 @@ def test_tables():
     assert "| GRU | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 |" in report.accuracy_table(runs)
     segment = {"by": "time", "segment": "later", "targets": 1234, "NDCG@10": 0.5}
     runs = [{"study": "drift", "mixer": "GRU", "seed": seed, "segments": [segment]} for seed in (0, 1)]
-    assert "| time | later | 1,234 | 0.5000 ± 0.0000 |" in report.drift_table(runs)
+    text = report.drift_table(runs)
+    assert text.startswith("| time | later: 1,234 |")
+    assert "| GRU | **0.5000** ± 0.0000 |" in text
     runs = [{"study": "habits", "mixer": "GRU", "curve": [0.5] * 7, "best possible": [0.75] * 7}] * 2
     text = report.habits_table(runs)
     assert text.startswith("| events known | 1 to 19 | 20 to 49 |")
