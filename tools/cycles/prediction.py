@@ -144,7 +144,8 @@ def _place_of_copies(of: Kernel, machine: Machine, count: int) -> Place:
     D, K = of.sizes.D, of.sizes.K
     numbers, kept = (8 * D * D + 5 * D, 8 * D) if not of.op.startswith("linear") else (D * D + D, 4 * D)
     segment = max(16, -(-8 * numbers // (K * kept)))
-    bytes = 2 if of.op in segments.OPS else 4
+    rounded = of.op in segments.OPS or of.op == "linear_backward"
+    bytes = of.dtype.itemsize if rounded else 4
     size = bytes * numbers * segment * of.heads * count * machine.processors
     return Place.CACHE if size <= machine.cache_size else Place.MEMORY
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import Scan
-from .primitives import first_rows, load_rates, load_rows, parameter_head, parameter_mask, weight_mask
+from .primitives import first_rows, load_rates, load_rows, parameter_head, parameter_mask, rounded, weight_mask
 
 
 @triton.jit
@@ -67,6 +67,37 @@ def load_copy(copies, number, head, H, tile: tl.constexpr):
 
 
 @triton.jit
+def state_places(number, head, H, tile: tl.constexpr):
+    """Offsets of W1 and b1 in the two memories of TTT-Linear's states."""
+    D: tl.constexpr = tile.head_dim
+    stacked, features = tl.arange(0, tile.heads * tile.features), tl.arange(0, tile.features)
+    base = number.to(tl.int64) * H + head
+    W = (stacked // tile.features) * (D * D) + (stacked % tile.features) * D
+    b = parameter_head(tile) * D
+    return base * (D * D) + (W[:, None] + features[None, :]), base * D + (b[:, None] + features[None, :])
+
+
+@triton.jit
+def store_state(states, number, W, b, head, H, tile: tl.constexpr):
+    """TTT-Linear's weights before a mini-batch, W as operand if its memory is of operands."""
+    weights, biases = states
+    W_place, b_place = state_places(number, head, H, tile)
+    if weights.dtype.element_ty != tl.float32:
+        W = rounded(W, tile)
+    tl.store(weights + W_place, W, mask=weight_mask(head, H, tile))
+    tl.store(biases + b_place, b, mask=parameter_mask(head, H, tile) & first_rows(tile))
+
+
+@triton.jit
+def load_state(states, number, head, H, tile: tl.constexpr):
+    """What ``store_state`` stored."""
+    weights, biases = states
+    W_place, b_place = state_places(number, head, H, tile)
+    W = tl.load(weights + W_place, mask=weight_mask(head, H, tile), other=0.0)
+    return W, tl.load(biases + b_place, mask=parameter_mask(head, H, tile), other=0.0)
+
+
+@triton.jit
 def load_steps(k, G, inner_lr, mini_batch, H, tile: tl.constexpr):
     """Keys of a mini-batch, the kept inner gradients and the rates."""
     rows, _, _, _ = mini_batch
@@ -94,3 +125,16 @@ def new_states(scan: Scan) -> tuple[Tensor, Tensor | None]:
     number, first = places(scan)
     numbers, H = sum(w.shape[2:].numel() for w in scan.weights), scan.q.shape[2]
     return torch.empty(number, H, numbers, dtype=torch.float32, device=scan.q.device), first
+
+
+def new_linear_states(scan: Scan) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """``new_states`` of TTT-Linear: memory for W1 ``[number, H, D, D]`` and for b1 ``[number, H, D]``.
+
+    The way back has W as an operand of products only. There its states are in the tokens' dtype, unless something is
+    forgotten: what is lost of weights needs all of their bits.
+    """
+    number, first = places(scan)
+    q, (H, D) = scan.q, scan.ln_weight.shape
+    dtype = q.dtype if scan.log_decay is None else torch.float32
+    W = torch.empty(number, H, D, D, dtype=dtype, device=q.device)
+    return (W, torch.empty(number, H, D, dtype=torch.float32, device=q.device)), first

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..arguments import Scan
 from . import copies, launch, limits
-from .copies import checkpoint_number, first_state, load_copy, load_steps, store_copy
+from .copies import checkpoint_number, first_state, load_copy, load_state, load_steps, store_state
 from .decays import prepared_decays
 from .forgetting import (
     forget,
@@ -77,7 +77,7 @@ def replay(W, b, tokens, rates, decays, initial, states, number, place, begin, e
     inner_lr, token_scale = rates
     _, head, _, _, H = place
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
-    store_copy(states, number, W, b, head, H, tile)
+    store_state(states, number, W, b, head, H, tile)
     if decays is not None:  # always one mini-batch ahead, so that no update waits for it
         shares = load_of_heads(decays[0], begin * tile.mini_batch, place, tile)
     for m in tl.range(begin, end - 1):
@@ -88,7 +88,7 @@ def replay(W, b, tokens, rates, decays, initial, states, number, place, begin, e
             W, b = forget(W, b, initial, shares, tile)
             shares = load_of_heads(decays[0], (m + 1) * tile.mini_batch, place, tile)
         W, b = updated(W, b, expanded(k_rows, tile), U, last_scale, tile)
-        store_copy(states, number + (m + 1 - begin), W, b, head, H, tile)
+        store_state(states, number + (m + 1 - begin), W, b, head, H, tile)
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def through_mini_batch(
     kept = ()
     if decays is not None:
         shares, kept = load_of_heads(decays[0], start, place, tile), load_of_heads(decays[1], start, place, tile)
-    W, b = load_copy(states, copy, head, H, tile)
+    W, b = load_state(states, copy, head, H, tile)
     k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
     committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
     s_last = committed * last_scale
@@ -224,7 +224,7 @@ def linear_backward_kernel(
     decays,  # ``decays.Decays``; None: nothing is forgotten
     weights,  # the incoming W1 [N, H, D, D], b1 [N, H, D]
     checkpoints,  # [number, H, D² + D]
-    states,  # [number, H, D² + D]
+    states,  # W1 [number, H, D, D], an operand where nothing is forgotten, and b1 [number, H, D]
     first_states,  # each sequence's first state [N], or None
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
@@ -322,7 +322,7 @@ def prepare_linear_scan_backward(
         decays,
         weights,
         checkpoints,
-        *copies.new_states(scan),
+        *copies.new_linear_states(scan),
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(scan.starts, scan.lengths),
         *gradients,
