@@ -250,7 +250,7 @@ def linear_backward_kernel(
     _, token_scale = rates
     place = program_place(spans, L, H, tile)
     sequence, head, _, length, _ = place
-    gamma, beta = load_layer_norm(layer_norm, head, H, tile)
+    gamma, beta = load_layer_norm(layer_norm, head, H, tile, one_row=True)
     norm = gamma, beta, eps
     scales = -load_scale(token_scale, tile), tl.load(token_scale + tile.mini_batch - 1)
     d_state = load_weights(grad_weights, grad_strides, place, tile)

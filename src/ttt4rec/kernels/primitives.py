@@ -419,11 +419,14 @@ def load_scale(token_scale, tile: tl.constexpr):
 
 
 @triton.jit
-def load_layer_norm(layer_norm, head, H, tile: tl.constexpr):
-    """γ and β, contiguous ``[H, D]``, as tiles of parameters."""
+def load_layer_norm(layer_norm, head, H, tile: tl.constexpr, one_row: tl.constexpr = False):
+    """γ and β, contiguous ``[H, D]``, as tiles of parameters; or of one head as one row, which takes fewer registers."""
     gamma, beta = layer_norm
-    offsets = (head + parameter_head(tile))[:, None] * tile.head_dim + tl.arange(0, tile.features)[None, :]
-    mask = parameter_mask(head, H, tile)
+    rows: tl.constexpr = 1 if one_row and tile.heads == 1 else parameter_rows(tile).shape[0]
+    heads = head + tl.arange(0, rows) // (tile.rows // tile.heads)
+    features = tl.arange(0, tile.features)
+    offsets = heads[:, None] * tile.head_dim + features[None, :]
+    mask = (heads < H)[:, None] & (features < tile.head_dim)[None, :]
     return (
         tl.load(gamma + offsets, mask=mask, other=0.0).to(tl.float32),
         tl.load(beta + offsets, mask=mask, other=0.0).to(tl.float32),
