@@ -43,8 +43,8 @@ def test_tokens_come_from_memory():
 
 @pytest.mark.parametrize("copies", [Place.CACHE, Place.MEMORY])
 def test_what_the_replay_has_read_and_stored_is_where_the_copies_are(copies):
-    copy = at("copies.py", "W = tl.load(copies"), at("linear_backward.py", "W, b = load_copy(states")
-    stored = at("copies.py", "tl.store(copies + W_place"), at("linear_backward.py", "store_copy(states, number + ")
+    copy = at("copies.py", "W = tl.load(weights"), at("linear_backward.py", "W, b = load_state(states")
+    stored = at("copies.py", "tl.store(weights + W_place"), at("linear_backward.py", "store_state(states, number + ")
     assert places_of(FIRST, copy, copies=copies) == [copies, copies]
     assert places_of(copy[1:], copies=copies) == [copies]  # where the compiler keeps the calling line only
     assert places_of(stored, name="STG.E", copies=copies) == [copies]

@@ -17,13 +17,13 @@ from tests.support.inner_loop_kernels import (
     make_gradients,
     make_inputs,
     make_scan,
+    remember_states,
     run_definition,
     run_forward,
     run_kernels,
     with_decays,
 )
-from ttt4rec.arguments import Scan
-from ttt4rec.kernels import copies, launch
+from ttt4rec.kernels import launch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 INNER = "linear"  # the only one with fused kernels that forget
@@ -148,18 +148,12 @@ def test_low_precision_is_no_worse_than_torch(B: int, L: int, H: int, D: int, K:
 def test_the_replay_has_the_forwards_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit, before every mini-batch, where both kernels are cut differently."""
     H, D, K = 2, 32, 8
-    states: list[Tensor] = []
-    new_states = copies.new_states
-
-    def remembered(scan: Scan) -> tuple[Tensor, Tensor | None]:
-        states.append(new_states(scan)[0])
-        return states[0], None
-
-    monkeypatch.setattr(copies, "new_states", remembered)
     inputs = with_decays(INNER, make_inputs(INNER, 1, 4 * K, H, D, K, dtype=torch.bfloat16))
+    states = remember_states(monkeypatch, "new_linear_states")
     run_kernels(INNER, inputs, make_gradients(INNER, inputs), segment=4)
     *_, checkpoints = run_forward(INNER, make_scan(INNER, inputs, segment=1))
-    assert torch.equal(states[0][1:], checkpoints[:3])
+    W, b = states[0]
+    assert torch.equal(torch.cat((W.flatten(2), b), -1)[1:], checkpoints[:3])
 
 
 def test_no_sequences() -> None:

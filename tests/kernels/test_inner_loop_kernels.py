@@ -20,12 +20,12 @@ from tests.support.inner_loop_kernels import (
     make_gradients,
     make_inputs,
     make_scan,
+    remember_states,
     run_definition,
     run_forward,
     run_kernels,
 )
-from ttt4rec.arguments import Scan
-from ttt4rec.kernels import copies, launch
+from ttt4rec.kernels import launch
 from ttt4rec.kernels.hidden_layer import gelu
 from ttt4rec.kernels.primitives import program_place
 
@@ -243,19 +243,17 @@ def test_segments_change_no_bit(inner: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_replay_has_the_forwards_weights(
     inner: str, H: int, D: int, K: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit by bit, before every mini-batch, where both kernels are cut differently."""
-    states: list[Tensor] = []
-    new_states = copies.new_states
-
-    def remembered(scan: Scan) -> tuple[Tensor, Tensor | None]:
-        states.append(new_states(scan)[0])
-        return states[0], None
-
-    monkeypatch.setattr(copies, "new_states", remembered)
+    """Bit by bit, before every mini-batch, where both kernels are cut differently; TTT-Linear's W as an operand."""
     inputs = make_inputs(inner, 1, 4 * K, H, D, K, dtype=torch.bfloat16)
+    states = remember_states(monkeypatch, "new_linear_states" if inner == "linear" else "new_states")
     run_kernels(inner, inputs, make_gradients(inner, inputs), segment=4)
     *_, checkpoints = run_forward(inner, make_scan(inner, inputs, segment=1))
-    assert torch.equal(states[0][1:], checkpoints[:3])
+    if inner == "linear":
+        W, b = states[0]
+        assert torch.equal(W[1:].flatten(2), checkpoints[:3, :, : D * D].to(W.dtype))
+        assert torch.equal(b[1:], checkpoints[:3, :, D * D :])
+    else:
+        assert torch.equal(states[0][1:], checkpoints[:3])
 
 
 @both

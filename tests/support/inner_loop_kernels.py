@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.support.checks import norm_error
 from ttt4rec import kernels, reference
 from ttt4rec.arguments import Scan
+from ttt4rec.kernels import copies
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
@@ -145,3 +148,17 @@ def run_definition(
 def errors(results: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """``norm_error`` by name."""
     return {name: norm_error(results[name], x) for name, x in expected.items()}
+
+
+def remember_states(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
+    """The memory for states that a function of ``copies`` will have allocated."""
+    states: list[Any] = []
+    allocate = getattr(copies, name)
+
+    def remembered(scan: Scan) -> tuple[Any, Tensor | None]:
+        memory, first = allocate(scan)
+        states.append(memory)
+        return memory, first
+
+    monkeypatch.setattr(copies, name, remembered)
+    return states

@@ -17,7 +17,8 @@ from ..sass import Place as Line
 from .steps import Place
 
 COPIES = {
-    *("load_copy", "store_copy", "load_state", "store_state", "load_hidden_copy", "store_hidden_copy", "load_copied_b2"),
+    *("load_copy", "store_copy", "load_hidden_copy", "store_hidden_copy", "load_copied_b2"),
+    *("load_state", "store_state"),
     *("load_W1_of_slot", "load_W2_of_slot", "load_b2_of_slot", "store_weights_in_slot"),
 }
 WAITING = {"take_chunk", "put_chunk", "take_part", "store_part"}

@@ -420,7 +420,7 @@ def load_scale(token_scale, tile: tl.constexpr):
 
 @triton.jit
 def load_layer_norm(layer_norm, head, H, tile: tl.constexpr, one_row: tl.constexpr = False):
-    """γ and β, contiguous ``[H, D]``, as tiles of parameters; or of one head as one row, which takes fewer registers."""
+    """γ and β, contiguous ``[H, D]``, as tiles of parameters; one head's as one row, if that is wanted."""
     gamma, beta = layer_norm
     rows: tl.constexpr = 1 if one_row and tile.heads == 1 else parameter_rows(tile).shape[0]
     heads = head + tl.arange(0, rows) // (tile.rows // tile.heads)
