@@ -1,6 +1,7 @@
 """Compile the libraries that a wheel brings.
 
     python -m tools.libraries FOLDER
+    CXX=aarch64-linux-gnu-g++ python -m tools.libraries FOLDER --machine aarch64
 
 ``scripts/wheel.sh`` calls it. A library is one shape's, for one class of processors (``ttt4rec.native.packaged``); all
 are in float32. Other shapes, and other types, are compiled at their first use, where there is a compiler.
@@ -20,6 +21,9 @@ HEAD_DIMS = (16, 32, 64)
 """Of TTT4Rec, and of the layer as it is mostly made."""
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (8, 0, 0)}
 """What a system of the tag manylinux_2_28 has, which is that of PyTorch's own wheels."""
+
+MACHINES = {"x86_64": 62, "aarch64": 183}
+"""What wheels are made for, and how ELF files number it."""
 
 Shape = tuple[str, int, int, str, build.Sources]
 
@@ -43,17 +47,20 @@ def needed(library: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def compile_all(folder: Path, every: Sequence[Shape]) -> None:
-    """Compile for each level.
+def compile_all(folder: Path, every: Sequence[Shape], machine: str = "x86_64") -> None:
+    """Compile for each level of a machine, with ``$CXX`` if that is another one than this.
 
     Raises:
         BuildError: one cannot be compiled. ValueError: one would not run on a system of the wheel's tag.
     """
     for level in packaged.LEVELS:
-        for shape in every:
+        for shape in every if level.machine == machine else ():
             if level.name != "avx512-vnni" or build.SOFTMAX in shape:  # nothing else takes products of bytes
                 build.compile_for(level, folder, *shape)
     for path in sorted(folder.glob("*/*.so")):
+        made_for = int.from_bytes(path.read_bytes()[18:20], "little")  # e_machine
+        if made_for != MACHINES[machine]:
+            raise ValueError(f"{path} must be for {machine}, {MACHINES[machine]}; given {made_for}")
         for name, version in needed(path).items():
             if version > NEWEST[name]:
                 raise ValueError(f"{path} must need {name} {NEWEST[name]} at most; given {version}")
@@ -63,8 +70,10 @@ def main() -> None:
     """Compile what a wheel brings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args().folder
-    compile_all(folder, list(shapes()))
+    parser.add_argument("--machine", choices=tuple(MACHINES), default="x86_64")
+    args = parser.parse_args()
+    folder: Path = args.folder
+    compile_all(folder, list(shapes()), args.machine)
     sizes = [path.stat().st_size for path in folder.glob("*/*.so")]
     print(f"{len(sizes)} libraries, {sum(sizes) / 1e6:.1f} MB")
 

@@ -9,8 +9,11 @@
 
 #include "tiles.h"
 
+// The newer name, of the same function, would ask for a system of 2019.
 #if defined(__x86_64__) && defined(__GLIBC__)
-asm(".symver log, log@GLIBC_2.2.5");  // the newer name, of the same function, would ask for a system of 2019
+asm(".symver log, log@GLIBC_2.2.5");
+#elif defined(__aarch64__) && defined(__GLIBC__)
+asm(".symver log, log@GLIBC_2.17");
 #endif
 
 namespace {

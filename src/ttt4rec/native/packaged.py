@@ -20,11 +20,13 @@ class Level(NamedTuple):
     """A class of processors.
 
     Attributes:
+        machine: as ``platform.machine`` calls them.
         name: of its folder.
         flags: for the compiler.
         needs: what the system must say that the processor has.
     """
 
+    machine: str
     name: str
     flags: tuple[str, ...]
     needs: frozenset[str]
@@ -33,12 +35,13 @@ class Level(NamedTuple):
 _AVX2 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"])
 _AVX512 = _AVX2 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
 LEVELS = (
-    Level("avx512-vnni", ("-march=x86-64-v4", "-mavx512vnni"), _AVX512 | {"avx512_vnni"}),
-    Level("avx512", ("-march=x86-64-v4",), _AVX512),
-    Level("avx2", ("-march=x86-64-v3",), _AVX2),
-    Level("baseline", ("-march=x86-64",), frozenset()),
+    Level("x86_64", "avx512-vnni", ("-march=x86-64-v4", "-mavx512vnni"), _AVX512 | {"avx512_vnni"}),
+    Level("x86_64", "avx512", ("-march=x86-64-v4",), _AVX512),
+    Level("x86_64", "avx2", ("-march=x86-64-v3",), _AVX2),
+    Level("x86_64", "baseline", ("-march=x86-64",), frozenset()),
+    Level("aarch64", "neon", ("-march=armv8-a",), frozenset()),
 )
-"""The best first. A level need not have a library that would be the next one's, byte for byte."""
+"""Of a machine the best first. A level need not have a library that would be the next one's, byte for byte."""
 
 
 def load(name: str, functions: Sequence[str]) -> ctypes.CDLL | None:
@@ -58,7 +61,7 @@ def load(name: str, functions: Sequence[str]) -> ctypes.CDLL | None:
 
 def runs(level: Level) -> bool:
     """Whether this processor has what a level needs."""
-    return platform.machine() in ("x86_64", "AMD64") and level.needs <= _features()
+    return platform.machine() == level.machine and level.needs <= _features()
 
 
 @functools.cache
