@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from tests.support.recsys_data import make_model, make_split
+from tests.support.recsys_data import SMALL, make_model, make_split, write_events
+from ttt4rec.cli import main
 from ttt4rec.options import TRACKERS
 from ttt4rec.recsys import TrainOptions, fit
 from ttt4rec.recsys.training.callbacks import Callback
@@ -110,7 +111,8 @@ def test_durations():
 TRACK = """
 import sys
 from pathlib import Path
-from tests.support.recsys_data import make_model, make_split
+from tests.support.recsys_data import SMALL, make_model, make_split, write_events
+from ttt4rec.cli import main
 from tests.recsys.training.test_callbacks import Notes
 from ttt4rec.options import TRACKERS
 from ttt4rec.recsys import TrainOptions, fit
@@ -123,6 +125,8 @@ for epochs, fail_at in ((2, None), (3, None), (4, 3)):
     callbacks = [*(tracker(name, {"data": "ring"}) for name in TRACKERS), Notes(fail_at=fail_at)]
     try:
         fit(make_model(split), split, folder / "run", options, callbacks=callbacks)
+        for callback in callbacks:
+            callback.on_test({"HR@10": epochs / 8})
     except RuntimeError:
         assert fail_at
 """
@@ -149,6 +153,10 @@ def test_tensorboard(tracked):
     found.Reload()
     assert [event.step for event in found.Scalars("valid/NDCG@10")] == [0, 1, 2, 3]
     assert "train/loss" in found.Tags()["scalars"]
+    everything = EventAccumulator(str(folder / "run" / known["tensorboard"]), purge_orphaned_data=False)
+    everything.Reload()
+    assert [(event.step, event.value) for event in everything.Scalars("test/HR@10")] == [(2, 0.25), (3, 0.375)]
+    assert not found.Scalars("test/HR@10")  # of models that were trained further
     texts = [x.tensor_proto.string_val[0].decode() for x in found.Tensors("settings/text_summary")]
     assert "| data | ring |" in texts[0]
     assert "| width | 16 |" in texts[0]
@@ -159,7 +167,9 @@ def test_wandb(tracked):
     folder, known = tracked
     folders = sorted((folder / "run" / "wandb").glob(f"offline-run-*-{known['wandb']}"))
     assert folders
-    assert all(list(folder.glob(f"run-{known['wandb']}.wandb")) for folder in folders)
+    files = [file for folder in folders for file in folder.glob(f"run-{known['wandb']}.wandb")]
+    assert len(files) == len(folders) == 5
+    assert sum(b"test/HR@10" in file.read_bytes() for file in files) == 2
 
 
 @pytest.mark.slow
@@ -175,6 +185,8 @@ def test_mlflow(tracked, monkeypatch):
     history = client.get_metric_history(run.info.run_id, "valid/NDCG_at_10")
     assert [metric.step for metric in history] == [0, 1, 2, 3]
     assert len(client.search_runs([run.info.experiment_id])) == 1
+    tests = client.get_metric_history(run.info.run_id, "test/HR_at_10")
+    assert [(metric.step, metric.value) for metric in tests] == [(2, 0.25), (3, 0.375)]
 
 
 class Memory(_Tracker):
@@ -184,7 +196,7 @@ class Memory(_Tracker):
 
     def __init__(self, fail_at=None):
         super().__init__()
-        self.begun, self.sent, self.ended, self.fail_at = [], [], [], fail_at
+        self.begun, self.sent, self.ended, self.tested, self.fail_at = [], [], [], [], fail_at
 
     def _begin(self, run, settings, known):
         self.begun.append(known)
@@ -200,6 +212,11 @@ class Memory(_Tracker):
     def _end(self, error):
         self.ended.append(error)
 
+    def _send_test(self, epochs, numbers):
+        if self.fail_at == "test":
+            raise KeyError("gone")
+        self.tested.append((epochs, numbers))
+
 
 def test_what_a_tracker_has_missed_is_sent_when_the_run_goes_on(split, tmp_path):
     first, second = Memory(fail_at=1), Memory()
@@ -213,6 +230,22 @@ def test_what_a_tracker_has_missed_is_sent_when_the_run_goes_on(split, tmp_path)
     late = Memory()
     fit(make_model(split), split, tmp_path, OPTIONS, callbacks=[late])
     assert (late.begun, late.sent, late.ended) == ([None], [0, 1, 2], [None])
+
+
+@pytest.mark.slow
+def test_the_command_sends_what_the_test_targets_gave(tmp_path, monkeypatch, capsys):
+    data = write_events(tmp_path / "ring.inter")
+    command = ["train", str(data), "--out", str(tmp_path / "run"), "--track", "tensorboard", "--epochs", "1", *SMALL]
+    tracker = Memory()
+    monkeypatch.setattr("ttt4rec.recsys.commands.training.tracker", lambda name, settings: tracker)
+    assert main(command) == 0
+    metrics = json.loads((tmp_path / "run" / "run.json").read_text())["test"]
+    assert tracker.tested == [(1, {f"test/{name}": value for name, value in metrics.items()})]
+    tracker.fail_at = "test"
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert "model in" in said.out.splitlines()[-1]  # which is whole
+    assert "memory failed: 'gone'" in said.err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"runs": 3}', '{"runs": {}, "sent": {"memory": "1"}}'])

@@ -116,7 +116,9 @@ def _train(args: Namespace, device: str) -> None:
     write_card(folder, recommender, about)
     print(f"test  {shown(metrics)}")
     _show_example(recommender)
-    print(f"model in {folder}")
+    print(f"model in {folder}", flush=True)
+    for callback in callbacks:
+        callback.on_test(metrics)
 
 
 def _take_preset(args: Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,9 @@ class Callback:
 
     def on_end(self, reports: Sequence[EpochReport], error: BaseException | None) -> None:
         """At the end, also after an error, of which it is told; without one, the model has its best weights."""
+
+    def on_test(self, metrics: Mapping[str, float]) -> None:
+        """After the end, by whoever has ranked the test targets with the model, as ``ttt4rec train`` has."""
 
 
 class Callbacks:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ def tracker(name: str, settings: Mapping[str, Any] | None = None) -> Callback:
 
 
 class _Tracker(Callback):
-    """What all of them do: settings at the start, a set of numbers an epoch, whether it failed at the end.
+    """What all of them do: settings at the start, numbers of every epoch, whether it failed at the end, and the test.
 
     Args:
         settings: what else to note of the run.
@@ -55,7 +56,7 @@ class _Tracker(Callback):
         Raises:
             ValueError: the record of what was begun is damaged. RuntimeError: the package has failed.
         """
-        self._path = run.folder / TRACKED_FILE
+        self._folder, self._path = run.folder, run.folder / TRACKED_FILE
         runs, sent = _read_tracked(self._path)
         known = runs.get(self.name) if run.reports else None
         self._sent = 0 if known is None else min(sent.get(self.name, 0), len(run.reports))
@@ -80,6 +81,11 @@ class _Tracker(Callback):
         with _failures_of(self.name):
             self._end(error)
 
+    def on_test(self, metrics: Mapping[str, float]) -> None:
+        """Send them to the run that has ended, behind its epochs. RuntimeError: the package has failed."""
+        with _failures_of(self.name):
+            self._send_test(self._sent, {f"test/{name}": value for name, value in metrics.items()})
+
     def _note(self) -> None:
         runs, sent = _read_tracked(self._path)
         write_json(self._path, {"runs": runs | {self.name: self._known}, "sent": sent | {self.name: self._sent}})
@@ -92,6 +98,9 @@ class _Tracker(Callback):
         raise NotImplementedError
 
     def _end(self, error: BaseException | None) -> None:
+        raise NotImplementedError
+
+    def _send_test(self, epochs: int, numbers: dict[str, float]) -> None:
         raise NotImplementedError
 
 
@@ -143,26 +152,40 @@ class TensorBoard(_Tracker):
     def _end(self, error: BaseException | None) -> None:
         self._writer.close()
 
+    def _send_test(self, epochs: int, numbers: dict[str, float]) -> None:
+        self._send(epochs, numbers)  # to another file of the folder: the writer opens it
+        self._writer.close()
+
 
 class WandB(_Tracker):
     """A run of Weights & Biases, in the project that ``WANDB_PROJECT`` names, else ``ttt4rec``."""
 
     name = "wandb"
+    _opened = -1.0
 
     def _begin(self, run: TrainingRun, settings: dict[str, Any], known: str | None) -> str:
+        self._run = self._open(name=run.folder.name, config=settings, id=known)
+        return str(self._run.id)
+
+    def _open(self, **given: Any) -> Any:
         import wandb
 
+        time.sleep(
+            max(0.0, WandB._opened + 1 - time.time())
+        )  # its folders are named by seconds: never one of them twice
+        WandB._opened = time.time()
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
-        self._run: Any = wandb.init(
-            project=project, name=run.folder.name, dir=str(run.folder), config=settings, id=known, resume="allow"
-        )
-        return str(self._run.id)
+        return wandb.init(project=project, dir=str(self._folder), resume="allow", **given)
 
     def _send(self, epoch: int, numbers: dict[str, float]) -> None:
         self._run.log({"epoch": epoch} | numbers)
 
     def _end(self, error: BaseException | None) -> None:
         self._run.finish(exit_code=0 if error is None else 1)
+
+    def _send_test(self, epochs: int, numbers: dict[str, float]) -> None:
+        with self._open(id=self._known) as run:
+            run.summary.update(numbers)
 
 
 class MLflow(_Tracker):
@@ -195,3 +218,6 @@ class MLflow(_Tracker):
 
     def _end(self, error: BaseException | None) -> None:
         self._client.set_terminated(self._id, "FINISHED" if error is None else "FAILED")
+
+    def _send_test(self, epochs: int, numbers: dict[str, float]) -> None:
+        self._send(epochs, numbers)  # a run that has ended takes them
