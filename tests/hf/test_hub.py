@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.project.test_readme import python_blocks
+from tests.support.checks import assert_close
 from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.hf import from_pretrained, hub, model_card, push_to_hub, save_pretrained
 from ttt4rec.models.item_features import FeatureColumn, ItemFeatures
@@ -99,13 +100,36 @@ def test_the_card_tells_how_to_load_it_and_what_it_achieved(model):
     assert "Results" not in model_card(model).text
 
 
-def test_the_program_on_the_card_runs(model, tmp_path):
-    save_pretrained(model, tmp_path)
-    (_, program), *others = python_blocks((tmp_path / "README.md").read_text())
-    names = {}
-    exec(program.replace("this repository's name", str(tmp_path)), names)
+def run_card(model, folder):
+    """What the program on the card says it finds."""
+    save_pretrained(model, folder)
+    (_, program), *others = python_blocks((folder / "README.md").read_text())
     assert not others
-    assert names["items"].shape == (1, 10)
+    names = {}
+    exec(program.replace("this repository's name", str(folder)), names)
+    return names
+
+
+def test_the_program_on_the_card_runs(model, tmp_path):
+    assert run_card(model, tmp_path)["items"].shape == (1, 10)
+
+
+@pytest.mark.parametrize("times", ["gap", "query"])
+def test_the_program_on_the_card_of_a_model_with_times(times, tmp_path):
+    model = TTT4Rec(TTT4RecConfig(20, 16, inner="linear", times=times)).eval()
+    for parameter in model.event_times.parameters():
+        torch.nn.init.normal_(parameter)
+    found = run_card(model, tmp_path)
+    h = model(found["history"], gaps=torch.tensor([[torch.inf, 60, 3540]]))[:, -1]
+    expected, _ = model.top_k(model.at_request(h, torch.tensor([60])), 10)
+    assert_close(found["scores"], expected, 1e-6)
+
+
+def test_the_program_on_the_card_of_a_model_that_hides_items(tmp_path):
+    model = TTT4Rec(TTT4RecConfig(20, 16, mixer="bidirectional")).eval()
+    found = run_card(model, tmp_path)
+    h, _ = model.predict(found["history"][:, :3], torch.tensor([0, 0, 1]), torch.tensor([0, 3]))
+    assert_close(found["scores"], model.top_k(h, 10)[0], 1e-6)
 
 
 def test_metrics_need_their_data_set(model):

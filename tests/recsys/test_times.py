@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -161,6 +162,12 @@ def test_at_is_a_number_or_a_date_as_in_files(run, capsys):
     for at in ("tomorrow", "nan"):
         assert main([*ask, at]) == 2
         assert "--at must be a finite number in the unit of the data's times, or a date" in capsys.readouterr().err
+
+
+def test_the_program_on_the_model_card_gives_times(run, capsys, monkeypatch):
+    monkeypatch.chdir(run / "run")
+    exec(re.search(r"```python\n(.*?)```", (run / "run" / "model_card.md").read_text(), re.DOTALL)[1], {})
+    assert "('i" in capsys.readouterr().out
 
 
 @pytest.mark.slow

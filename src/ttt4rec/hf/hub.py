@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, snapshot_download
 
+from ..models.event_times import TIMES
 from ..models.ttt4rec import CONFIG_FILE, FEATURES_FILE, WEIGHTS_FILE, TTT4Rec
 
 CARD_FILE = "README.md"
@@ -120,23 +121,37 @@ def model_card(
     head = ModelCardData(library_name="ttt4rec", tags=tags, model_name=name, eval_results=results or None, **data)
     rows = [f"| {key} | {json.dumps(value)} |" for key, value in dataclasses.asdict(model.config).items()]
     reached = [f"| {metric} | {value:.4g} |" for metric, value in (metrics or {}).items()]
-    parts = [f"---\n{head.to_yaml()}\n---\n", f"# {name}\n", _USE]
+    parts = [f"---\n{head.to_yaml()}\n---\n", f"# {name}\n", _use(model)]
     if reached:
         parts.append("\n".join([f"## Results on {dataset}\n", "| metric | value |", "| --- | --- |", *reached, ""]))
     parts.append("\n".join(["## Shape\n", "| option | value |", "| --- | --- |", *rows, ""]))
     return ModelCard("\n".join(parts))
 
 
-_USE = """A sequential recommender whose layers learn while they read a history. It takes ids of items, from 1, and
-gives scores of all items.
+def _use(model: TTT4Rec) -> str:
+    """What the model is, and a program that takes what it reads."""
+    times = TIMES[model.config.times]
+    lines = ["import torch", "from ttt4rec.hf import from_pretrained"]
+    lines += ["from ttt4rec.models.event_times import gaps_of"] if times.gaps else []
+    lines += ["", 'model = from_pretrained("this repository\'s name")']
+    if model.hidden_item is not None:
+        lines += ["history = torch.tensor([[1, 2, 3, 0]])  # 0 is what comes next, hidden"]
+        lines += ["h = model(history, cu_seqlens=torch.tensor([0, 4]))[:, -1]"]
+    elif times.gaps:
+        lines += ["history, times = torch.tensor([[1, 2, 3]]), torch.tensor([[0, 60, 3600]])"]
+        lines += ["h = model(history, gaps=gaps_of(times))[:, -1]"]
+    else:
+        lines += ["history = torch.tensor([[1, 2, 3]])", "h = model(history)[:, -1]"]
+    lines += ["h = model.at_request(h, torch.tensor([60]))  # so long after the last event"] if times.query else []
+    lines += ["scores, items = model.top_k(h, k=10)"]
+    return _USE.format(times=" and times of events" if times.gaps else "", program="\n".join(lines))
+
+
+_USE = """A sequential recommender whose layers learn while they read a history. It takes ids of items, from 1{times},
+and gives scores of all items.
 
 ```python
-import torch
-from ttt4rec.hf import from_pretrained
-
-model = from_pretrained("this repository's name")
-history = torch.tensor([[1, 2, 3]])
-scores, items = model.top_k(model(history)[:, -1], k=10)
+{program}
 ```
 """
 

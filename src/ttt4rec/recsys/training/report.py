@@ -43,7 +43,7 @@ layer `{mixer}`, width {width}, {parameters:,} parameters, the embeddings of ite
 from ttt4rec.recsys import Recommender
 
 recommender = Recommender.load(".")  # this folder
-print(recommender.recommend(history=[{item}], k=10).items)
+print(recommender.recommend(history=[{item}], {times}k=10).items)
 ```
 
 ## Trained on
@@ -63,6 +63,8 @@ see them. `TTT4Rec.load` needs neither.
 ## Settings
 
 {settings}"""
+_ASKED = {"none": "", "gap": "times=[0], ", "query": "times=[0], at=3600, "}
+"""When events and request are in the card's program, by ``TTT4RecConfig.times``."""
 
 
 def describe_data(split: Split) -> dict[str, float]:
@@ -139,6 +141,7 @@ def write_card(folder: Path, recommender: Recommender, about: dict[str, Any]) ->
         parameters=sum(p.numel() for p in recommender.model.parameters()),
         item=printable(_literal(recommender.histories.item_ids[0])),
         data=_table(["", "count"], _side_by_side([about["data"]])),
+        times=_ASKED[config.times],
         seen=", except items the user had before" if settings["exclude_seen"] else "",
         metrics=_table(["metric", "value"], [[name, f"{value:.4f}"] for name, value in about["test"].items()]),
         settings=_table(["option", "value"], _side_by_side([settings])),
