@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import time
+from contextlib import closing
 
 import pytest
 
@@ -12,10 +14,12 @@ from tests.support import online_data
 from tests.support.browser import browser
 from tests.support.online_data import make_online
 from tests.support.recsys_data import make_model, make_split
+from ttt4rec import TTT4Rec, TTT4RecConfig
 from ttt4rec.cli import main
 from ttt4rec.options import ServeOptions
 from ttt4rec.recsys.data import build_histories
 from ttt4rec.recsys.data.datasets import load_interactions
+from ttt4rec.recsys.online import SQLiteEventLog
 from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.serving.app import Service
 from ttt4rec.recsys.serving.demo import Demo
@@ -111,7 +115,7 @@ def test_a_visitor_sees_what_the_recommender_knows(shown):
             shown, *(post("/demo/visitor", user_id=user, k=4) for user in ("visitor-nobody", "visitor-ada"))
         )
     )
-    assert stranger == {"history": [], "length": 0, "best": [], "moved": 0.0}
+    assert stranger == {"history": [], "length": 0, "best": [], "moved": 0.0, "per_second": None}
     assert [(one["item_id"], one["surprise"]) for one in ada["history"]] == online.surprise("visitor-ada")
     assert [one["name"] for one in ada["history"]][2:4] == ["Film 3", "<b>Seven</b> & Störche"]
     assert [(one["item_id"], one["score"]) for one in ada["best"]] == online.recommend(["visitor-ada"], 4)[0]
@@ -120,6 +124,20 @@ def test_a_visitor_sees_what_the_recommender_knows(shown):
     online.observe(["visitor-bob"] * 150, ["i5", "i6"] * 75)
     (bob,) = asked(shown, post("/demo/visitor", user_id="visitor-bob"))
     assert (len(bob.json()["history"]), bob.json()["length"]) == (100, 150)
+
+
+def test_the_page_is_told_the_unit_of_times_that_the_model_reads(shown):
+    model = online_data.make_model(num_items=2, times="gap")
+    online = make_online(model, items=("i1", "i2"))
+    demo = Demo(online, shown[1], TITLES, per_second=1000)
+
+    def told():
+        (answer,) = asked((online, None, demo), post("/demo/visitor", user_id="visitor-u"))
+        return answer.json()["per_second"]
+
+    assert told() == 1000
+    online.refresh(online_data.make_model(num_items=2))
+    assert told() is None
 
 
 def test_bad_questions_are_refused(shown):
@@ -210,3 +228,23 @@ def test_the_list_follows_each_click_in_a_browser(folder, tmp_path):  # noqa: F8
         page.click("#items button")
         page.until(f"{IDLE} && !document.getElementById('trouble').hidden")
         assert page.run("document.getElementById('trouble').textContent") == "The service does not answer."
+
+
+@pytest.mark.slow
+def test_a_click_has_its_time_where_the_model_reads_times(folder, tmp_path):  # noqa: F811
+    place = copied(folder, tmp_path)
+    histories = Recommender.load(place).histories
+    model = TTT4Rec(TTT4RecConfig(histories.num_items, width=16, num_heads=2, times="query")).eval()
+    Recommender(model, histories).save(place)
+    begin = time.time()
+    with served(place, "--demo", "--time-unit", "ms") as (client, _), browser() as page:
+        page.open(f"{client.base_url}/")
+        page.until(IDLE)
+        user = page.run("document.getElementById('user').textContent")
+        for _ in range(2):
+            page.click("#items button")
+            page.until(IDLE)
+    with closing(SQLiteEventLog(place / "events.db")) as log:
+        (tail,) = log.read([user], [[]])
+    times = list(tail.times)
+    assert 1000 * begin - 1 <= times[0] < times[1] <= 1000 * time.time() + 1

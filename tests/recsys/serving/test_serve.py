@@ -246,6 +246,7 @@ def fits(value, schema, described):
     if "anyOf" in schema:
         return any(fits(value, one, described) for one in schema["anyOf"])
     kinds = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
+    kinds["null"] = type(None)
     if not isinstance(value, kinds[schema["type"]]):
         return False
     if schema["type"] == "array":

@@ -245,6 +245,11 @@ class OnlineRecommender:
         """Of the model that serves: the same tuple until another one does."""
         return self._states.item_ids
 
+    @property
+    def reads_times(self) -> bool:
+        """Whether the model that serves knows the times of events."""
+        return self._states.model.event_times is not None
+
     def refresh(self, model: TTT4Rec, item_ids: Sequence[Id] | None = None) -> None:
         """Go over to a retrained model: read the users' histories with it, then switch in one step.
 

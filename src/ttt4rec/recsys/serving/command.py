@@ -82,7 +82,8 @@ def _serve(folder: Path, options: ServeOptions) -> None:
             horizon=horizon,
             clock=clock,
         )
-        demo = Demo(online, recommender.histories, titles) if options.demo else None
+        per_second = PER_SECOND[options.time_unit]
+        demo = Demo(online, recommender.histories, titles, per_second) if options.demo else None
         service = Service(online, [*LOCAL, *options.allowed_host], demo)
         uvicorn.run(
             service,

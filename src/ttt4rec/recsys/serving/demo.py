@@ -41,12 +41,17 @@ class Demo:
         online: what is served.
         histories: what tells how often items were taken; in a search, those come first that most took.
         titles: names of items by the texts of their ids; an item without one is shown by its id.
+        per_second: units of the events' times in a second.
     """
 
     def __init__(
-        self, online: OnlineRecommender, histories: Histories, titles: Mapping[str, str] | None = None
+        self,
+        online: OnlineRecommender,
+        histories: Histories,
+        titles: Mapping[str, str] | None = None,
+        per_second: int = 1,
     ) -> None:
-        self._online, self._titles = online, titles or {}
+        self._online, self._titles, self._per_second = online, titles or {}, per_second
         taken = np.bincount(histories.items, minlength=histories.num_items + 1)[1:]
         self._taken = dict(zip(map(str, histories.item_ids), taken.tolist(), strict=True))
         self._searched = self._listed()
@@ -82,6 +87,7 @@ class Demo:
             ],
             best=[Ranked(item_id=item, name=self._name(item), score=score) for item, score in best],
             moved=moved,
+            per_second=self._per_second if self._online.reads_times else None,
         )
         return Answer(200, visitor.model_dump_json().encode())
 

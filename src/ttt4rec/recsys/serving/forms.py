@@ -119,12 +119,16 @@ class Found(BaseModel):
 
 
 class Visitor(BaseModel):
-    """Items of a history, the latest last, its length, the best items, and how far the state has moved."""
+    """Items of a history, the latest last, its length, the best items, and how far the state has moved.
+
+    And of a model that reads times, how many of their units a second has: the page tells when an event happens.
+    """
 
     history: list[Read]
     length: int
     best: list[Ranked]
     moved: float
+    per_second: int | None
 
 
 class Health(BaseModel):

@@ -10,6 +10,7 @@ const at = (id) => document.getElementById(id);
 let user = "";
 let places = new Map(); // item id to its place in the list before
 let path = []; // [length of the history, movement], as far as this page has seen it
+let perSecond = null; // units of the events' times in a second, if the model reads times
 let turn = Promise.resolve(); // clicks take effect one after the other
 let searches = 0;
 
@@ -75,7 +76,9 @@ function row(item, kind, ...parts) {
 
 function take(item) {
   const event = { user_id: user, item_id: item.item_id, event_id: newName() };
+  const seconds = Date.now() / 1000; // of the click, whenever its turn comes
   inTurn(async () => {
+    if (perSecond !== null) event.time = perSecond * seconds;
     await ask("events", { events: [event] });
     if (event.user_id === user) await show();
   });
@@ -83,6 +86,7 @@ function take(item) {
 
 async function show() {
   const visitor = await ask("demo/visitor", { user_id: user, k: ASKED });
+  perSecond = visitor.per_second;
   showList(visitor.best);
   showState(visitor);
   showHistory(visitor.history);
