@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from tests.support.checks import assert_close, assert_states_close, make_layer
@@ -162,7 +164,12 @@ def test_a_model_with_heads_split_in_pairs_of_processes_and_the_rest_by_fsdp():
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh["data"])
         found = trained(model, ids.chunk(2)[mesh.get_local_rank("data")])
-        return {name: p.full_tensor() for name, p in found.items()}
+        with pytest.raises(ValueError, match=r"must be a DTensor where fully_shard .*set_model_state_dict with"):
+            model.load_state_dict(started)
+        found = {name: p.full_tensor() for name, p in found.items()}
+        set_model_state_dict(model, dict(started), options=StateDictOptions(full_state_dict=True))
+        assert all(torch.equal(p.full_tensor(), started[name]) for name, p in model.named_parameters())
+        return found
 
     split_weights = together(4, run)
     expected = trained(model, ids)
@@ -170,3 +177,35 @@ def test_a_model_with_heads_split_in_pairs_of_processes_and_the_rest_by_fsdp():
         for name, p in found.items():
             assert_close(p, expected[name], name=name)
             assert not torch.equal(p, started[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("assign", [False, True])
+def test_whole_weights_are_loaded_into_split_ones(assign):
+    """By each process its part; and what the split layer saves is loaded again, whole or split."""
+    model, x = nn.Sequential(make_layer("mlp", "mamba", forget="token")), torch.randn(2, 9, 8).double()
+    other = nn.Sequential(make_layer("mlp", "mamba", forget="token"))
+    expected, first = other(x).detach(), model(x).detach()
+
+    def run():
+        whole = copy.deepcopy(other.state_dict())
+        parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": HeadParallel()})
+        split = copy.deepcopy(model.state_dict())
+        model.load_state_dict(whole, assign=assign)
+        found = [model(x).detach()]
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        saved = {name: p.full_tensor() for name, p in model.state_dict().items()}
+        assert all(torch.equal(p, saved[name]) for name, p in whole.items())
+        options = StateDictOptions(full_state_dict=True)
+        assert all(torch.equal(p, whole[name]) for name, p in get_model_state_dict(model, options=options).items())
+        model.load_state_dict(split, assign=assign)
+        found += [model(x).detach()]
+        set_model_state_dict(model, dict(whole), options=options)
+        found += [model(x).detach()]
+        with pytest.raises(RuntimeError, match=r"size mismatch for 0\.query\.weight"):
+            model.load_state_dict(whole | {"0.query.weight": torch.zeros(3, 8)})
+        return found
+
+    for found in together(2, run):
+        for y, wanted in zip(found, (expected, first, expected), strict=True):
+            assert_close(y, wanted)

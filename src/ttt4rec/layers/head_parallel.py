@@ -44,6 +44,10 @@ class HeadParallel(ParallelStyle):
     The mesh's first process gives its weights to all. Loading and ``fully_shard`` over another dimension of a mesh come
     after it; ``load_release_state_dict`` comes before. What has replaced or adapts a linear map cannot be split.
 
+    ``state_dict`` has DTensors, as with PyTorch's styles. ``load_state_dict`` also takes whole tensors, the same in all
+    processes, of which each keeps its part. Where ``fully_shard`` has split the weights too, whole ones are for
+    ``torch.distributed.checkpoint.state_dict.set_model_state_dict``.
+
     Raises:
         TypeError: the module is no ``TTTLayer``.
         ValueError: the mesh has several dimensions, its size does not divide the number of heads, or weights are split
@@ -86,6 +90,15 @@ class HeadParallelLayer(TTTLayer):
     def initial_state(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
         """As of ``TTTLayer``, of this process's heads."""
         return self._own_heads().initial_state()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Of whole tensors this process's parts take their places, for the layer's modules too, which come next."""
+        split = {prefix + name: p for name, p in self.named_parameters()}
+        for name in split.keys() & state_dict.keys():
+            x, p = state_dict[name], split[name]
+            if isinstance(x, Tensor) and not isinstance(x, DTensor) and x.shape == p.shape:
+                state_dict[name] = _divided(name, x, p)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def _mesh(self) -> DeviceMesh:
@@ -170,6 +183,16 @@ def _checked(module: nn.Module, mesh: DeviceMesh) -> TTTLayer:
         given = f"{module.num_heads} and {mesh.size()}"
         raise ValueError(f"num_heads must be a multiple of the number of processes in the mesh; given {given}")
     return module
+
+
+def _divided(name: str, x: Tensor, p: Any) -> DTensor:
+    """A whole tensor, the same in all processes, as a parameter lies."""
+    if p.device_mesh.ndim != 1:
+        raise ValueError(
+            f"{name} must be a DTensor where fully_shard has split the weights too; given a whole tensor: load it by "
+            "torch.distributed.checkpoint.state_dict.set_model_state_dict with full_state_dict=True"
+        )
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def _part_of(module: nn.Module, kind: type[_Module]) -> _Module:
