@@ -9,6 +9,7 @@ import pytest
 from benchmarks.peers import __main__ as command
 from benchmarks.peers import page
 from benchmarks.peers.sides import SIDES, lines_of_code
+from tools.documents import ROOT
 
 PROGRAM = '''"""A docstring
 of two lines."""
@@ -85,3 +86,11 @@ def test_our_program_does_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert 0 <= done["metrics"]["NDCG@10"] <= done["metrics"]["HR@10"] <= 1
     assert set(done["cpu_seconds"]) == set(page.PARTS)
     assert done["peak_mib"] > 50
+
+
+def test_every_habit_has_a_test_that_is_there() -> None:
+    _, _, habits = (ROOT / "docs" / "peers.md").read_text().partition("## The same habits")
+    rows = [line.split("|")[1:-1] for line in habits.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) >= 20
+    for capability, *_, test in rows:
+        assert (ROOT / test.strip(" `")).is_file(), capability
