@@ -12,7 +12,7 @@ from ttt4rec.cli import main
 from ttt4rec.options import TRACKERS
 from ttt4rec.recsys import TrainOptions, fit
 from ttt4rec.recsys.training.callbacks import Callback
-from ttt4rec.recsys.training.console import Console, describe_model, duration
+from ttt4rec.recsys.training.console import Console, counted, describe_model, duration
 from ttt4rec.recsys.training.track import TRACKED_FILE, _Tracker, tracker
 
 OPTIONS = TrainOptions(epochs=3, targets_per_batch=512)
@@ -102,6 +102,10 @@ def test_what_the_console_shows(split, tmp_path, capsys):
 )
 def test_a_model_is_described_with_what_computes_it(split, config, shown):
     assert describe_model(make_model(split, **config)) == shown
+
+
+def test_one_is_not_several():
+    assert [counted(x, "epoch") for x in (0, 1, 2, 1000)] == ["0 epochs", "1 epoch", "2 epochs", "1,000 epochs"]
 
 
 def test_durations():

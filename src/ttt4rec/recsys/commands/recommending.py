@@ -20,6 +20,7 @@ from ttt4rec.recsys.data.times import Times
 from ttt4rec.recsys.recommend import Recommender, offers
 from ttt4rec.recsys.recommend.rerank import MaximalMarginalRelevance
 from ttt4rec.recsys.recommend.titles import titles_for
+from ttt4rec.recsys.training.console import counted
 from ttt4rec.recsys.training.progress import progress_bar
 from ttt4rec.recsys.training.report import RUN_FILE
 
@@ -75,7 +76,8 @@ def add_items(args: Namespace) -> None:
     count = larger.histories.num_items - recommender.histories.num_items
     if count:
         larger.save(args.folder)
-    print(f"{count:,} new items of {args.features} in {args.folder}, which offers {larger.histories.num_items:,}")
+    offered = f"which offers {larger.histories.num_items:,}"
+    print(f"{counted(count, 'new item')} of {args.features} in {args.folder}, {offered}")
 
 
 def _check_ids(recommender: Recommender, history: list[str]) -> None:

@@ -31,7 +31,7 @@ from ttt4rec.recsys.data.windows import evaluation_prefixes
 from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.recommend.new_items import feature_names, take_features, with_new_items
 from ttt4rec.recsys.training import parallel
-from ttt4rec.recsys.training.console import Console, best_of
+from ttt4rec.recsys.training.console import Console, best_of, counted
 from ttt4rec.recsys.training.evaluate import evaluate as evaluate_windows
 from ttt4rec.recsys.training.report import RUN_FILE, describe_data, write_card, write_report
 from ttt4rec.recsys.training.track import tracker
@@ -105,7 +105,7 @@ def _train(args: Namespace, device: str) -> None:
     metrics = evaluate_windows(model, windows, exclude_seen=args.exclude_seen, shared=True, progress=progress)
     if parallel.rank():
         return
-    print(f"best of {len(reports)} epochs: {best_of(reports).epoch}")
+    print(f"best of {counted(len(reports), 'epoch')}: {best_of(reports).epoch}")
     recommender = Recommender(model, histories)
     recommender.save(folder)
     settings |= {name: getattr(model.config, name) for name in chosen(args, TTT4RecConfig)}
@@ -194,7 +194,7 @@ def _advise(args: Namespace, options: TrainOptions, num_targets: int) -> None:
     steps = -(-num_targets // options.targets_per_batch)
     if args.preset is None and "targets_per_batch" not in args.given and steps < _FEW_STEPS:
         advice = "--preset best or --targets-per-batch N makes smaller ones, which learn in fewer epochs"
-        print(f"an epoch has about {steps} {'step' if steps == 1 else 'steps'}: {advice}", file=sys.stderr)
+        print(f"an epoch has about {counted(steps, 'step')}: {advice}", file=sys.stderr)
 
 
 def _show_example(recommender: Recommender) -> None:

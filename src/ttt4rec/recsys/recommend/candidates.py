@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -135,9 +135,23 @@ class Chooser:
         if self._allowed is not None:
             items = self._allowed[items - 1]
         if self._wanted.rerank is not None:
-            places = np.asarray(self._wanted.rerank(items, scores, self._wanted.k), dtype=np.int64)[: self._wanted.k]
+            places = _places(self._wanted.rerank(items, scores, self._wanted.k), len(items))[: self._wanted.k]
             items, scores = items[places], scores[places]
         return items, scores
+
+
+def _places(given: Any, count: int) -> IntArray:
+    """What a hook has chosen, checked: what it returns may be the items themselves, by mistake."""
+    places = np.asarray(given)
+    if places.size == 0:
+        return np.empty(0, dtype=np.int64)
+    whole = places.ndim == 1 and places.dtype.kind in "iu"
+    if not whole or places.min() < 0 or places.max() >= count or len(np.unique(places)) < len(places):
+        raise ValueError(
+            f"rerank must return places of its {count} candidates, whole numbers from 0, each once; given "
+            f"{str(places.tolist())[:80]}"
+        )
+    return places.astype(np.int64)
 
 
 def seen_pairs(seen: Sequence[IntArray] | None, device: torch.device) -> tuple[Tensor, Tensor] | None:

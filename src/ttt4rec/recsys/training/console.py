@@ -31,7 +31,7 @@ class Console(Callback):
         steps = -(-run.split.num_targets("train") // options.targets_per_batch)
         print(f"model: {describe_model(run.model)}, {parameters:,} parameters, on {_device(run.model)}")
         print(
-            f"at most {options.epochs} epochs of about {steps:,} {'step' if steps == 1 else 'steps'}; "
+            f"at most {counted(options.epochs, 'epoch')} of about {counted(steps, 'step')}; "
             f"ends after {options.patience} without a better validation {_KEPT_BY}",
             flush=True,
         )
@@ -64,7 +64,7 @@ class Console(Callback):
 def describe_model(model: TTT4Rec) -> str:
     """The sequence layer of a model, its sizes and, of a TTT layer, what computes it."""
     config = model.config
-    sizes = f"width {config.width}, {config.num_blocks} block{'s' if config.num_blocks > 1 else ''}"
+    sizes = f"width {config.width}, {counted(config.num_blocks, 'block')}"
     layer = next((module for module in model.modules() if isinstance(module, TTTLayer)), None)
     if layer is None:
         return f"{config.mixer}, {sizes}"
@@ -79,7 +79,12 @@ def _device(model: TTT4Rec) -> str:
     device = model.embedding.weight.device
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''})"
+    return f"{device} ({counted(torch.get_num_threads(), 'thread')})"
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things, which are one or several."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
