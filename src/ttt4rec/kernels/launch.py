@@ -68,8 +68,8 @@ SINGLE: Table = {  # the same for float32, whose products are three tensor-core 
 }
 HALF_BY_ARCHITECTURE: dict[str, Table] = {  # where an architecture wants another choice
     "sm_90": {  # by predicted time, and within three hundredths of it by spills
-        ("linear_forward", 16): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
-        ("linear_forward", 32): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 2), 32: Blocks(2, 2), 64: Blocks(4, 2)},
+        ("linear_forward", 16): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 3), 32: Blocks(1, 2), 64: Blocks(2, 2)},
+        ("linear_forward", 32): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 3), 32: Blocks(2, 2), 64: Blocks(4, 2)},
         ("linear_forward", 64): {16: Blocks(4, 3), 32: Blocks(4, 2), 64: Blocks(8, 1)},
         ("linear_backward", 16): {8: Blocks(1, 3, heads=2), 16: Blocks(1, 3), 32: Blocks(2, 1), 64: Blocks(4, 1)},
         ("linear_backward", 32): {8: Blocks(2, 3, heads=2), 16: Blocks(2, 3), 32: Blocks(2, 1), 64: Blocks(4, 1)},

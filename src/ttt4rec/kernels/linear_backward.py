@@ -39,6 +39,7 @@ from .primitives import (
     load_rows,
     load_scale,
     load_weights,
+    loads_ahead,
     mini_batch_place,
     normalised,
     own,
@@ -68,6 +69,13 @@ def first_weights(weights, strides, checkpoints, place, begin, segment, tile: tl
 
 
 @triton.jit
+def place_of(m, place, tile: tl.constexpr):
+    """``mini_batch_place`` of mini-batch m."""
+    _, _, _, _, H = place
+    return mini_batch_place(m * tile.mini_batch, place, tile_offsets(H, tile), tile)
+
+
+@triton.jit
 def replay(W, b, tokens, rates, decays, initial, states, number, place, begin, end, tile: tl.constexpr):
     """Copy the weights before each of mini-batches begin to end - 1 to the states from that number on.
 
@@ -80,9 +88,14 @@ def replay(W, b, tokens, rates, decays, initial, states, number, place, begin, e
     store_state(states, number, W, b, head, H, tile)
     if decays is not None:  # always one mini-batch ahead, so that no update waits for it
         shares = load_of_heads(decays[0], begin * tile.mini_batch, place, tile)
+    if loads_ahead(tile):
+        steps_ahead = load_steps(k, G_kept, inner_lr, place_of(begin, place, tile), H, tile)
     for m in tl.range(begin, end - 1):
-        mini_batch = mini_batch_place(m * tile.mini_batch, place, tile_offsets(H, tile), tile)
-        k_rows, G, lr = load_steps(k, G_kept, inner_lr, mini_batch, H, tile)
+        if loads_ahead(tile):
+            k_rows, G, lr = steps_ahead
+            steps_ahead = load_steps(k, G_kept, inner_lr, place_of(m + 1, place, tile), H, tile)
+        else:
+            k_rows, G, lr = load_steps(k, G_kept, inner_lr, place_of(m, place, tile), H, tile)
         U = product(lr[:, None], G)
         if decays is not None:
             W, b = forget(W, b, initial, shares, tile)
@@ -145,6 +158,7 @@ def through_inputs(
 def through_mini_batch(
     m,  # which one of the sequence
     copy,  # number of the state with the weights before it
+    queries,  # its queries in a tuple, if they were loaded ahead
     tokens,
     rates,
     decays,
@@ -179,7 +193,10 @@ def through_mini_batch(
     committed = tl.where(start + tile.mini_batch <= length, 1.0, 0.0)
     s_last = committed * last_scale
     K, U = expanded(k_rows, tile), product(lr[:, None], G)
-    q_rows = load_rows(q, mini_batch, tile)
+    if len(queries) > 0:
+        q_rows = queries[0]
+    else:
+        q_rows = load_rows(q, mini_batch, tile)
     dO = load_rows(grad_o, mini_batch, tile).to(tl.float32)
     if decays is not None:  # here, where registers are free
         d_initial, along_dW = to_initial((W, b), d_state, initial, d_initial, shares, tile)
@@ -270,15 +287,21 @@ def linear_backward_kernel(
         begin = (num_segments - 1 - s) * segment
         end = min(begin + segment, num_mini_batches)
         W, b = first_weights(weights, strides, checkpoints, place, begin, segment, tile)
+        if loads_ahead(tile):
+            q_ahead = load_rows(tokens[0], place_of(end - 1, place, tile), tile)
         tl.debug_barrier()  # until all threads have read the states of the segment behind
         replay(W, b, tokens, rates, decays, initial, states, state, place, begin, end, tile)
         tl.debug_barrier()
         for t in tl.range(0, end - begin):
             m = end - 1 - t
             copy = state + (m - begin)
+            queries = ()
+            if loads_ahead(tile):
+                queries = (q_ahead,)
+                q_ahead = load_rows(tokens[0], place_of(tl.maximum(m - 1, 0), place, tile), tile)
             d_state, d_initial, sums = through_mini_batch(
-                m, copy, tokens, rates, decays, initial, states, grad_o, d_tokens, d_decays, d_state, d_initial, sums,
-                norm, scales, place, tile,
+                m, copy, queries, tokens, rates, decays, initial, states, grad_o, d_tokens, d_decays, d_state,
+                d_initial, sums, norm, scales, place, tile,
             )  # fmt: skip
 
     store_weights(d_weights, d_state, place, tile)

@@ -40,6 +40,7 @@ from .primitives import (
     load_rows,
     load_scale,
     load_weights,
+    loads_ahead,
     mini_batch_place,
     normalised,
     parameter_head,
@@ -87,6 +88,8 @@ def linear_forward_kernel(
     if decays is not None:
         initial, kept = load_centred(decays, place, tile), all_kept(tile)
 
+    if loads_ahead(tile):
+        k_ahead = load_rows(k, mini_batch_place(0, place, offsets, tile), tile)
     for begin in tl.range(0, length, segment * tile.mini_batch, num_stages=1):
         if begin > 0:
             store_copy(checkpoints, checkpoint_number(first + begin, segment, tile), W, b, head, H, tile)
@@ -95,7 +98,11 @@ def linear_forward_kernel(
             if decays is not None:  # early, since nothing waits for it before the end
                 shares = load_of_heads(decays[0], start, place, tile)
                 kept = times(kept, load_of_heads(decays[1], start, place, tile), tile)
-            k_rows = load_rows(k, mini_batch, tile)
+            if loads_ahead(tile):
+                k_rows = k_ahead
+                k_ahead = load_rows(k, mini_batch_place(start + tile.mini_batch, place, offsets, tile), tile)
+            else:
+                k_rows = load_rows(k, mini_batch, tile)
             v_rows = load_rows(v, mini_batch, tile)
             lr = load_rates(inner_lr, mini_batch, H, tile)
             K = expanded(k_rows, tile)

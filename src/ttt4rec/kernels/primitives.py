@@ -397,6 +397,15 @@ def store_rows(pointer, x, mini_batch, tile: tl.constexpr):
     tl.store(pointer + elements, rounded(x, tile), mask=mask)
 
 
+@triton.constexpr_function
+def loads_ahead(tile):
+    """Whether TTT-Linear's loops carry loaded rows from one mini-batch to the next.
+
+    So small tiles of one head Triton wants to have in several layouts, and then puts none of its copies ahead.
+    """
+    return tile.heads == 1 and tile.rows == 16 and tile.features <= 32
+
+
 @triton.jit
 def load_rates(inner_lr, mini_batch, H, tile: tl.constexpr):
     """A mini-batch of the rates, contiguous ``[B, L, H]``, [R]."""
