@@ -58,9 +58,9 @@ PRODUCTS = {
 LARGEST_PRODUCT = {"sm_80": 4096, "gfx942": 16384}
 """FLOPs of an instruction at most, where an instruction is a warp's; elsewhere several warps make one."""
 CHOSEN_WITH_SPILLS = {  # on sm_90, whose cuts are chosen by predicted time; the most that either Triton leaves
-    ("linear_backward", 32, 8): 91,
-    ("linear_backward", 32, 16): 18,
-    ("linear_backward", 64, 16): 122,
+    ("linear_backward", 32, 8): 74,
+    ("linear_backward", 32, 16): 1,
+    ("linear_backward", 64, 16): 58,
     ("mlp_forward", 16, 8): 137,
     ("mlp_forward", 32, 8): 134,
     ("mlp_forward", 32, 16): 134,
