@@ -23,7 +23,7 @@ LOADED = at("primitives.py", "return tl.load(pointer + elements")
 STEPS = at("copies.py", "k_rows = load_rows(k,")
 READING = "load_steps(k, G_kept, inner_lr"
 IN_REPLAY = LOADED, STEPS, at("linear_backward.py", READING, 0)
-FIRST, AGAIN = ((LOADED, STEPS, at("linear_backward.py", READING, n)) for n in (1, 2))
+FIRST, AGAIN = ((LOADED, STEPS, at("linear_backward.py", READING, n)) for n in (3, 4))
 
 
 def places_of(*sources, name="LDG.E", copies=Place.CACHE):

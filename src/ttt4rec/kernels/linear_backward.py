@@ -297,7 +297,7 @@ def linear_backward_kernel(
             copy = state + (m - begin)
             queries = ()
             if loads_ahead(tile):
-                queries = (q_ahead,)
+                queries = (q_ahead,)  # type: ignore[assignment]
                 q_ahead = load_rows(tokens[0], place_of(tl.maximum(m - 1, 0), place, tile), tile)
             d_state, d_initial, sums = through_mini_batch(
                 m, copy, queries, tokens, rates, decays, initial, states, grad_o, d_tokens, d_decays, d_state,
