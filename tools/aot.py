@@ -69,6 +69,9 @@ KERNELS: dict[str, tuple[Operator[Any], Callable[..., Any], dict[str, Any]]] = {
     "mlp_step": (token_step, prepare_token_step, {}),
     "linear_forgetting_forward": (FORGETTING_SCANS["linear"], prepare_linear_scan, {"segment": 16}),
     "linear_forgetting_backward": (FORGETTING_SCANS["linear"], prepare_linear_scan_backward, {"segment": 16}),
+    "mlp_forgetting_forward": (FORGETTING_SCANS["mlp"], prepare_mlp_scan, {"segment": 16}),
+    "mlp_forgetting_backward": (FORGETTING_SCANS["mlp"], prepare_mlp_scan_backward, {"segment": 16}),
+    "mlp_decays": (FORGETTING_SCANS["mlp"], partial(prepared_decays, op="mlp_forward"), {}),
     "linear_decays": (FORGETTING_SCANS["linear"], partial(prepared_decays, op="linear_forward"), {}),
     "linear_forgetting_step": (forgetting_token_step, prepare_token_step, {}),
     "mlp_forgetting_step": (forgetting_token_step, prepare_token_step, {}),
@@ -133,11 +136,6 @@ class OfflineDriver:
     def get_current_target(self) -> GPUTarget:
         """The architecture kernels are compiled for."""
         return self.target
-
-
-def cut_of(op: str) -> str:
-    """The kernel whose cuts a kernel has: of layers that forget, that of the others."""
-    return op.replace("_forgetting", "")
 
 
 def compile_for(

@@ -14,7 +14,7 @@ from ttt4rec.arguments import MAX_HEAD_DIM, MAX_MINI_BATCH_SIZE
 from ttt4rec.kernels import launch
 from ttt4rec.operators.samples import Sizes
 
-from ..aot import DTYPES, INNER_LOOPS, KERNELS, cut_as, cut_of
+from ..aot import DTYPES, INNER_LOOPS, KERNELS, cut_as
 from ..documents import number
 from .machines import DEFAULT, MACHINES, Machine
 from .prediction import Filling, Kernel, binding, filled, fitting, floors, kernel, machine_for, slowest_lines
@@ -30,7 +30,7 @@ def main() -> None:
     sizes = Sizes(2, 50, 4, given.head_dim, given.mini_batch_size)
     cut = None
     if given.kernel in INNER_LOOPS:
-        table = launch.blocks(cut_of(given.kernel), given.head_dim, given.mini_batch_size, dtype, given.arch, sizes.H)
+        table = launch.blocks(given.kernel, given.head_dim, given.mini_batch_size, dtype, given.arch, sizes.H)
         wanted = {"num_warps": given.warps, "num_stages": given.stages, "heads": given.heads, "chunks": given.chunks}
         cut = table._replace(**{name: n for name, n in wanted.items() if n})
     with cut_as(cut):

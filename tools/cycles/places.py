@@ -23,6 +23,7 @@ COPIES = {
 }
 WAITING = {"take_chunk", "put_chunk", "take_part", "store_part"}
 REPLAYED = {"load_steps", "take_before", "hold_before", "load_chunk"}
+MADE_BEFORE = {"load_of_heads", "hold_initial", "take_initial"}
 REPLAYS = {"replay", "replayed"}
 KERNELS = Path(kernels.__file__).parent
 GLOBAL = ("LDG", "LDGSTS", "STG", "LD", "ST")
@@ -39,7 +40,7 @@ def _place(x: Instruction, copies: Place, read: dict[tuple[Line, ...], tuple[Lin
     if called & WAITING:
         return Place.CACHE
     load = not x.name.startswith("ST")
-    if load and "load_of_heads" in called:  # made by the kernel before
+    if load and called & MADE_BEFORE:  # by the kernel before
         return Place.CACHE
     # The same line of a function that loads, reached by another way: the same data once more.
     if load and called & REPLAYED and read.setdefault(x.source[:2], x.source) != x.source:

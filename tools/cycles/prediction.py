@@ -10,7 +10,7 @@ import torch
 from ttt4rec.kernels import launch, segments
 from ttt4rec.operators.samples import Sizes
 
-from ..aot import INNER_LOOPS, compiled, cut_of, registers_of
+from ..aot import INNER_LOOPS, compiled, registers_of
 from ..resources import programs
 from ..sass import Instruction, decoded, disassembly
 from ..sass import Place as Line
@@ -110,7 +110,9 @@ def kernel(architecture: str, op: str, sizes: Sizes, dtype: torch.dtype) -> Kern
     elif op in INNER_LOOPS:
         tile = prepared.arguments[-1]
         heads, chunks = tile.heads, max(1, tile.chunks)
-        loops = mini_batch_loops(instructions, chunks, replays=cut_of(op) == "mlp_backward" and chunks > 1)
+        loops = mini_batch_loops(
+            instructions, chunks, replays=launch.without_decay(op) == "mlp_backward" and chunks > 1
+        )
     else:
         loops = [Loop(longest_loop(instructions), 1)]
     registers, shared_memory = registers_of(cubin), binary.metadata.shared
@@ -198,7 +200,7 @@ def binding(of: Kernel, machine: Machine, filling: Filling) -> dict[str, float]:
 def floors(of: Kernel, machine: Machine) -> dict[str, float]:
     """Picoseconds per token and head that an inner loop cannot be faster than: memory, issue slots, tensor cores."""
     size = 2 if of.dtype != torch.float32 else 4
-    per_feature, rest = MOVED[cut_of(of.op)]
+    per_feature, rest = MOVED[launch.without_decay(of.op)]
     trips: list[tuple[int, Sequence[Instruction]]] = [(loop.times, loop.trip) for loop in of.loops]
     issued = sum(n * len(trip) for n, trip in trips) * of.blocks.num_warps / 4
     products = [step for n, trip in trips for step in n * steps(trip, machine, len(trip) * [Place.NEAR])]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import eager
 from ..arguments import MAX_MINI_BATCH_SIZE, Scan, TokenStep
-from . import blocks, linear_backward, linear_forward, mlp_forward, segments, step
+from . import blocks, limits, linear_backward, linear_forward, mlp_backward, mlp_forward, segments, step
 from .convolution import convolution, convolution_backward
 from .limits import scan_refusal
 from .output import output, output_backward
@@ -48,6 +48,17 @@ def _by_length(one_kernel: Callable[..., Any], in_blocks: Callable[..., Any]) ->
     return run
 
 
+def _by_size(one_kernel: Callable[..., Any], in_blocks: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """The same where TTT-MLP forgets, whose kernels are for fewer sizes."""
+
+    def run(scan: Scan, *rest: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = (one_kernel if limits.forgets_in_one_kernel(scan) else in_blocks)(scan, *rest)
+        return results
+
+    run.__name__, run.__doc__ = one_kernel.__name__, one_kernel.__doc__
+    return run
+
+
 def token_step(given: TokenStep) -> tuple[Tensor]:
     """One token of each stream. Where the rows of a mini-batch do not fit a program, ``eager.token_step``."""
     short = given.token_scale.numel() <= MAX_MINI_BATCH_SIZE
@@ -59,8 +70,8 @@ linear_scan_backward = _by_length(linear_backward.linear_scan_backward, blocks.l
 mlp_scan = _by_length(mlp_forward.mlp_scan, blocks.mlp_scan)
 mlp_scan_backward = _by_length(segments.mlp_scan_backward, blocks.mlp_scan_backward)
 linear_forgetting_scan, linear_forgetting_scan_backward = linear_scan, linear_scan_backward
-# TTT-MLP's mini-batches of any length go in blocks where it forgets.
-mlp_forgetting_scan, mlp_forgetting_scan_backward = blocks.mlp_scan, blocks.mlp_scan_backward
+mlp_forgetting_scan = _by_size(mlp_forward.mlp_scan, blocks.mlp_scan)
+mlp_forgetting_scan_backward = _by_size(mlp_backward.mlp_scan_backward, blocks.mlp_scan_backward)
 forgetting_token_step = token_step
 
 

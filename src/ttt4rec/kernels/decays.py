@@ -15,6 +15,8 @@ from ..arguments import Scan
 from . import launch
 from .copies import store_copy
 from .forgetting import load_initial, only_copy, share_lost
+from .hidden_forgetting import initial_strides
+from .hidden_layer import load_b2, load_state, store_hidden_copy
 from .primitives import centred_weights
 
 
@@ -47,8 +49,16 @@ def store_shares(log_decay, shares, kept, spans, L, H, heads: tl.constexpr, each
 @triton.jit
 def store_centred(initial, copy, head, H, tile: tl.constexpr):
     """Copy the initial weights of P heads, centred."""
-    W, b = load_initial((None, None, initial, copy), (tl.program_id(0), head, 0, 0, H), tile)
-    store_copy(copy, only_copy(), centred_weights(W, tile), centred_weights(b, tile), head, H, tile)
+    place = tl.program_id(0), head, 0, 0, H
+    decays = None, None, initial, copy
+    if tile.hidden > 0:
+        b2 = centred_weights(load_b2(initial, initial_strides(tile), place, tile), tile)
+        for chunk in tl.range(0, tile.chunks, num_stages=1):
+            state = load_state(initial, initial_strides(tile), place, chunk, tile, centre=True)
+            store_hidden_copy(copy, only_copy(), state, b2, head, H, chunk, tile)
+    else:
+        W, b = load_initial(decays, place, tile)
+        store_copy(copy, only_copy(), centred_weights(W, tile), centred_weights(b, tile), head, H, tile)
 
 
 @triton.jit(do_not_specialize=["L", "H", "num_sequences"])
@@ -56,8 +66,8 @@ def decays_kernel(
     log_decay,  # [B, L, H]
     shares,  # [B, L, H]: 1 - A of every mini-batch at its first token
     kept,  # [B, L, H]: A
-    initial,  # W̄ [H, D, D], b̄ [H, D]
-    copy,  # of them [1, H, D² + D]
+    initial,  # the initial weights [H, ...]
+    copy,  # of them [1, H, numbers]
     spans,  # starts, lengths [N], or None twice
     L,
     H,
@@ -82,7 +92,7 @@ def prepared_decays(scan: Scan, op: str) -> tuple[Decays | None, launch.Launch |
     if scan.log_decay is None:
         return None, None
     N, H = scan.weights[0].shape[:2]
-    choice, tile = launch.plan(op, scan.q, scan.token_scale.numel())
+    choice, tile = launch.plan(op, scan.q, scan.token_scale.numel(), scan.hidden)
     log_decay = scan.log_decay.contiguous()
     shares, kept = torch.empty_like(log_decay), torch.empty_like(log_decay)
     initial = tuple(w.contiguous() for w in scan.initial)

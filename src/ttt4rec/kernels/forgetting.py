@@ -161,11 +161,46 @@ def along(d_weights, distance, tile: tl.constexpr):
     """Σ dW ∘ (W - W̄), and the same of b, of every head: a tuple of P numbers."""
     dW, db = d_weights
     W, b = distance
-    W_terms, b_terms = dW * W, db * b
+    return sums_of_weights(dW * W, db * b, tile)
+
+
+@triton.jit
+def sums_of_weights(W_terms, b_terms, tile: tl.constexpr):
+    """The sums over all weights of every head: a tuple of P numbers."""
     sums = (sum_of_weights(W_terms, b_terms, 0, tile),)
     P: tl.constexpr = tile.heads
     for p in tl.static_range(1, P):
         sums = sums + (sum_of_weights(W_terms, b_terms, p, tile),)  # type: ignore[assignment]  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def sums_of_heads(x, heads, tile: tl.constexpr):
+    """The sums over the rows of every head, given each row's: a tuple of P numbers."""
+    sums = (sum_of_head(x, heads, 0, tile),)
+    P: tl.constexpr = tile.heads
+    for p in tl.static_range(1, P):
+        sums = sums + (sum_of_head(x, heads, p, tile),)  # type: ignore[assignment]  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def no_sums(tile: tl.constexpr):
+    """P zeros."""
+    sums = (0.0,)
+    P: tl.constexpr = tile.heads
+    for _ in tl.static_range(1, P):
+        sums = sums + (0.0,)  # type: ignore[assignment]  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def plus_sums(a, b, tile: tl.constexpr):
+    """P sums and P others."""
+    sums = (a[0] + b[0],)
+    P: tl.constexpr = tile.heads
+    for p in tl.static_range(1, P):
+        sums = sums + (a[p] + b[p],)  # type: ignore[assignment]  # noqa: RUF005
     return sums
 
 

@@ -79,6 +79,8 @@ HALF_BY_ARCHITECTURE: dict[str, Table] = {  # where an architecture wants anothe
         ("mlp_backward", 16): {8: Blocks(2, 2, heads=2), 16: Blocks(2, 2), 32: Blocks(4, 1), 64: Blocks(4, 1)},
         ("mlp_backward", 32): {16: Blocks(4, 2), 32: Blocks(8, 1, chunks=2), 64: Blocks(4, 1)},
         ("mlp_backward", 64): {16: Blocks(4, 2, chunks=4), 32: Blocks(8, 1, chunks=8), 64: Blocks(8, 1, chunks=8)},
+        ("mlp_forgetting_backward", 16): {8: Blocks(4, 2, heads=2), 16: Blocks(4, 2)},
+        ("mlp_forgetting_backward", 32): {16: Blocks(8, 2)},
         ("segment_replay", 64): {16: Blocks(4, 3, chunks=4)},
         ("segment_outputs", 64): {16: Blocks(4, 2, chunks=4)},
         ("segment_walk", 64): {16: Blocks(4, 2, chunks=4)},
@@ -175,7 +177,7 @@ def blocks(
     """Look up how a kernel is cut.
 
     Args:
-        op: ``"linear_forward"``, ``"mlp_backward"``, ...
+        op: ``"linear_forward"``, ``"mlp_forgetting_backward"``, ...
         head_dim: D.
         mini_batch_size: K.
         dtype: of q, k and v.
@@ -194,8 +196,22 @@ def has_cut(op: str, q: Tensor, mini_batch_size: int) -> bool:
 
 
 def choices(op: str, padded_head_dim: int, dtype: torch.dtype, architecture: str) -> dict[int, Blocks]:
-    """The cuts of a kernel by the largest mini-batch size each is for."""
-    return _table(dtype, architecture)[op, padded_head_dim]
+    """The cuts of a kernel by the largest mini-batch size each is for.
+
+    A kernel that forgets has those of the one that does not, but for its own.
+    """
+    table = _table(dtype, architecture)
+    return table[without_decay(op), padded_head_dim] | table.get((op, padded_head_dim), {})
+
+
+def kernel_of(scan: Scan, way: str) -> str:
+    """The table's name of a scan's kernel, forward or backward."""
+    return f"{scan.inner}_{way}" if scan.log_decay is None else f"{scan.inner}_forgetting_{way}"
+
+
+def without_decay(op: str) -> str:
+    """The name of the same kernel for layers that forget nothing."""
+    return op.replace("_forgetting", "")
 
 
 def _table(dtype: torch.dtype, architecture: str) -> Table:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..arguments import Scan
 from . import launch
 
 SHARED_MEMORY = {"sm_80": 163, "sm_87": 163, "sm_8": 99, "sm_9": 227, "sm_10": 227, "sm_11": 227, "sm_12": 99}
@@ -35,6 +36,8 @@ NEEDED_SINGLE: dict[str, Needed] = {
     "sm_100": {("linear_backward", 128): {16: 136, 32: 144, 64: 384}},
 }
 """Of those kernels alone that some GPU has no room for, by the architecture whose cuts are taken."""
+FORGETTING_MLP = (32, 16)
+"""Features and tokens of the largest head and mini-batch for which TTT-MLP's kernels forget; others go in blocks."""
 TITLES = {"linear": "TTT-Linear", "mlp": "TTT-MLP"}
 
 
@@ -54,6 +57,12 @@ def check(op: str, q: Tensor, mini_batch_size: int) -> None:
     """Raise ValueError where ``scan_refusal`` has a reason."""
     if (reason := scan_refusal(op, q.shape[-1], mini_batch_size, q.dtype)) is not None:
         raise ValueError(f"the kernel {reason}")
+
+
+def forgets_in_one_kernel(scan: Scan) -> bool:
+    """Whether a scan of TTT-MLP that forgets is one kernel, and so is its backward."""
+    features, tokens = FORGETTING_MLP
+    return scan.q.shape[3] <= features and scan.token_scale.numel() <= tokens
 
 
 def room(architecture: str) -> int:

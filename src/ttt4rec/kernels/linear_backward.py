@@ -332,9 +332,10 @@ def prepare_linear_scan_backward(
     """Allocate the results and the sums per sequence, and make the launch that fills them."""
     q, weights, (G, checkpoints), (grad_o, *grad_weights) = scan.q, scan.weights, kept, grads
     L, H = q.shape[1:3]
-    choice, tile = launch.plan("linear_backward", q, scan.token_scale.numel())
+    op = launch.kernel_of(scan, "backward")
+    choice, tile = launch.plan(op, q, scan.token_scale.numel())
     gradients = launch.new_gradients(scan)
-    decays, first = prepared_decays(scan, "linear_backward")
+    decays, first = prepared_decays(scan, op)
     given, given_strides = launch.strided(*grad_weights)
     weights, strides = launch.strided(*weights)
     arguments = (

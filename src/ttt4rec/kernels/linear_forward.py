@@ -161,12 +161,13 @@ def linear_scan(scan: Scan) -> tuple[Tensor, ...]:
 def prepare_linear_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
     """Allocate the results and make the launch that fills them."""
     q, weights, starts, (L, H) = scan.q, scan.weights, scan.starts, scan.q.shape[1:3]
-    choice, tile = launch.plan("linear_forward", q, scan.token_scale.numel())
+    op = launch.kernel_of(scan, "forward")
+    choice, tile = launch.plan(op, q, scan.token_scale.numel())
     o, G = launch.new_tokens(q, starts), launch.new_tokens(q, starts)
     outgoing = tuple(torch.empty(w.shape, dtype=torch.float32, device=q.device) for w in weights)
     weights, strides = launch.strided(*weights)
     checkpoints = scan.new_checkpoints()
-    decays, first = prepared_decays(scan, "linear_forward")
+    decays, first = prepared_decays(scan, op)
     arguments = (
         launch.contiguous(scan.q, scan.k, scan.v),
         launch.contiguous(scan.inner_lr, scan.token_scale),

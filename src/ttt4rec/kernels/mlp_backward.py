@@ -18,6 +18,16 @@ from torch import Tensor
 from ..arguments import Scan
 from . import copies, launch, limits
 from .copies import first_state, load_steps
+from .decays import prepared_decays
+from .forgetting import (
+    by_head,
+    load_of_heads,
+    no_sums,
+    plus_sums,
+    store_decay_gradient,
+    through_means,
+)
+from .hidden_forgetting import b2_sums, chunk_kept, chunk_to_initial, hold_initial, no_hidden_gradients, sums_of_means
 from .hidden_layer import (
     contiguous_strides,
     first_chunks,
@@ -44,6 +54,7 @@ from .primitives import (
     load_scale,
     mini_batch_place,
     own,
+    parameter_head,
     program_place,
     recentred,
     store_rates,
@@ -103,11 +114,14 @@ def through_output(dO, G2_rows, X2_bar_X2, outer, own_rates, minus_scale, s_last
 
 
 @triton.jit
-def through_outputs(held, d_state, values, memory, waiting, minus_dP2, minus_dC2, along_dW, tile: tl.constexpr):
-    """Through the hidden layer's outputs, steps and G1, chunk by chunk: (17), (18), (20), (25), (26).
+def through_outputs(
+    held, d_state, values, memory, waiting, minus_dP2, minus_dC2, along_dW, forgetting, d_initial, tile: tl.constexpr
+):
+    """Through the hidden layer's outputs, steps and G1, chunk by chunk: (17), (18), (20), (25), (26); and (41).
 
-    Returns dW1, db1 and dW2 without what passes through Z1. Then that part of the last chunk's -dZ1 which does not pass
-    through Z2. Then the sums -dP1 G1ᵀ, -dP1 W1ᵀ, G1 dW1ᵀ, -E W2, and along_dW with Σ G1 ∘ (K dW1 + db1).
+    Returns what registers hold of the initial weights' gradients, and Σ dW ∘ (W - W̄), where it forgets; dW1, db1 and
+    dW2 without what passes through Z1; that part of the last chunk's -dZ1 which does not pass through Z2; and the sums
+    -dP1 G1ᵀ, -dP1 W1ᵀ, G1 dW1ᵀ, -E W2, and along_dW with Σ G1 ∘ (K dW1 + db1).
     """
     K, Q, G2, U2, A1, lr, minus_scale, s_last = values
     d_weights, contiguous, scratch = waiting
@@ -118,10 +132,15 @@ def through_outputs(held, d_state, values, memory, waiting, minus_dP2, minus_dC2
     dP1_G1, dP1_W1 = tl.zeros((R, R), tl.float32), tl.zeros((R, PF), tl.float32)
     G1_dW1, E_W2 = dP1_W1, dP1_W1
     minus_dZ1 = tl.zeros((R, C), tl.float32)
+    sums = ()
+    if len(forgetting) > 0:
+        sums = no_sums(tile)
     for chunk in tl.range(0, tile.chunks, num_stages=1):
         Z1, state = take_before(held, memory, chunk, tile)
         W1, _b1, W2 = state
         dW1, db1, dW2 = take_chunk(d_state, d_weights, contiguous, place, chunk, tile)
+        if len(forgetting) > 0:
+            sums, d_initial = chunk_to_initial(sums, state, (dW1, db1, dW2), chunk, d_initial, forgetting, tile)
         X2, slope, curve = gelu(Z1)
         G2_W2, G1, X2_bar, bar_slope = forward_values(Z1, state, values, tile)
         minus_dP1 = dot(minus_dC2, X2, tile, dot(minus_dP2, W2, tile)) * bar_slope
@@ -135,13 +154,15 @@ def through_outputs(held, d_state, values, memory, waiting, minus_dP2, minus_dC2
         G1_dW1 = dot(G1, tl.trans(dW1), tile, G1_dW1)
         minus_dX2 = dot(tl.trans(minus_dC2), X2_bar, tile, s_last * dot(U2, dW2, tile))
         minus_dZ1 = minus_dX2 * slope + minus_dG1 * G2_W2 * curve
+        if len(forgetting) > 0:
+            dW1, db1, dW2 = chunk_kept((dW1, db1, dW2), forgetting, tile)
         db1 -= token_sums(minus_dP1, tile)
         dW1 -= dot(tl.trans(Q), minus_dP1, tile)
         dW2 -= dot(tl.trans(minus_dP2), X2_bar, tile, dot(tl.trans(G2), minus_E, tile))
         d_state = put_chunk((dW1, db1, dW2), d_weights, contiguous, place, chunk, tile)
         store_part(scratch, minus_dZ1, place, chunk, tile)
     wait_for_stores(tile)
-    return d_state, minus_dZ1, (dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW)
+    return d_initial, sums, d_state, minus_dZ1, (dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW)
 
 
 @triton.jit
@@ -202,19 +223,23 @@ def through_mini_batch(
     copy,  # number of the state with the weights before it
     tokens,
     rates,
+    decays,
+    initial,  # what registers hold of the initial weights, and b̄2; or nothing
     states,
     grad_o,
     d_tokens,
+    d_decays,
     waiting,  # where dW1, db1 and dW2 wait, if there are several chunks, and their strides; where -dZ1 does
     d_state,  # dW1, db1 and dW2 behind it, if there is one chunk
     db2,
+    d_initial,  # gradients of the initial weights so far, as those are held; or nothing
     sums,  # gradients of γ and β, s and s_last so far
     norm,  # γ, β, ε
     scales,  # -s of every row, s_last
     place,
     tile: tl.constexpr,
 ):
-    """Store the gradients of a mini-batch's tokens; returns dW1, db1 and dW2, db2 before it, and the sums with it."""
+    """Store the gradients of a mini-batch's tokens; returns dW1, db1 and dW2, db2 before it, d_initial and the sums."""
     q, k, v, G2_kept, Z1_kept = tokens
     dq, dk, dv, d_lr = d_tokens
     inner_lr, _ = rates
@@ -231,6 +256,11 @@ def through_mini_batch(
     C1, values = mini_batch_values(q_rows, k_rows, G2_rows, own_rates, minus_scale, s_last, tile)
     K, _, _, _, A1, _, _, _ = values
 
+    forgetting, d_held = (), ()
+    if decays is not None:
+        shares, kept = load_of_heads(decays[0], start, place, tile), load_of_heads(decays[1], start, place, tile)
+        forgetting = initial[0], decays, shares, kept, d_decays[1:], waiting[1], place  # type: ignore[assignment]
+        d_held, d_b2 = d_initial
     b2 = load_copied_b2(states, copy, head, H, tile)
     memory = Z1_kept, states, copy, mini_batch, place
     held = hold_before(memory, tile)
@@ -244,9 +274,14 @@ def through_mini_batch(
     d_gamma += gamma_terms
     d_beta += dO
 
-    d_state, minus_dZ1, products = through_outputs(
-        held, d_state, values, memory, waiting, expanded(minus_dP2, tile), minus_dC2, along_dW, tile
+    d_held, along_state, d_state, minus_dZ1, products = through_outputs(
+        held, d_state, values, memory, waiting, expanded(minus_dP2, tile), minus_dC2, along_dW, forgetting, d_held, tile
     )
+    if decays is not None:
+        along_state = plus_sums(along_state, b2_sums(db2, b2 - initial[1], tile), tile)
+        store_decay_gradient(d_decays[0], along_state, kept, committed, mini_batch, H, tile)
+        d_initial = d_held, d_b2 + by_head(shares, parameter_head(tile), tile) * db2
+        db2 = by_head(kept, parameter_head(tile), tile) * db2
     dP1_G1, dP1_W1, G1_dW1, E_W2, along_dW = products
     d_scale += A1 * dP1_G1 + C2 * lr_columns * dP2_G2
     d_last_scale -= committed * own_rates * along_dW
@@ -268,7 +303,7 @@ def through_mini_batch(
     d_state, dZ1_W1 = through_inputs(held, minus_dZ1, d_state, K, expanded_dZ2, memory, waiting, tile)
     # Subtracted, as in the forward: a sum would move the product behind the state's.
     store_rows(dk, d_k - own(dZ1_W1, tile), mini_batch, tile)
-    return d_state, db2, (d_gamma, d_beta, d_scale, d_last_scale)
+    return d_state, db2, d_initial, (d_gamma, d_beta, d_scale, d_last_scale)
 
 
 @triton.jit(do_not_specialize=["L", "H", "segment"])
@@ -277,6 +312,7 @@ def mlp_backward_kernel(
     grad_weights,  # of W1, b1, W2, b2
     tokens,  # q, k, v and the forward's G2 [B, L, H, D], Z1 [B, L, H, hidden]
     rates,  # inner_lr [B, L, H], token_scale [K]
+    decays,  # ``decays.Decays``; None: nothing is forgotten
     weights,  # the incoming W1 [N, H, D, hidden], b1 [N, H, hidden], W2 [N, H, hidden, D], b2 [N, H, D]
     checkpoints,  # [number, H, 2 D hidden + hidden + D]
     states,  # [number, H, 2 D hidden + hidden + D]
@@ -286,6 +322,7 @@ def mlp_backward_kernel(
     d_tokens,  # of q, k, v [B, L, H, D] and inner_lr [B, L, H]
     d_weights,  # of W1, b1, W2, b2
     partial_sums,  # per sequence: γ and β's gradients [N, H, D], s's and the updates' share of s_last's [N, H, K]
+    d_decays,  # of ln a [B, L, H], and per sequence of the initial weights; nothing is forgotten: none
     scratch,  # for chunks: a part of a mini-batch's -dZ1 [N, H, R, hidden]
     strides,  # of weights
     grad_strides,  # of grad_weights; all others are contiguous
@@ -317,6 +354,10 @@ def mlp_backward_kernel(
     no_rows = tl.zeros((R, F), tl.float32)
     sums = no_rows, no_rows, tl.zeros((R, R), tl.float32), tl.zeros((R,), tl.float32)
 
+    initial, d_initial = (), ()
+    if decays is not None:
+        initial, d_initial = hold_initial(decays, place, tile), no_hidden_gradients(tile)
+
     state = first_state(first_states, sequence, L, segment, tile)
     num_mini_batches = tl.cdiv(length, tile.mini_batch)
     num_segments = tl.cdiv(num_mini_batches, segment)
@@ -326,19 +367,27 @@ def mlp_backward_kernel(
         tl.debug_barrier()  # until all threads have read the states of the segment behind
         for chunk in tl.range(0, tile.chunks, num_stages=1):
             chunk_state, b2 = first_weights(weights, strides, checkpoints, place, begin, segment, chunk, tile)
-            replay(chunk_state, b2, tokens, rates, states, state, place, begin, end, chunk, tile)
+            replay(chunk_state, b2, tokens, rates, decays, initial, states, state, place, begin, end, chunk, tile)
         tl.debug_barrier()
         for t in tl.range(0, end - begin):
             m = end - 1 - t
             copy = state + (m - begin)
-            d_state, db2, sums = through_mini_batch(
-                m, copy, tokens, rates, states, grad_o, d_tokens, waiting, d_state, db2, sums, norm, scales, place, tile
-            )
+            d_state, db2, d_initial, sums = through_mini_batch(
+                m, copy, tokens, rates, decays, initial, states, grad_o, d_tokens, d_decays, waiting, d_state, db2,
+                d_initial, sums, norm, scales, place, tile,
+            )  # fmt: skip
 
     if tile.chunks == 1:
         store_state(d_weights, contiguous, d_state, place, 0, tile)
     store_b2(d_weights, contiguous, db2, place, tile)
     store_sums(partial_sums, sums, place, tile)
+    if decays is not None:
+        d_held, d_b2 = d_initial  # type: ignore[misc]
+        if tile.chunks == 1:
+            store_state(d_decays[1:], contiguous, d_held, place, 0, tile)
+        store_b2(d_decays[1:], contiguous, d_b2, place, tile)
+        at_ends = sums_of_means(grad_weights, grad_strides, weights, strides, decays, place, tile)
+        through_means(d_decays[0], at_ends, decays, place, tile)
 
 
 @launch.on_its_device
@@ -360,8 +409,13 @@ def prepare_mlp_scan_backward(
     """Allocate the results and the sums per sequence, and make the launch that fills them."""
     q, weights, (Z1, G2, checkpoints), (grad_o, *grad_weights) = scan.q, scan.weights, kept, grads
     (L, H), hidden = q.shape[1:3], scan.hidden
-    choice, tile = launch.plan("mlp_backward", q, scan.token_scale.numel(), hidden)
+    op = launch.kernel_of(scan, "backward")
+    choice, tile = launch.plan(op, q, scan.token_scale.numel(), hidden)
     gradients = launch.new_gradients(scan)
+    if tile.chunks > 1:
+        for x in gradients[3][1:]:
+            x.zero_()  # each mini-batch adds to them
+    decays, first = prepared_decays(scan, op)
     given, given_strides = launch.strided(*grad_weights)
     weights, strides = launch.strided(*weights)
     scratch = None
@@ -373,12 +427,13 @@ def prepare_mlp_scan_backward(
         given,
         launch.contiguous(scan.q, scan.k, scan.v, G2, Z1),
         launch.contiguous(scan.inner_lr, scan.token_scale),
+        decays,
         weights,
         checkpoints,
         *copies.new_states(scan),
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(scan.starts, scan.lengths),
-        *gradients[:3],
+        *gradients,
         scratch,
         strides,
         given_strides,
@@ -389,4 +444,4 @@ def prepare_mlp_scan_backward(
         tile,
     )
     grid = (weights[0].shape[0] * triton.cdiv(H, choice.heads),)
-    return gradients, launch.Launch(mlp_backward_kernel, grid, arguments, choice)
+    return gradients, launch.Launch(mlp_backward_kernel, grid, arguments, choice, first)

@@ -20,6 +20,16 @@ from torch import Tensor
 from ..arguments import Scan
 from . import launch, limits
 from .copies import checkpoint_number
+from .decays import prepared_decays
+from .forgetting import all_kept, load_of_heads, times
+from .hidden_forgetting import (
+    W2_mean_forgotten,
+    b2_mean_forgotten,
+    forget_b2,
+    forget_chunk,
+    hold_initial,
+    take_initial,
+)
 from .hidden_layer import (
     centred_columns,
     contiguous_strides,
@@ -85,10 +95,13 @@ def at_keys(K, Q, state, outgoing, contiguous, Z1_kept, mini_batch, place, tile:
 
 
 @triton.jit
-def at_queries(Z1, Q_W1, values, scales, state, outgoing, contiguous, Z1_kept, mini_batch, place, tile: tl.constexpr):
+def at_queries(
+    Z1, Q_W1, values, scales, state, outgoing, contiguous, Z1_kept, forgetting, mini_batch, place, tile: tl.constexpr
+):
     """The inner model at the queries, after the steps up to each, and the update, chunk by chunk.
 
-    Given are the last chunk's Z1 and Q W1 + b1. Returns X̄2 W2, A2 G2 and the state after the mini-batch.
+    Given are the last chunk's Z1 and Q W1 + b1; and, where it forgets, what registers hold of the initial weights, the
+    decays and 1 - A. Returns X̄2 W2, A2 G2 and the state after the mini-batch.
     """
     K, Q, G2_rows, U2, A1, own_rates = values
     scale, committed_scale = scales
@@ -111,6 +124,9 @@ def at_queries(Z1, Q_W1, values, scales, state, outgoing, contiguous, Z1_kept, m
         A2 = dot(X2_bar, tl.trans(X2), tile) + tl.where(chunk == 0, 1.0, 0.0)
         A2_G2 = dot(tl.where(causal(tile), A2, 0.0) * lr_columns, G2_rows, tile, A2_G2)
         X2_bar_W2 = dot(X2_bar, tl.trans(W2), tile, X2_bar_W2)
+        if len(forgetting) > 0:
+            held, decays, shares = forgetting
+            W1, b1, W2 = forget_chunk((W1, b1, W2), take_initial(held, decays, place, chunk, tile), shares, tile)
         new_state = updated_state((W1, b1, W2), K, lr, G1, U2, X2, committed_scale, tile)
         state = put_chunk(new_state, outgoing, contiguous, place, chunk, tile)
     wait_for_stores(tile)
@@ -118,15 +134,21 @@ def at_queries(Z1, Q_W1, values, scales, state, outgoing, contiguous, Z1_kept, m
 
 
 @triton.jit
-def store_outgoing(state, b2, changed, weights, strides, outgoing, contiguous, place, tile: tl.constexpr):
-    """Give the means of W2 and b2 back; without an update, give back exactly what came."""
+def store_outgoing(state, b2, changed, weights, strides, outgoing, contiguous, decays, kept, place, tile: tl.constexpr):
+    """Give the means of W2 and b2 back, what is left of them; without an update, give back exactly what came."""
     for chunk in tl.range(0, tile.chunks, num_stages=1):
         W1, b1, W2 = take_chunk(state, outgoing, contiguous, place, chunk, tile)
         _, _, incoming_W2 = load_state(weights, strides, place, chunk, tile)
-        W2 = tl.where(changed, W2 + (incoming_W2 - centred_columns(incoming_W2, tile)), incoming_W2)
+        W2_mean = incoming_W2 - centred_columns(incoming_W2, tile)
+        if decays is not None:
+            W2_mean = W2_mean_forgotten(W2_mean, decays, kept, place, chunk, tile)
+        W2 = tl.where(changed, W2 + W2_mean, incoming_W2)
         store_state(outgoing, contiguous, (W1, b1, W2), place, chunk, tile)
     incoming_b2 = load_b2(weights, strides, place, tile)
-    b2 = tl.where(changed, b2 + (incoming_b2 - centred_weights(incoming_b2, tile)), incoming_b2)
+    b2_mean = incoming_b2 - centred_weights(incoming_b2, tile)
+    if decays is not None:
+        b2_mean = b2_mean_forgotten(b2_mean, decays, kept, place, tile)
+    b2 = tl.where(changed, b2 + b2_mean, incoming_b2)
     store_b2(outgoing, contiguous, b2, place, tile)
 
 
@@ -134,6 +156,7 @@ def store_outgoing(state, b2, changed, weights, strides, outgoing, contiguous, p
 def mlp_forward_kernel(
     tokens,  # q, k, v [B, L, H, D]
     rates,  # inner_lr [B, L, H], token_scale [K]
+    decays,  # ``decays.Decays``; None: nothing is forgotten
     weights,  # W1 [N, H, D, hidden], b1 [N, H, hidden], W2 [N, H, hidden, D], b2 [N, H, D]
     layer_norm,  # γ, β [H, D]
     spans,  # starts, lengths [N], or None twice
@@ -163,6 +186,10 @@ def mlp_forward_kernel(
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     b2 = centred_weights(load_b2(weights, strides, place, tile), tile)
     state = first_chunks(weights, strides, outgoing, contiguous, place, tile, centre=True)
+    kept = ()
+    if decays is not None:
+        kept = all_kept(tile)
+        initial, initial_b2 = hold_initial(decays, place, tile)
 
     for begin in tl.range(0, length, segment * tile.mini_batch, num_stages=1):
         if begin > 0:
@@ -172,6 +199,11 @@ def mlp_forward_kernel(
                 store_hidden_copy(checkpoints, number, taken, b2, head, H, chunk, tile)
         for start in tl.range(begin, min(begin + segment * tile.mini_batch, length), tile.mini_batch):
             mini_batch = mini_batch_place(start, place, offsets, tile)
+            forgetting = ()
+            if decays is not None:  # early, since nothing waits for it before the end
+                shares = load_of_heads(decays[0], start, place, tile)
+                kept = times(kept, load_of_heads(decays[1], start, place, tile), tile)
+                forgetting = initial, decays, shares  # type: ignore[assignment]
             k_rows = load_rows(k, mini_batch, tile)
             v_rows = load_rows(v, mini_batch, tile)
             q_rows = load_rows(q, mini_batch, tile)
@@ -190,16 +222,18 @@ def mlp_forward_kernel(
             committed_scale = tl.where(start + tile.mini_batch <= length, last_scale, 0.0)
             values, scales = (K, Q, G2_rows, expanded(U2, tile), A1, own_rates), (scale, committed_scale)
             X2_bar_W2, A2_G2, state = at_queries(
-                Z1, Q_W1, values, scales, state, outgoing, contiguous, Z1_kept, mini_batch, place, tile
+                Z1, Q_W1, values, scales, state, outgoing, contiguous, Z1_kept, forgetting, mini_batch, place, tile
             )
             # Subtracted, since a product that something is added to moves to the sum, here behind that of the state:
             # the last product of the loop decides how all tiles are spread over the warps.
             p_hat, _r = recentred(own(X2_bar_W2, tile) - (scale * A2_G2 - b2), eps, tile)
             store_rows(o, q_rows.to(tl.float32) + gamma * p_hat + beta, mini_batch, tile)
+            if decays is not None:
+                b2 = forget_b2(b2, initial_b2, shares, tile)
             b2 = subtracted(b2, committed_scale, U2_sums)
 
     changed = length >= tile.mini_batch
-    store_outgoing(state, b2, changed, weights, strides, outgoing, contiguous, place, tile)
+    store_outgoing(state, b2, changed, weights, strides, outgoing, contiguous, decays, kept, place, tile)
 
 
 @launch.on_its_device
@@ -221,15 +255,18 @@ def prepare_mlp_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
     """Allocate the results and make the launch that fills them."""
     q, weights, starts, (L, H) = scan.q, scan.weights, scan.starts, scan.q.shape[1:3]
     hidden = scan.hidden
-    choice, tile = launch.plan("mlp_forward", q, scan.token_scale.numel(), hidden)
+    op = launch.kernel_of(scan, "forward")
+    choice, tile = launch.plan(op, q, scan.token_scale.numel(), hidden)
     o, G2 = launch.new_tokens(q, starts), launch.new_tokens(q, starts)
     Z1 = launch.new_tokens(q, starts, hidden)
     outgoing = tuple(torch.empty(w.shape, dtype=torch.float32, device=q.device) for w in weights)
     weights, strides = launch.strided(*weights)
     checkpoints = scan.new_checkpoints()
+    decays, first = prepared_decays(scan, op)
     arguments = (
         launch.contiguous(scan.q, scan.k, scan.v),
         launch.contiguous(scan.inner_lr, scan.token_scale),
+        decays,
         weights,
         launch.contiguous(scan.ln_weight, scan.ln_bias),
         launch.contiguous(starts, scan.lengths),
@@ -244,4 +281,4 @@ def prepare_mlp_scan(scan: Scan) -> tuple[tuple[Tensor, ...], launch.Launch]:
         tile,
     )
     grid = (weights[0].shape[0] * triton.cdiv(H, choice.heads),)
-    return (o, *outgoing, Z1, G2, checkpoints), launch.Launch(mlp_forward_kernel, grid, arguments, choice)
+    return (o, *outgoing, Z1, G2, checkpoints), launch.Launch(mlp_forward_kernel, grid, arguments, choice, first)

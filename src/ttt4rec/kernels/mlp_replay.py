@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from .copies import checkpoint_number, load_steps
+from .forgetting import load_of_heads
+from .hidden_forgetting import forget_b2, forget_chunk, take_initial
 from .hidden_layer import (
     gelu,
     load_b2,
@@ -50,8 +52,11 @@ def first_weights(weights, strides, checkpoints, place, begin, segment, chunk, t
 
 
 @triton.jit
-def replayed(state, b2, tokens, rates, last_scale, place, m, chunk, tile: tl.constexpr):
-    """A chunk and b2 after the complete mini-batch m, from those before it, made as the forward made them."""
+def replayed(state, b2, initial, shares, tokens, rates, last_scale, place, m, chunk, tile: tl.constexpr):
+    """A chunk and b2 after the complete mini-batch m, from those before it, made as the forward made them.
+
+    Where it forgets, given are those of the initial weights and 1 - A.
+    """
     _, k, _, G2_kept, Z1_kept = tokens
     inner_lr, _ = rates
     _, _, _, _, H = place
@@ -63,23 +68,35 @@ def replayed(state, b2, tokens, rates, last_scale, place, m, chunk, tile: tl.con
     G1 = product(dot(expanded(G2_rows, tile), W2, tile), slope)
     lr = own_rates[:, None]
     U2 = product(lr, G2_rows)
+    if len(initial) > 0:
+        initial_chunk, initial_b2 = initial
+        b2 = forget_b2(b2, initial_b2, shares, tile)
+        state = forget_chunk(state, initial_chunk, shares, tile)
     b2 = subtracted(b2, last_scale, token_sums(U2, tile))
     K, U2 = expanded(k_rows, tile), expanded(U2, tile)
     return updated_state(state, K, lr, G1, U2, X2, last_scale, tile), b2
 
 
 @triton.jit
-def replay(state, b2, tokens, rates, states, number, place, begin, end, chunk, tile: tl.constexpr):
+def replay(state, b2, tokens, rates, decays, initial, states, number, place, begin, end, chunk, tile: tl.constexpr):
     """Copy a chunk before each of mini-batches begin to end - 1, and b2, to the states from that number on.
 
-    Given are those before the first. Updates are made as the forward made them; only complete mini-batches have one.
+    Given are those before the first, and the initial weights. Updates are made as the forward made them; only complete
+    mini-batches have one.
     """
     _, token_scale = rates
     _, head, _, _, H = place
     last_scale = tl.load(token_scale + tile.mini_batch - 1)
     store_hidden_copy(states, number, state, b2, head, H, chunk, tile)
+    of_chunk, shares = (), ()
+    if decays is not None:  # shares are always one mini-batch ahead, so that no update waits for them
+        held, initial_b2 = initial
+        of_chunk = take_initial(held, decays, place, chunk, tile), initial_b2  # type: ignore[assignment]
+        shares = load_of_heads(decays[0], begin * tile.mini_batch, place, tile)
     for m in tl.range(begin, end - 1):
-        state, b2 = replayed(state, b2, tokens, rates, last_scale, place, m, chunk, tile)
+        state, b2 = replayed(state, b2, of_chunk, shares, tokens, rates, last_scale, place, m, chunk, tile)
+        if decays is not None:
+            shares = load_of_heads(decays[0], (m + 1) * tile.mini_batch, place, tile)
         store_hidden_copy(states, number + (m + 1 - begin), state, b2, head, H, chunk, tile)
 
 
