@@ -68,6 +68,8 @@ def candidates(op: str, head_dim: int, mini_batch_size: int) -> Iterator[launch.
     """
     rows, mlp = launch.padded(mini_batch_size), not op.startswith("linear")
     held = {"segment_outputs": 0, "segment_replay": 1}.get(op, 1 if op.endswith("forward") else 2)
+    if launch.without_decay(op) != op:
+        held *= 2  # the initial weights next to the weights, and the same of gradients
     heads = (1, 2) if rows == 16 and head_dim <= 32 else (1,)
     chunks: tuple[int, ...] = (1,)
     if mlp:

@@ -72,5 +72,11 @@ def test_what_ends_was_read_when_it_began():
     assert places_of((W1,), (W2,), copies=Place.MEMORY) == [Place.MEMORY, Place.CACHE]
 
 
+def test_what_the_kernel_before_has_made_is_in_the_cache():
+    """Shares and initial weights, of which all sequences have the same."""
+    made = at("mlp_forward.py", "load_of_heads(decays[0]"), at("mlp_forward.py", "take_initial(held, decays")
+    assert places_of(*((line,) for line in made), copies=Place.MEMORY) == [Place.CACHE, Place.CACHE]
+
+
 def test_only_global_memory_has_places():
     assert places_of((LOADED,), name="LDS") == [Place.NEAR]

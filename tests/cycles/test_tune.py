@@ -50,3 +50,5 @@ def test_candidates_have_room_for_their_state():
     assert {x.num_warps for x in candidates("mlp_backward", 64, 16) if x.chunks == 1} == {8}
     assert {x.heads for x in candidates("linear_forward", 64, 16)} == {1}
     assert {x.chunks for x in candidates("linear_forward", 128, 16)} == {1}
+    assert Blocks(1, 3, heads=2) in candidates("mlp_backward", 16, 8)
+    assert Blocks(1, 3, heads=2) not in candidates("mlp_forgetting_backward", 16, 8)

@@ -40,6 +40,9 @@ SAMPLES = [
 ]
 
 
+FORGETTING = [(f"{inner}_forgetting_scan", {}) for inner in INNERS]
+
+
 class OnlyThere(TorchDispatchMode):
     """Every tensor that an operation takes or gives is on the GPU: nothing is moved there or back."""
 
@@ -100,6 +103,19 @@ def test_launches_depend_on_shapes_and_stay_on_the_device(name, options, D, laun
         assert all(type(n) is int for n in made.grid)
 
 
+@pytest.mark.parametrize(("name", "options"), FORGETTING)
+def test_what_forgets_is_one_kernel_behind_a_small_one(name, options, launches):
+    call(name, options)
+    assert [made.kernel.fn.__name__.split("_")[1] for made, _ in launches] == ["forward", "backward"]
+    assert {made.first.kernel.fn.__name__ for made, _ in launches} == {"decays_kernel"}
+
+
+@pytest.mark.parametrize(("D", "K", "fused"), [(32, 16, True), (32, 17, False), (33, 16, False)])
+def test_how_far_mlp_forgets_in_one_kernel(D, K, fused, launches):
+    call("mlp_forgetting_scan", {}, SIZES._replace(D=D, K=K))
+    assert (len(launches) == 2) == fused
+
+
 def sizes_of_calls(D: int) -> Iterator[Sizes]:
     """Lengths and batches of which some are one and some multiples of 16, as Triton looks for."""
     for B, L in ((1, 1), (1, 37), (2, 16), (3, 33), (16, 48)):
@@ -116,7 +132,7 @@ def compilation(made: launch.Launch) -> tuple[str, str]:
     return f"{kernel.fn.__module__}.{kernel.fn.__name__}", f"{specialization} {options}"
 
 
-@pytest.mark.parametrize(("name", "options"), SAMPLES)
+@pytest.mark.parametrize(("name", "options"), [*SAMPLES, *FORGETTING])
 @pytest.mark.parametrize("D", [10, 16])
 def test_one_compilation_serves_all_lengths_and_batches(name, options, D, launches):
     for sizes in sizes_of_calls(D):
