@@ -137,7 +137,13 @@ def test_all_kernels_fit_and_the_important_ones_do_not_spill(version: str, archi
 def test_counts_are_of_whole_mini_batches(version: str, architecture: str) -> None:
     """All products of a mini-batch are counted; where some are missing, a part of its loops was not found."""
     for r in TABLE[version, architecture]:
-        least = PRODUCTS[launch.without_decay(r.op)] * r.head_dim**2 * r.mini_batch_size * r.heads / LARGEST_PRODUCT[architecture]
+        least = (
+            PRODUCTS[launch.without_decay(r.op)]
+            * r.head_dim**2
+            * r.mini_batch_size
+            * r.heads
+            / LARGEST_PRODUCT[architecture]
+        )
         assert r.tensor_core * r.num_warps >= least, r
 
 
