@@ -79,7 +79,7 @@ HALF_BY_ARCHITECTURE: dict[str, Table] = {  # where an architecture wants anothe
         ("mlp_backward", 16): {8: Blocks(2, 2, heads=2), 16: Blocks(2, 2), 32: Blocks(4, 1), 64: Blocks(4, 1)},
         ("mlp_backward", 32): {16: Blocks(4, 2), 32: Blocks(8, 1, chunks=2), 64: Blocks(4, 1)},
         ("mlp_backward", 64): {16: Blocks(4, 2, chunks=4), 32: Blocks(8, 1, chunks=8), 64: Blocks(8, 1, chunks=8)},
-        ("mlp_forgetting_backward", 16): {8: Blocks(4, 2, heads=2), 16: Blocks(4, 2)},
+        ("mlp_forgetting_backward", 16): {8: Blocks(4, 3, heads=2), 16: Blocks(4, 3)},
         ("mlp_forgetting_backward", 32): {16: Blocks(8, 2)},
         ("segment_replay", 64): {16: Blocks(4, 3, chunks=4)},
         ("segment_outputs", 64): {16: Blocks(4, 2, chunks=4)},
@@ -198,7 +198,7 @@ def has_cut(op: str, q: Tensor, mini_batch_size: int) -> bool:
 def choices(op: str, padded_head_dim: int, dtype: torch.dtype, architecture: str) -> dict[int, Blocks]:
     """The cuts of a kernel by the largest mini-batch size each is for.
 
-    A kernel that forgets has those of the one that does not, but for its own.
+    A kernel that forgets takes cuts of its own where there are any, else the cuts of the one that does not.
     """
     table = _table(dtype, architecture)
     return table[without_decay(op), padded_head_dim] | table.get((op, padded_head_dim), {})

@@ -60,7 +60,7 @@ def check(op: str, q: Tensor, mini_batch_size: int) -> None:
 
 
 def forgets_in_one_kernel(scan: Scan) -> bool:
-    """Whether a scan of TTT-MLP that forgets is one kernel, and so is its backward."""
+    """Whether a scan of TTT-MLP that forgets, and its backward, are one kernel each."""
     features, tokens = FORGETTING_MLP
     return scan.q.shape[3] <= features and scan.token_scale.numel() <= tokens
 

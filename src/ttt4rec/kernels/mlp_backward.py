@@ -119,9 +119,9 @@ def through_outputs(
 ):
     """Through the hidden layer's outputs, steps and G1, chunk by chunk: (17), (18), (20), (25), (26); and (41).
 
-    Returns what registers hold of the initial weights' gradients, and Σ dW ∘ (W - W̄), where it forgets; dW1, db1 and
-    dW2 without what passes through Z1; that part of the last chunk's -dZ1 which does not pass through Z2; and the sums
-    -dP1 G1ᵀ, -dP1 W1ᵀ, G1 dW1ᵀ, -E W2, and along_dW with Σ G1 ∘ (K dW1 + db1).
+    Returns what registers hold of the initial weights' gradients, and Σ dW ∘ (W - W̄), where it forgets. Then dW1, db1
+    and dW2 without what passes through Z1. Then that part of the last chunk's -dZ1 which does not pass through Z2. Then
+    the sums -dP1 G1ᵀ, -dP1 W1ᵀ, G1 dW1ᵀ, -E W2, and along_dW with Σ G1 ∘ (K dW1 + db1).
     """
     K, Q, G2, U2, A1, lr, minus_scale, s_last = values
     d_weights, contiguous, scratch = waiting

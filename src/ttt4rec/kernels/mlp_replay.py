@@ -55,7 +55,7 @@ def first_weights(weights, strides, checkpoints, place, begin, segment, chunk, t
 def replayed(state, b2, initial, shares, tokens, rates, last_scale, place, m, chunk, tile: tl.constexpr):
     """A chunk and b2 after the complete mini-batch m, from those before it, made as the forward made them.
 
-    Where it forgets, given are those of the initial weights and 1 - A.
+    Where it forgets, a chunk of the initial weights and b̄2 are given, and 1 - A.
     """
     _, k, _, G2_kept, Z1_kept = tokens
     inner_lr, _ = rates
