@@ -6,9 +6,15 @@ import pytest
 
 from tests.kernels.test_ahead_of_time import TABLE, VERSIONS
 from tests.support.compiled import cost_of
+from tools.resources import MACHINES
 
 SAMPLE = [f"linear_{way}:{arch}:16:8:bf16" for way in ("forward", "backward") for arch in ("sm_90", "gfx942")]
 WIDE = [f"linear_{way}:sm_90:64:16:bf16" for way in ("forward", "backward")]
+MLP = {  # spills of a warp in a mini-batch, of which the oldest Triton leaves most
+    "mlp_forward:sm_90:16:8:bf16": 230,
+    "mlp_backward:sm_90:16:8:bf16": 770,
+    "mlp_forward:gfx942:16:8:bf16": 0,
+}
 STEPS = {  # registers as those of the other layers' steps may have, and spills where a mini-batch is complete
     "linear_step:sm_90:16:8:bf16": (84, 0),
     "mlp_step:sm_90:64:16:bf16": (255, 77),
@@ -35,6 +41,18 @@ def test_scans_take_little_more_than_those_that_do_not_forget(kernel: str) -> No
     assert cost["loop_spills"] <= (470 if op.endswith("backward") else 0)
 
 
+@pytest.mark.parametrize("kernel", MLP)
+def test_mlp_stays_within_limits(kernel: str) -> None:
+    """With all registers: where the assembler gives up it leaves 32 of them."""
+    cost = cost_of(forgetting(kernel))
+    architecture = kernel.split(":")[1]
+    assert cost["registers"] > 64
+    assert cost["loop_spills"] <= MLP[kernel]
+    assert cost["shared_memory"] <= MACHINES[architecture].shared_memory
+    assert cost["loop_instructions"] > 1000
+    assert cost["tensor_core"] > 0
+
+
 @pytest.mark.parametrize("kernel", STEPS)
 def test_steps_stay_within_limits(kernel: str) -> None:
     cost = cost_of(forgetting(kernel))
@@ -49,7 +67,7 @@ def test_the_kernel_before_is_small(architecture: str) -> None:
     assert cost["spills"] == 0
 
 
-@pytest.mark.parametrize("kernel", [*SAMPLE, *WIDE, *STEPS])
+@pytest.mark.parametrize("kernel", [*SAMPLE, *WIDE, *MLP, *STEPS])
 def test_lanes_sum_alike(kernel: str) -> None:
     assert cost_of(forgetting(kernel))["unlike_sums"] == 0
 

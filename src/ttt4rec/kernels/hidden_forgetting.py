@@ -124,7 +124,7 @@ def no_hidden_gradients(tile: tl.constexpr):
 def chunk_to_initial(sums, state, d_state, chunk, held, forgetting, tile: tl.constexpr):
     """Gradients of a chunk of the initial weights, with a mini-batch's; sums with Σ dW ∘ (W - W̄), (41).
 
-    Given are the weights before it, the gradients behind it, and what registers hold of those of the initial weights.
+    Given are the weights before it, the gradients behind it, and what registers hold of W̄ and of its gradients.
     """
     initial, decays, shares, _, memory, contiguous, place = forgetting
     W1, b1, W2 = state
