@@ -13,7 +13,6 @@ WIDE = [f"linear_{way}:sm_90:64:16:bf16" for way in ("forward", "backward")]
 MLP = {  # spills of a warp in a mini-batch, of which the oldest Triton leaves most
     "mlp_forward:sm_90:16:8:bf16": 230,
     "mlp_backward:sm_90:16:8:bf16": 770,
-    "mlp_forward:gfx942:16:8:bf16": 0,
 }
 STEPS = {  # registers as those of the other layers' steps may have, and spills where a mini-batch is complete
     "linear_step:sm_90:16:8:bf16": (84, 0),
