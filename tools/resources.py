@@ -80,7 +80,7 @@ def configurations(architecture: str) -> Iterator[str]:
     for op, head_dim in launch.HALF | launch.HALF_BY_ARCHITECTURE.get(architecture, {}):
         longest = 32 if (op, architecture) == ("mlp_backward", "sm_100") else MAX_MINI_BATCH_SIZE
         if op.startswith("mlp_forgetting"):
-            longest = limits.FORGETTING_MLP[1]
+            longest = limits.FORGETTING_MLP
         sizes = launch.choices(op, head_dim, torch.bfloat16, architecture)
         yield from (f"{op}:{head_dim}:{size}:bf16" for size in sizes if size <= longest)
     for op, head_dim in launch.SINGLE:

@@ -80,10 +80,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[launch.Launch, list[
     return made
 
 
-def call(name: str, options: dict[str, Any], sizes: Sizes = SIZES) -> None:
+def call(name: str, options: dict[str, Any], sizes: Sizes = SIZES, dtype: torch.dtype = torch.bfloat16) -> None:
     """An operator and its backward, by the functions of the kernels."""
     operator = OPERATORS[name]
-    given = operator.sample(sizes, torch.bfloat16, GPU, **options)
+    given = operator.sample(sizes, dtype, GPU, **options)
     with NoCopies(), OnlyThere():
         results = getattr(kernels, operator.function)(given)
         if operator.backward_op is not None:
@@ -110,9 +110,18 @@ def test_what_forgets_is_one_kernel_behind_a_small_one(name, options, launches):
     assert {made.first.kernel.fn.__name__ for made, _ in launches} == {"decays_kernel"}
 
 
-@pytest.mark.parametrize(("D", "K", "fused"), [(32, 16, True), (32, 17, False), (33, 16, False)])
-def test_how_far_mlp_forgets_in_one_kernel(D, K, fused, launches):
-    call("mlp_forgetting_scan", {}, SIZES._replace(D=D, K=K))
+@pytest.mark.parametrize(
+    ("dtype", "D", "K", "fused"),
+    [
+        (torch.bfloat16, 32, 16, True),
+        (torch.bfloat16, 32, 17, False),
+        (torch.bfloat16, 33, 16, False),
+        (torch.float32, 16, 16, True),
+        (torch.float32, 17, 16, False),
+    ],
+)
+def test_how_far_mlp_forgets_in_one_kernel(dtype, D, K, fused, launches):
+    call("mlp_forgetting_scan", {}, SIZES._replace(D=D, K=K), dtype)
     assert (len(launches) == 2) == fused
 
 

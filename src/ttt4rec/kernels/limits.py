@@ -36,8 +36,8 @@ NEEDED_SINGLE: dict[str, Needed] = {
     "sm_100": {("linear_backward", 128): {16: 136, 32: 144, 64: 384}},
 }
 """Of those kernels alone that some GPU has no room for, by the architecture whose cuts are taken."""
-FORGETTING_MLP = (32, 16)
-"""Features and tokens of the largest head and mini-batch for which TTT-MLP's kernels forget; others go in blocks."""
+FORGETTING_MLP = 16
+"""Tokens of the longest mini-batch for which TTT-MLP's kernels forget; longer ones go in blocks."""
 TITLES = {"linear": "TTT-Linear", "mlp": "TTT-MLP"}
 
 
@@ -60,9 +60,12 @@ def check(op: str, q: Tensor, mini_batch_size: int) -> None:
 
 
 def forgets_in_one_kernel(scan: Scan) -> bool:
-    """Whether a scan of TTT-MLP that forgets, and its backward, are one kernel each."""
-    features, tokens = FORGETTING_MLP
-    return scan.q.shape[3] <= features and scan.token_scale.numel() <= tokens
+    """Whether a scan of TTT-MLP that forgets, and its backward, are one kernel each.
+
+    They are for heads of up to 32 features, and of up to 16 in float32.
+    """
+    features = 16 if scan.q.dtype == torch.float32 else 32
+    return scan.q.shape[3] <= features and scan.token_scale.numel() <= FORGETTING_MLP
 
 
 def room(architecture: str) -> int:
