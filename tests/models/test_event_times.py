@@ -8,7 +8,7 @@ import torch
 
 from tests.support.checks import assert_close
 from ttt4rec import TTT4Rec, TTT4RecConfig
-from ttt4rec.models.event_times import FIRST, bucket, gaps_of, time_between
+from ttt4rec.models.event_times import FIRST, bucket, gaps_of, time_between, time_since
 from ttt4rec.models.losses import LOSSES, Loss
 from ttt4rec.models.mixers import MIXERS
 
@@ -57,6 +57,13 @@ def test_what_is_not_later_has_no_gap_and_what_is_first_an_infinite_one():
     assert gaps_of(times, torch.tensor([0, 2, 2, 5, 6])).tolist() == [[math.inf, 4, math.inf, 0, 13, math.inf]]
     before = torch.tensor([math.nan, -math.inf, -math.inf, 3])
     assert time_between(before, torch.tensor([1, 1, -math.inf, 2.5])).tolist() == [math.inf, math.inf, 0, 0]
+
+
+def test_time_since_is_the_sum_of_the_gaps_between():
+    """The first gap, which may be of any size, is between no two events; what is below 0 counts 0, all the way down."""
+    gaps = torch.tensor([[1.7e18, 1, 3, 60], [math.inf, 2, -math.inf, 4], [0, 5, math.inf, 6]], dtype=torch.float64)
+    assert time_since(gaps)[:, -1].tolist() == [[64, 63, 60, 0], [6, 4, 4, 0], [math.inf, math.inf, 6, 0]]
+    assert time_since(gaps, 2).tolist() == time_since(gaps)[:, 2:].tolist()
 
 
 @pytest.mark.parametrize("times", ["gap", "query"])

@@ -197,7 +197,7 @@ def test_reranking_chooses_among_five_times_as_many(recommender):
     assert recommender.recommend("u1", k=3, exclude_seen=False, rerank=last_first).items == plain[::-1][:3]
     assert asked == [(15, 3)]
     assert recommender.recommend("u1", k=3, rerank=lambda *_: []).items == []
-    for wrong in ([0, 15], [-1], [1, 1], [0.5], [[0]], ["i1"]):
+    for wrong in ([0, 15], [-1], [1, 1], [0.5], [[0]], ["i1"], [[1, 2], [3]]):
         with pytest.raises(ValueError, match=r"rerank must return places of its 15 candidates, .* each once; given \["):
             recommender.recommend("u1", k=3, exclude_seen=False, rerank=lambda *_, wrong=wrong: wrong)
     with pytest.raises(ValueError, match="diversity must be from 0 to 1; given 2"):

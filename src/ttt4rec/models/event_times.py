@@ -80,8 +80,8 @@ def time_since(gaps: Tensor, begin: int = 0) -> Tensor:
         gaps: the time since the event before, ``[N, L]``, any dtype. Over an infinite one the time is infinite.
         begin: where the later events begin.
     """
-    gaps = gaps.double()
-    unknown = gaps.isinf()
+    gaps = F.pad(gaps.double()[:, 1:], (1, 0))  # the first is between no two of them
+    unknown = gaps == torch.inf
     times = gaps.clamp_min(0).masked_fill(unknown, 0.0).cumsum(1)
     breaks = unknown.cumsum(1)
     apart = breaks[:, begin:, None] > breaks[:, None, :]

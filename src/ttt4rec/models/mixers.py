@@ -198,9 +198,9 @@ class HSTUMixer(HistoryMixer):
         width: feature size.
         num_heads: number of heads.
         max_len: how many distances have a bias of their own, and what sums over a history are divided by.
-        times: one of ``TIMES``. Biases of times begin at zero.
         device: of the parameters.
         dtype: of the parameters.
+        times: one of ``TIMES``. Biases of times begin at zero.
     """
 
     def __init__(
@@ -208,9 +208,10 @@ class HSTUMixer(HistoryMixer):
         width: int,
         num_heads: int,
         max_len: int,
-        times: str = "none",
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        times: str = "none",
     ) -> None:
         super().__init__()
         factory: Any = {"device": device, "dtype": dtype}

@@ -28,11 +28,13 @@ struct Forgetting {
 
   // (41): from weights i before the mini-batch and dW, the gradient behind it, which becomes that of what (40) left.
   void backward(int i, int size, const T* W, T* dW) {
+    V own{};
     for (int n = 0; n < size; n += LANES) {
       const V given = load(dW + n), lost = share * given;
-      along += given * (load(W + n) - load(initial[i] + n));
+      own += given * (load(W + n) - load(initial[i] + n));
       store(dW + n, given - lost);
       store(d_initial[i] + n, load(d_initial[i] + n) + lost);
     }
+    along += own;
   }
 };

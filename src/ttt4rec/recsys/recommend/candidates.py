@@ -142,14 +142,17 @@ class Chooser:
 
 def _places(given: Any, count: int) -> IntArray:
     """What a hook has chosen, checked: what it returns may be the items themselves, by mistake."""
-    places = np.asarray(given)
+    try:
+        places = np.asarray(given)
+    except (TypeError, ValueError):  # lists of different lengths, or a tensor that is not on the CPU
+        places = np.array(None)
     if places.size == 0:
         return np.empty(0, dtype=np.int64)
     whole = places.ndim == 1 and places.dtype.kind in "iu"
     if not whole or places.min() < 0 or places.max() >= count or len(np.unique(places)) < len(places):
         raise ValueError(
             f"rerank must return places of its {count} candidates, whole numbers from 0, each once; given "
-            f"{str(places.tolist())[:80]}"
+            f"{str(given)[:80]}"
         )
     return places.astype(np.int64)
 

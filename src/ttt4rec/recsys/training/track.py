@@ -6,6 +6,7 @@ Where they send what they are told is theirs to say: ``WANDB_MODE``, ``WANDB_PRO
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -161,7 +162,7 @@ class WandB(_Tracker):
     """A run of Weights & Biases, in the project that ``WANDB_PROJECT`` names, else ``ttt4rec``."""
 
     name = "wandb"
-    _opened = -1.0
+    _opened = -math.inf  # when the last run was
 
     def _begin(self, run: TrainingRun, settings: dict[str, Any], known: str | None) -> str:
         self._run = self._open(name=run.folder.name, config=settings, id=known)
@@ -170,10 +171,9 @@ class WandB(_Tracker):
     def _open(self, **given: Any) -> Any:
         import wandb
 
-        time.sleep(
-            max(0.0, WandB._opened + 1 - time.time())
-        )  # its folders are named by seconds: never one of them twice
-        WandB._opened = time.time()
+        # Its folders are named by seconds: never one of them twice.
+        time.sleep(max(0.0, WandB._opened + 1 - time.monotonic()))
+        WandB._opened = time.monotonic()
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
         return wandb.init(project=project, dir=str(self._folder), resume="allow", **given)
 
