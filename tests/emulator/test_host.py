@@ -120,7 +120,7 @@ def test_what_forgets_is_one_kernel_behind_a_small_one(name, options, launches):
         (torch.float32, 17, 16, False),
     ],
 )
-def test_how_far_mlp_forgets_in_one_kernel(dtype, D, K, fused, launches):
+def test_how_far_mlp_fuses_forgetting(dtype, D, K, fused, launches):
     call("mlp_forgetting_scan", {}, SIZES._replace(D=D, K=K), dtype)
     assert (len(launches) == 2) == fused
 

@@ -29,14 +29,18 @@ def forgetting(kernel: str) -> str:
 
 @pytest.mark.parametrize("kernel", [*SAMPLE, *WIDE])
 def test_scans_take_little_more_than_those_that_do_not_forget(kernel: str) -> None:
-    """A half more instructions at most, the same shared memory, and forwards no spill."""
+    """A half more instructions at most, and forwards no spill and no more shared memory.
+
+    Backwards the states are float32 where the others' are operands: two bytes more a number, in three buffers at most.
+    """
     cost = cost_of(forgetting(kernel))
     op, architecture, head_dim, mini_batch_size, _ = kernel.split(":")
     shape = op, int(head_dim), int(mini_batch_size), "bf16"
     rows = [r for version in VERSIONS for r in TABLE[version, architecture] if r[:4] == shape]
     assert len(rows) == 2
     assert cost["loop_instructions"] <= 1.5 * max(r.loop_instructions for r in rows)
-    assert cost["shared_memory"] <= max(r.shared_memory for r in rows)
+    wider = 3 * 2 * max(r.heads for r in rows) * int(head_dim) ** 2 if op.endswith("backward") else 0
+    assert cost["shared_memory"] <= max(r.shared_memory for r in rows) + wider
     assert cost["loop_spills"] <= (470 if op.endswith("backward") else 0)
 
 

@@ -52,7 +52,7 @@ def _by_size(one_kernel: Callable[..., Any], in_blocks: Callable[..., Any]) -> C
     """The same where TTT-MLP forgets, whose kernels are for fewer sizes."""
 
     def run(scan: Scan, *rest: Any) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = (one_kernel if limits.forgets_in_one_kernel(scan) else in_blocks)(scan, *rest)
+        results: tuple[Tensor, ...] = (one_kernel if limits.fuses_forgetting(scan) else in_blocks)(scan, *rest)
         return results
 
     run.__name__, run.__doc__ = one_kernel.__name__, one_kernel.__doc__

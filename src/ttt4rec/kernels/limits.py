@@ -59,7 +59,7 @@ def check(op: str, q: Tensor, mini_batch_size: int) -> None:
         raise ValueError(f"the kernel {reason}")
 
 
-def forgets_in_one_kernel(scan: Scan) -> bool:
+def fuses_forgetting(scan: Scan) -> bool:
     """Whether a scan of TTT-MLP that forgets, and its backward, are one kernel each.
 
     They are for heads of up to 32 features, and of up to 16 in float32.

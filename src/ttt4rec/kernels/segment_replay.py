@@ -46,5 +46,5 @@ def segment_replay_kernel(
         state, b2 = first_weights(weights, strides, checkpoints, place, begin, segment, chunk, tile)
         store_weights_in_slot(slots, slot, state, b2, head, H, chunk, tile)
         for m in tl.range(begin, end - 1):
-            state, b2 = replayed(state, b2, tokens, rates, last_scale, place, m, chunk, tile)
+            state, b2 = replayed(state, b2, (), (), tokens, rates, last_scale, place, m, chunk, tile)
             store_weights_in_slot(slots, slot + (m + 1 - begin), state, b2, head, H, chunk, tile)
