@@ -50,6 +50,9 @@ DATASETS = (
 """The files of ml-1m and amazon-video-games have the order of ratings alone, and cannot be cut in time."""
 TIMED = ("gowalla-1k", "ml-100k")
 """Data whose times are real."""
+LARGE = ("ml-1m", "amazon-video-games", "gowalla-1k")
+"""Data on which learning rates are compared after TRIAL_EPOCHS epochs."""
+TRIAL_EPOCHS = 5
 
 
 class Published(NamedTuple):
@@ -86,6 +89,8 @@ AIM = {"HR@10": 0.335, "NDCG@10": 0.195}
 class Plan:
     """Every method on all data with every seed; the learning rate is each method's best in validation with the first.
 
+    A trial of a learning rate is a whole training, but a short one on large data.
+
     Attributes:
         datasets: what to train on.
         methods: what each changes in the frame, by its label.
@@ -109,7 +114,11 @@ class Plan:
         """Number of trainings of a method on a data set; none of one with times where there are no real ones."""
         if not self.runs_on(data, method):
             return 0
-        return len(self.rates_of(data, method)) + len(self.seeds) - 1
+        return len(self.rates_of(data, method)) + len(self.seeds) - (0 if self.is_short(data, method) else 1)
+
+    def is_short(self, data: Data, method: str) -> bool:
+        """Whether trials have few epochs; a method with one rate has nothing to compare."""
+        return data.name in LARGE and len(self.rates_of(data, method)) > 1
 
     def runs_on(self, data: Data, method: str) -> bool:
         """Whether the data have what the method reads."""
@@ -127,7 +136,11 @@ class Plan:
         """With each learning rate, the first seed; none on data that the method cannot read."""
         if not self.runs_on(data, method):
             return []
-        return [self._run(data, method, rate, self.seeds[0]) for rate in self.rates_of(data, method)]
+        runs = [self._run(data, method, rate, self.seeds[0]) for rate in self.rates_of(data, method)]
+        if not self.is_short(data, method):
+            return runs
+        epochs = min(TRIAL_EPOCHS, self.frame["epochs"])
+        return [replace(run, settings={**run.settings, "epochs": epochs}) for run in runs]
 
     def best_rate(self, data: Data, method: str, results: Iterable[Result]) -> float | None:
         """By the validation of the trials; None if some are to come, or there are none."""
@@ -150,8 +163,9 @@ class Plan:
         return [result for result in found if result is not None]
 
     def done(self, data: Data, method: str, results: Sequence[Result]) -> list[Result]:
-        """The results there are: of the trials, and of the other seeds at the best rate."""
-        runs = [*self.trials(data, method), *self.seeded(data, method, results)[1:]]
+        """The results there are: of the trials, and of the seeds at the best rate that are no trials."""
+        trials = self.trials(data, method)
+        runs = [*trials, *(run for run in self.seeded(data, method, results) if run not in trials)]
         return [result for run in runs if (result := find(results, run)) is not None]
 
     def missing(self, results: Sequence[Result]) -> Iterator[Run]:

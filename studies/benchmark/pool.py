@@ -118,14 +118,16 @@ def time_left(plan: Plan, results: Sequence[Result], processes: int) -> str:
     for data in plan.datasets:
         of_method = {method: plan.done(data, method, results) for method in plan.methods}
         of_data = [result for done in of_method.values() for result in done]
+        whole = [result for result in of_data if result["settings"]["epochs"] == plan.frame["epochs"]]
         for method, done in of_method.items():
             left = plan.runs_of(data, method) - len(done)
-            took = [result["wall_seconds"] for result in done or of_data]
+            known = [result for result in done if result in whole] or whole or done or of_data
+            took = [result["wall_seconds"] for result in known]
             to_come += left
             unknown += 0 if took else left
             seconds += left * sum(took) / max(1, len(took))
     rest = f", and {unknown} more of which nothing is known yet" if unknown else ""
     hours = seconds / processes / 3600
     long = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
-    known = f"{to_come - unknown} may take {long} with {processes} at once"
-    return f"{plan.total - to_come} of {plan.total} are done, {known}{rest}"
+    expected = f"{to_come - unknown} may take {long} with {processes} at once"
+    return f"{plan.total - to_come} of {plan.total} are done, {expected}{rest}"

@@ -68,6 +68,25 @@ def test_every_method_tries_all_rates_and_runs_its_best_with_all_seeds() -> None
     assert not list(PLAN.missing([*results, result(final, 0.1)]))
 
 
+def test_on_large_data_rates_are_compared_after_few_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(design, "LARGE", ("toy",))
+    monkeypatch.setattr(design, "TRIAL_EPOCHS", 1)
+    plan = replace(PLAN, methods={"GRU": {"mixer": "gru"}, "preset": {"mixer": "gru", "learning_rate": 4e-3}})
+    assert plan.total == (2 + 2) + 2
+    trials = [run for run in plan.missing([]) if run.variant == "GRU"]
+    assert [(run.settings["learning_rate"], run.settings["epochs"]) for run in trials] == [(1e-3, 1), (1e-2, 1)]
+    results = [result(trials[0], 0.1), result(trials[1], 0.2)]
+    assert len(plan.done(TOY, "GRU", results)) == 2
+    assert plan.finished(TOY, "GRU", results) == []  # a short training is no result
+    seeds = [run for run in plan.missing(results) if run.variant == "GRU"]
+    assert [(run.settings["learning_rate"], run.settings["epochs"], run.seed) for run in seeds] == [
+        (1e-2, 2, 0), (1e-2, 2, 1)
+    ]  # fmt: skip
+    results += [result(run, 0.3) for run in seeds]
+    assert len(plan.finished(TOY, "GRU", results)) == 2
+    assert len(plan.done(TOY, "GRU", results)) == plan.runs_of(TOY, "GRU")
+
+
 def test_a_method_with_a_rate_of_its_own_tries_no_other() -> None:
     plan = replace(PLAN, methods={"preset": {"mixer": "gru", "learning_rate": 4e-3}}, frame={"targets_per_batch": 512})
     assert plan.total == 2
