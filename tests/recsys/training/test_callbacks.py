@@ -11,7 +11,7 @@ from tests.support.recsys_data import SMALL, make_model, make_split, write_event
 from ttt4rec.cli import main
 from ttt4rec.options import TRACKERS
 from ttt4rec.recsys import TrainOptions, fit
-from ttt4rec.recsys.training.callbacks import Callback
+from ttt4rec.recsys.training.callbacks import Callback, Callbacks
 from ttt4rec.recsys.training.console import Console, counted, describe_model, duration
 from ttt4rec.recsys.training.track import TRACKED_FILE, _Tracker, tracker
 
@@ -71,6 +71,21 @@ def test_a_failure_at_the_end_hides_no_other_and_stops_nobody(split, tmp_path):
     assert notes.seen[-1] == ("end", 3, None)
     with pytest.raises(RuntimeError, match="no more"):
         fit(make_model(split), split, tmp_path / "b", OPTIONS, callbacks=[FailsAtTheEnd(fail_at=0), notes])
+
+
+def test_all_are_told_of_the_test_though_one_fails():
+    class FailsAtTheTest(Callback):
+        def on_test(self, metrics):
+            raise OSError("no disk")
+
+    class Hears(Callback):
+        def on_test(self, metrics):
+            self.heard = metrics
+
+    last = Hears()
+    with pytest.raises(OSError, match="no disk"):
+        Callbacks([FailsAtTheTest(), last]).on_test({"HR@10": 0.5})
+    assert last.heard == {"HR@10": 0.5}
 
 
 def test_what_the_console_shows(split, tmp_path, capsys):

@@ -31,6 +31,7 @@ from ttt4rec.recsys.data.windows import evaluation_prefixes
 from ttt4rec.recsys.recommend import Recommender
 from ttt4rec.recsys.recommend.new_items import feature_names, take_features, with_new_items
 from ttt4rec.recsys.training import parallel
+from ttt4rec.recsys.training.callbacks import Callbacks
 from ttt4rec.recsys.training.console import Console, best_of, counted
 from ttt4rec.recsys.training.evaluate import evaluate as evaluate_windows
 from ttt4rec.recsys.training.report import RUN_FILE, describe_data, write_card, write_report
@@ -117,8 +118,7 @@ def _train(args: Namespace, device: str) -> None:
     print(f"test  {shown(metrics)}")
     _show_example(recommender)
     print(f"model in {folder}", flush=True)
-    for callback in callbacks:
-        callback.on_test(metrics)
+    Callbacks(callbacks).on_test(metrics)
 
 
 def _take_preset(args: Namespace) -> None:

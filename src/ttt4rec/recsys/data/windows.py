@@ -81,9 +81,8 @@ class Windows:
             raise ValueError("indices must name at least one window; given none")
         lengths = self.lengths[indices]
         cu_seqlens = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-        offset = _count_up(lengths)
-        position = self.starts[indices].repeat_interleave(lengths) + offset
-        scored = offset >= self.leading[indices].repeat_interleave(lengths)
+        position = self._places(indices)
+        scored = position >= (self.starts + self.leading)[indices].repeat_interleave(lengths)
         return self.items[position][None], self.items[position + 1] * scored, cu_seqlens
 
     def packed_times(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,12 +102,16 @@ class Windows:
         """
         if self.times is None:
             raise ValueError("windows must have times for a model that reads them; given None")
-        lengths = self.lengths[indices]
-        position = self.starts[indices].repeat_interleave(lengths) + _count_up(lengths)
-        first = position == self.begins[indices].repeat_interleave(lengths)
+        position = self._places(indices)
+        first = position == self.begins[indices].repeat_interleave(self.lengths[indices])
         now = self.times[position]
         before = self.times[position - 1].double().masked_fill(first, torch.nan)
         return time_between(before, now)[None], time_between(now, self.times[position + 1])
+
+    def _places(self, indices: Tensor) -> Tensor:
+        """Indices into ``items`` of the inputs of some windows, one window behind the other."""
+        lengths = self.lengths[indices]
+        return self.starts[indices].repeat_interleave(lengths) + _count_up(lengths)
 
     def target_places(self, indices: Tensor) -> Tensor:
         """Indices into ``items`` of the scored targets of some windows, in the order of ``packed_batch``."""

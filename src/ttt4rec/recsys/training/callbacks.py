@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ttt4rec.models.ttt4rec import TTT4Rec
@@ -86,11 +87,22 @@ class Callbacks:
 
     def on_end(self, reports: Sequence[EpochReport], error: BaseException | None) -> None:
         """Tell all of them, also if one fails; the first failure is raised if there was no error before."""
-        failures = list[Exception]()
-        for callback in self._started:
-            try:
-                callback.on_end(reports, error)
-            except Exception as failure:
-                failures.append(failure)
+        failures = _failures(partial(callback.on_end, reports, error) for callback in self._started)
         if failures and error is None:
             raise failures[0]
+
+    def on_test(self, metrics: Mapping[str, float]) -> None:
+        """Tell all of them, also if one fails; then the first failure is raised."""
+        if failures := _failures(partial(callback.on_test, metrics) for callback in self._callbacks):
+            raise failures[0]
+
+
+def _failures(calls: Iterable[Callable[[], None]]) -> list[Exception]:
+    """Make all calls; what they raised."""
+    failures = list[Exception]()
+    for call in calls:
+        try:
+            call()
+        except Exception as failure:
+            failures.append(failure)
+    return failures
