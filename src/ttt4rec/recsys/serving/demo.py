@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from importlib.resources import files
 
@@ -10,7 +11,7 @@ import numpy as np
 from ttt4rec.recsys.data import Histories
 from ttt4rec.recsys.online import OnlineRecommender
 from ttt4rec.recsys.serving.answers import Answer
-from ttt4rec.recsys.serving.forms import Found, Named, Ranked, Read, Searching, Visiting, Visitor
+from ttt4rec.recsys.serving.forms import Clock, Found, Named, Ranked, Read, Searching, Visiting, Visitor
 
 _PAGE = {
     "/": ("page.html", "text/html"),
@@ -87,7 +88,7 @@ class Demo:
             ],
             best=[Ranked(item_id=item, name=self._name(item), score=score) for item, score in best],
             moved=moved,
-            per_second=self._per_second if self._online.reads_times else None,
+            clock=Clock(now=time.time(), per_second=self._per_second) if self._online.reads_times else None,
         )
         return Answer(200, visitor.model_dump_json().encode())
 

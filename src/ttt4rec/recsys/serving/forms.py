@@ -118,17 +118,24 @@ class Found(BaseModel):
     total: int
 
 
+class Clock(BaseModel):
+    """The service's time in seconds, and how many units of events' times a second has."""
+
+    now: float
+    per_second: int
+
+
 class Visitor(BaseModel):
     """Items of a history, the latest last, its length, the best items, and how far the state has moved.
 
-    And of a model that reads times, how many of their units a second has: the page tells when an event happens.
+    And of a model that reads times, the clock: the page tells when an event happens.
     """
 
     history: list[Read]
     length: int
     best: list[Ranked]
     moved: float
-    per_second: int | None
+    clock: Clock | None
 
 
 class Health(BaseModel):

@@ -10,7 +10,7 @@ const at = (id) => document.getElementById(id);
 let user = "";
 let places = new Map(); // item id to its place in the list before
 let path = []; // [length of the history, movement], as far as this page has seen it
-let perSecond = null; // units of the events' times in a second, if the model reads times
+let clock = null; // if the model reads times: their units in a second, and by how much the service's clock is ahead
 let turn = Promise.resolve(); // clicks take effect one after the other
 let searches = 0;
 
@@ -78,15 +78,21 @@ function take(item) {
   const event = { user_id: user, item_id: item.item_id, event_id: newName() };
   const seconds = Date.now() / 1000; // of the click, whenever its turn comes
   inTurn(async () => {
-    if (perSecond !== null) event.time = perSecond * seconds;
+    if (clock !== null) event.time = clock.perSecond * (seconds + clock.ahead);
     await ask("events", { events: [event] });
     if (event.user_id === user) await show();
   });
 }
 
+// An answer comes later than it was made: of all that came, the one that says most was the fastest.
+function readClock(told) {
+  const ahead = told && Math.max(clock ? clock.ahead : -Infinity, told.now - Date.now() / 1000);
+  clock = told && { perSecond: told.per_second, ahead };
+}
+
 async function show() {
   const visitor = await ask("demo/visitor", { user_id: user, k: ASKED });
-  perSecond = visitor.per_second;
+  readClock(visitor.clock);
   showList(visitor.best);
   showState(visitor);
   showHistory(visitor.history);
