@@ -17,7 +17,8 @@ FRAME: Settings = {
 }  # fmt: skip
 """Of every method, where it does not say otherwise; learning rates are tried."""
 RATES = (1e-3, 3e-3, 1e-2)
-_SMALLER: Settings = {"targets_per_batch": 1024}  # about a hundred steps in an epoch
+_SHORTER = {"patience": 3}
+_SMALLER = {"targets_per_batch": 1024}  # about a hundred steps in an epoch
 _HSTU: Settings = {"mixer": "hstu", "num_blocks": 2, "ffn": "none"}
 
 METHODS: dict[str, Settings] = {
@@ -36,12 +37,12 @@ METHODS: dict[str, Settings] = {
     **baseline("narm"),
 }  # fmt: skip
 
-ML_1M = Data("ml-1m", LEAVE_ONE_OUT, settings={"patience": 3})
-_GOWALLA = Data("gowalla-1k", LEAVE_ONE_OUT, settings=_SMALLER)
+ML_1M = Data("ml-1m", LEAVE_ONE_OUT, settings=_SHORTER)
+_GOWALLA = Data("gowalla-1k", LEAVE_ONE_OUT, settings=_SMALLER | _SHORTER)
 _ML_100K = Data("ml-100k", LEAVE_ONE_OUT, settings=_SMALLER)
 DATASETS = (
     ML_1M,
-    Data("amazon-video-games", LEAVE_ONE_OUT, settings=_SMALLER),
+    Data("amazon-video-games", LEAVE_ONE_OUT, settings=_SMALLER | _SHORTER),
     _GOWALLA,
     replace(_GOWALLA, split=TEMPORAL),
     _ML_100K,
