@@ -82,7 +82,9 @@ BLOCK_KERNELS = (
     "scaled", "causal", "running",
 )  # fmt: skip
 """What stands between the products of long mini-batches, as ``blocks/gelu``; of TTT-MLP, whose rows are widest."""
-INNER_LOOPS = tuple(op for op in KERNELS if op.startswith(("linear", "mlp")) and op.endswith("ward"))
+INNER_LOOPS = tuple(
+    op for op in KERNELS if (op.startswith(("linear", "mlp")) and op.endswith("ward")) or op in segments.OPS
+)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

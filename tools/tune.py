@@ -7,6 +7,9 @@ a spill counted as sixteen. A cut whose code spills with 64 registers or fewer i
 
 The oldest and the newest supported Triton may disagree. So ``--json`` writes down what every cut takes under one of
 them, and with ``--beside`` such a file the worse of both counts. This needs no GPU; timings on one may overrule it.
+
+The three kernels of a backward by segments are cut one by one, ``segment_walk:sm_90:64:16:bf16`` for example. They are
+in the table where all three together take less than the backward in one launch, in both fillings.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from typing import Any, NamedTuple
 
 import triton
 
-from ttt4rec.kernels import launch
+from ttt4rec.kernels import launch, segments
 from ttt4rec.operators.samples import Sizes
 
 from .aot import DTYPES, compile_for, cut_as
@@ -70,7 +73,7 @@ def candidates(op: str, head_dim: int, mini_batch_size: int) -> Iterator[launch.
     held = {"segment_outputs": 0, "segment_replay": 1}.get(op, 1 if op.endswith("forward") else 2)
     if launch.without_decay(op) != op:
         held *= 2  # the initial weights next to the weights, and the same of gradients
-    heads = (1, 2) if rows == 16 and head_dim <= 32 else (1,)
+    heads = (1, 2) if rows == 16 and head_dim <= 32 and op not in segments.OPS else (1,)
     chunks: tuple[int, ...] = (1,)
     if mlp:
         chunks = (1, 2) if head_dim <= 32 else (1, 2, 4, 8) if head_dim <= 64 else (4, 8, 16)

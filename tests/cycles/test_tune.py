@@ -3,6 +3,7 @@
 import pytest
 
 from tools.tune import Cut, candidates, read, worse_of, written
+from ttt4rec.kernels import launch, segments
 from ttt4rec.kernels.launch import Blocks
 
 NAME = "linear_backward:sm_90:16:8:bf16"
@@ -52,3 +53,13 @@ def test_candidates_have_room_for_their_state():
     assert {x.chunks for x in candidates("linear_forward", 128, 16)} == {1}
     assert Blocks(1, 3, heads=2) in candidates("mlp_backward", 16, 8)
     assert Blocks(1, 3, heads=2) not in candidates("mlp_forgetting_backward", 16, 8)
+
+
+@pytest.mark.parametrize("op", segments.OPS)
+def test_candidates_of_a_backward_by_segments(op):
+    """What the launch tables have is among them, and no program of two heads, which these kernels cannot be."""
+    for table in (launch.HALF, *launch.HALF_BY_ARCHITECTURE.values()):
+        for (name, head_dim), cuts in table.items():
+            if name == op:
+                assert set(cuts.values()) <= set(candidates(op, head_dim, 16))
+    assert {x.heads for x in candidates(op, 16, 8)} == {1}

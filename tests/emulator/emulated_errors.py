@@ -97,6 +97,19 @@ def test_inner_loop(inner, D, K, dtype, hold):
     hold(f"{inner} D {D} K {K}", dtype, *([found[name] for name in exact] for found in (results, plain, exact)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", INNERS)
+def test_forgetting(inner, dtype, hold):
+    """A layer that forgets, at the size that is its default."""
+    kind = DTYPES[dtype]
+    inputs = inner_loop.with_decays(inner, inner_loop.make_inputs(inner, 1, 21, 3, 16, 8, dtype=kind))
+    cotangents = inner_loop.make_gradients(inner, inputs)
+    results = inner_loop.run_kernels(inner, inputs, cotangents)
+    exact, plain = (inner_loop.run_definition(inner, inputs, cotangents, dtype=d) for d in (torch.float64, kind))
+    found = ([values[name] for name in exact] for values in (results, plain, exact))
+    hold(f"{inner} forgetting D 16 K 8", dtype, *found)
+
+
 def in_two_calls(inner: str, inputs: inner_loop.Inputs, cut: int) -> Tensor:
     """Outputs of a stream whose second call goes on from the weights of the first."""
     outputs, weights = [], {}

@@ -24,6 +24,7 @@ SAMPLE = [  # of the table's kernels, compiled here
     "mlp_forward:sm_90:32:16:bf16",
     "mlp_backward:sm_90:64:16:bf16",  # in chunks
     "mlp_forward:sm_90:16:8:fp32",
+    "segment_replay:sm_90:64:16:bf16",
 ]
 STATE_SHAPE = {  # stacked heads by what each inner layer puts out
     ("linear", "16:8"): "32x16",

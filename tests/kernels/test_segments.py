@@ -100,6 +100,7 @@ def test_segments_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         pytest.param(16, 16, torch.bfloat16, marks=pytest.mark.compiled),
         (64, 16, torch.bfloat16),
+        (128, 4, torch.bfloat16),
         (16, 8, torch.float16),
     ],
 )
@@ -134,9 +135,9 @@ def test_gradients_are_exact_at_every_scale(scale: float, monkeypatch: pytest.Mo
     assert not over, over
 
 
-def test_where_a_backward_goes_by_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on sm_90."""
-    monkeypatch.setattr(launch, "target", lambda: "sm_90")
+@pytest.mark.parametrize("target", ["sm_90", "sm_80", "sm_86"])
+def test_where_a_backward_goes_by_segments(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "target", lambda: target)
     wide = make_inputs("mlp", 2, 3, 1, 64, 16, dtype=torch.bfloat16)
     scan = make_scan("mlp", wide)
     assert segments.takes(scan)

@@ -1,8 +1,8 @@
 """How kernels are launched: block sizes from a table, types of the matrix products, memory for results.
 
 The table was filled from machine code, not from timings, by ``python -m tools.tune``. sm_90's own entries, for
-mini-batches of up to 16, have the least predicted time. Others have no spill in their loop, if any choice has none, and
-then the fewest instructions per head.
+mini-batches of up to 16, and those of a backward by segments have the least predicted time. Others have no spill in
+their loop, if any choice has none, and then the fewest instructions per head.
 """
 
 import functools
@@ -84,6 +84,9 @@ HALF_BY_ARCHITECTURE: dict[str, Table] = {  # where an architecture wants anothe
         ("segment_replay", 64): {16: Blocks(4, 3, chunks=4)},
         ("segment_outputs", 64): {16: Blocks(4, 2, chunks=4)},
         ("segment_walk", 64): {16: Blocks(4, 2, chunks=4)},
+        ("segment_replay", 128): {16: Blocks(4, 3, chunks=8)},
+        ("segment_outputs", 128): {16: Blocks(4, 2, chunks=8)},
+        ("segment_walk", 128): {16: Blocks(8, 2, chunks=8)},
     },
     "sm_80": {
         ("linear_backward", 32): {8: Blocks(4, 1, heads=2), 16: Blocks(2, 1), 32: Blocks(2, 1), 64: Blocks(4, 1)},
@@ -91,6 +94,9 @@ HALF_BY_ARCHITECTURE: dict[str, Table] = {  # where an architecture wants anothe
         ("mlp_forward", 128): {16: Blocks(8, 2, chunks=16), 64: Blocks(8, 2, chunks=16)},
         ("mlp_backward", 64): {16: Blocks(8, 1, chunks=2), 64: Blocks(8, 1, chunks=4)},
         ("mlp_backward", 128): {16: Blocks(8, 1, chunks=16), 64: Blocks(8, 1, chunks=16)},
+        ("segment_replay", 64): {16: Blocks(4, 3, chunks=2)},
+        ("segment_outputs", 64): {16: Blocks(4, 2, chunks=4)},
+        ("segment_walk", 64): {16: Blocks(8, 1, chunks=2)},  # in more chunks 32 registers
     },
     "sm_100": {
         ("linear_forward", 128): {16: Blocks(8, 2), 64: Blocks(8, 1)},
