@@ -118,6 +118,9 @@ HALF_BY_ARCHITECTURE: dict[str, Table] = {  # where an architecture wants anothe
         ("mlp_forward", 128): {16: Blocks(4, 2, chunks=8), 64: Blocks(8, 2, chunks=16)},
         ("mlp_backward", 16): {8: Blocks(2, 1, heads=2), 16: Blocks(2, 1), 64: Blocks(4, 1)},
         ("mlp_backward", 32): {16: Blocks(4, 1, chunks=2), 64: Blocks(4, 1, chunks=2)},
+        ("segment_replay", 64): {16: Blocks(4, 1, chunks=2)},
+        ("segment_outputs", 64): {16: Blocks(2, 1, chunks=4)},
+        ("segment_walk", 64): {16: Blocks(2, 1, chunks=8)},
     },
 }
 
