@@ -18,7 +18,7 @@ done
 if [[ $emulated ]]; then
   options=(-n 0) # one process counts what was executed
   if [[ ! $named ]]; then
-    for name in kernels/test_{inner_loop_kernels,long_mini_batches,step_kernels,triton_backend} operators/test_{projection,output} \
+    for name in kernels/test_{{forgetting,inner_loop,step}_kernels,long_mini_batches,segments,triton_backend} operators/test_{projection,output} \
       layers/test_compile emulator/emulated{,_errors,_fences,_host}; do
       arguments+=("tests/$name.py")
     done

@@ -135,7 +135,7 @@ def test_gradients_are_exact_at_every_scale(scale: float, monkeypatch: pytest.Mo
     assert not over, over
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_80", "sm_86", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_90", "sm_80", "sm_86", "sm_100", "gfx942"])
 def test_where_a_backward_goes_by_segments(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "target", lambda: target)
     wide = make_inputs("mlp", 2, 3, 1, 64, 16, dtype=torch.bfloat16)

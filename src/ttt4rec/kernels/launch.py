@@ -104,6 +104,9 @@ HALF_BY_ARCHITECTURE: dict[str, Table] = {  # where an architecture wants anothe
         ("linear_backward", 32): {8: Blocks(2, 1), 16: Blocks(4, 1), 32: Blocks(2, 2), 64: Blocks(8, 1)},
         ("mlp_forward", 64): {16: Blocks(8, 2, chunks=4), 64: Blocks(4, 2, chunks=8)},  # in one chunk: only a trap
         ("mlp_backward", 64): {16: Blocks(4, 1, chunks=8), 32: Blocks(8, 1, chunks=16)},
+        ("segment_replay", 64): {16: Blocks(4, 3, chunks=4)},
+        ("segment_outputs", 64): {16: Blocks(4, 2, chunks=4)},
+        ("segment_walk", 64): {16: Blocks(4, 1, chunks=8)},
     },
     "gfx942": {  # twice the registers
         ("linear_forward", 32): {8: Blocks(1, 2, heads=2), 16: Blocks(1, 2), 32: Blocks(1, 2), 64: Blocks(2, 2)},
