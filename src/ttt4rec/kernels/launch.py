@@ -1,8 +1,8 @@
 """How kernels are launched: block sizes from a table, types of the matrix products, memory for results.
 
-The table was filled from machine code, not from timings, by ``python -m tools.tune``. sm_90's own entries, for
-mini-batches of up to 16, and those of a backward by segments have the least predicted time. Others have no spill in
-their loop, if any choice has none, and then the fewest instructions per head.
+The table was filled from machine code, not from timings, by ``python -m tools.tune``. Two kinds of entries have the
+least predicted time: sm_90's own for mini-batches of up to 16, and sm_80's for a backward by segments. Others have no
+spill in their loop, if any choice has none, and then the fewest instructions per head.
 """
 
 import functools
