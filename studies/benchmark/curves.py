@@ -17,6 +17,8 @@ FEWER = {100: 1024, 50: 512, 25: 256, 10: 128, 5: 128}
 """Percentages of the users who train, and targets in a step: a hundred steps in an epoch, but for the last."""
 LENGTHS = (50, 200, 1000)
 """The most items that a model reads."""
+FEWEST = 30
+"""Targets of which a mean is shown."""
 _SHOWN = ("TTT4Rec (", "SASRec", "HSTU", "GRU4Rec", "Mamba4Rec")
 _METHODS = {
     label: settings
@@ -56,8 +58,17 @@ def tables(plan: Plan, results: Sequence[Result]) -> dict[str, str]:
 
 
 def pictures(plan: Plan, results: Sequence[Result]) -> dict[str, list[Panel]]:
-    """Panels by the names of the files; none for what has not been run."""
-    return {picture(name): panels for name, panels in _panels(plan, results).items() if panels}
+    """Panels by the names of the files; none for what has not been run.
+
+    Of histories some methods are left to the table, as so many curves hide each other.
+    """
+    drawn = _panels(plan, results)
+    hidden = METHODS.keys() - {*_METHODS, next(iter(METHODS))}
+    drawn["histories"] = [
+        (title, label, {method: curve for method, curve in curves.items() if method not in hidden})
+        for title, label, curves in drawn["histories"]
+    ]
+    return {picture(name): panels for name, panels in drawn.items() if panels}
 
 
 def picture(name: str) -> str:
@@ -96,7 +107,7 @@ def by_history(plan: Plan, data: Data, results: Sequence[Result]) -> Curves:
     for method in plan.methods:
         found: dict[Any, list[float]] = {}
         for run in plan.finished(data, method, results):
-            for part in run["by history"]:
+            for part in (part for part in run["by history"] if part["targets"] >= FEWEST):
                 found.setdefault(part["from"], []).append(part["NDCG@10"])
         curves[method] = found
     return curves
